@@ -1,0 +1,9 @@
+"""The one exception that stands for a user's mistake or an input the project will not work on.
+
+Its text is shown as it is, without a traceback, so it is whole sentences: what was given, what is
+allowed, and how to mend it.
+"""
+
+
+class Refusal(Exception):
+    """An input refused by name; nothing has been written when it is raised."""

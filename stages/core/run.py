@@ -1,0 +1,191 @@
+"""What surrounds a stage's work: the device, determinism, the run record, and how a failure is told.
+
+`entry` is the whole of a stage's `__main__`: it validates all of params.yaml, does the work and leaves a
+run record in `data/runs/<stage>/<recipe>.json`. The record holds what varies from run to run (times,
+host, versions, commit, peak memory); artifacts hold only what does not, so that equal inputs give equal
+bytes. A refusal is told in its own words with exit code 2 and no traceback.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+
+from stages.core.errors import Refusal
+from stages.core.schema import Strict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stages.core.params import Params
+
+RUNS = Path("data/runs")
+RECORDED = ("torch", "transformers", "lm-eval", "compressed-tensors", "peft", "datasets", "dvc", "prefect")
+
+
+def _device(value: str) -> str:
+    if value == "auto":
+        return value
+    try:
+        torch.device(value)
+    except RuntimeError:
+        raise ValueError("allowed: auto, cpu, cuda, cuda:<index>, mps or xpu") from None
+    return value
+
+
+class Run(Strict):
+    """The one choice of device and number type, and what else every computation depends on."""
+
+    device: Annotated[str, AfterValidator(_device)]
+    """Where tensors live; `auto` takes CUDA where there is one. Recorded, not a dependency."""
+    dtype: Literal["bfloat16", "float16", "float32"]
+    """The dtype models are loaded, computed and written in."""
+    threads: Annotated[int, Field(ge=1)]
+    """CPU threads of each stage."""
+    seed: Annotated[int, Field(ge=0)]
+    """Seeds every random draw that a recipe does not seed itself."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def resolved_device(self) -> torch.device:
+        """The device asked for.
+
+        Raises:
+            Refusal: this machine has no such device.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        if device.type != "cpu":
+            backend = getattr(torch, device.type, None) or getattr(torch.backends, device.type, None)
+            if backend is None or not backend.is_available():
+                raise Refusal(
+                    f"run.device: {self.device} was asked for and this machine has none; use cpu or auto."
+                )
+        return device
+
+    def start(self) -> torch.device:
+        """Fix threads, seeds and every switch that changes results, and return the device."""
+        # cuBLAS reads this when it starts: without it deterministic algorithms are refused on CUDA.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        device = self.resolved_device()
+        torch.set_num_threads(self.threads)
+        torch.manual_seed(self.seed)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        if device.type == "cuda":
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            torch.backends.cuda.enable_math_sdp(True)
+        return device
+
+    def numerics(self) -> dict[str, Any]:
+        """What the bytes of a computed artifact depend on beside its inputs; constant on one machine."""
+        device = self.resolved_device()
+        return {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": self.threads,
+            "dtype": self.dtype,
+            "torch": str(torch.__version__),
+        }
+
+
+def entry(
+    stage: str,
+    work: "Callable[[Params, str], None]",
+    recipes: "Callable[[Params], list[str]] | None" = None,
+) -> None:
+    """Run one stage for one recipe from the command line, `python -m stages.<stage> <recipe>`.
+
+    Args:
+        work: does it; raises `Refusal` for what the user can mend.
+        recipes: the names this stage knows under the given params; None for a stage that takes none.
+    """
+    from stages.core.params import load
+
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=work.__doc__)
+    if recipes is not None:
+        parser.add_argument("recipe", help="a name from params.yaml")
+    name = getattr(parser.parse_args(), "recipe", "all")
+    _logging()
+    try:
+        params = load()
+        if recipes is not None and name not in (known := recipes(params)):
+            raise Refusal(f"there is no recipe of this name; params.yaml has {', '.join(known) or 'none'}.")
+        with recorded(stage, name):
+            work(params, name)
+    except Refusal as refusal:
+        print(f"{stage} {name}: {refusal}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def recorded(stage: str, name: str) -> "Iterator[None]":
+    """Write `data/runs/<stage>/<name>.json`: how the work ended, when, how long, on what."""
+    started, clock = datetime.now(UTC), time.monotonic()
+    state, error = "done", None
+    try:
+        yield
+    except BaseException as raised:
+        state, error = "failed", str(raised) or type(raised).__name__
+        raise
+    finally:
+        write_json(
+            RUNS / stage / f"{name}.json",
+            {
+                "state": state,
+                "error": error,
+                "started": started.isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - clock, 2),
+                "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+                "host": platform.node(),
+                "commit": _commit(),
+                "python": platform.python_version(),
+                "versions": {package: importlib.metadata.version(package) for package in RECORDED},
+            },
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all, keys in the order given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _commit() -> str | None:
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _logging() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,65 @@
+"""The words every part of `params.yaml` is made of: names, sources, and the strict base class.
+
+A recipe's name becomes a folder, a DVC stage and an argument on a command line, so it is a slug and
+nothing else: lower-case letters, digits and single dashes. A slug cannot leave `data/`, cannot mean
+anything to a shell, and cannot be mistaken for nesting by DVC (a dot) or for its separator (`@`).
+"""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+SLUG = r"[a-z0-9]+(?:-[a-z0-9]+)*"
+
+
+def _matches(pattern: str, allowed: str) -> AfterValidator:
+    import re
+
+    compiled = re.compile(pattern)
+
+    def check(value: str) -> str:
+        if not compiled.fullmatch(value):
+            raise ValueError(f"allowed: {allowed}")
+        return value
+
+    return AfterValidator(check)
+
+
+Slug = Annotated[
+    str, _matches(SLUG, "lower-case letters and digits, parts joined by single dashes, such as wanda-50")
+]
+Source = Annotated[
+    str,
+    _matches(
+        rf"(?:base|prune|quantize|finetune)/{SLUG}",
+        "<stage>/<recipe> with stage one of base, prune, quantize, finetune, such as base/smollm2",
+    ),
+]
+Candidate = Annotated[
+    str,
+    _matches(
+        rf"(?:base|prune|quantize|finetune|noise)/{SLUG}",
+        "<stage>/<recipe> with stage one of base, prune, quantize, finetune, noise",
+    ),
+]
+Sha256 = Annotated[str, _matches(r"[0-9a-f]{64}", "the 64 hexadecimal digits of a sha256")]
+Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+"""Share of weights that are zero, in [0, 1)."""
+
+
+class Strict(BaseModel):
+    """Frozen settings that refuse a field they do not know, a string for a number, and NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class NoData(Strict):
+    """The calibration of a data-free method: none, and said so."""
+
+    dataset: Annotated[str, _matches("none", "none, as this method reads no data")]
+
+
+class Recipe(Strict):
+    """What every compression or recovery recipe has: where its weights come from."""
+
+    source: Source

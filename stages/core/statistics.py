@@ -1,0 +1,111 @@
+"""What a method learns from the calibration inputs of a linear, accumulated in fp32.
+
+A statistic is fed the inputs of one linear, one row a token, in bounded chunks, and never keeps them.
+Linears that read the same tensor (q, k and v; gate and up) share one statistic, and with it the
+expensive things derived from it, such as a Cholesky factor.
+"""
+
+import torch
+from torch import Tensor
+
+from stages.core.errors import Refusal
+
+CHUNK = 8192
+"""Tokens upcast to fp32 at a time, which bounds the memory a statistic adds."""
+
+
+class Statistic:
+    """Sums over tokens, built from the first inputs seen so that device and width are known."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.num_tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in `inputs`, `[tokens, in_features]`, any float dtype."""
+        for chunk in inputs.split(CHUNK):
+            self._add(chunk.float())
+        self.num_tokens += inputs.shape[0]
+
+    def _add(self, inputs: Tensor) -> None:
+        raise NotImplementedError
+
+
+class ColumnNorm(Statistic):
+    """Mean of the squares of every input feature (Wanda, 2306.11695)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self._squares = torch.zeros(in_features, device=device)
+
+    def _add(self, inputs: Tensor) -> None:
+        self._squares += inputs.square().sum(0)
+
+    def norm(self) -> Tensor:
+        """`[in_features]` fp32: sqrt(mean over tokens of x_j squared)."""
+        return (self._squares / self.num_tokens).sqrt()
+
+
+class Hessian(Statistic):
+    """H = (2/n) sum of x xT, the second derivative of a linear's squared output error.
+
+    See GPTQ (2210.17323) and SparseGPT (2301.00774).
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._factors: dict[float, Tensor] = {}
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "Hessian":
+        """A Hessian given as it is, `[in, in]`; for tests against other implementations."""
+        made = cls(matrix.shape[0], matrix.device)
+        made._sum, made.num_tokens = matrix.float() / 2, 1
+        return made
+
+    def _add(self, inputs: Tensor) -> None:
+        # The inputs are bf16 values in fp32, so bf16 products summed in fp32 lose nothing but order.
+        exact_in_bf16 = inputs.device.type == "cpu" and bool((inputs.bfloat16().float() == inputs).all())
+        before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+        try:
+            if exact_in_bf16:
+                torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+            self._sum += inputs.T @ inputs
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
+
+    def matrix(self) -> Tensor:
+        """`[in, in]` fp32."""
+        return self._sum * (2 / self.num_tokens)
+
+    def dead(self) -> Tensor:
+        """`[in]` bool: features that were zero on every token, about which nothing is known."""
+        return self._sum.diagonal() == 0
+
+    def inverse_factor(self, damping: float) -> Tensor:
+        """Upper Cholesky factor U of the inverse, UT U = (H + damping * mean(diag H) * I)^-1, `[in, in]`.
+
+        A dead feature's diagonal is set to 1 so that it takes no part. Computed once a damping.
+
+        Raises:
+            Refusal: H is not positive definite even damped, or not finite.
+        """
+        if damping not in self._factors:
+            hessian = self.matrix()
+            hessian.diagonal()[self.dead()] = 1
+            hessian.diagonal().add_(damping * hessian.diagonal().mean())
+            lower, failed = torch.linalg.cholesky_ex(hessian)
+            if failed or not lower.isfinite().all():
+                raise Refusal(
+                    f"the Hessian of {len(hessian)} features over {self.num_tokens} tokens is not positive "
+                    f"definite with damping {damping}; raise damping or calibrate on more tokens."
+                )
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if failed or not upper.isfinite().all():
+                raise Refusal(
+                    f"the inverse Hessian of {len(hessian)} features has no Cholesky factor with damping "
+                    f"{damping}; raise damping or calibrate on more tokens."
+                )
+            self._factors[damping] = upper
+        return self._factors[damping]

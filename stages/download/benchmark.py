@@ -1,0 +1,57 @@
+"""A published benchmark's data in the hub's layout, `<config>/<split>.parquet`, for lm-eval's stock tasks.
+
+The source is a pinned revision on the hub or a local mirror of it. What is written is the same either
+way, and evaluation reads that alone, so it needs no hub.
+"""
+
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from stages.core.errors import Refusal
+from stages.core.schema import Sha256, Strict
+from stages.download.source import InnerPath, Origin, fetched
+
+
+class NltkData(Strict):
+    """A zip of nltk's tokenizer data inside a source (IFEval's checker needs `punkt_tab`)."""
+
+    source: Origin
+    file: InnerPath
+    sha256: Sha256
+
+
+class Benchmark(Strict):
+    """One config of a data set's repository."""
+
+    kind: Literal["benchmark"]
+    source: Origin
+    config: InnerPath
+    """Folder of the config's parquet files, such as `main` or `ARC-Easy`."""
+    sha256: Sha256 | None = None
+    """Of that folder; needed for a mirror, the hub's commit pins it otherwise."""
+    nltk_data: NltkData | None = None
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write `<split>.parquet` for every split, and `nltk_data/` where asked for."""
+        with fetched(self.source, self.config, self.sha256, data=True) as path:
+            files = sorted(path.glob("*.parquet"))
+            if not files:
+                raise Refusal(f"{self.source} has no parquet in {self.config}.")
+            splits: dict[str, list[Path]] = {}
+            for file in files:  # the hub shards a long split as <split>-00000-of-00003.parquet
+                splits.setdefault(re.sub(r"-\d{5}-of-\d{5}$", "", file.stem), []).append(file)
+            for split, shards in splits.items():
+                if len(shards) == 1:
+                    shutil.copyfile(shards[0], folder / f"{split}.parquet")
+                else:
+                    pd.concat([pd.read_parquet(s) for s in shards]).to_parquet(folder / f"{split}.parquet")
+        if self.nltk_data is not None:
+            data = self.nltk_data
+            with fetched(data.source, data.file, data.sha256) as archive, zipfile.ZipFile(archive) as opened:
+                opened.extractall(folder / "nltk_data" / "tokenizers")
+        return {"splits": sorted(splits)}

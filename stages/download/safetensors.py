@@ -1,0 +1,43 @@
+"""A model stored as a transformers checkpoint: safetensors, a config and a tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stages.core.errors import Refusal
+from stages.core.schema import Sha256
+from stages.download.model import Model
+from stages.download.source import InnerPath, fetched
+
+
+class Safetensors(Model):
+    """A folder with `*.safetensors`; `sha256` is needed for `path:`, the hub's commit pins it otherwise."""
+
+    format: Literal["safetensors"]
+    folder: InnerPath = ""
+    sha256: Sha256 | None = None
+
+    def write(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+        """Write config, tokenizer and `dtype` safetensors into `folder`; return what the record keeps.
+
+        Raises:
+            Refusal: the checkpoint has no safetensors, or wants code of its own to be run.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with fetched(self.source, self.folder, self.sha256) as path:
+            if not list(path.glob("*.safetensors")):
+                raise Refusal(f"{self.source} has no safetensors; checkpoints in pickle formats are not read.")
+            config = json.loads((path / "config.json").read_text())
+            if "auto_map" in config:
+                raise Refusal(f"{self.source} wants its own code to be run (auto_map); that is never done.")
+            AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+            model.config._name_or_path = ""
+            model.save_pretrained(folder)
+        quantization = config.get("quantization_config")
+        return {"grid": {"format": quantization.get("quant_method"), **quantization} if quantization else None}

@@ -1,0 +1,48 @@
+"""Evaluate: ask one candidate one suite, through lm-eval, and write its scores and its every answer."""
+
+import json
+from pathlib import Path
+
+from lm_eval.models.huggingface import HFLM
+
+from stages.core import artifact, run, tables
+from stages.core.calibration import DATASETS
+from stages.core.params import Params
+
+RESULTS = Path("data/results")
+
+
+def evaluate(params: Params, name: str) -> None:
+    """Evaluate `<candidate>/<suite>` into data/results/<candidate>/<suite>."""
+    candidate, suite_name = name.rsplit("/", 1)
+    suite = params.suites.by_name()[suite_name]
+    device = params.run.start()
+    record = artifact.load_record(candidate)
+    batch_size = record.get("batch_size", suite.batch_size)
+    lm = HFLM(
+        pretrained=artifact.load_model(candidate, params.run, dequantize=False),
+        tokenizer=artifact.load_tokenizer(candidate),
+        batch_size=batch_size,
+        device=str(device),
+    )
+    scores, samples = suite.evaluate(lm, suite_name, params.run.seed)
+    dataset = json.loads((DATASETS / suite_name / "dataset.json").read_text())
+    numerics = params.run.numerics()
+    shared = {
+        **tables.describe(record),
+        "suite": suite_name,
+        "dataset_source": dataset.get("source", "reasoning-gym"),
+        "batch_size": batch_size,
+        **{key: numerics[key] for key in ("dtype", "device", "threads")},
+    }
+    asked = {"candidate": candidate, "suite": suite_name}
+    with artifact.writing(RESULTS / name) as folder:
+        tables.write_tables(
+            folder,
+            tables.table([{**shared, **row} for row in scores], tables.SCORE_COLUMNS),
+            tables.table([{**asked, **row} for row in samples], tables.SAMPLE_COLUMNS),
+        )
+
+
+if __name__ == "__main__":
+    run.entry("evaluate", evaluate, Params.evaluations)

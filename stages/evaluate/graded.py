@@ -1,0 +1,99 @@
+"""A graded task asked twice: by likelihood among choices, and by generation, on the same items.
+
+Both readouts see the same prompt, the few-shot examples in their fixed order and then the question. The
+floor of the choice readout is one over the number of choices; that of generation is not known and is
+left empty.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pandas as pd
+from pydantic import Field
+
+from stages.core.calibration import DATASETS
+from stages.core.schema import Strict
+from stages.evaluate.lm_tasks import rows, run_tasks
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
+ANSWER_TOKENS = 12
+VERSION = 1
+
+
+class GradedSuite(Strict):
+    """Few-shot questions with a known answer, in both readouts."""
+
+    shots: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[int, Field(ge=1)]
+    chat_template: bool = False
+
+    def evaluate(self, lm: "HFLM", name: str, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Score rows, overall and by difficulty, and one sample row an item and readout."""
+        splits = {split: pd.read_parquet(DATASETS / name / f"{split}.parquet") for split in ("fewshot", "test")}
+        floor = 1 / len(splits["test"]["choices"].iloc[0])
+        tasks = [self._task(name, readout, splits) for readout in ("likelihood", "generation")]
+        result = run_tasks(lm, tasks, limit=None, chat_template=self.chat_template, seed=seed)
+        scores: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
+        for readout, metric in (("likelihood", "acc"), ("generation", "exact_match")):
+            found = rows(
+                result,
+                f"{name}-{readout}",
+                lm=lm,
+                name=name,
+                readout=readout,
+                floor=floor if readout == "likelihood" else None,
+                seed=seed,
+                metrics=(metric,),
+            )
+            scores += found[0]
+            samples += found[1]
+        return scores, samples
+
+    def _task(self, name: str, readout: str, splits: dict[str, pd.DataFrame]) -> dict[str, Any]:
+        """lm-eval's config of one readout."""
+        import datasets
+
+        made = {
+            split: datasets.Dataset.from_list(frame.map(_plain).to_dict("records"))
+            for split, frame in splits.items()
+        }
+        config: dict[str, Any] = {
+            "task": f"{name}-{readout}",
+            "custom_dataset": lambda **_: made,
+            "test_split": "test",
+            "fewshot_split": "fewshot",
+            "fewshot_config": {"sampler": "first_n"},
+            "num_fewshot": self.shots,
+            "doc_to_text": "{{question}}",
+            "target_delimiter": " ",
+            "fewshot_delimiter": "\n",
+            "metadata": {"version": VERSION},
+        }
+        if readout == "likelihood":
+            return config | {
+                "output_type": "multiple_choice",
+                "doc_to_choice": "{{choices}}",
+                "doc_to_target": "{{gold}}",
+                "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            }
+        return config | {
+            "output_type": "generate_until",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER_TOKENS},
+            "filter_list": [
+                {
+                    "name": "first-number",
+                    "filter": [
+                        {"function": "regex", "regex_pattern": r"(-?\d+)"},
+                        {"function": "take_first"},
+                    ],
+                }
+            ],
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        }
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -1,0 +1,21 @@
+"""Finetune: train a model to recover what compression cost it; every zero of the source stays zero."""
+
+from stages.core import artifact, run
+from stages.core.blocks import linears
+from stages.core.calibration import calibration_windows
+from stages.core.params import Params
+
+
+def finetune(params: Params, name: str) -> None:
+    """Fine-tune the source of recipe `name` into data/models/finetune/<name>."""
+    recipe = params.finetune[name]
+    params.run.start()
+    windows = calibration_windows(artifact.load_tokenizer(recipe.source), recipe.train)
+    model = artifact.load_model(recipe.source, params.run, dequantize=True)
+    masks = artifact.zero_masks(linears(model))
+    tuned = recipe.tune(model, windows, params.run)
+    artifact.save(f"finetune/{name}", tuned, recipe.model_dump(mode="json"), params.run, keep=masks)
+
+
+if __name__ == "__main__":
+    run.entry("finetune", finetune, lambda params: list(params.finetune))

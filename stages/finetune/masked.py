@@ -1,0 +1,41 @@
+"""The layer and the data that training under a mask needs; apart, as they import the trainers."""
+
+from typing import Any
+
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+
+class MaskedLinear(LoraLinear):  # type: ignore[misc]
+    """A LoRA layer whose update is confined to the nonzero positions of its base weight."""
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The masked update, shaped as the base weight is stored; also what the merge adds."""
+        delta = self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
+        delta = delta.T if self.fan_in_fan_out else delta
+        weight = self.get_base_layer().weight
+        return (delta * (weight != 0)).to(weight.dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (W + M * BA)T + bias."""
+        base = self.get_base_layer()
+        weight = base.weight
+        if not (self.merged or self.disable_adapters):
+            for adapter in self.active_adapters:
+                weight = weight + self.get_delta_weight(adapter)
+        return F.linear(x, weight.T if self.fan_in_fan_out else weight, base.bias)
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Each window is its own target; nothing is padded."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}

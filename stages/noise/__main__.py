@@ -1,0 +1,31 @@
+"""Noise: a model as a candidate a second time, to be read at another batch size.
+
+The weights are those of the source, byte for byte; only the batch size of its evaluation differs. In
+bf16 that alone changes some answers, so the distance between this candidate and its source is the floor
+below which a difference between two models means nothing.
+"""
+
+import shutil
+
+
+from stages.core import artifact, run
+from stages.core.params import Params
+from stages.core.run import write_json
+
+
+def noise(params: Params, name: str) -> None:
+    """Copy the source of variant `name` into data/models/noise/<name>, marked with its batch size."""
+    variant = params.noise[name]
+    with artifact.writing(artifact.MODELS / "noise" / name) as folder:
+        shutil.copytree(artifact.MODELS / variant.source, folder, dirs_exist_ok=True)
+        record = artifact.load_record(variant.source)
+        record |= {
+            "artifact": f"noise/{name}",
+            "lineage": [*record["lineage"], f"noise/{name}"],
+            "batch_size": variant.batch_size,
+        }
+        write_json(folder / artifact.RECORD, record)
+
+
+if __name__ == "__main__":
+    run.entry("noise", noise, lambda params: list(params.noise))

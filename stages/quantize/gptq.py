@@ -1,0 +1,65 @@
+"""GPTQ (2210.17323): round one column at a time and let the columns still to come make up for it.
+
+With H = (2/n) sum x xT and U the upper Cholesky factor of its inverse, column j is rounded to q_j and
+the error (w_j - q_j) / U[j, j] times U[j, j+1:] is taken off the columns after it: at once inside a block
+of columns, for the rest when the block is done. With H = I this is round to nearest.
+
+Zeros of the source stay zero: a position that is zero when the method starts is rounded to code 0
+whatever has been added to it since, and what that costs is passed on like any other rounding error
+(the joint form of SparseGPT, 2301.00774). Scales are set when a group is reached, from the updated
+weights. A feature no token ever moved (a dead column) is rounded as it is and passes nothing on.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stages.core.calibration import Calibration
+from stages.core.grid import Codes, round_to_codes, scale_of
+from stages.core.statistics import Hessian
+from stages.quantize.options import Quantizer
+
+COLUMNS = 128
+"""Columns in a block of eager updates; made a multiple of the group size so that no group straddles two."""
+
+
+class GPTQ(Quantizer):
+    """Round columns in order, compensating on later columns through the inverse Hessian."""
+
+    method: Literal["gptq"]
+    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the Hessian's mean diagonal added to it."""
+    calibration: Calibration
+
+    statistic: ClassVar[type[Hessian]] = Hessian
+
+    def weights(self, weight: Tensor, statistic: Hessian) -> Codes:
+        """Codes of `weight` `[out, in]`, scales in its dtype.
+
+        Raises:
+            Refusal: the damped Hessian is not positive definite.
+        """
+        factor = statistic.inverse_factor(self.damping)
+        work, keep = weight.float().clone(), weight != 0
+        rows, columns = work.shape
+        size = self.group_size or columns
+        block = size * max(1, COLUMNS // size) if self.group_size else COLUMNS
+        codes = torch.zeros(rows, columns, dtype=torch.int8, device=weight.device)
+        scales: list[Tensor] = []
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
+            errors = torch.zeros(rows, stop - start, device=weight.device)
+            for j in range(start, stop):
+                if j % size == 0:
+                    group = slice(j, j + size)
+                    scales.append(scale_of(work[:, group] * keep[:, group], self.bits, weight.dtype))
+                code = round_to_codes(work[:, j : j + 1], scales[-1], self.bits) * keep[:, j : j + 1]
+                codes[:, j] = code[:, 0].to(torch.int8)
+                value = (code * scales[-1]).to(weight.dtype).float()
+                error = (work[:, j : j + 1] - value) / factor[j, j]
+                work[:, j:stop] -= error * factor[j, j:stop]
+                errors[:, j - start] = error[:, 0]
+            work[:, stop:] -= errors @ factor[start:stop, stop:]
+        return Codes(codes, torch.cat(scales, 1).to(weight.dtype), self.bits, self.group_size)
