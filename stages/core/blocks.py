@@ -203,8 +203,11 @@ def walk(
 
             return hook
 
+        def advance(*_: object) -> None:  # a hook's return value would replace the block's output
+            bar.update()
+
         handles = [linear.module.register_forward_pre_hook(before(linear)) for linear in found]
-        handles += [block.register_forward_hook(lambda *_: bar.update()) for _, block in blocks(model)]
+        handles += [block.register_forward_hook(advance) for _, block in blocks(model)]
         try:
             _forward(model, windows)
         finally:

@@ -8,7 +8,6 @@ bytes. A refusal is told in its own words with exit code 2 and no traceback.
 
 import argparse
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field
 
+from stages.core.atomic import write_json
 from stages.core.errors import Refusal
 from stages.core.schema import Strict
 
@@ -166,14 +166,6 @@ def recorded(stage: str, name: str) -> "Iterator[None]":
                 "versions": {package: importlib.metadata.version(package) for package in RECORDED},
             },
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all, keys in the order given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
 
 
 def _commit() -> str | None:

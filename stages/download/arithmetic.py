@@ -15,6 +15,7 @@ from pydantic import Field
 
 from stages.core.errors import Refusal
 from stages.core.schema import Slug, Strict
+from stages.download.dataset import Dataset
 
 TRIES = 40_000
 
@@ -30,7 +31,7 @@ class Level(Strict):
     """Whether some column of digits carries over (or borrows)."""
 
 
-class Arithmetic(Strict):
+class Arithmetic(Dataset):
     """Sums and differences by level, easiest first."""
 
     kind: Literal["arithmetic"]

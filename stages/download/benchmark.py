@@ -14,6 +14,7 @@ import pandas as pd
 
 from stages.core.errors import Refusal
 from stages.core.schema import Sha256, Strict
+from stages.download.dataset import Dataset
 from stages.download.source import InnerPath, Origin, fetched
 
 
@@ -25,7 +26,7 @@ class NltkData(Strict):
     sha256: Sha256
 
 
-class Benchmark(Strict):
+class Benchmark(Dataset):
     """One config of a data set's repository."""
 
     kind: Literal["benchmark"]

@@ -15,13 +15,14 @@ import pandas as pd
 from pydantic import Field
 
 from stages.core.errors import Refusal
-from stages.core.schema import Sha256, Strict
+from stages.core.schema import Sha256
+from stages.download.dataset import Dataset
 from stages.download.source import InnerPath, Origin, fetched
 
 RUN = 13
 
 
-class Text(Strict):
+class Text(Dataset):
     """A text file inside a source."""
 
     kind: Literal["text"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from lm_eval.models.huggingface import HFLM
 
 from stages.core import artifact, run, tables
+from stages.core.atomic import writing
 from stages.core.calibration import DATASETS
 from stages.core.params import Params
 
@@ -36,7 +37,7 @@ def evaluate(params: Params, name: str) -> None:
         **{key: numerics[key] for key in ("dtype", "device", "threads")},
     }
     asked = {"candidate": candidate, "suite": suite_name}
-    with artifact.writing(RESULTS / name) as folder:
+    with writing(RESULTS / name) as folder:
         tables.write_tables(
             folder,
             tables.table([{**shared, **row} for row in scores], tables.SCORE_COLUMNS),

@@ -1,6 +1,6 @@
 """Finetune: train a model to recover what compression cost it; every zero of the source stays zero."""
 
-from stages.core import artifact, run
+from stages.core import artifact, checkpoint, run
 from stages.core.blocks import linears
 from stages.core.calibration import calibration_windows
 from stages.core.params import Params
@@ -12,9 +12,9 @@ def finetune(params: Params, name: str) -> None:
     params.run.start()
     windows = calibration_windows(artifact.load_tokenizer(recipe.source), recipe.train)
     model = artifact.load_model(recipe.source, params.run, dequantize=True)
-    masks = artifact.zero_masks(linears(model))
+    masks = checkpoint.zero_masks(linears(model))
     tuned = recipe.tune(model, windows, params.run)
-    artifact.save(f"finetune/{name}", tuned, recipe.model_dump(mode="json"), params.run, keep=masks)
+    checkpoint.save(f"finetune/{name}", tuned, recipe.model_dump(mode="json"), params.run, keep=masks)
 
 
 if __name__ == "__main__":

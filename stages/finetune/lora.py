@@ -48,7 +48,7 @@ class LoRA(Recipe):
         from transformers import Trainer, TrainingArguments
         from transformers.pytorch_utils import Conv1D
 
-        from stages.core.artifact import SCRATCH
+        from stages.core.atomic import SCRATCH
         from stages.core.blocks import linears
         from stages.finetune.masked import MaskedLinear, Windows
 

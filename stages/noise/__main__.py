@@ -9,14 +9,14 @@ import shutil
 
 
 from stages.core import artifact, run
+from stages.core.atomic import write_json, writing
 from stages.core.params import Params
-from stages.core.run import write_json
 
 
 def noise(params: Params, name: str) -> None:
     """Copy the source of variant `name` into data/models/noise/<name>, marked with its batch size."""
     variant = params.noise[name]
-    with artifact.writing(artifact.MODELS / "noise" / name) as folder:
+    with writing(artifact.MODELS / "noise" / name) as folder:
         shutil.copytree(artifact.MODELS / variant.source, folder, dirs_exist_ok=True)
         record = artifact.load_record(variant.source)
         record |= {

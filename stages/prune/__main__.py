@@ -1,6 +1,6 @@
 """Prune: zero some of a model's weights by the recipe's method, and write the sparse model."""
 
-from stages.core import artifact, run
+from stages.core import artifact, checkpoint, run
 from stages.core.blocks import walk
 from stages.core.calibration import calibration_windows
 from stages.core.params import Params
@@ -22,7 +22,7 @@ def prune(params: Params, name: str) -> None:
         ignore=recipe.ignore,
         label=f"prune {name}",
     )
-    artifact.save(f"prune/{name}", model, recipe.model_dump(mode="json"), params.run)
+    checkpoint.save(f"prune/{name}", model, recipe.model_dump(mode="json"), params.run)
 
 
 if __name__ == "__main__":

@@ -13,5 +13,9 @@ def zero_smallest(weight: Tensor, scores: Tensor, sparsity: float) -> Tensor:
     """
     # The tiny term keeps 10 * 0.3 = 2.9999... from losing an entry.
     count = floor(weight.shape[1] * sparsity + 1e-9)
-    lowest = scores.argsort(dim=1, stable=True)[:, :count]
-    return weight.scatter(1, lowest, 0)
+    if not count:
+        return weight.clone()
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    below, ties = scores < threshold, scores == threshold
+    spare = count - below.sum(1, keepdim=True)
+    return weight.masked_fill(below | (ties & (ties.cumsum(1) <= spare)), 0)

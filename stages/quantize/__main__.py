@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from stages.core import artifact, run
+from stages.core import artifact, checkpoint, run
 from stages.core.blocks import linears, walk
 from stages.core.calibration import calibration_windows
 from stages.core.errors import Refusal
@@ -24,7 +24,7 @@ def quantize(params: Params, name: str) -> None:
             f"group_size {recipe.group_size} does not divide the input of {len(uneven)} linears: "
             f"{', '.join(uneven[:8])}; take a divisor of every input width, or null for one scale a row."
         )
-    masks = artifact.zero_masks(found)
+    masks = checkpoint.zero_masks(found)
     codes: dict[str, Codes] = {}
 
     def compress(linear: str, weight: Tensor, statistic: Statistic | None) -> Tensor:
@@ -42,7 +42,7 @@ def quantize(params: Params, name: str) -> None:
         ignore=recipe.ignore,
         label=f"quantize {name}",
     )
-    artifact.save(
+    checkpoint.save(
         f"quantize/{name}",
         model,
         recipe.model_dump(mode="json"),

@@ -8,9 +8,9 @@ recipe is calibrated on: DVC's templates cannot leave a dependency out, so there
 from pathlib import Path
 
 from stages.core import run
+from stages.core.atomic import write_json
 from stages.core.calibration import DATASETS
 from stages.core.params import Params
-from stages.core.run import write_json
 
 VALIDATED = Path("data/validated.json")
 
