@@ -88,7 +88,8 @@ class Run(Strict):
         device = self.resolved_device()
         torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
-        torch.use_deterministic_algorithms(True)
+        # The same switch as use_deterministic_algorithms, which also imports the compiler: a second a stage.
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False

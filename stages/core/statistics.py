@@ -23,7 +23,7 @@ class Statistic:
     def add(self, inputs: Tensor) -> None:
         """Take in `inputs`, `[tokens, in_features]`, any float dtype."""
         for chunk in inputs.split(CHUNK):
-            self._add(chunk.float())
+            self._add(chunk)
         self.num_tokens += inputs.shape[0]
 
     def _add(self, inputs: Tensor) -> None:
@@ -38,7 +38,7 @@ class ColumnNorm(Statistic):
         self._squares = torch.zeros(in_features, device=device)
 
     def _add(self, inputs: Tensor) -> None:
-        self._squares += inputs.square().sum(0)
+        self._squares += inputs.float().square().sum(0)
 
     def norm(self) -> Tensor:
         """`[in_features]` fp32: sqrt(mean over tokens of x_j squared)."""
@@ -64,13 +64,13 @@ class Hessian(Statistic):
         return made
 
     def _add(self, inputs: Tensor) -> None:
-        # The inputs are bf16 values in fp32, so bf16 products summed in fp32 lose nothing but order.
-        exact_in_bf16 = inputs.device.type == "cpu" and bool((inputs.bfloat16().float() == inputs).all())
+        wide = inputs.float()
         before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
         try:
-            if exact_in_bf16:
+            # Products of bf16 inputs summed in fp32: nothing is lost but the order, and it is twice as fast.
+            if inputs.dtype == torch.bfloat16:
                 torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
-            self._sum += inputs.T @ inputs
+            self._sum += wide.T @ wide
         finally:
             torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
 

@@ -42,24 +42,25 @@ class GPTQ(Quantizer):
             Refusal: the damped Hessian is not positive definite.
         """
         factor = statistic.inverse_factor(self.damping)
-        work, keep = weight.float().clone(), weight != 0
-        rows, columns = work.shape
+        # Transposed, so that a column of the weight is one run of memory: [in, out].
+        work, keep = weight.float().T.contiguous(), (weight != 0).T.contiguous()
+        columns, rows = work.shape
         size = self.group_size or columns
         block = size * max(1, COLUMNS // size) if self.group_size else COLUMNS
-        codes = torch.zeros(rows, columns, dtype=torch.int8, device=weight.device)
+        codes = torch.zeros(columns, rows, dtype=torch.int8, device=weight.device)
         scales: list[Tensor] = []
         for start in range(0, columns, block):
             stop = min(start + block, columns)
-            errors = torch.zeros(rows, stop - start, device=weight.device)
+            errors = torch.zeros(stop - start, rows, device=weight.device)
             for j in range(start, stop):
                 if j % size == 0:
                     group = slice(j, j + size)
-                    scales.append(scale_of(work[:, group] * keep[:, group], self.bits, weight.dtype))
-                code = round_to_codes(work[:, j : j + 1], scales[-1], self.bits) * keep[:, j : j + 1]
-                codes[:, j] = code[:, 0].to(torch.int8)
+                    scales.append(scale_of((work[group] * keep[group]).T, self.bits, weight.dtype)[:, 0])
+                code = round_to_codes(work[j], scales[-1], self.bits) * keep[j]
+                codes[j] = code.to(torch.int8)
                 value = (code * scales[-1]).to(weight.dtype).float()
-                error = (work[:, j : j + 1] - value) / factor[j, j]
-                work[:, j:stop] -= error * factor[j, j:stop]
-                errors[:, j - start] = error[:, 0]
-            work[:, stop:] -= errors @ factor[start:stop, stop:]
-        return Codes(codes, torch.cat(scales, 1).to(weight.dtype), self.bits, self.group_size)
+                errors[j - start] = error = (work[j] - value) / factor[j, j]
+                work[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+            work[stop:] -= factor[start:stop, stop:].T @ errors
+        scale = torch.stack(scales, 1).to(weight.dtype)
+        return Codes(codes.T.contiguous(), scale, self.bits, self.group_size)
