@@ -45,7 +45,7 @@ class Linear:
     @property
     def weight(self) -> Tensor:
         """The weight as `[out, in]`, sharing storage with the module."""
-        weight: Tensor = self.module.weight.data  # type: ignore[union-attr, assignment]
+        weight: Tensor = self.module.weight.data  # type: ignore[assignment]
         return weight.T if self.transposed else weight
 
 
@@ -68,7 +68,9 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     if not lists:
-        raise Refusal(f"{type(model).__name__} has no list of {depth} blocks; only plain decoders are served.")
+        raise Refusal(
+            f"{type(model).__name__} has no list of {depth} blocks; only plain decoders are served."
+        )
     _, name, found = max(lists, key=lambda entry: entry[0])
     return [(f"{name}.{i}", block) for i, block in enumerate(found)]
 
@@ -108,7 +110,9 @@ def linears(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Linear]:
         )
     if unknown := sorted(set(ignore) - named):
         have = sorted({linear.name.removeprefix(f"{linear.block}.") for linear in found})
-        raise Refusal(f"ignore names no matrix of a block: {', '.join(unknown)}; there are {', '.join(have)}.")
+        raise Refusal(
+            f"ignore names no matrix of a block: {', '.join(unknown)}; there are {', '.join(have)}."
+        )
     return found
 
 

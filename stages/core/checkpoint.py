@@ -40,7 +40,9 @@ def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> "PreTra
         base: what is known of where it came from: name, source, hashes, `grid`.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    _finish(folder, model, {}, {"artifact": artifact, "lineage": [artifact], "recipes": {}, "base": dict(base)})
+    _finish(
+        folder, model, {}, {"artifact": artifact, "lineage": [artifact], "recipes": {}, "base": dict(base)}
+    )
     return model
 
 

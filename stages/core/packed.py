@@ -88,7 +88,9 @@ def write_packed(model: "PreTrainedModel", codes: Mapping[str, Codes], folder: P
 
 def read_codes(handle: Any, name: str, folder: Path) -> Tensor:
     """The int8 codes `[out, in]` of linear `name` in an open safetensors file of `folder`."""
-    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"][
+        "group_0"
+    ]
     shape = torch.Size(handle.get_tensor(f"{name}.weight_shape").tolist())
     codes: Tensor = unpack_from_int32(
         handle.get_tensor(f"{name}.weight_packed"), group["weights"]["num_bits"], shape

@@ -87,11 +87,17 @@ class Params(Strict):
             "finetune": self.finetune,
             "noise": self.noise,
         }
-        return {f"{stage}/{name}": recipe for stage, found in stages.items() for name, recipe in found.items()}
+        return {
+            f"{stage}/{name}": recipe for stage, found in stages.items() for name, recipe in found.items()
+        }
 
     def evaluations(self) -> list[str]:
         """Every `<candidate>/<suite>` there is a result of."""
-        return [f"{candidate}/{suite}" for candidate in self.evaluate.candidates for suite in self.suites.by_name()]
+        return [
+            f"{candidate}/{suite}"
+            for candidate in self.evaluate.candidates
+            for suite in self.suites.by_name()
+        ]
 
     def base_of(self, artifact: str) -> str | None:
         """The model an artifact descends from; None where a source is missing or its lineage is a cycle."""
@@ -117,7 +123,9 @@ def load(path: Path = PARAMS) -> Params:
     except yaml.YAMLError as error:
         raise Refusal(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise Refusal(f"{path} must hold sections ({', '.join(Params.model_fields)}), it holds {type(raw).__name__}.")
+        raise Refusal(
+            f"{path} must hold sections ({', '.join(Params.model_fields)}), it holds {type(raw).__name__}."
+        )
     return validate(raw, str(path))
 
 
@@ -207,7 +215,9 @@ def params_problems(params: Params) -> Iterator[str]:
         for suite in getattr(params.suites, kind):
             names.append(suite)
             if not isinstance(params.datasets.get(suite), dataset_class):
-                fitting = [name for name, dataset in params.datasets.items() if isinstance(dataset, dataset_class)]
+                fitting = [
+                    name for name, dataset in params.datasets.items() if isinstance(dataset, dataset_class)
+                ]
                 yield (
                     f"suites.{kind}.{suite}: a suite scores the data set of its own name, and datasets has no "
                     f"{suite!r} of kind {_tag(dataset_class)}; {_allowed(fitting)}."
@@ -294,7 +304,9 @@ def _sentence(details: Any, raw: Any) -> str:
     if kind == "union_tag_invalid":
         tag = details["ctx"]["tag"]
         known = details["ctx"]["expected_tags"].replace("'", "").split(", ")
-        return f"{at}.{details['ctx']['discriminator'].strip(chr(39))}: {tag!r} given; {_allowed(known, tag)}."
+        return (
+            f"{at}.{details['ctx']['discriminator'].strip(chr(39))}: {tag!r} given; {_allowed(known, tag)}."
+        )
     if kind == "union_tag_not_found":
         field = details["ctx"]["discriminator"].strip("'")
         return f"{at}: needs the field {field}; {_allowed(_tags(words[0], field))}."
@@ -328,7 +340,9 @@ def _fields_beside(loc: tuple[Any, ...]) -> list[str]:
             if field is None:
                 continue
             found = [a for a in (field.annotation, *get_args(field.annotation)) if hasattr(a, "model_fields")]
-            found += [b for a in get_args(field.annotation) for b in get_args(a) if hasattr(b, "model_fields")]
+            found += [
+                b for a in get_args(field.annotation) for b in get_args(a) if hasattr(b, "model_fields")
+            ]
             inner = found[0] if found else inner
         return list(inner.model_fields)
     return []

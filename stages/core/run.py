@@ -90,7 +90,7 @@ class Run(Strict):
         torch.manual_seed(self.seed)
         # The same switch as use_deterministic_algorithms, which also imports the compiler: a second a stage.
         torch.set_deterministic_debug_mode("error")
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False

@@ -85,7 +85,9 @@ def items(level: Level, count: int, seed: int) -> list[dict[str, Any]]:
             found[expression] = item(level.name, expression, int(entry["answer"]))
             if len(found) == count:
                 return list(found.values())
-    raise Refusal(f"level {level.name} has {len(found)} distinct items, {count} were asked for; ask for fewer.")
+    raise Refusal(
+        f"level {level.name} has {len(found)} distinct items, {count} were asked for; ask for fewer."
+    )
 
 
 def carries(terms: list[int], operator: str) -> bool:

@@ -29,7 +29,9 @@ class Safetensors(Model):
 
         with fetched(self.source, self.folder, self.sha256) as path:
             if not list(path.glob("*.safetensors")):
-                raise Refusal(f"{self.source} has no safetensors; checkpoints in pickle formats are not read.")
+                raise Refusal(
+                    f"{self.source} has no safetensors; checkpoints in pickle formats are not read."
+                )
             config = json.loads((path / "config.json").read_text())
             if "auto_map" in config:
                 raise Refusal(f"{self.source} wants its own code to be run (auto_map); that is never done.")
@@ -40,4 +42,6 @@ class Safetensors(Model):
             model.config._name_or_path = ""
             model.save_pretrained(folder)
         quantization = config.get("quantization_config")
-        return {"grid": {"format": quantization.get("quant_method"), **quantization} if quantization else None}
+        return {
+            "grid": {"format": quantization.get("quant_method"), **quantization} if quantization else None
+        }

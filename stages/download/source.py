@@ -52,7 +52,9 @@ InnerPath = Annotated[str, AfterValidator(_inside)]
 def sha256(path: Path) -> str:
     """Hash of a file, or of a folder: that of its sorted lines `<sha256>  <relative path>`."""
     if path.is_dir():
-        lines = sorted(f"{p.relative_to(path).as_posix()}\0{sha256(p)}" for p in path.rglob("*") if p.is_file())
+        lines = sorted(
+            f"{p.relative_to(path).as_posix()}\0{sha256(p)}" for p in path.rglob("*") if p.is_file()
+        )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -30,7 +30,9 @@ class GradedSuite(Strict):
 
     def evaluate(self, lm: "HFLM", name: str, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Score rows, overall and by difficulty, and one sample row an item and readout."""
-        splits = {split: pd.read_parquet(DATASETS / name / f"{split}.parquet") for split in ("fewshot", "test")}
+        splits = {
+            split: pd.read_parquet(DATASETS / name / f"{split}.parquet") for split in ("fewshot", "test")
+        }
         floor = 1 / len(splits["test"]["choices"].iloc[0])
         tasks = [self._task(name, readout, splits) for readout in ("likelihood", "generation")]
         result = run_tasks(lm, tasks, limit=None, chat_template=self.chat_template, seed=seed)

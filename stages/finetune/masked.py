@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 
-class MaskedLinear(LoraLinear):  # type: ignore[misc]
+class MaskedLinear(LoraLinear):
     """A LoRA layer whose update is confined to the nonzero positions of its base weight."""
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -4,24 +4,22 @@ The scope decides the result. `matrix` compares weights within one linear (the b
 SparseGPT papers), `row` within one output row.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from stages.core.schema import NoData, Recipe, Sparsity
+from stages.core.method import WeightMethod
+from stages.core.schema import NoData, Sparsity
 from stages.prune.exact import zero_smallest
 
 
-class Magnitude(Recipe):
+class Magnitude(WeightMethod):
     """Zero the share `sparsity` of weights with the smallest |w|."""
 
     method: Literal["magnitude"]
     sparsity: Sparsity
     scope: Literal["matrix", "row"]
     calibration: NoData
-    ignore: tuple[str, ...] = ()
-
-    statistic: ClassVar[None] = None
 
     def weights(self, weight: Tensor, statistic: None) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype; the survivors are untouched."""

@@ -5,25 +5,25 @@ lowest-scoring share is zeroed. No weight is updated, so it costs one forward pa
 norm it is row-wise magnitude.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from stages.core.calibration import Calibration
-from stages.core.schema import Recipe, Sparsity
+from stages.core.method import WeightMethod
+from stages.core.schema import Sparsity
 from stages.core.statistics import ColumnNorm
 from stages.prune.exact import zero_smallest
 
 
-class Wanda(Recipe):
+class Wanda(WeightMethod):
     """Zero the share `sparsity` of each output row with the smallest |w| * norm of its input."""
 
     method: Literal["wanda"]
     sparsity: Sparsity
     calibration: Calibration
-    ignore: tuple[str, ...] = ()
 
-    statistic: ClassVar[type[ColumnNorm]] = ColumnNorm
+    statistic = ColumnNorm
 
     def weights(self, weight: Tensor, statistic: ColumnNorm) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors are untouched."""

@@ -3,17 +3,17 @@
 from torch import Tensor
 
 from stages.core import artifact, checkpoint, run
-from stages.core.blocks import linears, walk
-from stages.core.calibration import calibration_windows
+from stages.core.blocks import linears
 from stages.core.errors import Refusal
 from stages.core.grid import Codes
 from stages.core.params import Params
 from stages.core.statistics import Statistic
+from stages.quantize.options import Quantizer
 
 
 def quantize(params: Params, name: str) -> None:
-    """Quantize the source of recipe `name` into data/models/quantize/<name>."""
-    recipe = params.quantize[name]
+    """Quantize the source of recipe `name` into data/models/quantize/<name>; its zeros stay zero."""
+    recipe: Quantizer = params.quantize[name]
     params.run.start()
     model = artifact.load_model(recipe.source, params.run, dequantize=True)
     found = linears(model, recipe.ignore)
@@ -27,21 +27,11 @@ def quantize(params: Params, name: str) -> None:
     masks = checkpoint.zero_masks(found)
     codes: dict[str, Codes] = {}
 
-    def compress(linear: str, weight: Tensor, statistic: Statistic | None) -> Tensor:
+    def replace(linear: str, weight: Tensor, statistic: Statistic | None) -> Tensor:
         codes[linear] = recipe.weights(weight, statistic)
         return codes[linear].dequantize()
 
-    data_free = recipe.calibration.dataset == "none"
-    count = walk(
-        model,
-        compress,
-        windows=None
-        if data_free
-        else calibration_windows(artifact.load_tokenizer(recipe.source), recipe.calibration),
-        statistic=recipe.statistic,
-        ignore=recipe.ignore,
-        label=f"quantize {name}",
-    )
+    count = recipe.compress(model, replace, f"quantize {name}")
     checkpoint.save(
         f"quantize/{name}",
         model,

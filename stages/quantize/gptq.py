@@ -10,7 +10,7 @@ whatever has been added to it since, and what that costs is passed on like any o
 weights. A feature no token ever moved (a dead column) is rounded as it is and passes nothing on.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -33,7 +33,7 @@ class GPTQ(Quantizer):
     """Share of the Hessian's mean diagonal added to it."""
     calibration: Calibration
 
-    statistic: ClassVar[type[Hessian]] = Hessian
+    statistic = Hessian
 
     def weights(self, weight: Tensor, statistic: Hessian) -> Codes:
         """Codes of `weight` `[out, in]`, scales in its dtype.

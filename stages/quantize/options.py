@@ -4,13 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.core.schema import Recipe
+from stages.core.method import WeightMethod
 
 
-class Quantizer(Recipe):
+class Quantizer(WeightMethod):
     """A symmetric integer grid of `bits` bits with one scale for every `group_size` columns."""
 
     bits: Annotated[int, Field(ge=2, le=8)]
     group_size: Annotated[int, Field(ge=8)] | None
     """Input columns that share a scale; it must divide every linear's input width. null: one a row."""
-    ignore: tuple[str, ...] = ()

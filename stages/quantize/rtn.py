@@ -1,6 +1,6 @@
 """Round to nearest: each weight goes to the closest point of its group's grid. Needs no data."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ class RTN(Quantizer):
 
     method: Literal["rtn"]
     calibration: NoData
-
-    statistic: ClassVar[None] = None
 
     def weights(self, weight: Tensor, statistic: None) -> Codes:
         """Codes of `weight` `[out, in]`, scales in its dtype. Zeros stay zero, as code 0 is exactly 0."""

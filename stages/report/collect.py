@@ -1,0 +1,66 @@
+"""Reading the results that params name into two tables, in the order params name them.
+
+`data/results/<candidate>/<suite>` holds one evaluation (see `stages.core.tables`). A missing one is a
+mistake of whoever runs the stage by hand, as DVC runs evaluations first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from stages.core.errors import Refusal
+from stages.core.tables import SAMPLES, SCORES
+
+RESULTS = Path("data/results")
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows of a comparison: `scores`, one a score; `samples`, one an item; both tidy."""
+
+    scores: pd.DataFrame
+    samples: pd.DataFrame
+
+    @property
+    def candidates(self) -> list[str]:
+        """Candidates in the order of params."""
+        return list(dict.fromkeys(self.scores["candidate"]))
+
+    @property
+    def suites(self) -> list[str]:
+        """Suites in the order of params."""
+        return list(dict.fromkeys(self.scores["suite"]))
+
+
+def collect(
+    evaluations: Sequence[str], candidates: Sequence[str], suites: Sequence[str], root: Path = RESULTS
+) -> Results:
+    """Read the tables of exactly `evaluations`, each `<candidate>/<suite>`.
+
+    Args:
+        candidates: their order in the tables.
+        suites: the order of suites within a candidate.
+
+    Raises:
+        Refusal: there are no evaluations, or some have no results; every missing one is listed.
+    """
+    if not evaluations:
+        raise Refusal("params.yaml names no suite, so there is nothing to report; add one under suites.")
+    missing = [
+        name for name in evaluations if not all((root / name / file).exists() for file in (SCORES, SAMPLES))
+    ]
+    if missing:
+        listed = "\n".join(f"  - {name}" for name in missing)
+        raise Refusal(
+            f"{len(missing)} of {len(evaluations)} results that params.yaml names are missing from {root}; "
+            f"`dvc repro` makes them:\n{listed}"
+        )
+    order = {name: place for place, name in enumerate(f"{c}/{s}" for c in candidates for s in suites)}
+    ordered = sorted(evaluations, key=order.__getitem__)
+    scores, samples = (
+        pd.concat([pd.read_parquet(root / name / file) for name in ordered], ignore_index=True)
+        for file in (SCORES, SAMPLES)
+    )
+    return Results(scores, samples)

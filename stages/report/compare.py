@@ -1,0 +1,156 @@
+"""Every score beside its dense base's, and whether the difference means anything.
+
+A difference is told as more than noise only if it passes two tests. It must exceed the noise floor: how
+far the score of the same weights moved when only the batch size changed (the `noise` candidates). And it
+must be more than luck over these items: see `stages.report.paired`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stages.report import paired
+from stages.report.collect import Results
+
+KEY = ["suite", "task", "readout", "metric", "difficulty"]
+"""What makes two scores the same measure."""
+HEADLINES = ("perplexity", "acc", "exact_match", "prompt_level_strict_acc")
+"""Metrics that stand for their suite, the first one found; a graded suite has one a readout."""
+PER_ITEM = {"perplexity": "nats_per_token"}
+"""The metric of a sample row that a score's metric is computed from, where the two differ."""
+
+Measure = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`rows`: every score row with the columns `Row` adds; `noise`: the same of noise against its source."""
+
+    rows: pd.DataFrame
+    noise: pd.DataFrame
+
+    @property
+    def competitors(self) -> pd.DataFrame:
+        """Rows of candidates that compete, that is all but the noise candidates."""
+        return self.rows[~is_noise(self.rows)]
+
+    def headlines(self) -> list[Measure]:
+        """The measures (`suite`, `readout`, `metric`) that stand for each suite, in order."""
+        whole = self.rows[self.rows["difficulty"] == "all"]
+        found: list[Measure] = []
+        for (suite, _), rows in whole.groupby(["suite", "readout"], sort=False):
+            metrics = list(dict.fromkeys(rows["metric"]))
+            plain = [metric.split(" (")[0] for metric in metrics]
+            chosen = next((metrics[plain.index(name)] for name in HEADLINES if name in plain), metrics[0])
+            found.append((str(suite), str(rows["readout"].iloc[0]), chosen))
+        return sorted(found, key=lambda measure: list(dict.fromkeys(whole["suite"])).index(measure[0]))
+
+
+def is_noise(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows are of a candidate that is another one at another batch size."""
+    return rows["candidate"].str.startswith("noise/")
+
+
+def compare(results: Results) -> Comparison:
+    """Compare every candidate with the dense base it descends from, and noise with its source.
+
+    Added columns: `reference` (the candidate compared with), `reference_value`, `delta`, `delta_stderr`
+    (paired, in the score's unit), `pairs` (items both answered), `lost`, `won` (items whose score fell,
+    rose), `answers_changed`, `low`, `high` (95 % interval of the mean difference an item), `p`, `floor_noise`
+    (largest |delta| of the noise candidates of this base and measure) and `verdict`. Missing where there
+    is nothing to compare with.
+    """
+    lookup = _Items(results)
+    scores = results.scores
+    lineages = {c: line.split(" > ") for c, line in zip(scores["candidate"], scores["lineage"], strict=True)}
+    noisy = scores[is_noise(scores)]
+    noise = _against(noisy, {c: lineages[c][-2] for c in noisy["candidate"]}, lookup)
+    rows = _against(scores, {c: lineages[c][0] for c in scores["candidate"]}, lookup)
+    floors = noise.assign(size=noise["delta"].abs()).groupby(["base", *KEY])["size"].max()
+    keys = pd.MultiIndex.from_frame(rows[["base", *KEY]])
+    rows["floor_noise"] = floors.reindex(keys).to_numpy(dtype="float64")
+    rows["verdict"] = [_verdict(row) for row in rows.to_dict("records")]
+    return Comparison(rows, noise)
+
+
+class _Items:
+    """Scores and sample rows by candidate and measure."""
+
+    def __init__(self, results: Results) -> None:
+        by = ["candidate", *KEY]
+        self.values: dict[Any, float] = results.scores.set_index(by, verify_integrity=True)["value"].to_dict()
+        groups = results.samples.groupby(["candidate", *KEY[:-1]], sort=False)
+        self.samples: dict[Any, pd.DataFrame] = {key: group for key, group in groups}
+
+    def pairs(self, ours: str, reference: str, measure: Measure) -> pd.DataFrame | None:
+        """Items both answered, the same prompt to the last byte; columns suffixed `_ours`, `_base`."""
+        suite, task, readout, metric, level = measure
+        key = (suite, task, readout, PER_ITEM.get(metric, metric))
+        found = [self.samples.get((candidate, *key)) for candidate in (ours, reference)]
+        if found[0] is None or found[1] is None:
+            return None
+        both = found[0].merge(found[1], on=["doc_id", "prompt_hash"], suffixes=("_ours", "_base"))
+        return both if level == "all" else both[both["difficulty_ours"] == level]
+
+
+def _against(scores: pd.DataFrame, references: dict[str, str], items: _Items) -> pd.DataFrame:
+    added: list[dict[str, Any]] = []
+    for row in scores.to_dict("records"):
+        ours, reference = str(row["candidate"]), references[str(row["candidate"])]
+        measure = tuple(str(row[name]) for name in KEY)
+        value = items.values.get((reference, *measure))
+        if value is None or reference == ours:
+            added.append({})
+            continue
+        entry: dict[str, Any] = {
+            "reference": reference,
+            "reference_value": value,
+            "delta": row["value"] - value,
+        }
+        pairs = items.pairs(ours, reference, measure)
+        added.append(entry | (_statistics(row, value, pairs) if pairs is not None and len(pairs) else {}))
+    columns = [
+        "reference", "reference_value", "delta", "delta_stderr", "pairs", "lost", "won", "answers_changed",
+        "low", "high", "p",
+    ]  # fmt: skip
+    extra = pd.DataFrame(added, columns=columns, index=scores.index)
+    return pd.concat([scores, extra.astype({name: "float64" for name in columns[1:]})], axis=1)
+
+
+def _statistics(row: dict[str, Any], reference_value: float, pairs: pd.DataFrame) -> dict[str, Any]:
+    old, new = pairs["score_base"].to_numpy(), pairs["score_ours"].to_numpy()
+    lost, won = paired.discordant(old, new)
+    per_item = paired.interval(new - old)
+    # The error of a perplexity is its own slope times that of its mean nats; other scores are means.
+    slopes = (row["value"], reference_value) if row["metric"] in PER_ITEM else (1.0, 1.0)
+    of_score = paired.interval(slopes[0] * new - slopes[1] * old)
+    binary = bool(np.isin(np.concatenate([old, new]), (0, 1)).all()) and row["metric"] not in PER_ITEM
+    answers = pairs[["response_ours", "response_base"]].fillna("")
+    return {
+        "pairs": len(pairs),
+        "lost": lost,
+        "won": won,
+        "answers_changed": int((answers["response_ours"] != answers["response_base"]).sum()),
+        "delta_stderr": of_score.stderr if of_score else math.nan,
+        "low": per_item.low if per_item else math.nan,
+        "high": per_item.high if per_item else math.nan,
+        "p": paired.mcnemar(lost, won) if binary else per_item.p if per_item else math.nan,
+    }
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """One of: "" (nothing to compare with), identical, within noise, untested, better, worse."""
+    if pd.isna(row["delta"]):
+        return ""
+    if row["delta"] == 0 and row["lost"] == row["won"] == 0:
+        return "identical"
+    if not pd.isna(row["floor_noise"]) and abs(row["delta"]) <= row["floor_noise"]:
+        return "within noise"
+    if pd.isna(row["p"]):
+        return "untested"
+    if row["p"] > paired.LEVEL:
+        return "within noise"
+    return "better" if (row["delta"] > 0) == bool(row["higher_is_better"]) else "worse"

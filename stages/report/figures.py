@@ -1,0 +1,189 @@
+"""The two pictures: quality against size, and accuracy by difficulty.
+
+Colours are Okabe and Ito's, told apart by colour-blind eyes, and every family has a marker of its own as
+well. Sizes are drawn twice because they disagree: unstructured zeros make a model ideally smaller and its
+file not at all. The same rows give the same bytes: no date, no random ids.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from stages.report.compare import Comparison
+from stages.report.words import FAMILIES, family, short
+
+COLOURS = dict(zip(FAMILIES, ("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
+MARKERS = dict(zip(FAMILIES, ("*", "o", "s", "P", "^"), strict=True))
+READOUTS = {"likelihood": ("#0072B2", "o"), "generation": ("#D55E00", "s")}
+SIZES = {"bytes_on_disk": "size on disk, MB", "bytes_ideal": "ideal size, MB"}
+STYLE = {"svg.hashsalt": "prunequant", "svg.fonttype": "path", "font.size": 9, "text.parse_math": False}
+Box = tuple[float, float, float, float]
+OFFSETS = [(dx, dy) for dy in (0, 12, -12, 24, -24, 36, -36, 48, -48, 64, -64) for dx in (8, -8, 20, -20)]
+"""Where a label may stand, in points from its marker, the nearest first."""
+
+
+def quality(comparison: Comparison) -> Figure | None:
+    """Perplexity (log axis) against size on disk and ideal size, a row a text suite; None without one."""
+    rows = comparison.competitors
+    rows = rows[(rows["metric"] == "perplexity") & (rows["difficulty"] == "all")]
+    suites = list(dict.fromkeys(rows["suite"]))
+    if not suites:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 0.7 + 4.1 * len(suites)), layout="constrained")
+        grid = figure.subplots(len(suites), len(SIZES), squeeze=False, sharey="row")
+        for suite, pair in zip(suites, grid, strict=True):
+            for axis, (column, label) in zip(pair, SIZES.items(), strict=True):
+                _points(axis, rows[rows["suite"] == suite], column)
+                axis.set(xlabel=label, title=f"{suite}: perplexity against {label.split(',')[0]}")
+            pair[0].set_ylabel("perplexity (log axis, lower is better)")
+        present = {family(row) for row in rows.to_dict("records")}
+        handles = [
+            Line2D([], [], color=COLOURS[f], marker=MARKERS[f], linestyle="", markersize=8, label=f)
+            for f in FAMILIES
+            if f in present
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+        figure.draw_without_rendering()  # labels are placed by where the layout put the points
+        for suite, pair in zip(suites, grid, strict=True):
+            for axis, column in zip(pair, SIZES, strict=True):
+                chosen = rows[rows["suite"] == suite]
+                points = list(zip(chosen[column].astype(float) / 1e6, chosen["value"], strict=True))
+                _labels(axis, points, [short(name) for name in chosen["candidate"]])
+        return figure
+
+
+def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
+    axis.set_yscale("log")
+    axis.grid(alpha=0.25, which="both", linewidth=0.5)
+    for row in rows.to_dict("records"):
+        kind = family(row)
+        if kind == "dense":
+            axis.axhline(row["value"], color="#777777", linestyle="--", linewidth=1, zorder=1)
+        axis.plot(
+            row[column] / 1e6, row["value"], marker=MARKERS[kind], color=COLOURS[kind], markersize=9,
+            markeredgecolor="white", markeredgewidth=0.7, linestyle="", zorder=3,
+        )  # fmt: skip
+    axis.margins(x=0.22, y=0.16)
+    values = rows["value"]
+    plain = FuncFormatter(lambda value, _: f"{value:,.4g}")
+    axis.yaxis.set_major_formatter(plain)
+    axis.yaxis.set_minor_formatter(plain if values.max() < 8 * values.min() else NullFormatter())
+
+
+def _labels(axis: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Write each name near its point, where it covers least of other names and points, with a leader."""
+    canvas = axis.figure.canvas
+    scale = axis.figure.dpi / 72
+    frame = axis.get_window_extent(canvas.get_renderer()).extents
+    pixels = axis.transData.transform(points)
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
+    for (x, y), point, name in sorted(zip(pixels, points, names, strict=True), key=lambda it: (it[0][1], it[2])):
+        text = axis.annotate(
+            name, point, (0, 0), textcoords="offset points", fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        extent = Text.get_window_extent(text, canvas.get_renderer())
+
+        def box(dx: float, dy: float, x: float = x, y: float = y, extent: Any = extent) -> Box:
+            left = x + dx * scale - (extent.width if dx < 0 else 0)
+            middle = y + dy * scale
+            return left, middle - extent.height / 2, left + extent.width, middle + extent.height / 2
+
+        def cost(place: int, box: Any = box) -> float:
+            tried = box(*OFFSETS[place])
+            outside = _area(tried) - _shared(tried, frame)
+            return sum(_shared(tried, other) for other in taken) + 3 * outside + place
+
+        dx, dy = OFFSETS[min(range(len(OFFSETS)), key=cost)]
+        text.set_position((dx, dy))
+        text.set_horizontalalignment("left" if dx > 0 else "right")
+        if dy == 0 and abs(dx) == 8:
+            text.arrow_patch = None
+        taken.append(box(dx, dy))
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _shared(one: Box, other: Box) -> float:
+    """Area that two boxes share, in square pixels."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+def difficulty(comparison: Comparison) -> Figure | None:
+    """Accuracy by difficulty, a panel a candidate, both readouts, floor drawn; None without levels."""
+    rows = comparison.competitors
+    rows = rows[rows["difficulty"] != "all"]
+    panels = list(dict.fromkeys(zip(rows["suite"], rows["candidate"], strict=True)))
+    if not panels:
+        return None
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2.9 * columns + 0.4, 1.9 * lines + 1.7), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        for axis, (suite, candidate) in zip(grid, panels, strict=False):
+            _levels(axis, rows[(rows["suite"] == suite) & (rows["candidate"] == candidate)])
+            several = rows["suite"].nunique() > 1
+            axis.set_title(f"{suite}: {short(candidate)}" if several else short(candidate), fontsize=9)
+        for axis in grid[len(panels) :]:
+            axis.set_visible(False)
+        for axis in grid[max(0, len(panels) - columns) : len(panels)]:
+            axis.tick_params(axis="x", labelbottom=True, labelrotation=90)
+        for axis in grid[::columns]:
+            axis.set_ylabel("share right")
+        handles = [
+            Line2D([], [], color=colour, marker=marker, markersize=4, label=readout)
+            for readout, (colour, marker) in READOUTS.items()
+            if readout in set(rows["readout"])
+        ]
+        handles += [
+            Line2D([], [], color="#777777", linewidth=1, label="dense base, same readout"),
+            Line2D([], [], color="black", linestyle=":", linewidth=1, label="floor of likelihood (guessing)"),
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+        return figure
+
+
+def _levels(axis: Axes, rows: pd.DataFrame) -> None:
+    axis.grid(alpha=0.25, linewidth=0.5)
+    axis.set_ylim(-0.04, 1.04)
+    axis.yaxis.set_major_locator(MaxNLocator(4))
+    for readout, (colour, marker) in READOUTS.items():
+        chosen = rows[rows["readout"] == readout]
+        axis.plot(chosen["difficulty"], chosen["reference_value"], color=colour, alpha=0.35, linewidth=1)
+        axis.errorbar(
+            chosen["difficulty"], chosen["value"], yerr=chosen["stderr"].fillna(0), color=colour, marker=marker,
+            markersize=4, linewidth=1.5, elinewidth=0.8,
+        )  # fmt: skip
+        for floor in chosen["floor"].dropna().unique():
+            axis.axhline(floor, color="black", linestyle=":", linewidth=1)
+
+
+def write(figure: Figure, stem: Path) -> None:
+    """Write `<stem>.svg` and `<stem>.png`, the same bytes for the same figure."""
+    stem.with_suffix(".svg").write_text(svg(figure))
+    with rc_context(STYLE):
+        figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG without date, generator or comments (matplotlib writes every text as one too)."""
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with rc_context(STYLE), io.StringIO() as buffer:
+        figure.savefig(buffer, format="svg", metadata=nothing)
+        return re.sub(r"<!--.*?-->\n?", "", buffer.getvalue(), flags=re.DOTALL)

@@ -1,0 +1,182 @@
+"""The page: everything a reader needs to judge the comparison, in one file that fetches nothing."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from stages.core.params import Params
+from stages.report import words
+from stages.report.collect import Results
+from stages.report.compare import KEY, Comparison
+from stages.report.export import of_measure
+from stages.report.figures import svg
+
+FLIPS_SHOWN = 8
+"""Changed answers written out a candidate; samples.parquet has all."""
+ANSWER_SHOWN = 80
+"""Characters of an answer that are written out."""
+
+
+def render(
+    params: Params, results: Results, comparison: Comparison, drawn: Mapping[str, Figure | None]
+) -> str:
+    """The page's HTML; every number on it is from the rows, every word of a model is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {name: getattr(words, name) for name in ("number", "signed", "chance", "size", "short")}
+    rows = comparison.rows
+    competing = comparison.competitors
+    one_a_candidate = competing.drop_duplicates("candidate").to_dict("records")
+    suites = {suite: found for suite, found in competing.groupby("suite", sort=False)}
+    return environment.get_template("page.html").render(
+        bases=[_base(params, found) for _, found in rows.groupby("base", sort=False)],
+        candidates=[_candidate(params, row, suites) for row in one_a_candidate],
+        suites=[_suite(rows[rows["suite"] == suite]) for suite in suites],
+        headlines=[_measure(competing, *measure) for measure in comparison.headlines()],
+        measures=[_measure(competing, *measure) for measure in _measures(competing)],
+        noise=_records(comparison.noise[comparison.noise["difficulty"] == "all"]),
+        difficulty=[_difficulty(found) for _, found in _graded(competing)],
+        flips=_flips(results, comparison),
+        compared=int((competing["p"].notna() & (competing["difficulty"] == "all")).sum()),
+        figures={stem: _inline(figure) for stem, figure in drawn.items() if figure is not None},
+        facts={name: _distinct(rows, name) for name in ("dtype", "device", "threads", "seed")},
+        shown=(FLIPS_SHOWN, ANSWER_SHOWN),
+    )
+
+
+def _distinct(rows: pd.DataFrame, name: str) -> str:
+    return ", ".join(str(value) for value in rows[name].dropna().unique())
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as dicts, a missing value as None."""
+    return [
+        {name: None if value is pd.NA or value != value else value for name, value in row.items()}
+        for row in rows.to_dict("records")
+    ]
+
+
+def _base(params: Params, rows: pd.DataFrame) -> dict[str, Any]:
+    name = str(rows["base"].iloc[0])
+    return {
+        "name": name,
+        "source": words.source(str(rows["base_source"].iloc[0])),
+        "file": getattr(params.models[name], "file", None),
+        "sha256": params.models[name].sha256,
+        "grid": rows["base_grid"].iloc[0],
+        "parameters": int(rows["num_parameters"].iloc[0]),
+        "evaluated": f"base/{name}" in set(rows["candidate"]),
+    }
+
+
+def _candidate(params: Params, row: Mapping[str, Any], suites: Mapping[str, Any]) -> dict[str, Any]:
+    recipes = params.recipes()
+    known = {str(name): value for name, value in _records(pd.DataFrame([row]))[0].items()}
+    lineage = known["lineage"].split(" > ")
+    return known | {
+        "family": words.family(row),
+        "steps": [(step, _flow(recipes[step].model_dump(mode="json"))) for step in lineage if step in recipes],
+        "path": lineage,
+        "in_domain": [name for name in words.read_by(known["calibration"]) if name in suites],
+        "on_grid": known["base_grid"] != "none" and known["quantize_method"] is not None,
+    }
+
+
+def _flow(value: Any) -> str:
+    """A recipe as it may stand in params.yaml: YAML in one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _suite(rows: pd.DataFrame) -> dict[str, Any]:
+    whole = rows[rows["difficulty"] == "all"]
+    return {
+        "name": rows["suite"].iloc[0],
+        "source": words.source(str(rows["dataset_source"].iloc[0])),
+        "items": _distinct(whole, "num_items"),
+        "prompts": _distinct(whole[["prompt_hash"]].map(lambda value: value[:12]), "prompt_hash"),
+        **{name: _distinct(whole, name) for name in ("task_version", "template", "shots", "readout", "metric")},
+        "batch_size": _distinct(whole[~whole["candidate"].str.startswith("noise/")], "batch_size"),
+    }
+
+
+def _measures(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
+    whole = rows[rows["difficulty"] == "all"]
+    return list(dict.fromkeys(zip(whole["suite"], whole["readout"], whole["metric"], strict=True)))
+
+
+def _measure(rows: pd.DataFrame, suite: str, readout: str, metric: str) -> dict[str, Any]:
+    chosen = _records(of_measure(rows, suite, readout, metric))
+    for row in chosen:
+        row["in_domain"] = suite in words.read_by(row["calibration"])
+        row["on_grid"] = row["base_grid"] != "none" and row["quantize_method"] is not None
+        nats = metric == "perplexity" and row["low"] is not None
+        row["ratio"] = (math.exp(row["low"]), math.exp(row["high"])) if nats else None
+    return {
+        "suite": suite,
+        "readout": readout,
+        "metric": metric,
+        "higher": bool(chosen[0]["higher_is_better"]),
+        "floor": chosen[0]["floor"],
+        "rows": chosen,
+        "by_candidate": {row["candidate"]: row for row in chosen},
+    }
+
+
+def _graded(rows: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
+    leveled = rows.groupby(KEY[:-1], sort=False)
+    return [(key, found) for key, found in leveled if found["difficulty"].nunique() > 1]
+
+
+def _difficulty(rows: pd.DataFrame) -> dict[str, Any]:
+    levels = [level for level in dict.fromkeys(rows["difficulty"]) if level != "all"]
+    cells: dict[str, dict[str, Any]] = {}
+    for row in _records(rows):
+        cells.setdefault(row["candidate"], {})[row["difficulty"]] = row
+    first = rows.iloc[0]
+    return {
+        "suite": first["suite"], "readout": first["readout"], "metric": first["metric"],
+        "floor": None if pd.isna(first["floor"]) else float(first["floor"]),
+        "levels": [*levels, "all"], "cells": cells,
+    }  # fmt: skip
+
+
+def _flips(results: Results, comparison: Comparison) -> list[dict[str, Any]]:
+    """Generated answers whose score differs from the dense base's, the first few of each candidate."""
+    references = comparison.competitors.dropna(subset=["reference"])
+    pairs = references.drop_duplicates("candidate")[["candidate", "reference"]].to_numpy().tolist()
+    generated = results.samples[results.samples["readout"] == "generation"]
+    keys = ["suite", "task", "metric", "doc_id", "prompt_hash"]
+    found = []
+    for candidate, reference in pairs:
+        ours, base = (generated[generated["candidate"] == name] for name in (candidate, reference))
+        both = ours.merge(base, on=keys, suffixes=("", "_base"))
+        changed = both[both["score"] != both["score_base"]]
+        if len(changed):
+            shown = _records(changed.head(FLIPS_SHOWN))
+            found.append({"candidate": candidate, "count": len(changed), "rows": shown})
+    return found
+
+
+def _inline(figure: Figure) -> Markup:
+    """The figure as an element of the page: no prologue, and no ids but those it refers to itself."""
+    text = svg(figure)
+    text = text[text.index("<svg") :]
+    referred = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in referred else "", text)
+    return Markup(text)

@@ -1,0 +1,58 @@
+"""How rows are said: families of methods, short names, and numbers with the digits that matter."""
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import pandas as pd
+
+FAMILIES = ("dense", "prune", "quantize", "both", "recovered")
+MINUS = "\N{MINUS SIGN}"
+
+
+def family(row: Mapping[str, Any]) -> str:
+    """What was done to the model of a score row, one of FAMILIES; a fine-tuned one is `recovered`."""
+    done = [stage for stage in ("prune", "quantize", "finetune") if not pd.isna(row[f"{stage}_method"])]
+    if "finetune" in done:
+        return "recovered"
+    return "both" if len(done) == 2 else done[0] if done else "dense"
+
+
+def short(candidate: str) -> str:
+    """A candidate's recipe without its stage."""
+    return candidate.split("/", 1)[1]
+
+
+def read_by(calibration: str) -> list[str]:
+    """Data sets that the methods behind a `calibration` column read."""
+    return list(dict.fromkeys(re.findall(r"\w+: (\S+)", calibration)))
+
+
+def source(text: str) -> str:
+    """A source as named in params, a local path by its last part alone."""
+    return f"path:{PurePath(text).name}" if text.startswith("path:") else text
+
+
+def number(value: float | None, metric: str = "") -> str:
+    """A score: two decimals of a perplexity, three of a share, fewer where it is large; a dash if missing."""
+    if value is None or pd.isna(value):
+        return "–"
+    size = abs(value)
+    digits = 3 if metric != "perplexity" else 2 if size < 1000 else 0
+    return f"{value:,.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float, metric: str = "") -> str:
+    """A difference with its sign, rounded as `number` does."""
+    return ("+" if value > 0 else "") + number(value, metric)
+
+
+def chance(p: float) -> str:
+    """A p-value."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
