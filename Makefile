@@ -1,0 +1,44 @@
+# Everything runs inside .venv, made from requirements.lock. Knobs:
+#   make compare PYTHON=python3.12            another interpreter (3.11 or newer)
+#   make compare PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
+#                                             pip's own options; without them Linux gets the CUDA build of torch
+#   make compare JOBS=1                       stages side by side (default: cores / run.threads)
+PYTHON ?= python3
+PIP_ARGS ?=
+JOBS ?=
+VENV := .venv
+READY := $(VENV)/ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: compare test lint types format setup clean
+
+compare: $(READY)
+	prunequant run $(if $(JOBS),--jobs $(JOBS))
+
+test: $(READY)
+	python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+
+types: $(READY)
+	mypy
+
+format: $(READY)
+	ruff check --fix .
+	ruff format .
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install $(PIP_ARGS) -r requirements.lock
+	python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
