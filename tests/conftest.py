@@ -1,0 +1,28 @@
+"""Shared inputs: tiny checkpoints of every family and made-up text, written once a session."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests import families, project
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint a family and two texts; read it, do not write to it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for name, seed in (("news", 1), ("speeches", 2)):
+        (folder / f"{name}.txt").write_text(project.text(seed))
+    for family in families.CONFIGS:
+        families.save(family, folder / family)
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder to work in, the shared inputs under `inputs/`."""
+    logging.disable(logging.WARNING)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inputs").symlink_to(inputs)
+    return tmp_path
