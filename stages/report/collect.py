@@ -7,6 +7,7 @@ mistake of whoever runs the stage by hand, as DVC runs evaluations first.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -14,6 +15,8 @@ from stages.core.errors import Refusal
 from stages.core.tables import SAMPLES, SCORES
 
 RESULTS = Path("data/results")
+KEY = ["suite", "task", "readout", "metric", "difficulty"]
+"""What makes two scores the same measure."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def collect(
 
     Raises:
         Refusal: there are no evaluations, or some have no results; every missing one is listed.
+        ValueError: a candidate has two scores of one measure; a bug of the evaluation.
     """
     if not evaluations:
         raise Refusal("params.yaml names no suite, so there is nothing to report; add one under suites.")
@@ -63,4 +67,14 @@ def collect(
         pd.concat([pd.read_parquet(root / name / file) for name in ordered], ignore_index=True)
         for file in (SCORES, SAMPLES)
     )
+    if (twice := scores[scores.duplicated(["candidate", *KEY])]).size:
+        raise ValueError(f"scores given twice: {twice[['candidate', *KEY]].to_dict('records')}")
     return Results(scores, samples)
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as dicts, a missing value as None."""
+    return [
+        {str(name): None if value is pd.NA or value != value else value for name, value in row.items()}
+        for row in frame.to_dict("records")
+    ]

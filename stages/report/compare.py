@@ -9,14 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from stages.report import paired
-from stages.report.collect import Results
+from stages.report.collect import KEY, Results, records
 
-KEY = ["suite", "task", "readout", "metric", "difficulty"]
-"""What makes two scores the same measure."""
 HEADLINES = ("perplexity", "acc", "exact_match", "prompt_level_strict_acc")
 """Metrics that stand for their suite, the first one found; a graded suite has one a readout."""
 PER_ITEM = {"perplexity": "nats_per_token"}
@@ -72,7 +69,7 @@ def compare(results: Results) -> Comparison:
     floors = noise.assign(size=noise["delta"].abs()).groupby(["base", *KEY])["size"].max()
     keys = pd.MultiIndex.from_frame(rows[["base", *KEY]])
     rows["floor_noise"] = floors.reindex(keys).to_numpy(dtype="float64")
-    rows["verdict"] = [_verdict(row) for row in rows.to_dict("records")]
+    rows["verdict"] = [_verdict(row) for row in records(rows)]
     return Comparison(rows, noise)
 
 
@@ -80,10 +77,10 @@ class _Items:
     """Scores and sample rows by candidate and measure."""
 
     def __init__(self, results: Results) -> None:
-        by = ["candidate", *KEY]
-        self.values: dict[Any, float] = results.scores.set_index(by, verify_integrity=True)["value"].to_dict()
-        groups = results.samples.groupby(["candidate", *KEY[:-1]], sort=False)
-        self.samples: dict[Any, pd.DataFrame] = {key: group for key, group in groups}
+        self.values: dict[Any, float] = results.scores.set_index(["candidate", *KEY])["value"].to_dict()
+        self.samples: dict[Any, pd.DataFrame] = dict(
+            iter(results.samples.groupby(["candidate", *KEY[:-1]], sort=False))
+        )
 
     def pairs(self, ours: str, reference: str, measure: Measure) -> pd.DataFrame | None:
         """Items both answered, the same prompt to the last byte; columns suffixed `_ours`, `_base`."""
@@ -98,7 +95,7 @@ class _Items:
 
 def _against(scores: pd.DataFrame, references: dict[str, str], items: _Items) -> pd.DataFrame:
     added: list[dict[str, Any]] = []
-    for row in scores.to_dict("records"):
+    for row in records(scores):
         ours, reference = str(row["candidate"]), references[str(row["candidate"])]
         measure = tuple(str(row[name]) for name in KEY)
         value = items.values.get((reference, *measure))
@@ -117,17 +114,18 @@ def _against(scores: pd.DataFrame, references: dict[str, str], items: _Items) ->
         "low", "high", "p",
     ]  # fmt: skip
     extra = pd.DataFrame(added, columns=columns, index=scores.index)
-    return pd.concat([scores, extra.astype({name: "float64" for name in columns[1:]})], axis=1)
+    return pd.concat([scores, extra.astype(dict.fromkeys(columns[1:], "float64"))], axis=1)
 
 
 def _statistics(row: dict[str, Any], reference_value: float, pairs: pd.DataFrame) -> dict[str, Any]:
-    old, new = pairs["score_base"].to_numpy(), pairs["score_ours"].to_numpy()
+    old, new = pairs["score_base"].tolist(), pairs["score_ours"].tolist()
+    both = list(zip(old, new, strict=True))
     lost, won = paired.discordant(old, new)
-    per_item = paired.interval(new - old)
+    per_item = paired.interval([b - a for a, b in both])
     # The error of a perplexity is its own slope times that of its mean nats; other scores are means.
     slopes = (row["value"], reference_value) if row["metric"] in PER_ITEM else (1.0, 1.0)
-    of_score = paired.interval(slopes[0] * new - slopes[1] * old)
-    binary = bool(np.isin(np.concatenate([old, new]), (0, 1)).all()) and row["metric"] not in PER_ITEM
+    of_score = paired.interval([slopes[0] * b - slopes[1] * a for a, b in both])
+    binary = {*old, *new} <= {0.0, 1.0} and row["metric"] not in PER_ITEM
     answers = pairs[["response_ours", "response_base"]].fillna("")
     return {
         "pairs": len(pairs),

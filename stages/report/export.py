@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from stages.report.collect import Results
+from stages.report.collect import Results, records
 from stages.report.compare import Comparison
 
 SIZES = ["sparsity", "bits", "bits_per_weight", "bytes_ideal", "bytes_on_disk"]
@@ -41,7 +41,7 @@ def of_measure(rows: pd.DataFrame, suite: str, readout: str, metric: str) -> pd.
 def metrics(scores: pd.DataFrame) -> dict[str, Any]:
     """Overall scores as `{candidate: {suite: {metric: value}}}`."""
     nested: dict[str, Any] = {}
-    for row in scores[scores["difficulty"] == "all"].to_dict("records"):
+    for row in records(scores[scores["difficulty"] == "all"]):
         suite = nested.setdefault(str(row["candidate"]), {}).setdefault(str(row["suite"]), {})
         suite[str(row["metric"])] = row["value"]
     return nested

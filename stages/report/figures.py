@@ -9,16 +9,17 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
+from stages.report.collect import records
 from stages.report.compare import Comparison
 from stages.report.words import FAMILIES, family, short
 
@@ -47,26 +48,27 @@ def quality(comparison: Comparison) -> Figure | None:
                 _points(axis, rows[rows["suite"] == suite], column)
                 axis.set(xlabel=label, title=f"{suite}: perplexity against {label.split(',')[0]}")
             pair[0].set_ylabel("perplexity (log axis, lower is better)")
-        present = {family(row) for row in rows.to_dict("records")}
+        present = {family(row) for row in records(rows)}
         handles = [
             Line2D([], [], color=COLOURS[f], marker=MARKERS[f], linestyle="", markersize=8, label=f)
             for f in FAMILIES
             if f in present
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+        renderer = FigureCanvasAgg(figure).get_renderer()
         figure.draw_without_rendering()  # labels are placed by where the layout put the points
         for suite, pair in zip(suites, grid, strict=True):
             for axis, column in zip(pair, SIZES, strict=True):
                 chosen = rows[rows["suite"] == suite]
                 points = list(zip(chosen[column].astype(float) / 1e6, chosen["value"], strict=True))
-                _labels(axis, points, [short(name) for name in chosen["candidate"]])
+                _labels(axis, points, [short(name) for name in chosen["candidate"]], renderer)
         return figure
 
 
 def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
     axis.set_yscale("log")
     axis.grid(alpha=0.25, which="both", linewidth=0.5)
-    for row in rows.to_dict("records"):
+    for row in records(rows):
         kind = family(row)
         if kind == "dense":
             axis.axhline(row["value"], color="#777777", linestyle="--", linewidth=1, zorder=1)
@@ -81,36 +83,38 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
     axis.yaxis.set_minor_formatter(plain if values.max() < 8 * values.min() else NullFormatter())
 
 
-def _labels(axis: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+def _labels(
+    axis: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], renderer: RendererAgg
+) -> None:
     """Write each name near its point, where it covers least of other names and points, with a leader."""
-    canvas = axis.figure.canvas
     scale = axis.figure.dpi / 72
-    frame = axis.get_window_extent(canvas.get_renderer()).extents
+    frame = axis.get_window_extent(renderer).extents
     pixels = axis.transData.transform(points)
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
-    for (x, y), point, name in sorted(zip(pixels, points, names, strict=True), key=lambda it: (it[0][1], it[2])):
-        text = axis.annotate(
-            name, point, (0, 0), textcoords="offset points", fontsize=8, va="center",
-            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
-        )  # fmt: skip
-        extent = Text.get_window_extent(text, canvas.get_renderer())
+    order = sorted(range(len(names)), key=lambda i: (pixels[i][1], names[i]))
+    for (x, y), point, name in ((pixels[i], points[i], names[i]) for i in order):
+        probe = axis.text(*point, name, fontsize=8)
+        extent = probe.get_window_extent(renderer)
+        probe.remove()
+        boxes = [_box(x + dx * scale, y + dy * scale, extent, dx < 0) for dx, dy in OFFSETS]
+        costs = [
+            sum(_shared(box, other) for other in taken) + 3 * (_area(box) - _shared(box, frame)) + place
+            for place, box in enumerate(boxes)
+        ]
+        best = costs.index(min(costs))
+        dx, dy = OFFSETS[best]
+        line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+        axis.annotate(
+            name, point, (dx, dy), textcoords="offset points", fontsize=8, va="center",
+            ha="left" if dx > 0 else "right", arrowprops=line if best > 1 else None,
+        ).set_in_layout(False)  # fmt: skip
+        taken.append(boxes[best])
 
-        def box(dx: float, dy: float, x: float = x, y: float = y, extent: Any = extent) -> Box:
-            left = x + dx * scale - (extent.width if dx < 0 else 0)
-            middle = y + dy * scale
-            return left, middle - extent.height / 2, left + extent.width, middle + extent.height / 2
 
-        def cost(place: int, box: Any = box) -> float:
-            tried = box(*OFFSETS[place])
-            outside = _area(tried) - _shared(tried, frame)
-            return sum(_shared(tried, other) for other in taken) + 3 * outside + place
-
-        dx, dy = OFFSETS[min(range(len(OFFSETS)), key=cost)]
-        text.set_position((dx, dy))
-        text.set_horizontalalignment("left" if dx > 0 else "right")
-        if dy == 0 and abs(dx) == 8:
-            text.arrow_patch = None
-        taken.append(box(dx, dy))
+def _box(x: float, y: float, extent: Bbox, leftwards: bool) -> Box:
+    """Where a text of `extent` lies whose left (or right) end is at x and whose middle is at y."""
+    left = x - extent.width if leftwards else x
+    return left, y - extent.height / 2, left + extent.width, y + extent.height / 2
 
 
 def _area(box: Box) -> float:
@@ -167,8 +171,8 @@ def _levels(axis: Axes, rows: pd.DataFrame) -> None:
         chosen = rows[rows["readout"] == readout]
         axis.plot(chosen["difficulty"], chosen["reference_value"], color=colour, alpha=0.35, linewidth=1)
         axis.errorbar(
-            chosen["difficulty"], chosen["value"], yerr=chosen["stderr"].fillna(0), color=colour, marker=marker,
-            markersize=4, linewidth=1.5, elinewidth=0.8,
+            chosen["difficulty"], chosen["value"], yerr=chosen["stderr"].fillna(0), color=colour,
+            marker=marker, markersize=4, linewidth=1.5, elinewidth=0.8,
         )  # fmt: skip
         for floor in chosen["floor"].dropna().unique():
             axis.axhline(floor, color="black", linestyle=":", linewidth=1)

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from stages.core.params import Params
 from stages.report import words
-from stages.report.collect import Results
-from stages.report.compare import KEY, Comparison
+from stages.report.collect import KEY, Results, records
+from stages.report.compare import Comparison
 from stages.report.export import of_measure
 from stages.report.figures import svg
 
@@ -35,18 +35,20 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(words, name) for name in ("number", "signed", "chance", "size", "short")}
+    environment.filters |= {
+        name: getattr(words, name) for name in ("number", "signed", "chance", "size", "short")
+    }
     rows = comparison.rows
     competing = comparison.competitors
-    one_a_candidate = competing.drop_duplicates("candidate").to_dict("records")
-    suites = {suite: found for suite, found in competing.groupby("suite", sort=False)}
+    one_a_candidate = records(competing.drop_duplicates("candidate"))
+    suites = list(dict.fromkeys(competing["suite"]))
     return environment.get_template("page.html").render(
         bases=[_base(params, found) for _, found in rows.groupby("base", sort=False)],
         candidates=[_candidate(params, row, suites) for row in one_a_candidate],
         suites=[_suite(rows[rows["suite"] == suite]) for suite in suites],
         headlines=[_measure(competing, *measure) for measure in comparison.headlines()],
         measures=[_measure(competing, *measure) for measure in _measures(competing)],
-        noise=_records(comparison.noise[comparison.noise["difficulty"] == "all"]),
+        noise=records(comparison.noise[comparison.noise["difficulty"] == "all"]),
         difficulty=[_difficulty(found) for _, found in _graded(competing)],
         flips=_flips(results, comparison),
         compared=int((competing["p"].notna() & (competing["difficulty"] == "all")).sum()),
@@ -58,14 +60,6 @@ def render(
 
 def _distinct(rows: pd.DataFrame, name: str) -> str:
     return ", ".join(str(value) for value in rows[name].dropna().unique())
-
-
-def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as dicts, a missing value as None."""
-    return [
-        {name: None if value is pd.NA or value != value else value for name, value in row.items()}
-        for row in rows.to_dict("records")
-    ]
 
 
 def _base(params: Params, rows: pd.DataFrame) -> dict[str, Any]:
@@ -81,16 +75,18 @@ def _base(params: Params, rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _candidate(params: Params, row: Mapping[str, Any], suites: Mapping[str, Any]) -> dict[str, Any]:
+def _candidate(params: Params, row: Mapping[str, Any], suites: list[str]) -> dict[str, Any]:
     recipes = params.recipes()
-    known = {str(name): value for name, value in _records(pd.DataFrame([row]))[0].items()}
-    lineage = known["lineage"].split(" > ")
-    return known | {
+    lineage = row["lineage"].split(" > ")
+    return {
+        **row,
         "family": words.family(row),
-        "steps": [(step, _flow(recipes[step].model_dump(mode="json"))) for step in lineage if step in recipes],
+        "steps": [
+            (step, _flow(recipes[step].model_dump(mode="json"))) for step in lineage if step in recipes
+        ],
         "path": lineage,
-        "in_domain": [name for name in words.read_by(known["calibration"]) if name in suites],
-        "on_grid": known["base_grid"] != "none" and known["quantize_method"] is not None,
+        "in_domain": [name for name in words.read_by(row["calibration"]) if name in suites],
+        "on_grid": row["base_grid"] != "none" and row["quantize_method"] is not None,
     }
 
 
@@ -110,7 +106,10 @@ def _suite(rows: pd.DataFrame) -> dict[str, Any]:
         "source": words.source(str(rows["dataset_source"].iloc[0])),
         "items": _distinct(whole, "num_items"),
         "prompts": _distinct(whole[["prompt_hash"]].map(lambda value: value[:12]), "prompt_hash"),
-        **{name: _distinct(whole, name) for name in ("task_version", "template", "shots", "readout", "metric")},
+        **{
+            name: _distinct(whole, name)
+            for name in ("task_version", "template", "shots", "readout", "metric")
+        },
         "batch_size": _distinct(whole[~whole["candidate"].str.startswith("noise/")], "batch_size"),
     }
 
@@ -121,7 +120,7 @@ def _measures(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 
 def _measure(rows: pd.DataFrame, suite: str, readout: str, metric: str) -> dict[str, Any]:
-    chosen = _records(of_measure(rows, suite, readout, metric))
+    chosen = records(of_measure(rows, suite, readout, metric))
     for row in chosen:
         row["in_domain"] = suite in words.read_by(row["calibration"])
         row["on_grid"] = row["base_grid"] != "none" and row["quantize_method"] is not None
@@ -146,7 +145,7 @@ def _graded(rows: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
 def _difficulty(rows: pd.DataFrame) -> dict[str, Any]:
     levels = [level for level in dict.fromkeys(rows["difficulty"]) if level != "all"]
     cells: dict[str, dict[str, Any]] = {}
-    for row in _records(rows):
+    for row in records(rows):
         cells.setdefault(row["candidate"], {})[row["difficulty"]] = row
     first = rows.iloc[0]
     return {
@@ -168,7 +167,7 @@ def _flips(results: Results, comparison: Comparison) -> list[dict[str, Any]]:
         both = ours.merge(base, on=keys, suffixes=("", "_base"))
         changed = both[both["score"] != both["score_base"]]
         if len(changed):
-            shown = _records(changed.head(FLIPS_SHOWN))
+            shown = records(changed.head(FLIPS_SHOWN))
             found.append({"candidate": candidate, "count": len(changed), "rows": shown})
     return found
 
