@@ -85,7 +85,7 @@ def test_gptq_is_the_slow_reference_over_several_blocks_of_columns(group_size):
     assert torch.equal(found.codes, slow_gptq(weight, statistic, 4, group_size, 0.9))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(2, 8), GROUP, DTYPE, SEED)
 def test_gptq_with_an_identity_hessian_is_round_to_nearest(bits, group_size, dtype, seed):
     weight = problem(seed)[0].to(dtype)
@@ -95,7 +95,7 @@ def test_gptq_with_an_identity_hessian_is_round_to_nearest(bits, group_size, dty
     assert torch.equal(found.scale, near.scale)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(2, 8), GROUP, DTYPE, SEED, st.floats(0, 1))
 def test_zeros_stay_zero_and_codes_in_range(bits, group_size, dtype, seed, sparsity):
     weight, inputs = problem(seed)

@@ -134,7 +134,7 @@ def input_groups(model: nn.Module, found: list[Linear]) -> dict[str, int]:
 
     handles = [linear.module.register_forward_pre_hook(note(linear.name)) for linear in found]
     try:
-        _forward(model, torch.zeros(1, 4, dtype=torch.long))
+        _forward(model, torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()
