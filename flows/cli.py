@@ -1,0 +1,80 @@
+"""The command line: `prunequant run`, `prunequant check`, `prunequant diff`.
+
+What a user can mend is one message and exit code 2, never a traceback; a stage that fails is exit code 1.
+Heavy imports are inside the commands, so that `check` answers without starting Prefect.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
+
+import typer
+
+from stages.core.errors import Refusal
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Show a refusal as it is and exit with 2."""
+    try:
+        yield
+    except Refusal as refusal:
+        typer.echo(str(refusal), err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def check() -> None:
+    """Check params.yaml as a whole; runs nothing."""
+    with refusals():
+        from stages.core import params
+
+        checked = params.load()
+    typer.echo(
+        f"params.yaml is sound: {len(checked.models)} model(s), {len(checked.recipes())} recipe(s), "
+        f"{len(checked.evaluate.candidates)} candidate(s) on {len(checked.suites.by_name())} suite(s)."
+    )
+
+
+@app.command()
+def run(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="Stages or artifacts, such as prune/wanda-50; default all.")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stages side by side; default cores / run.threads, 1 on a GPU."),
+    ] = None,
+) -> None:
+    """Bring everything, or the targets and what they need, up to date."""
+    with refusals():
+        from flows import graph
+        from stages.core import params
+
+        params.load()  # a mistake is told before a server is started
+        graph.select(graph.read(), targets or [])
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # all is told below
+    signal.signal(signal.SIGTERM, _terminated)
+    from flows.compare import compare
+
+    try:
+        state = compare(jobs=jobs, targets=targets or [], return_state=True)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; finished stages are kept, run again to go on.", err=True)
+        raise typer.Exit(130) from None
+    if not state.is_completed():
+        typer.echo(state.message, err=True)
+        raise typer.Exit(1)
+
+
+def _terminated(*_: object) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,74 @@
+"""The flow: bring every stale stage of DVC's graph up to date, as many side by side as there are cores.
+
+DVC says what there is to do and keeps every result; Prefect runs it. A stage is a task that waits for
+the tasks it depends on and then calls `dvc repro --single-item`. If one fails, what depends on it is
+skipped, everything else still ends, and then the flow fails and says which and why. `dvc repro` alone
+does the same work one stage at a time.
+"""
+
+import os
+
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.logging import get_run_logger
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import graph, summary
+from flows.run import plan
+from stages.core.errors import Refusal
+
+# A task that waits for its upstream holds a thread, so there are threads for long waits; how many stages
+# really run is decided by `jobs`. Tasks are submitted upstream first, so waits can never be circular.
+THREADS = 256
+
+
+@flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
+def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[Any]:
+    """Bring the project in the current folder up to date.
+
+    Args:
+        jobs: stages side by side; None is as many as there are cores for, one on a GPU.
+        targets: stages or artifacts to make, with all they need; None or empty is everything.
+    """
+    try:
+        run = plan(jobs, targets or [])
+    except Refusal as refusal:
+        return Failed(message=str(refusal))
+
+    @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+    def stage(name: str) -> Any:
+        outcome = run.advance(name)
+        said = f"{outcome.state} in {outcome.seconds:.1f} s"
+        get_run_logger().info("%s: %s", name, said)
+        if outcome.state == "failed":
+            return Failed(message=outcome.reason)
+        return Completed(name=outcome.state.capitalize(), message=said)
+
+    futures: dict[str, Any] = {}
+    try:
+        for name in run.todo:
+            before = [futures[up] for up in run.graph[name].upstream if up in futures]
+            futures[name] = stage.submit(name, wait_for=before, return_state=False)
+        wait(list(futures.values()))
+    except BaseException:
+        run.children.stop()
+        raise
+    finally:
+        graph.sort_lock()
+    outcomes = run.outcomes()
+    create_table_artifact(key="compare", table=summary.rows(outcomes), description=summary.sentence(outcomes))
+    get_run_logger().info(summary.sentence(outcomes))
+    summary.show(outcomes)
+    summary.show_report()
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if failed:
+        return Failed(message=summary.blame(failed))
+    return Completed(message=summary.sentence(outcomes))

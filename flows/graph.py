@@ -1,0 +1,156 @@
+"""DVC's graph, read and never written: which stages there are, which are stale, what a run changed.
+
+DVC owns the graph and the cache; everything here is a question put to it. `dvc status` names the stages
+whose own inputs or outputs differ from the lock; whether a stage below them must run too is known only
+once they have run and their new hashes stand in `dvc.lock`.
+"""
+
+import difflib
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages.core.errors import Refusal
+
+LOCK = Path("dvc.lock")
+DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of dvc.yaml after its templates are filled in."""
+
+    name: str
+    cmd: str
+    upstream: tuple[str, ...]
+    outs: tuple[str, ...]
+
+    @property
+    def record(self) -> Path:
+        """Where `python -m stages.<stage> <recipe>` writes how it ended."""
+        module, _, recipe = self.cmd.partition("stages.")[2].partition(" ")
+        return Path("data/runs") / module / f"{recipe or 'all'}.json"
+
+
+Graph = dict[str, Stage]
+"""Stages by name, each after all it depends on."""
+
+
+def read() -> Graph:
+    """The whole graph of the project in the current folder.
+
+    Raises:
+        Refusal: DVC cannot read dvc.yaml.
+    """
+    import networkx
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        graph = Repo().index.graph
+    except DvcException as error:
+        raise Refusal(f"DVC cannot read the graph: {error}") from None
+    found: Graph = {}
+    for stage in reversed(list(networkx.topological_sort(graph))):
+        found[stage.addressing] = Stage(
+            name=stage.addressing,
+            cmd=str(stage.cmd),
+            upstream=tuple(sorted(up.addressing for up in graph.successors(stage))),
+            outs=tuple(out.def_path for out in stage.outs),
+        )
+    return found
+
+
+def select(graph: Graph, targets: Iterable[str]) -> Graph:
+    """The part of the graph that makes `targets`, everything where there are none.
+
+    Args:
+        targets: a stage (`prune@wanda-50`), a group of stages (`prune`) or an artifact (`prune/wanda-50`).
+
+    Raises:
+        Refusal: targets that name nothing, all of them.
+    """
+    names: dict[str, set[str]] = {}
+    for stage in graph.values():
+        outs = [out.removeprefix("data/").removeprefix("models/") for out in stage.outs]
+        for name in (stage.name, stage.name.split("@")[0], *stage.outs, *outs):
+            names.setdefault(name, set()).add(stage.name)
+    wanted = list(targets)
+    unknown = [target for target in wanted if target not in names]
+    if unknown:
+        lines = [f"there is no stage or artifact {target!r}{_like(target, names)}" for target in unknown]
+        raise Refusal("; ".join(lines) + ".\n`dvc stage list` shows all of them.")
+    todo = [stage for target in wanted for stage in names[target]] or list(graph)
+    kept: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in kept:
+            kept.add(name)
+            todo += graph[name].upstream
+    return {name: stage for name, stage in graph.items() if name in kept}
+
+
+def stale(graph: Graph) -> set[str]:
+    """The stages whose own command, inputs or outputs are not those of dvc.lock.
+
+    Raises:
+        Refusal: DVC cannot tell.
+    """
+    done = subprocess.run([*DVC, "status", "--json", *graph], capture_output=True, text=True)
+    if done.returncode:
+        raise Refusal(f"dvc status failed: {done.stderr.strip()}")
+    return set(json.loads(done.stdout)) & set(graph)
+
+
+def below(graph: Graph, names: set[str]) -> set[str]:
+    """`names` and every stage that depends on one of them, near or far."""
+    found = set(names)
+    for stage in graph.values():  # upstream stages come first
+        if found & set(stage.upstream):
+            found.add(stage.name)
+    return found
+
+
+def locked_outs() -> dict[str, Any]:
+    """What dvc.lock holds for each stage's outputs; empty where there is none or it is half written.
+
+    Another process may be writing the file. A missing or cut-off entry differs from every whole one, so
+    the stages below are looked at once more than needed and never once too little.
+    """
+    try:
+        lock = yaml.load(LOCK.read_text(), yaml.CSafeLoader)
+        return {name: entry.get("outs") for name, entry in lock["stages"].items()}
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def sort_lock() -> None:
+    """Order the stages of dvc.lock by name; DVC leaves them as they ended, which is noise to git."""
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+
+    if not LOCK.exists():
+        return
+    try:
+        with Repo().lock:
+            before = LOCK.read_text()
+            lock = yaml.load(before, yaml.CSafeLoader)
+            ordered = {**lock, "stages": dict(sorted(lock["stages"].items()))}
+            after = yaml.safe_dump(ordered, sort_keys=False, width=1000)
+            if after != before:
+                partial = LOCK.with_name(".dvc.lock.partial")
+                partial.write_text(after)
+                partial.replace(LOCK)
+    except LockError:
+        return  # another run is at work here and sorts when it ends
+
+
+def _like(target: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(target, list(names), 1)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,120 @@
+"""One stage as a child process: its output shown and kept, its whole family ended when the run stops.
+
+DVC does not pass a signal on to the command it runs, so each `dvc repro` leads a process group of its
+own and the group is what gets signalled: first SIGTERM, and SIGKILL to what is still there.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from flows.graph import DVC
+
+LOGS = Path("data/runs/logs")
+GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
+CHATTER = re.compile(
+    r"|To track the changes with git, run:|\s*git add .*|To enable auto staging, run:"
+    r"|\s*dvc config core.autostage true|Use `dvc push` .*|(Updating|Generating) lock file .*"
+    r"|.*:\s+0%\|.*"
+)
+"""Lines of DVC that teach its use once a stage, and bars that have not begun."""
+
+
+class Children:
+    """The child processes of one run, and the order to stop."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._alive: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+
+    def repro(self, stage: str, show: Callable[[str], None]) -> tuple[int, str]:
+        """Run `dvc repro --single-item <stage>` and return its exit code and output.
+
+        Args:
+            show: takes each line worth showing, as it comes.
+
+        Raises:
+            InterruptedError: the run was stopped before or during the stage.
+        """
+        with self._lock:
+            if self.stopped.is_set():
+                raise InterruptedError(stage)
+            child = subprocess.Popen(
+                [*DVC, "repro", "--single-item", stage],
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            self._alive.add(child)
+        assert child.stdout is not None
+        log = LOGS / f"{stage.replace('/', '--')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with log.open("w") as file:
+                output = _follow(child.stdout, file, show)
+            code = child.wait()
+        finally:
+            with self._lock:
+                self._alive.discard(child)
+        if self.stopped.is_set():
+            raise InterruptedError(stage)
+        return code, output
+
+    def stop(self) -> None:
+        """Start no further child, and end those that run with all their descendants."""
+        with self._lock:
+            self.stopped.set()
+            groups = {child.pid for child in self._alive}
+        for group in groups:
+            _signal(group, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and any(_signal(group, 0) for group in groups):
+            time.sleep(0.05)
+        for group in groups:
+            _signal(group, signal.SIGKILL)
+
+
+def environment() -> dict[str, str]:
+    """What a stage runs under: this interpreter as `python`, and bars that write a line now and then."""
+    return {
+        "TQDM_MININTERVAL": "10",
+        "DVC_NO_ANALYTICS": "1",
+        "PYTHONUNBUFFERED": "1",
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+    }
+
+
+def _follow(stream: IO[str], file: IO[str], show: Callable[[str], None]) -> str:
+    """Copy a stream to `file` line by line, a redrawn bar being a line, and return all of it."""
+    kept = []
+    for raw in stream:  # text mode ends a line at \r too
+        line = raw.rstrip()
+        file.write(f"{line}\n")
+        file.flush()
+        kept.append(line)
+        if not CHATTER.fullmatch(line):
+            show(line)
+    return "\n".join(kept)
+
+
+def _signal(group: int, number: int) -> bool:
+    """Signal a process group; False where nothing of it is left."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
