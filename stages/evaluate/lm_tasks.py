@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 
 def run_tasks(
@@ -17,13 +18,21 @@ def run_tasks(
     limit: int | None,
     chat_template: bool,
     seed: int,
+    manager: "TaskManager | None" = None,
 ) -> dict[str, Any]:
-    """lm-eval's own result of `tasks` (configs or task objects), every sample logged, all seeds fixed."""
+    """lm-eval's own result of `tasks` (configs or task objects), every sample logged, all seeds fixed.
+
+    Args:
+        manager: knows the stock tasks that configs build upon; indexing their thousands of files takes
+            ten seconds, so None knows none.
+    """
     from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     result: dict[str, Any] = simple_evaluate(
         model=lm,
         tasks=tasks,
+        task_manager=manager or TaskManager(include_defaults=False),
         limit=limit,
         log_samples=True,
         bootstrap_iters=0,
