@@ -10,16 +10,24 @@ import yaml
 ROOT = Path(__file__).parents[1]
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 FREE = "stages/core/params.py"  # names every method; see its docstring
+REGISTRY = {  # how a method's file is known: the field that names it, or its class
+    "model": ("download", r"^    format: Literal"),
+    "dataset": ("download", r"^    kind: Literal"),
+    "prune": ("prune", r"^    method: Literal"),
+    "quantize": ("quantize", r"^    method: Literal"),
+    "finetune": ("finetune", r"^    method: Literal"),
+    "perplexity": ("evaluate", r"^class PerplexitySuite"),
+    "graded": ("evaluate", r"^class GradedSuite"),
+    "benchmark": ("evaluate", r"^class BenchmarkSuite"),
+    "noise": ("noise", r"^class .*Method"),
+}
 METHODS = {
-    "model": [f"stages/download/{m}.py" for m in ("gguf", "safetensors")],
-    "dataset": [f"stages/download/{m}.py" for m in ("text", "arithmetic", "benchmark")],
-    "prune": [f"stages/prune/{m}.py" for m in ("magnitude", "wanda")],
-    "quantize": [f"stages/quantize/{m}.py" for m in ("rtn", "gptq")],
-    "finetune": ["stages/finetune/lora.py"],
-    "perplexity": ["stages/evaluate/perplexity.py"],
-    "graded": ["stages/evaluate/graded.py"],
-    "benchmark": ["stages/evaluate/benchmark.py"],
-    "noise": [],
+    stage: sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "stages" / folder).glob("*.py")
+        if re.search(pattern, path.read_text(), re.M)
+    )
+    for stage, (folder, pattern) in REGISTRY.items()
 }
 
 
@@ -34,7 +42,11 @@ def imports(file: str) -> set[str]:
     }
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and id(node) not in typing and (node.module or "").startswith("stages"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and id(node) not in typing
+            and (node.module or "").startswith("stages")
+        ):
             base = (node.module or "").replace(".", "/")
             for alias in node.names:
                 inner = f"{base}/{alias.name}.py"
@@ -66,14 +78,12 @@ def test_dependencies_are_the_imports(name):
     assert "data/validated.json" in stage["deps"]
 
 
-def test_every_method_file_is_covered():
-    in_folders = {
-        str(path.relative_to(ROOT))
-        for folder in ("download", "prune", "quantize", "finetune", "evaluate")
-        for path in (ROOT / "stages" / folder).glob("*.py")
-        if re.search(r"^    (method|kind|format): Literal|^class \w+Suite", path.read_text(), re.M)
-    }
-    assert in_folders == {file for files in METHODS.values() for file in files}
+def test_every_method_file_was_found():
+    counts = {stage: len(files) for stage, files in METHODS.items()}
+    assert counts == {
+        "model": 2, "dataset": 3, "prune": 2, "quantize": 2, "finetune": 1,
+        "perplexity": 1, "graded": 1, "benchmark": 1, "noise": 0,
+    }  # fmt: skip
 
 
 def test_no_stage_hides_an_output_from_the_run_cache():
