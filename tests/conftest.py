@@ -16,6 +16,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.txt").write_text(project.text(seed))
     for family in families.CONFIGS:
         families.save(family, folder / family)
+    (folder / "tiny").symlink_to(folder / "llama")
     return folder
 
 

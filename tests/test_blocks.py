@@ -93,10 +93,10 @@ def test_statistics_are_those_of_inputs_already_compressed_upstream(family, kind
     modules = {linear.name: linear for linear in linears(slow)}
     for block, _ in blocks(slow):
         for group in GROUPS[family]:
-            seen = {}
+            seen: dict[str, torch.Tensor] = {}
             handles = [
                 modules[f"{block}.{name}"].module.register_forward_hook(
-                    lambda module, args, output, name=name: seen.update({name: args[0]})
+                    lambda module, args, output, name=name, seen=seen: seen.update({name: args[0]})
                 )
                 for name in group
             ]

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,15 +40,15 @@ def load_model(artifact: str, run: "Run", *, dequantize: bool) -> "PreTrainedMod
             False loads it exactly as any user of the checkpoint would.
     """
     path = MODELS / artifact
-    extra: dict[str, Any] = {}
-    if dequantize and getattr(AutoConfig.from_pretrained(path), "quantization_config", None):
-        extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    if dequantize and getattr(config, "quantization_config", None):
+        config.quantization_config["dequantize"] = True
     model = AutoModelForCausalLM.from_pretrained(
         path,
+        config=config,
         dtype=run.torch_dtype,
         attn_implementation="sdpa",
         local_files_only=True,
         use_safetensors=True,
-        **extra,
     )
     return model.to(run.resolved_device()).eval()

@@ -1,0 +1,60 @@
+"""Recipes run through the real stage functions in the working folder, over the shared tiny inputs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from stages.core import params as schema
+from stages.download.__main__ import download
+from stages.finetune.__main__ import finetune
+from stages.noise.__main__ import noise
+from stages.prune.__main__ import prune
+from stages.quantize.__main__ import quantize
+from tests import families, project
+
+STAGES = {"prune": prune, "quantize": quantize, "finetune": finetune, "noise": noise}
+TEXT = {"dataset": "news", "num_samples": 4, "sequence_length": 32}
+NONE = {"dataset": "none"}
+
+
+def params(family: str, recipes: dict[str, dict[str, Any]]) -> schema.Params:
+    """Params over the shared inputs with one base, `base/tiny` of `family`, and the given recipes."""
+    raw = project.params(Path("inputs"))
+    raw["models"]["tiny"] |= {
+        "source": f"path:inputs/{family}", "in_features": families.IN_FEATURES[family],
+        "sha256": project.sha256(Path("inputs") / family),
+    }  # fmt: skip
+    raw |= {"prune": {}, "quantize": {}, "finetune": {}, "noise": {}}
+    raw["evaluate"] = {"candidates": ["base/tiny"]}
+    for artifact, recipe in recipes.items():
+        section, name = artifact.split("/")
+        raw[section][name] = recipe
+    return schema.validate(raw)
+
+
+def do(chosen: schema.Params, artifacts: list[str] | None = None) -> None:
+    """Download the base and the text, and make `artifacts` (all recipes when None) in the order given."""
+    for name in ("datasets/news", "base/tiny"):
+        download(chosen, name)
+    for artifact in artifacts or list(chosen.recipes()):
+        section, name = artifact.split("/")
+        STAGES[section](chosen, name)
+
+
+def load(artifact: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(Path("data/models") / artifact).eval()
+
+
+def record(artifact: str) -> dict[str, Any]:
+    return json.loads((Path("data/models") / artifact / "artifact.json").read_text())
+
+
+def dense(model: torch.nn.Module) -> torch.nn.Module:
+    """The model after a forward, which is when packed weights are unpacked."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(16)[None]).logits
+    assert logits.isfinite().all()
+    return model

@@ -1,0 +1,95 @@
+"""Every method on every family, through the stages: it succeeds, and plain transformers loads the result."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from stages.core import params as schema
+from stages.core.blocks import linears
+from stages.core.checkpoint import zero_masks
+from stages.core.packed import read_codes
+from tests import families
+from tests.pipeline import NONE, TEXT, dense, do, load, params, record
+
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "prune": {
+        "magnitude": {"sparsity": 0.5, "scope": "matrix", "calibration": NONE},
+        "wanda": {"sparsity": 0.5, "calibration": TEXT},
+    },
+    "quantize": {
+        "rtn": {"bits": 4, "group_size": 32, "calibration": NONE},
+        "gptq": {"bits": 4, "group_size": 32, "calibration": TEXT},
+    },
+    "finetune": {
+        "lora": {
+            "train": TEXT, "rank": 2, "alpha": 4, "learning_rate": 0.01, "steps": 2, "batch_size": 2,
+        }
+    },
+}  # fmt: skip
+"""The settings each method is tried with; a new method needs a line here."""
+METHODS = [(section, method) for section in OPTIONS for method in schema.methods(section)]
+
+
+def test_what_is_enumerated():
+    assert METHODS == [
+        ("prune", "magnitude"), ("prune", "wanda"), ("quantize", "rtn"), ("quantize", "gptq"),
+        ("finetune", "lora"),
+    ]  # fmt: skip
+    assert {(section, method) for section, found in OPTIONS.items() for method in found} == set(METHODS)
+    assert len(families.CONFIGS) == 7
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize(("section", "method"), METHODS)
+def test_contract(section, method, family, workspace):
+    options = OPTIONS[section][method]
+    artifact = f"{section}/made"
+    chosen = params(family, {artifact: {"source": "base/tiny", "method": method, **options}})
+    do(chosen)
+
+    made, base, folder = dense(load(artifact)), load("base/tiny"), Path("data/models") / artifact
+    AutoTokenizer.from_pretrained(folder)
+    told = record(artifact)
+    assert told["lineage"] == ["base/tiny", artifact]
+    assert told["recipes"][artifact]["method"] == method
+    assert told["base"]["name"] == "tiny"
+    assert told["bytes_on_disk"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+    count = len(linears(base))
+    if section != "quantize":
+        assert told["layout"] == "dense"
+        changed = [
+            a.name
+            for a, b in zip(linears(made), linears(base), strict=True)
+            if not torch.equal(a.weight, b.weight)
+        ]
+        assert len(changed) == count
+        rest = {f"{linear.name}.weight" for linear in linears(base)}
+        for name, parameter in base.named_parameters():
+            assert name in rest or torch.equal(parameter, made.get_parameter(name)), name
+        if section == "prune":
+            assert told["sparsity"] == pytest.approx(0.5)
+            zeros = sum(int(mask.sum()) for mask in zero_masks(linears(made)).values())
+            assert told["sparsity"] == zeros / sum(linear.weight.numel() for linear in linears(made))
+        return
+
+    assert told["notes"][artifact]["quantized_linears"] == count
+    if family == "gpt2":  # compressed-tensors knows no Conv1D
+        assert told["layout"] == "fake_quantized"
+        return
+    assert told["layout"] == "pack-quantized"
+    assert told["bytes_on_disk"] < record("base/tiny")["bytes_on_disk"]
+    with safe_open(folder / "model.safetensors", "pt") as handle:
+        packed = [name for name in handle.keys() if name.endswith(".weight_packed")]  # noqa: SIM118
+        assert len(packed) == count
+        for linear in linears(base):
+            codes = read_codes(handle, linear.name, folder).float()
+            scale = handle.get_tensor(f"{linear.name}.weight_scale")
+            wide = scale.float().repeat_interleave(32, 1)
+            reloaded = made.get_submodule(linear.name).weight
+            assert torch.equal(reloaded, (codes * wide).to(scale.dtype))
+            assert torch.equal((reloaded.float() / wide).round(), codes)
