@@ -55,10 +55,10 @@ def compare(results: Results) -> Comparison:
     """Compare every candidate with the dense base it descends from, and noise with its source.
 
     Added columns: `reference` (the candidate compared with), `reference_value`, `delta`, `delta_stderr`
-    (paired, in the score's unit), `pairs` (items both answered), `lost`, `won` (items whose score fell,
-    rose), `answers_changed`, `low`, `high` (95 % interval of the mean difference an item), `p`, `floor_noise`
-    (largest |delta| of the noise candidates of this base and measure) and `verdict`. Missing where there
-    is nothing to compare with.
+    (paired, in the score's unit), `pairs` (items both answered), `lost` and `won` (items whose score got
+    worse and better), `answers_changed`, `low` and `high` (95 % interval of the mean difference an item),
+    `p`, `floor_noise` (largest |delta| of the noise candidates of this base and measure) and `verdict`.
+    Missing where there is nothing to compare with.
     """
     lookup = _Items(results)
     scores = results.scores
@@ -120,7 +120,7 @@ def _against(scores: pd.DataFrame, references: dict[str, str], items: _Items) ->
 def _statistics(row: dict[str, Any], reference_value: float, pairs: pd.DataFrame) -> dict[str, Any]:
     old, new = pairs["score_base"].tolist(), pairs["score_ours"].tolist()
     both = list(zip(old, new, strict=True))
-    lost, won = paired.discordant(old, new)
+    lost, won = paired.discordant(old, new, bool(row["higher_is_better"]))
     per_item = paired.interval([b - a for a, b in both])
     # The error of a perplexity is its own slope times that of its mean nats; other scores are means.
     slopes = (row["value"], reference_value) if row["metric"] in PER_ITEM else (1.0, 1.0)

@@ -8,6 +8,7 @@ import pandas as pd
 
 from stages.report.collect import Results, records
 from stages.report.compare import Comparison
+from stages.report.words import family
 
 SIZES = ["sparsity", "bits", "bits_per_weight", "bytes_ideal", "bytes_on_disk"]
 
@@ -52,6 +53,7 @@ def quality(comparison: Comparison, size: str) -> pd.DataFrame:
     rows = comparison.competitors
     rows = rows[(rows["metric"] == "perplexity") & (rows["difficulty"] == "all")]
     made = rows[["candidate", "suite"]].copy()
+    made["family"] = [family(row) for row in records(rows)]
     made["megabytes"] = rows[size].astype("float64") / 1e6
     made["perplexity"] = rows["value"]
     return made.sort_values(["suite", "megabytes", "candidate"], kind="stable")

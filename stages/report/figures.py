@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from stages.report.collect import records
@@ -73,14 +74,16 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
         if kind == "dense":
             axis.axhline(row["value"], color="#777777", linestyle="--", linewidth=1, zorder=1)
         axis.plot(
-            row[column] / 1e6, row["value"], marker=MARKERS[kind], color=COLOURS[kind], markersize=9,
+            row[column] / 1e6, row["value"], marker=MARKERS[kind], color=COLOURS[kind],
+            markersize=14 if kind == "dense" else 9,
             markeredgecolor="white", markeredgewidth=0.7, linestyle="", zorder=3,
         )  # fmt: skip
     axis.margins(x=0.22, y=0.16)
     values = rows["value"]
-    plain = FuncFormatter(lambda value, _: f"{value:,.4g}")
-    axis.yaxis.set_major_formatter(plain)
-    axis.yaxis.set_minor_formatter(plain if values.max() < 8 * values.min() else NullFormatter())
+    narrow = values.max() < 4 * values.min()
+    axis.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if narrow else (1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _labels(
@@ -107,6 +110,7 @@ def _labels(
         axis.annotate(
             name, point, (dx, dy), textcoords="offset points", fontsize=8, va="center",
             ha="left" if dx > 0 else "right", arrowprops=line if best > 1 else None,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=4,
         ).set_in_layout(False)  # fmt: skip
         taken.append(boxes[best])
 
@@ -135,21 +139,22 @@ def difficulty(comparison: Comparison) -> Figure | None:
     panels = list(dict.fromkeys(zip(rows["suite"], rows["candidate"], strict=True)))
     if not panels:
         return None
-    columns = min(4, len(panels))
+    columns = min(5, len(panels))
     lines = -(-len(panels) // columns)
+    height = 0.7 + 0.22 * rows["difficulty"].nunique()
     with rc_context(STYLE):
-        figure = Figure(figsize=(2.9 * columns + 0.4, 1.9 * lines + 1.7), layout="constrained")
+        figure = Figure(figsize=(1.9 * columns + 1.6, height * lines + 0.7), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        several = rows["suite"].nunique() > 1
         for axis, (suite, candidate) in zip(grid, panels, strict=False):
             _levels(axis, rows[(rows["suite"] == suite) & (rows["candidate"] == candidate)])
-            several = rows["suite"].nunique() > 1
             axis.set_title(f"{suite}: {short(candidate)}" if several else short(candidate), fontsize=9)
         for axis in grid[len(panels) :]:
             axis.set_visible(False)
-        for axis in grid[max(0, len(panels) - columns) : len(panels)]:
-            axis.tick_params(axis="x", labelbottom=True, labelrotation=90)
-        for axis in grid[::columns]:
-            axis.set_ylabel("share right")
+        for axis in grid[len(panels) - columns : len(panels)]:
+            axis.tick_params(axis="x", labelbottom=True)
+            axis.set_xlabel("share right")
+        grid[0].invert_yaxis()  # the easiest on top
         handles = [
             Line2D([], [], color=colour, marker=marker, markersize=4, label=readout)
             for readout, (colour, marker) in READOUTS.items()
@@ -165,17 +170,16 @@ def difficulty(comparison: Comparison) -> Figure | None:
 
 def _levels(axis: Axes, rows: pd.DataFrame) -> None:
     axis.grid(alpha=0.25, linewidth=0.5)
-    axis.set_ylim(-0.04, 1.04)
-    axis.yaxis.set_major_locator(MaxNLocator(4))
+    axis.set(xlim=(-0.05, 1.05), xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0", "", ".5", "", "1"))
     for readout, (colour, marker) in READOUTS.items():
         chosen = rows[rows["readout"] == readout]
-        axis.plot(chosen["difficulty"], chosen["reference_value"], color=colour, alpha=0.35, linewidth=1)
+        axis.plot(chosen["reference_value"], chosen["difficulty"], color=colour, alpha=0.4, linewidth=1)
         axis.errorbar(
-            chosen["difficulty"], chosen["value"], yerr=chosen["stderr"].fillna(0), color=colour,
+            chosen["value"], chosen["difficulty"], xerr=chosen["stderr"].fillna(0), color=colour,
             marker=marker, markersize=4, linewidth=1.5, elinewidth=0.8,
         )  # fmt: skip
         for floor in chosen["floor"].dropna().unique():
-            axis.axhline(floor, color="black", linestyle=":", linewidth=1)
+            axis.axvline(floor, color="black", linestyle=":", linewidth=1)
 
 
 def write(figure: Figure, stem: Path) -> None:

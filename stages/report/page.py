@@ -85,8 +85,8 @@ def _candidate(params: Params, row: Mapping[str, Any], suites: list[str]) -> dic
             (step, _flow(recipes[step].model_dump(mode="json"))) for step in lineage if step in recipes
         ],
         "path": lineage,
-        "in_domain": [name for name in words.read_by(row["calibration"]) if name in suites],
-        "on_grid": row["base_grid"] != "none" and row["quantize_method"] is not None,
+        "on_grid": _marks(row)["on_grid"],
+        "read": [name for name in words.read_by(row["calibration"]) if name in suites],
     }
 
 
@@ -120,10 +120,8 @@ def _measures(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 
 def _measure(rows: pd.DataFrame, suite: str, readout: str, metric: str) -> dict[str, Any]:
-    chosen = records(of_measure(rows, suite, readout, metric))
+    chosen = [row | _marks(row) for row in records(of_measure(rows, suite, readout, metric))]
     for row in chosen:
-        row["in_domain"] = suite in words.read_by(row["calibration"])
-        row["on_grid"] = row["base_grid"] != "none" and row["quantize_method"] is not None
         nats = metric == "perplexity" and row["low"] is not None
         row["ratio"] = (math.exp(row["low"]), math.exp(row["high"])) if nats else None
     return {
@@ -137,6 +135,14 @@ def _measure(rows: pd.DataFrame, suite: str, readout: str, metric: str) -> dict[
     }
 
 
+def _marks(row: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether a score is flattered by the grid of the base, and whether by its own domain."""
+    return {
+        "in_domain": row["suite"] in words.read_by(row["calibration"]),
+        "on_grid": row["base_grid"] != "none" and row["quantize_method"] is not None,
+    }
+
+
 def _graded(rows: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
     leveled = rows.groupby(KEY[:-1], sort=False)
     return [(key, found) for key, found in leveled if found["difficulty"].nunique() > 1]
@@ -145,13 +151,15 @@ def _graded(rows: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
 def _difficulty(rows: pd.DataFrame) -> dict[str, Any]:
     levels = [level for level in dict.fromkeys(rows["difficulty"]) if level != "all"]
     cells: dict[str, dict[str, Any]] = {}
-    for row in records(rows):
+    found = records(rows)
+    for row in found:
         cells.setdefault(row["candidate"], {})[row["difficulty"]] = row
     first = rows.iloc[0]
     return {
         "suite": first["suite"], "readout": first["readout"], "metric": first["metric"],
         "floor": None if pd.isna(first["floor"]) else float(first["floor"]),
         "levels": [*levels, "all"], "cells": cells,
+        "about": {row["candidate"]: _marks(row) for row in found},
     }  # fmt: skip
 
 

@@ -29,10 +29,13 @@ class Interval:
     p: float
 
 
-def discordant(base: Sequence[float], ours: Sequence[float]) -> tuple[int, int]:
-    """Items lost and items won: those whose score is lower and higher in `ours` than in `base`."""
+def discordant(
+    base: Sequence[float], ours: Sequence[float], higher_is_better: bool = True
+) -> tuple[int, int]:
+    """Items lost and items won: those whose score is worse and better in `ours` than in `base`."""
     pairs = list(zip(base, ours, strict=True))
-    return sum(new < old for old, new in pairs), sum(new > old for old, new in pairs)
+    fell, rose = sum(new < old for old, new in pairs), sum(new > old for old, new in pairs)
+    return (fell, rose) if higher_is_better else (rose, fell)
 
 
 def mcnemar(lost: int, won: int) -> float:

@@ -7,16 +7,16 @@ from typing import Any
 
 import pandas as pd
 
-FAMILIES = ("dense", "prune", "quantize", "both", "recovered")
+FAMILIES = ("dense", "pruned", "quantized", "pruned and quantized", "recovered")
 MINUS = "\N{MINUS SIGN}"
 
 
 def family(row: Mapping[str, Any]) -> str:
     """What was done to the model of a score row, one of FAMILIES; a fine-tuned one is `recovered`."""
-    done = [stage for stage in ("prune", "quantize", "finetune") if not pd.isna(row[f"{stage}_method"])]
-    if "finetune" in done:
-        return "recovered"
-    return "both" if len(done) == 2 else done[0] if done else "dense"
+    pruned, quantized, tuned = (
+        not pd.isna(row[f"{stage}_method"]) for stage in ("prune", "quantize", "finetune")
+    )
+    return FAMILIES[4 if tuned else pruned + 2 * quantized]
 
 
 def short(candidate: str) -> str:
@@ -35,17 +35,19 @@ def source(text: str) -> str:
 
 
 def number(value: float | None, metric: str = "") -> str:
-    """A score: two decimals of a perplexity, three of a share, fewer where it is large; a dash if missing."""
+    """A score: three decimals, two of a perplexity above 0.1, none above 1000; a dash if missing."""
     if value is None or pd.isna(value):
         return "–"
     size = abs(value)
-    digits = 3 if metric != "perplexity" else 2 if size < 1000 else 0
-    return f"{value:,.{digits}f}".replace("-", MINUS)
+    digits = 3 if metric != "perplexity" or size < 0.1 else 2 if size < 1000 else 0
+    said = f"{value:,.{digits}f}"
+    return said.replace("-", MINUS) if float(said.replace(",", "")) else said.removeprefix("-")
 
 
 def signed(value: float, metric: str = "") -> str:
     """A difference with its sign, rounded as `number` does."""
-    return ("+" if value > 0 else "") + number(value, metric)
+    said = number(value, metric)
+    return said if said.startswith(MINUS) else f"+{said}"
 
 
 def chance(p: float) -> str:

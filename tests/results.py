@@ -1,0 +1,147 @@
+"""Made-up results of the default sweep, in the shape that evaluations write: what a report is read from."""
+
+import hashlib
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages.core import tables
+from stages.core.params import Params, validate
+
+ROOT = Path(__file__).parents[1]
+# How much worse than the dense base a recipe is, in nats a token; and its size in MB, on disk and ideally.
+HARM = {
+    "smollm2": (0.0, 269.1, 269.0), "smollm2-batch-5": (0.0, 269.1, 269.0),
+    "magnitude-50": (1.9, 269.1, 176.3), "wanda-50": (0.35, 269.1, 176.3),
+    "rtn-w8g64": (0.001, 168.9, 166.1), "rtn-w4g64": (0.12, 115.7, 112.9), "rtn-w3g64": (1.1, 102.5, 99.8),
+    "gptq-w4g64": (0.06, 115.7, 112.9), "gptq-w3g64": (0.4, 102.5, 99.8),
+    "wanda-50-gptq-w4g64": (0.5, 115.7, 99.6), "wanda-50-lora": (0.22, 269.1, 176.3),
+}  # fmt: skip
+LEVEL = 0.15  # how much harder each level of arithmetic is than the one before
+
+
+def params(**changes: Any) -> Params:
+    """The project's own params with whole sections changed."""
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    return validate(raw | changes)
+
+
+def without(suites: dict[str, Any], *kinds: str) -> dict[str, Any]:
+    """The sections of suites with some kinds empty."""
+    return {kind: {} if kind in kinds else found for kind, found in suites.items()}
+
+
+def write(root: Path, wanted: Params, *, response: str = "7") -> None:
+    """Write scores and samples of every evaluation that `wanted` names into `root`.
+
+    Args:
+        response: what every candidate but the base generates where it is wrong.
+    """
+    for candidate in wanted.evaluate.candidates:
+        for suite in wanted.suites.by_name():
+            described = tables.describe(record(wanted, candidate)) | {
+                "suite": suite, "dataset_source": wanted.datasets[suite].source if suite != "arithmetic" else "reasoning-gym",
+                "batch_size": 5 if candidate.startswith("noise/") else 8,
+                "dtype": "bfloat16", "device": "cpu", "threads": 1,
+            }  # fmt: skip
+            made = _text if suite in wanted.suites.perplexity else _items
+            scores, samples = made(candidate, suite, wanted, response)
+            folder = root / candidate / suite
+            folder.mkdir(parents=True)
+            asked = {"candidate": candidate, "suite": suite}
+            tables.write_tables(
+                folder,
+                tables.table([described | row for row in scores], tables.SCORE_COLUMNS),
+                tables.table([asked | row for row in samples], tables.SAMPLE_COLUMNS),
+            )
+
+
+def record(wanted: Params, candidate: str) -> dict[str, Any]:
+    """An `artifact.json` as the stages would write it."""
+    recipes = wanted.recipes()
+    lineage, at = [candidate], candidate
+    while at in recipes:
+        at = recipes[at].source
+        lineage.insert(0, at)
+    name = candidate.split("/")[1]
+    _, disk, ideal = HARM[name]
+    model = at.removeprefix("base/")
+    return {
+        "artifact": candidate,
+        "lineage": lineage,
+        "recipes": {
+            step: recipes[step].model_dump(mode="json") for step in lineage[1:] if not step.startswith("noise/")
+        },
+        "base": {
+            "name": model,
+            "source": wanted.models[model].source,
+            "grid": {"format": "Q4_1", "group_size": 32},
+        },
+        "sparsity": 0.5 if "50" in name else 0.0015,
+        "layout": "pack-quantized" if candidate.startswith("quantize/") else "dense",
+        "num_parameters": 134_515_008,
+        "bits_per_weight": ideal * 8e6 / 134_515_008,
+        "bytes_ideal": int(ideal * 1e6),
+        "bytes_on_disk": int(disk * 1e6),
+    }
+
+
+def _text(candidate: str, suite: str, wanted: Params, response: str) -> Any:
+    count = wanted.suites.perplexity[suite].windows
+    easy, own = random.Random(suite), random.Random(candidate + suite)
+    harm = HARM[candidate.split("/")[1]][0] * (1.0 if suite == "news" else 1.3)
+    losses = [easy.gauss(3.0, 0.25) + harm + own.gauss(0, 0.01 + 0.05 * harm) for _ in range(count)]
+    mean = math.fsum(losses) / count
+    spread = math.sqrt(math.fsum((x - mean) ** 2 for x in losses) / (count - 1) / count)
+    shared = {"task": f"perplexity-{suite}", "readout": "likelihood", "difficulty": "all"}
+    score = {
+        **shared, "metric": "perplexity", "value": math.exp(mean), "stderr": math.exp(mean) * spread,
+        "num_items": count, "higher_is_better": False, "shots": 0, "template": "none", "seed": 0,
+        "task_version": "windows of 512", "prompt_hash": _hash(suite),
+    }  # fmt: skip
+    samples = [
+        {**shared, "doc_id": i, "prompt_hash": _hash(suite, i), "metric": "nats_per_token", "score": loss,
+         "log_likelihoods": [-loss * 511]}
+        for i, loss in enumerate(losses)
+    ]  # fmt: skip
+    return [score], samples
+
+
+def _items(candidate: str, suite: str, wanted: Params, response: str) -> Any:
+    benchmark = suite in wanted.suites.benchmark
+    levels = ["all"] if benchmark else [level.name for level in wanted.datasets[suite].levels]
+    each = 40 if benchmark else wanted.datasets[suite].test
+    asked = [("likelihood", "acc")] + ([] if benchmark else [("generation", "exact_match")])
+    harm = HARM[candidate.split("/")[1]][0]
+    scores, samples = [], []
+    for readout, metric in asked:
+        hard, own = random.Random(suite + readout), random.Random(candidate + suite + readout)
+        right = {}
+        for rank, level in enumerate(levels):
+            bar = 0.95 - rank * LEVEL - 0.35 * min(harm, 1.5)
+            for i in range(each):
+                shift = own.gauss(0, 0.02 + 0.1 * harm) if candidate != "base/smollm2" else 0.0
+                right[level, rank * each + i] = float(hard.random() + shift < max(bar, 0.25))
+        for level in dict.fromkeys(["all", *levels]):
+            picked = [value for (at, _), value in right.items() if level in ("all", at)]
+            mean = sum(picked) / len(picked)
+            scores.append({
+                "task": suite, "readout": readout, "difficulty": level, "metric": metric, "value": mean,
+                "stderr": math.sqrt(mean * (1 - mean) / (len(picked) - 1)), "num_items": len(picked),
+                "floor": 0.25 if readout == "likelihood" else None, "higher_is_better": True, "shots": 4,
+                "template": "none", "seed": 0, "task_version": "1", "prompt_hash": _hash(suite, level),
+            })  # fmt: skip
+        samples += [
+            {"task": suite, "readout": readout, "difficulty": level, "metric": metric, "score": value,
+             "doc_id": i, "prompt_hash": _hash(suite, i), "target": str(i),
+             "response": str(i) if value else response, "generated_tokens": 3}
+            for (level, i), value in right.items()
+        ]  # fmt: skip
+    return scores, samples
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
