@@ -63,30 +63,43 @@ class BenchmarkSuite(Strict):
             Refusal: lm-eval has no such task, or the data has no split it can be scored on.
         """
         import datasets
+        from lm_eval.tasks._yaml_loader import load_yaml
 
         if self.task not in manager.all_subtasks:
             raise Refusal(f"lm-eval has no task {self.task!r}; `lm-eval ls tasks` prints those it has.")
-        stock = manager._get_config(self.task)
+        # lm-eval gives no public way to change a stock task before it asks the hub for its data.
+        config = load_yaml(manager.task_index[self.task].yaml_path)
+        if "class" in config:
+            raise Refusal(
+                f"{self.task} is a program of lm-eval's rather than a task in YAML; it is not served."
+            )
         files = {file.stem: str(file) for file in sorted(folder.glob("*.parquet"))}
-        config: dict[str, Any] = {
+        has = ", ".join(files) or "none"
+        scored = config.get("test_split") or config.get("validation_split")
+        examples = config.get("fewshot_split") or config.get("training_split")
+        for split in SPLITS:
+            if config.get(split) not in files:
+                config[split] = None
+        if not (config["test_split"] or config["validation_split"]):
+            raise Refusal(f"{folder} has the splits {has}; {self.task} is scored on {scored}.")
+        if self.shots is not None:
+            config["num_fewshot"] = self.shots
+        written = (config.get("fewshot_config") or {}).get("samples")
+        if config.get("num_fewshot") and not (written or examples in files):
+            raise Refusal(
+                f"{folder} has the splits {has}; {self.task} takes its {config['num_fewshot']} examples from "
+                f"{examples or 'the items it is scored on'}; bring that split in, or set shots: 0."
+            )
+        if self.max_gen_toks is not None:
+            config["generation_kwargs"] = {
+                **(config.get("generation_kwargs") or {}),
+                "max_gen_toks": self.max_gen_toks,
+            }
+        for structure in ("tag", "group", "task_list"):
+            config.pop(structure, None)
+        return config | {
             "task": self.task,
             "custom_dataset": lambda **_: {
                 split: datasets.Dataset.from_parquet(file) for split, file in files.items()
             },
         }
-        for split in SPLITS:
-            if stock.get(split) not in (None, *files):
-                config[split] = None
-        if not any({**stock, **config}.get(split) for split in ("validation_split", "test_split")):
-            raise Refusal(
-                f"{folder} has the splits {', '.join(files)}; {self.task} is scored on "
-                f"{stock.get('test_split') or stock.get('validation_split')}."
-            )
-        if self.shots is not None:
-            config["num_fewshot"] = self.shots
-        if self.max_gen_toks is not None:
-            config["generation_kwargs"] = {
-                **(stock.get("generation_kwargs") or {}),
-                "max_gen_toks": self.max_gen_toks,
-            }
-        return config
