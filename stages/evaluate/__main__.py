@@ -25,6 +25,8 @@ def evaluate(params: Params, name: str) -> None:
         tokenizer=artifact.load_tokenizer(candidate),
         batch_size=batch_size,
         device=str(device),
+        # lm-eval sums log-likelihoods in the model's dtype; bf16 would leave three digits of them.
+        softmax_dtype="float32",
     )
     scores, samples = suite.evaluate(lm, suite_name, params.run.seed)
     dataset = json.loads((DATASETS / suite_name / "dataset.json").read_text())
