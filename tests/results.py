@@ -43,7 +43,7 @@ def write(root: Path, wanted: Params, *, response: str = "7") -> None:
     for candidate in wanted.evaluate.candidates:
         for suite in wanted.suites.by_name():
             described = tables.describe(record(wanted, candidate)) | {
-                "suite": suite, "dataset_source": wanted.datasets[suite].source if suite != "arithmetic" else "reasoning-gym",
+                "suite": suite, "dataset_source": getattr(wanted.datasets[suite], "source", "reasoning-gym"),
                 "batch_size": 5 if candidate.startswith("noise/") else 8,
                 "dtype": "bfloat16", "device": "cpu", "threads": 1,
             }  # fmt: skip
@@ -73,7 +73,9 @@ def record(wanted: Params, candidate: str) -> dict[str, Any]:
         "artifact": candidate,
         "lineage": lineage,
         "recipes": {
-            step: recipes[step].model_dump(mode="json") for step in lineage[1:] if not step.startswith("noise/")
+            step: recipes[step].model_dump(mode="json")
+            for step in lineage[1:]
+            if not step.startswith("noise/")
         },
         "base": {
             "name": model,

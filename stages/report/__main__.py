@@ -23,10 +23,10 @@ def report(params: Params, name: str) -> None:
     drawn = {"quality": figures.quality(comparison), "difficulty": figures.difficulty(comparison)}
     with writing(REPORT) as folder:
         export.write(folder, results, comparison)
-        for stem, figure in drawn.items():
-            if figure is not None:
-                figures.write(figure, folder / stem)
-        (folder / "index.html").write_text(page.render(params, results, comparison, drawn))
+        pictures = {
+            stem: figures.write(figure, folder / stem) for stem, figure in drawn.items() if figure is not None
+        }
+        (folder / "index.html").write_text(page.render(params, results, comparison, pictures))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from stages.report.collect import records
@@ -58,6 +58,7 @@ def quality(comparison: Comparison) -> Figure | None:
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.draw_without_rendering()  # labels are placed by where the layout put the points
+        figure.set_layout_engine("none")
         for suite, pair in zip(suites, grid, strict=True):
             for axis, column in zip(pair, SIZES, strict=True):
                 chosen = rows[rows["suite"] == suite]
@@ -78,11 +79,14 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
             markersize=14 if kind == "dense" else 9,
             markeredgecolor="white", markeredgewidth=0.7, linestyle="", zorder=3,
         )  # fmt: skip
-    axis.margins(x=0.22, y=0.16)
-    values = rows["value"]
-    narrow = values.max() < 4 * values.min()
-    axis.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if narrow else (1, 2, 5)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axis.margins(x=0.22)
+    low, high = rows["value"].min(), rows["value"].max()
+    room = max((high / low) ** 0.16, 1.02)
+    axis.set_ylim(low / room, high * room)
+    # A log axis labels decades; a narrow one has none, and takes the round numbers of a linear axis.
+    steps = range(1, 10) if high < 8 * low else (1, 2, 5)
+    axis.yaxis.set_major_locator(MaxNLocator(5) if high < 2 * low else LogLocator(subs=steps))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -182,11 +186,13 @@ def _levels(axis: Axes, rows: pd.DataFrame) -> None:
             axis.axvline(floor, color="black", linestyle=":", linewidth=1)
 
 
-def write(figure: Figure, stem: Path) -> None:
-    """Write `<stem>.svg` and `<stem>.png`, the same bytes for the same figure."""
-    stem.with_suffix(".svg").write_text(svg(figure))
+def write(figure: Figure, stem: Path) -> str:
+    """Write `<stem>.svg` and `<stem>.png`, the same bytes for the same figure, and return the SVG."""
+    text = svg(figure)
+    stem.with_suffix(".svg").write_text(text)
     with rc_context(STYLE):
         figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
+    return text
 
 
 def svg(figure: Figure) -> str:

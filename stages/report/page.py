@@ -9,14 +9,12 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from stages.core.params import Params
 from stages.report import words
 from stages.report.collect import KEY, Results, records
 from stages.report.compare import Comparison
 from stages.report.export import of_measure
-from stages.report.figures import svg
 
 FLIPS_SHOWN = 8
 """Changed answers written out a candidate; samples.parquet has all."""
@@ -24,10 +22,12 @@ ANSWER_SHOWN = 80
 """Characters of an answer that are written out."""
 
 
-def render(
-    params: Params, results: Results, comparison: Comparison, drawn: Mapping[str, Figure | None]
-) -> str:
-    """The page's HTML; every number on it is from the rows, every word of a model is escaped."""
+def render(params: Params, results: Results, comparison: Comparison, pictures: Mapping[str, str]) -> str:
+    """The page's HTML; every number on it is from the rows, every word of a model is escaped.
+
+    Args:
+        pictures: SVG of the figures there are, by name.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -52,7 +52,7 @@ def render(
         difficulty=[_difficulty(found) for _, found in _graded(competing)],
         flips=_flips(results, comparison),
         compared=int((competing["p"].notna() & (competing["difficulty"] == "all")).sum()),
-        figures={stem: _inline(figure) for stem, figure in drawn.items() if figure is not None},
+        figures={stem: _inline(picture) for stem, picture in pictures.items()},
         facts={name: _distinct(rows, name) for name in ("dtype", "device", "threads", "seed")},
         shown=(FLIPS_SHOWN, ANSWER_SHOWN),
     )
@@ -180,10 +180,9 @@ def _flips(results: Results, comparison: Comparison) -> list[dict[str, Any]]:
     return found
 
 
-def _inline(figure: Figure) -> Markup:
-    """The figure as an element of the page: no prologue, and no ids but those it refers to itself."""
-    text = svg(figure)
-    text = text[text.index("<svg") :]
+def _inline(picture: str) -> Markup:
+    """An SVG file as an element of the page: no prologue, and no ids but those it refers to itself."""
+    text = picture[picture.index("<svg") :]
     referred = set(re.findall(r"#([\w-]+)", text))
     text = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in referred else "", text)
     return Markup(text)

