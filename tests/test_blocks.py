@@ -242,6 +242,12 @@ def test_broken_inputs_are_refused_by_name_and_leave_no_hook():
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_longer_than_the_model_reads_are_refused(family):
+    with pytest.raises(Refusal, match=r"sequence_length 257 is more than the 256 tokens the model reads"):
+        walk(families.model(family), halve, windows=windows(1, 257), statistic=ColumnNorm)
+
+
 def test_a_refusal_of_the_method_names_the_linear():
     def refuse(name, weight, statistic):
         raise Refusal("no such thing.")

@@ -187,6 +187,7 @@ def walk(
 
         if windows is None:
             raise ValueError(f"{statistic.__name__} needs calibration windows")
+        check_length(model, windows, label)
         groups = input_groups(model, found)
         waiting = {number: list(groups.values()).count(number) for number in set(groups.values())}
         ready: dict[int, Statistic] = {}
@@ -218,6 +219,16 @@ def walk(
             for handle in handles:
                 handle.remove()
     return len(found)
+
+
+def check_length(model: nn.Module, windows: Tensor, label: str) -> None:
+    """Refuse windows longer than the positions the model knows."""
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and windows.shape[1] > limit:
+        raise Refusal(
+            f"{label}: sequence_length {windows.shape[1]} is more than the {limit} tokens the model reads."
+        )
 
 
 def _forward(model: nn.Module, windows: Tensor) -> None:

@@ -17,7 +17,6 @@ from stages.evaluate.lm_tasks import rows, run_tasks
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
@@ -41,30 +40,35 @@ class BenchmarkSuite(Strict):
             import nltk
 
             nltk.data.path.insert(0, str((folder / "nltk_data").resolve()))
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager()
         result = run_tasks(
-            lm,
-            [self._task(folder, manager)],
-            limit=self.limit,
-            chat_template=self.chat_template,
-            seed=seed,
-            manager=manager,
+            lm, [self._task(folder)], limit=self.limit, chat_template=self.chat_template, seed=seed
         )
         kind = result["configs"][self.task]["output_type"]
-        readout = "generation" if kind == "generate_until" else "likelihood"
-        return rows(result, self.task, lm=lm, name=self.task, readout=readout, floor=None, seed=seed)
+        scores, samples = rows(
+            result,
+            self.task,
+            lm=lm,
+            name=self.task,
+            readout="generation" if kind == "generate_until" else "likelihood",
+            floor=None,
+            chat_template=self.chat_template,
+            seed=seed,
+        )
+        if not scores:
+            raise Refusal(f"{self.task} scores no single item ({kind}); only tasks that do are served.")
+        return scores, samples
 
-    def _task(self, folder: Path, manager: "TaskManager") -> dict[str, Any]:
+    def _task(self, folder: Path) -> dict[str, Any]:
         """The stock task's config with its data taken from `folder`.
 
         Raises:
             Refusal: lm-eval has no such task, or the data has no split it can be scored on.
         """
         import datasets
+        from lm_eval.tasks import TaskManager
         from lm_eval.tasks._yaml_loader import load_yaml
 
+        manager = TaskManager()
         if self.task not in manager.all_subtasks:
             raise Refusal(f"lm-eval has no task {self.task!r}; `lm-eval ls tasks` prints those it has.")
         # lm-eval gives no public way to change a stock task before it asks the hub for its data.

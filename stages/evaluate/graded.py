@@ -46,6 +46,7 @@ class GradedSuite(Strict):
                 name=name,
                 readout=readout,
                 floor=floor if readout == "likelihood" else None,
+                chat_template=self.chat_template,
                 seed=seed,
                 metrics=(metric,),
             )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
 
 def run_tasks(
@@ -18,21 +17,15 @@ def run_tasks(
     limit: int | None,
     chat_template: bool,
     seed: int,
-    manager: "TaskManager | None" = None,
 ) -> dict[str, Any]:
-    """lm-eval's own result of `tasks` (configs or task objects), every sample logged, all seeds fixed.
-
-    Args:
-        manager: knows the stock tasks that configs build upon; indexing their thousands of files takes
-            ten seconds, so None knows none.
-    """
+    """lm-eval's own result of `tasks`, whole configs, every sample logged, all seeds fixed."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     result: dict[str, Any] = simple_evaluate(
         model=lm,
         tasks=tasks,
-        task_manager=manager or TaskManager(include_defaults=False),
+        task_manager=TaskManager(include_defaults=False),  # indexing its stock tasks takes ten seconds
         limit=limit,
         log_samples=True,
         bootstrap_iters=0,
@@ -54,6 +47,7 @@ def rows(
     name: str,
     readout: str,
     floor: float | None,
+    chat_template: bool,
     seed: int,
     metrics: tuple[str, ...] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -63,13 +57,14 @@ def rows(
         name: the task's name in our tables.
         readout: `likelihood` or `generation`.
         floor: what an empty-headed answer scores, where it is known.
+        chat_template: whether the tokenizer's template was put around the prompt.
         metrics: which of the task's numeric per-item metrics to keep; None keeps all.
     """
     config, found = result["configs"][task], result["samples"][task]
     filters = list(dict.fromkeys(sample["filter"] for sample in found))
     directions = result["higher_is_better"].get(task, {})
     template = "none"
-    if result["config"].get("chat_template") or result.get("chat_template"):
+    if chat_template:
         text = lm.tokenizer.chat_template or ""
         template = hashlib.sha256(text.encode()).hexdigest()
     base = {
@@ -98,7 +93,9 @@ def rows(
                 chosen = [i for i in range(len(items)) if level in ("all", levels[i])]
                 picked = [float(values[i]) for i in chosen]  # type: ignore[arg-type]
                 mean = math.fsum(picked) / len(picked)
-                spread = math.fsum((value - mean) ** 2 for value in picked)
+                # The task's own aggregate need not be a mean over items (IFEval counts instructions).
+                value = float(result["results"][task][f"{metric},{kept}"]) if level == "all" else mean
+                spread = math.fsum((one - mean) ** 2 for one in picked)
                 scores.append(
                     {
                         **base,
@@ -106,9 +103,9 @@ def rows(
                         "prompt_hash": _joined(items[i]["prompt_hash"] for i in chosen),
                         "difficulty": level,
                         "metric": label,
-                        "value": mean,
+                        "value": value,
                         "stderr": math.sqrt(spread / (len(picked) - 1) / len(picked))
-                        if len(picked) > 1
+                        if len(picked) > 1 and math.isclose(value, mean)
                         else None,
                         "num_items": len(picked),
                         "higher_is_better": directions.get(metric, True),
@@ -131,8 +128,8 @@ def rows(
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, list | tuple):  # IFEval gives one truth value an instruction
-        return sum(map(bool, value)) / len(value) if value else None
+    if isinstance(value, list) and value and all(isinstance(part, bool) for part in value):
+        return sum(value) / len(value)  # IFEval gives one truth value an instruction
     return float(value) if isinstance(value, bool | int | float) else None
 
 

@@ -31,8 +31,13 @@ class PerplexitySuite(Strict):
         """Score rows (`perplexity`) and one sample row a window, its score in nats a token.
 
         Raises:
-            Refusal: the text is shorter than the windows asked for.
+            Refusal: the text is shorter than the windows asked for, or these are longer than the model reads.
         """
+        if self.sequence_length > lm.max_length:
+            raise Refusal(
+                f"suites.perplexity.{name}.sequence_length: {self.sequence_length} asked for, the model reads "
+                f"{lm.max_length} tokens at most."
+            )
         cut = windows(lm.tokenizer, documents(name, "evaluation"), self.sequence_length)
         if len(cut) < self.windows:
             raise Refusal(

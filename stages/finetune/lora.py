@@ -42,16 +42,17 @@ class LoRA(Recipe):
         """Train on `windows` `[num_samples, sequence_length]` and return the merged, plain model.
 
         Raises:
-            Refusal: the loss is no longer a number.
+            Refusal: the loss is no longer a number, or windows are longer than the model reads.
         """
         import peft
         from transformers import Trainer, TrainingArguments
         from transformers.pytorch_utils import Conv1D
 
         from stages.core.atomic import SCRATCH
-        from stages.core.blocks import linears
+        from stages.core.blocks import check_length, linears
         from stages.finetune.masked import MaskedLinear, Windows
 
+        check_length(model, windows, "lora")
         found = linears(model)
         config = peft.LoraConfig(
             r=self.rank,
