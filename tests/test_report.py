@@ -221,6 +221,27 @@ def test_works_where_a_kind_is_absent(candidates, absent, tmp_path, monkeypatch)
         assert "v-worse" not in page.split("</style>")[1]
 
 
+def test_works_with_nothing_but_a_benchmark(tmp_path, monkeypatch):
+    raw = yaml.safe_load((results.ROOT / "params.yaml").read_text())
+    arc = {"kind": "benchmark", "source": f"hub:allenai/ai2_arc@{'0' * 40}", "config": "ARC-Easy"}
+    suite = {"task": "arc_easy", "limit": 40, "batch_size": 8}
+    wanted = results.params(
+        datasets=raw["datasets"] | {"arc-easy": arc},
+        suites={"perplexity": {}, "graded": {}, "benchmark": {"arc-easy": suite}},
+        evaluate=FEW,
+    )
+    results.write(tmp_path / "data/results", wanted)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    page = (tmp_path / "data/report/index.html").read_text()
+    assert "<figure" not in page
+    assert "No suite is text of a source" in page
+    assert list(pd.read_csv(tmp_path / "data/report/quality_ideal.csv")) == [
+        "candidate", "suite", "family", "megabytes", "perplexity",
+    ]  # fmt: skip
+    assert "arc-easy.acc" in pd.read_csv(tmp_path / "data/report/summary.csv")
+
+
 def _result(values: dict[str, list[float]], metric: str = "acc") -> collect.Results:
     """Results of one task from the per-item scores of each candidate; only the columns that matter."""
     scores, samples = [], []
