@@ -4,6 +4,7 @@ What a user can mend is one message and exit code 2, never a traceback; a stage 
 Heavy imports are inside the commands, so that `check` answers without starting Prefect.
 """
 
+import json
 import os
 import signal
 import sys
@@ -60,9 +61,10 @@ def run(
         graph.select(graph.read(), targets or [])
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # all is told below
     signal.signal(signal.SIGTERM, _terminated)
-    from flows.compare import compare
+    from flows.compare import compare, start_server
 
     try:
+        start_server()
         state = compare(jobs=jobs, targets=targets or [], return_state=True)
     except KeyboardInterrupt:
         typer.echo("interrupted; finished stages are kept, run again to go on.", err=True)
@@ -70,6 +72,26 @@ def run(
     if not state.is_completed():
         typer.echo(state.message, err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="The older revision: a commit, branch, tag or DVC experiment.")],
+    b: Annotated[str | None, typer.Argument(help="The newer one; default the workspace.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what changed from A to B: params, artifacts, scores beside their noise, and flipped items."""
+    with refusals():
+        from flows.diff import diff as compare_revisions
+
+        found = compare_revisions(a, b)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        from flows.show import show
+        from flows.terminal import console
+
+        show(found, console)
 
 
 def _terminated(*_: object) -> NoReturn:

@@ -7,6 +7,7 @@ does the same work one stage at a time.
 """
 
 import os
+import signal
 
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -23,11 +24,30 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import graph, summary
 from flows.run import plan
+from flows.terminal import console
 from stages.core.errors import Refusal
 
 # A task that waits for its upstream holds a thread, so there are threads for long waits; how many stages
 # really run is decided by `jobs`. Tasks are submitted upstream first, so waits can never be circular.
 THREADS = 256
+
+
+def start_server() -> None:
+    """Start Prefect's temporary server where none is configured, deaf to ctrl-C.
+
+    A terminal sends ctrl-C to every process of the group. Were the server to end with the rest, the flow
+    would wait long to tell it how it ended; it is stopped when this process exits.
+    """
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    try:
+        SubprocessASGIServer().start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
@@ -59,6 +79,7 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
             futures[name] = stage.submit(name, wait_for=before, return_state=False)
         wait(list(futures.values()))
     except BaseException:
+        console.print("stopping: the stages that run are ended, no other starts")
         run.children.stop()
         raise
     finally:

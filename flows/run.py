@@ -2,23 +2,19 @@
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from rich.console import Console
-
 from flows import graph
 from flows.graph import Graph
 from flows.process import CHATTER, Children
+from flows.terminal import console
 from stages.core import params
 from stages.core.atomic import write_json
 from stages.core.run import RUNS
-
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)

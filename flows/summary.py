@@ -9,7 +9,8 @@ import pandas as pd
 from rich import box
 from rich.table import Table
 
-from flows.run import Outcome, console
+from flows.run import Outcome
+from flows.terminal import console
 
 SUMMARY = Path("data/report/summary.csv")
 PAGE = Path("data/report/index.html")

@@ -1,0 +1,89 @@
+"""A diff as tables on the terminal."""
+
+from collections import Counter
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+ITEMS = 20
+"""Flipped items shown; `--json` has all."""
+
+
+def show(diff: dict[str, Any], console: Console) -> None:
+    """Print every part of a diff that is not empty, warnings last."""
+    old, new = diff["revisions"]
+    changed = [part for part in ("params", "artifacts", "scores", "flipped") if diff[part]]
+    if not changed:
+        console.print(f"{old} and {new}: the same params, artifacts and scores.", markup=False)
+    if diff["params"]:
+        _table(console, "Params", ("key", old, new), [(p["key"], p["old"], p["new"]) for p in diff["params"]])
+    if diff["artifacts"]:
+        rows = [(a["path"], a["change"], _tensors(a.get("tensors"))) for a in diff["artifacts"]]
+        _table(console, "Artifacts", ("output", "change", "tensors"), rows)
+    if diff["scores"]:
+        _table(
+            console,
+            "Scores",
+            ("candidate", "measure", old, new, "difference", "noise", "beyond noise"),
+            [_score(row) for row in diff["scores"]],
+        )
+    if diff["flipped"]:
+        _flipped(console, diff["flipped"], old, new)
+    for warning in diff["warnings"]:
+        console.print(f"not like for like: {warning}", style="yellow", markup=False)
+    for gap in diff["missing"]:
+        lacking = f"{len(gap['outputs'])} output(s) of {gap['revision']} are not in the cache"
+        console.print(f"{lacking}; what depends on them is not shown. To bring them:", style="yellow")
+        console.print(f"  {gap['command']}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _tensors(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    lines = [f"{found['changed']} of {found['tensors']} differ"]
+    for side in ("only_old", "only_new", "reshaped"):
+        if found[side]:
+            lines.append(f"{side.replace('_', ' ')}: {len(found[side])}, such as {found[side][0]}")
+    for tensor in found["largest"]:
+        by = tensor["max_abs_difference"]
+        reach = "" if by is None else f", by up to {by:.3g}"
+        lines.append(f"{tensor['name']}: {tensor['share']:.1%}{reach}")
+    return "\n".join(lines)
+
+
+def _score(row: dict[str, Any]) -> tuple[Any, ...]:
+    level = "" if row["difficulty"] == "all" else f" {row['difficulty']}"
+    verdict = {None: "", True: "yes", False: "no"}[row["beyond_noise"]]
+    numbers = (row["old"], row["new"], row["difference"], row["noise_floor"])
+    return row["candidate"], f"{row['suite']}{level} {row['readout']} {row['metric']}", *numbers, verdict
+
+
+def _flipped(console: Console, items: list[dict[str, Any]], old: str, new: str) -> None:
+    counts = Counter((i["candidate"], i["suite"], i["readout"], i["became"]) for i in items)
+    for (candidate, suite, readout, became), count in counts.items():
+        console.print(f"{candidate} on {suite}, {readout}: {count} item(s) became {became}", markup=False)
+    rows = [
+        (i["candidate"], f"{i['suite']} {i['readout']} {i['doc_id']}", i["difficulty"], i["target"],
+         i["response_old"], i["response_new"], i["became"])
+        for i in items[:ITEMS]
+    ]  # fmt: skip
+    title = f"Flipped items ({min(ITEMS, len(items))} of {len(items)})"
+    _table(console, title, ("candidate", "item", "difficulty", "target", old, new, "became"), rows)
+
+
+def _table(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in columns:
+        table.add_column(escape(column), overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
