@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
@@ -114,7 +113,7 @@ def _labels(
         axis.annotate(
             name, point, (dx, dy), textcoords="offset points", fontsize=8, va="center",
             ha="left" if dx > 0 else "right", arrowprops=line if best > 1 else None,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}, zorder=2,
         ).set_in_layout(False)  # fmt: skip
         taken.append(boxes[best])
 
