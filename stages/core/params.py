@@ -5,15 +5,14 @@ the legal ones. This file names every method and therefore is no dependency of a
 adding a method must not make old recipes run again.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import Field, ValidationError
 
-from stages.core.calibration import Calibration
+from stages.core import problems
 from stages.core.errors import Refusal
 from stages.core.run import Run
 from stages.core.schema import Candidate, Recipe, Slug, Source, Strict
@@ -39,6 +38,11 @@ Prune = Annotated[Magnitude | Wanda, Field(discriminator="method")]
 Quantize = Annotated[RTN | GPTQ, Field(discriminator="method")]
 # A union of one is no union to pydantic; the next method turns this into one like those above.
 Finetune = LoRA
+METHODS: dict[str, tuple[type[Recipe], ...]] = {
+    "prune": get_args(get_args(Prune)[0]),
+    "quantize": get_args(get_args(Quantize)[0]),
+    "finetune": (LoRA,),
+}
 
 
 class Noise(Strict):
@@ -136,18 +140,23 @@ def validate(raw: dict[str, Any], where: str = "params.yaml") -> Params:
         Refusal: one line an offender, all of them.
     """
     offenders: list[str] = []
+    broken: set[str] = set()
+    rest = raw
     try:
-        params = Params.model_validate(_tuples(raw), strict=True)
+        params = _parsed(raw)
     except ValidationError as error:
-        offenders = [_sentence(details, raw) for details in error.errors()]
-        params = None
-    # What is wrong between recipes is told even where single fields are wrong too.
-    offenders += params_problems(params) if params else raw_problems(raw)
+        offenders += [problems.sentence(details, Params) for details in error.errors()]
+        rest, broken = problems.sound(raw, [details["loc"] for details in error.errors()])
+        params = _parsed(rest)
+    offenders += [*problems.of_lineage(raw), *problems.between(params, broken)]
     if offenders:
         lines = "\n".join(f"  - {line}" for line in dict.fromkeys(offenders))
         raise Refusal(f"{where} has {len(set(offenders))} problem(s), nothing was run:\n{lines}")
-    assert params is not None
     return params
+
+
+def _parsed(raw: dict[str, Any]) -> Params:
+    return Params.model_validate(_tuples(raw))
 
 
 def _tuples(value: Any) -> Any:
@@ -157,192 +166,6 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value
 
 
-def raw_problems(raw: dict[str, Any]) -> Iterator[str]:
-    """Problems between recipes of a file whose fields do not all validate: missing sources and cycles."""
-    sources: dict[str, str] = {}
-    for stage in ("prune", "quantize", "finetune", "noise"):
-        section = raw.get(stage)
-        for name, recipe in (section if isinstance(section, dict) else {}).items():
-            source = recipe.get("source") if isinstance(recipe, dict) else None
-            sources[f"{stage}/{name}"] = source if isinstance(source, str) else ""
-    models = raw.get("models")
-    bases = [f"base/{name}" for name in (models if isinstance(models, dict) else {})]
-    yield from _lineage_problems(bases, {name: source for name, source in sources.items() if source})
-    evaluate = raw.get("evaluate")
-    candidates = evaluate.get("candidates") if isinstance(evaluate, dict) else None
-    if isinstance(candidates, list):
-        known = [*bases, *sources]
-        yield from _candidate_problems([c for c in candidates if isinstance(c, str)], known)
-
-
-def params_problems(params: Params) -> Iterator[str]:
-    """Everything wrong between the parts of params that are each well-formed."""
-    recipes = params.recipes()
-    bases = [f"base/{name}" for name in params.models]
-    yield from _lineage_problems(bases, {name: recipe.source for name, recipe in recipes.items()})
-    yield from _candidate_problems(list(params.evaluate.candidates), [*bases, *recipes])
-
-    texts = {name for name, dataset in params.datasets.items() if isinstance(dataset, Text)}
-    if "none" in params.datasets:
-        yield "datasets.none: the name none is taken, it stands for no data; rename it."
-    for artifact, recipe in recipes.items():
-        at = artifact.replace("/", ".")
-        for field in ("calibration", "train"):
-            wanted = getattr(recipe, field, None)
-            if isinstance(wanted, Calibration):
-                dataset = params.datasets.get(wanted.dataset)
-                if not isinstance(dataset, Text):
-                    yield f"{at}.{field}.dataset: {wanted.dataset!r} is no text data set; {_allowed(texts)}."
-                elif not dataset.calibration:
-                    yield (
-                        f"{at}.{field}.dataset: {wanted.dataset} keeps all its text for evaluation; set "
-                        f"datasets.{wanted.dataset}.calibration to the share that may be learned from."
-                    )
-        size, base = getattr(recipe, "group_size", None), params.base_of(artifact)
-        if size and base:
-            uneven = [width for width in params.models[base].in_features if width % size]
-            if uneven:
-                widths = params.models[base].in_features
-                fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
-                yield (
-                    f"{at}.group_size: {size} does not divide the input width(s) "
-                    f"{', '.join(map(str, uneven))} of {base}; allowed: {', '.join(map(str, fitting))} or null."
-                )
-
-    kinds = {"perplexity": Text, "graded": Arithmetic, "benchmark": Benchmark}
-    names: list[str] = []
-    for kind, dataset_class in kinds.items():
-        for suite in getattr(params.suites, kind):
-            names.append(suite)
-            if not isinstance(params.datasets.get(suite), dataset_class):
-                fitting = [
-                    name for name, dataset in params.datasets.items() if isinstance(dataset, dataset_class)
-                ]
-                yield (
-                    f"suites.{kind}.{suite}: a suite scores the data set of its own name, and datasets has no "
-                    f"{suite!r} of kind {_tag(dataset_class)}; {_allowed(fitting)}."
-                )
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"suites: {name} is named under two kinds; a name is one suite."
-
-    for section, entries in (("models", params.models), ("datasets", params.datasets)):
-        for name, entry in entries.items():  # type: ignore[attr-defined]
-            source = getattr(entry, "source", "")
-            if source.startswith("path:"):
-                if getattr(entry, "sha256", None) is None:
-                    yield f"{section}.{name}.sha256: needed for a path: source, so that a change is seen."
-                if not Path(source.removeprefix("path:")).exists():
-                    yield f"{section}.{name}.source: {source} does not exist."
-    if params.run.device != "auto":
-        try:
-            params.run.resolved_device()
-        except Refusal as refusal:
-            yield str(refusal)
-
-
-def _lineage_problems(bases: list[str], sources: Mapping[str, str]) -> Iterator[str]:
-    known = [*bases, *sources]
-    for name, source in sources.items():
-        at = name.replace("/", ".", 1)
-        if source not in known:
-            yield f"{at}.source: there is no {source!r}; {_allowed(known, source)}."
-            continue
-        trail = [name]
-        while source in sources and source not in trail:
-            trail.append(source)
-            source = sources[source]
-        if source == name:
-            yield f"{at}.source: a cycle, {' <- '.join([*trail, name])}; one of them must start from base/."
-
-
-def _candidate_problems(candidates: list[str], known: list[str]) -> Iterator[str]:
-    for candidate in candidates:
-        if candidate not in known:
-            yield f"evaluate.candidates: there is no {candidate!r}; {_allowed(known, candidate)}."
-        if candidates.count(candidate) > 1:
-            yield f"evaluate.candidates: {candidate} is listed twice; list it once."
-
-
-def _allowed(known: Any, given: str | None = None) -> str:
-    names = sorted(known)
-    close = difflib.get_close_matches(given, names, 1) if given else []
-    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(names) or 'none'}"
-
-
-def _tag(dataset_class: type[Strict]) -> str:
-    return str(get_args(dataset_class.model_fields["kind"].annotation)[0])
-
-
-CLASSES: dict[str, tuple[type[Strict], ...]] = {
-    "models": (Gguf, Safetensors),
-    "datasets": (Text, Arithmetic, Benchmark),
-    "prune": get_args(get_args(Prune)[0]),
-    "quantize": get_args(get_args(Quantize)[0]),
-    "finetune": (LoRA,),
-    "noise": (Noise,),
-    "run": (Run,),
-    "evaluate": (Evaluate,),
-    "suites": (Suites,),
-}
-"""The classes that may stand in each section; the contract test over methods reads them here too."""
-
-
 def methods(section: str) -> dict[str, type[Any]]:
-    """The config classes of a section that have a method, by its name."""
-    return {str(get_args(c.model_fields["method"].annotation)[0]): c for c in CLASSES[section]}
-
-
-def _sentence(details: Any, raw: Any) -> str:
-    """One of pydantic's errors as: where, what was given, what is allowed."""
-    kind, given = details["type"], details["input"]
-    words = [str(part) for part in details["loc"]]
-    at = ".".join(word for word in words if word != "[key]")
-    shown = repr(given) if not isinstance(given, dict) else "a section"
-    if kind == "extra_forbidden":
-        fields = _fields_beside(details["loc"])
-        return f"{at}: no such field; {_allowed(fields, words[-1])}."
-    if kind == "union_tag_invalid":
-        tag = details["ctx"]["tag"]
-        known = details["ctx"]["expected_tags"].replace("'", "").split(", ")
-        return (
-            f"{at}.{details['ctx']['discriminator'].strip(chr(39))}: {tag!r} given; {_allowed(known, tag)}."
-        )
-    if kind == "union_tag_not_found":
-        field = details["ctx"]["discriminator"].strip("'")
-        return f"{at}: needs the field {field}; {_allowed(_tags(words[0], field))}."
-    if kind == "missing":
-        return f"{at}: this field is missing."
-    if words[-1] == "[key]":
-        return f"{at}: bad name {shown}; {_plain(details)}."
-    return f"{at}: {shown} given; {_plain(details)}."
-
-
-def _plain(details: Any) -> str:
-    message = str(details["msg"]).removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
-
-
-def _tags(section: str, field: str) -> list[str]:
-    return [str(get_args(c.model_fields[field].annotation)[0]) for c in CLASSES.get(section, ())]
-
-
-def _fields_beside(loc: tuple[Any, ...]) -> list[str]:
-    """The legal fields at the place of an unknown one."""
-    if len(loc) == 1:
-        return list(Params.model_fields)
-    for candidate in CLASSES.get(str(loc[0]), ()):
-        tags = [get_args(field.annotation) for field in candidate.model_fields.values()]
-        if len(CLASSES[str(loc[0])]) > 1 and not any(loc[2] in tag for tag in tags if len(loc) > 2):
-            continue
-        inner: Any = candidate
-        for part in loc[:-1]:
-            field = getattr(inner, "model_fields", {}).get(part)
-            if field is None:
-                continue
-            found = [a for a in (field.annotation, *get_args(field.annotation)) if hasattr(a, "model_fields")]
-            found += [
-                b for a in get_args(field.annotation) for b in get_args(a) if hasattr(b, "model_fields")
-            ]
-            inner = found[0] if found else inner
-        return list(inner.model_fields)
-    return []
+    """The config classes of a section that have a method, by its name; the contract test reads them."""
+    return {problems.tag(config): config for config in METHODS[section]}

@@ -61,8 +61,10 @@ def describe(record: dict[str, Any]) -> dict[str, Any]:
         },
     }  # fmt: skip
     read: list[str] = []
-    for artifact, recipe in record["recipes"].items():
-        stage = artifact.split("/")[0]
+    for artifact in record["lineage"]:  # the last recipe of a stage names its method
+        if artifact not in record["recipes"]:
+            continue
+        stage, recipe = artifact.split("/")[0], record["recipes"][artifact]
         row[f"{stage}_method"] = recipe["method"]
         if stage == "prune":
             row["structure"] = "unstructured"

@@ -7,7 +7,6 @@ below which a difference between two models means nothing.
 
 import shutil
 
-
 from stages.core import artifact, run
 from stages.core.atomic import write_json, writing
 from stages.core.params import Params

@@ -1,0 +1,246 @@
+"""What is wrong with a params.yaml, one sentence an offender: where, what was given, what is allowed.
+
+A field is wrong by itself (pydantic says so, here in plainer words) or beside the others: a source that
+is not there, a cycle, a group_size that does not divide. Both kinds are told at once: what lies between
+recipes is read from the raw file where it can be, and from its sound entries otherwise.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+
+from stages.core.calibration import Calibration
+from stages.core.errors import Refusal
+from stages.core.schema import Strict
+from stages.download.arithmetic import Arithmetic
+from stages.download.benchmark import Benchmark
+from stages.download.text import Text
+
+if TYPE_CHECKING:
+    from stages.core.params import Params
+
+SOURCED = ("prune", "quantize", "finetune", "noise")
+SUITES: dict[str, type[Strict]] = {"perplexity": Text, "graded": Arithmetic, "benchmark": Benchmark}
+PLAINER = {
+    "dict_type": "it must be a mapping from names, {} for none",
+    "model_type": "it must be a mapping of fields",
+    "model_attributes_type": "it must be a mapping of fields",
+    "tuple_type": "it must be a list",
+    "int_type": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "finite_number": "it must be a finite number",
+}
+
+
+def allowed(known: Iterable[str], given: str | None = None) -> str:
+    """`allowed: a, b`, after a guess at what was meant."""
+    names = sorted(known)
+    close = difflib.get_close_matches(given, names, 1) if given else []
+    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(names) or 'none'}"
+
+
+def tag(config: type[Strict]) -> str:
+    """The word that picks a class of a union: its `method`, `kind` or `format`."""
+    field = next(
+        config.model_fields[key] for key in ("method", "kind", "format") if key in config.model_fields
+    )
+    return str(get_args(field.annotation)[0])
+
+
+def _bare(annotation: Any) -> Any:
+    """An annotation without its Annotated and without `| None`."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    some = [part for part in get_args(annotation) if part is not type(None)]
+    return _bare(some[0]) if type(None) in get_args(annotation) and len(some) == 1 else annotation
+
+
+def _follow(root: type[Strict], loc: tuple[Any, ...]) -> tuple[Any, list[str]]:
+    """The annotation that `loc` leads to from `root`, and `loc` without the tags of unions."""
+    at, words = root, []
+    for part in loc:
+        at = _bare(at)
+        if isinstance(at, type) and issubclass(at, Strict):
+            at = at.model_fields[part].annotation if part in at.model_fields else object
+        elif get_origin(at) in (dict, tuple):
+            at = get_args(at)[-1 if get_origin(at) is dict else 0]
+        elif members := [config for config in get_args(at) if part == tag(config)]:
+            (at,) = members
+            continue
+        words.append(str(part))
+    return _bare(at), words
+
+
+def sentence(details: Any, root: type[Strict]) -> str:
+    """One of pydantic's errors as: where, what was given, what is allowed."""
+    kind, given, loc, context = details["type"], details["input"], details["loc"], details.get("ctx", {})
+    name = loc[-1] == "[key]"
+    at, words = _follow(root, loc[:-1] if name else loc)
+    where = ".".join(words)
+    if kind in ("extra_forbidden", "missing"):
+        fields = _follow(root, loc[:-1])[0].model_fields
+        if kind == "missing":
+            needed = [field for field, info in fields.items() if info.is_required()]
+            return f"{where}: this field is missing; needed: {', '.join(needed)}."
+        return f"{where}: no such field; {allowed(fields, words[-1])}."
+    if kind == "union_tag_invalid":
+        known = [tag(config) for config in get_args(at)]
+        return (
+            f"{where}.{context['discriminator'].strip(chr(39))}: {context['tag']!r} given; "
+            f"{allowed(known, str(context['tag']))}."
+        )
+    if kind == "union_tag_not_found":
+        field = context["discriminator"].strip("'")
+        return f"{where}.{field}: this field is missing; {allowed(tag(config) for config in get_args(at))}."
+    said = PLAINER.get(kind) or str(details["msg"]).removeprefix("Value error, ").replace(
+        "Input should be", "it must be"
+    )
+    return f"{where}: {'bad name ' if name else ''}{_shown(given)}{'' if name else ' given'}; {said}."
+
+
+def _shown(given: Any) -> str:
+    if isinstance(given, dict):
+        return "a mapping"
+    return "null" if given is None else "a list" if isinstance(given, list | tuple) else repr(given)
+
+
+def sound(raw: Mapping[str, Any], locations: Iterable[tuple[Any, ...]]) -> tuple[dict[str, Any], set[str]]:
+    """`raw` without the entries at error `locations`, and which of its data sets those were."""
+    kept: dict[str, Any] = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()
+    }
+    kinds = kept.get("suites")
+    kept["suites"] = {
+        kind: dict(found) if isinstance(found := (kinds or {}).get(kind), dict) else {}
+        for kind in (SUITES if isinstance(kinds, dict) else ())
+    } or {kind: {} for kind in SUITES}
+    broken: set[str] = set()
+    for section, *rest in locations:
+        if section == "run":
+            kept["run"] = {"device": "auto", "dtype": "float32", "threads": 1, "seed": 0}
+        elif section == "evaluate":
+            kept["evaluate"] = {"candidates": ("base/none",)}
+        elif section == "suites":
+            if len(rest) > 1:
+                kept["suites"].get(rest[0], {}).pop(rest[1], None)
+        elif rest and isinstance(kept.get(section), dict):
+            kept[section].pop(rest[0], None)
+            broken |= {str(rest[0])} if section == "datasets" else set()
+        elif section in (*SOURCED, "models", "datasets"):
+            kept[section] = {}
+        else:
+            kept.pop(section, None)
+    return kept, broken
+
+
+def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Sources that are not there, cycles, and candidates that are not there or listed twice."""
+
+    def entries(section: str) -> dict[str, Any]:
+        found = raw.get(section)
+        return found if isinstance(found, dict) else {}
+
+    known = [f"base/{name}" for name in entries("models")]
+    sources: dict[str, str] = {}
+    for stage in SOURCED:
+        for name, recipe in entries(stage).items():
+            known.append(f"{stage}/{name}")
+            if isinstance(recipe, dict) and isinstance(recipe.get("source"), str):
+                sources[f"{stage}/{name}"] = recipe["source"]
+    for artifact, source in sources.items():
+        at = artifact.replace("/", ".", 1)
+        if source not in known:
+            yield f"{at}.source: there is no {source!r}; {allowed(known, source)}."
+            continue
+        trail = [artifact]
+        while source in sources and source not in trail:
+            trail.append(source)
+            source = sources[source]
+        if source == artifact:
+            yield f"{at}.source: a cycle, {' <- '.join([*trail, artifact])}; one of them must start from base/."
+    candidates = entries("evaluate").get("candidates")
+    listed = [name for name in candidates if isinstance(name, str)] if isinstance(candidates, list) else []
+    for candidate in listed:
+        if candidate not in known:
+            yield f"evaluate.candidates: there is no {candidate!r}; {allowed(known, candidate)}."
+        if listed.count(candidate) > 1:
+            yield f"evaluate.candidates: {candidate} is listed twice; list it once."
+
+
+def between(params: "Params", broken: set[str]) -> Iterator[str]:
+    """What is wrong between sections that are each well-formed.
+
+    Args:
+        broken: data sets that are told of already.
+    """
+    yield from _of_recipes(params, broken)
+    yield from _of_suites(params, broken)
+    if "none" in params.datasets:
+        yield "datasets.none: the name none is taken, it stands for no data; rename it."
+    for section in ("models", "datasets"):
+        for name, entry in getattr(params, section).items():
+            yield from _of_source(f"{section}.{name}", entry)
+            if isinstance(entry, Benchmark) and entry.nltk_data:
+                yield from _of_source(f"{section}.{name}.nltk_data", entry.nltk_data)
+    try:
+        params.run.resolved_device()
+    except Refusal as refusal:
+        yield str(refusal)
+
+
+def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
+    texts = {name for name, dataset in params.datasets.items() if isinstance(dataset, Text)}
+    for artifact, recipe in params.recipes().items():
+        at = artifact.replace("/", ".", 1)
+        for field in ("calibration", "train"):
+            wanted = getattr(recipe, field, None)
+            if not isinstance(wanted, Calibration) or wanted.dataset in broken:
+                continue
+            dataset = params.datasets.get(wanted.dataset)
+            if not isinstance(dataset, Text):
+                why = "is no text" if dataset else "is not there"
+                yield f"{at}.{field}.dataset: {wanted.dataset!r} {why}; {allowed(texts, wanted.dataset)}."
+            elif not dataset.calibration:
+                yield (
+                    f"{at}.{field}.dataset: {wanted.dataset} keeps all its text for evaluation; set "
+                    f"datasets.{wanted.dataset}.calibration to the share that may be learned from."
+                )
+        size, base = getattr(recipe, "group_size", None), params.base_of(artifact)
+        widths = params.models[base].in_features if base else ()
+        if size and (uneven := [str(width) for width in widths if width % size]):
+            fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
+            yield (
+                f"{at}.group_size: {size} does not divide {', '.join(uneven)}, the input width of linears of "
+                f"{base}; allowed: {', '.join([*map(str, fitting), 'null'])}."
+            )
+
+
+def _of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for kind, config in SUITES.items():
+        for name, suite in getattr(params.suites, kind).items():
+            at, dataset = f"suites.{kind}.{name}", params.datasets.get(name)
+            if name in seen:
+                yield f"{at}: the name is taken by a suite of another kind; rename one."
+            seen.add(name)
+            if name in broken:
+                continue
+            if not isinstance(dataset, config):
+                fitting = [key for key, found in params.datasets.items() if isinstance(found, config)]
+                yield (
+                    f"{at}: a suite scores the data set of its own name, and datasets has no {name!r} of "
+                    f"kind {tag(config)}; {allowed(fitting, name)}."
+                )
+            elif isinstance(dataset, Arithmetic) and suite.shots > (
+                have := dataset.fewshot * len(dataset.levels)
+            ):
+                yield f"{at}.shots: {suite.shots} given; datasets.{name} has {have} examples."
+
+
+def _of_source(at: str, entry: Any) -> Iterator[str]:
+    source = getattr(entry, "source", "hub:")
+    if not source.startswith("hub:") and entry.sha256 is None:
+        yield f"{at}.sha256: this field is missing; only the commit of a hub: source can stand for it."
+    if source.startswith("path:") and not Path(source.removeprefix("path:")).exists():
+        yield f"{at}.source: {source} does not exist."
