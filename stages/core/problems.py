@@ -58,7 +58,8 @@ def _bare(annotation: Any) -> Any:
 
 def _follow(root: type[Strict], loc: tuple[Any, ...]) -> tuple[Any, list[str]]:
     """The annotation that `loc` leads to from `root`, and `loc` without the tags of unions."""
-    at, words = root, []
+    at: Any = root
+    words: list[str] = []
     for part in loc:
         at = _bare(at)
         if isinstance(at, type) and issubclass(at, Strict):
@@ -68,7 +69,7 @@ def _follow(root: type[Strict], loc: tuple[Any, ...]) -> tuple[Any, list[str]]:
         elif members := [config for config in get_args(at) if part == tag(config)]:
             (at,) = members
             continue
-        words.append(str(part))
+        words.append(repr(str(part))[1:-1])
     return _bare(at), words
 
 
@@ -122,16 +123,20 @@ def sound(raw: Mapping[str, Any], locations: Iterable[tuple[Any, ...]]) -> tuple
         elif section == "evaluate":
             kept["evaluate"] = {"candidates": ("base/none",)}
         elif section == "suites":
-            if len(rest) > 1:
-                kept["suites"].get(rest[0], {}).pop(rest[1], None)
+            if len(rest) > 1 and rest[0] in SUITES:
+                kept["suites"][rest[0]] = _without(kept["suites"][rest[0]], rest[1])
         elif rest and isinstance(kept.get(section), dict):
-            kept[section].pop(rest[0], None)
+            kept[section] = _without(kept[section], rest[0])
             broken |= {str(rest[0])} if section == "datasets" else set()
         elif section in (*SOURCED, "models", "datasets"):
             kept[section] = {}
         else:
             kept.pop(section, None)
     return kept, broken
+
+
+def _without(entries: dict[Any, Any], name: Any) -> dict[Any, Any]:
+    return {key: value for key, value in entries.items() if str(key) != str(name)}
 
 
 def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:
@@ -158,7 +163,7 @@ def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:
             trail.append(source)
             source = sources[source]
         if source == artifact:
-            yield f"{at}.source: a cycle, {' <- '.join([*trail, artifact])}; one of them must start from base/."
+            yield f"{at}.source: a cycle, {' <- '.join([*trail, artifact])}; one must start from base/."
     candidates = entries("evaluate").get("candidates")
     listed = [name for name in candidates if isinstance(name, str)] if isinstance(candidates, list) else []
     for candidate in listed:

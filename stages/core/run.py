@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -40,10 +41,8 @@ RECORDED = ("torch", "transformers", "lm-eval", "compressed-tensors", "peft", "d
 def _device(value: str) -> str:
     if value == "auto":
         return value
-    try:
-        torch.device(value)
-    except RuntimeError:
-        raise ValueError("allowed: auto, cpu, cuda, cuda:<index>, mps or xpu") from None
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", value):
+        raise ValueError("allowed: auto, cpu, cuda, cuda:<index>, mps or xpu")
     return value
 
 

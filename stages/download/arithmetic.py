@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from stages.core.errors import Refusal
 from stages.core.schema import Slug, Strict
@@ -31,11 +31,22 @@ class Level(Strict):
     """Whether some column of digits carries over (or borrows)."""
 
 
+def _distinct(levels: tuple[Level, ...]) -> tuple[Level, ...]:
+    """Levels of one name would share a score, levels of the same settings their items."""
+    for number, level in enumerate(levels):
+        for other in levels[:number]:
+            if level.name == other.name:
+                raise ValueError(f"two levels are named {level.name}")
+            if level.model_copy(update={"name": other.name}) == other:
+                raise ValueError(f"{other.name} and {level.name} are the same level")
+    return levels
+
+
 class Arithmetic(Dataset):
     """Sums and differences by level, easiest first."""
 
     kind: Literal["arithmetic"]
-    levels: Annotated[tuple[Level, ...], Field(min_length=1)]
+    levels: Annotated[tuple[Level, ...], Field(min_length=1), AfterValidator(_distinct)]
     test: Annotated[int, Field(ge=1)]
     """Test items a level."""
     train: Annotated[int, Field(ge=0)] = 0
@@ -45,7 +56,7 @@ class Arithmetic(Dataset):
     seed: Annotated[int, Field(ge=0)]
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write `fewshot.parquet`, `train.parquet` and `test.parquet`: difficulty, question, answer, choices."""
+        """Write `fewshot`, `train` and `test.parquet`: difficulty, question, answer, choices, gold."""
         splits: dict[str, list[dict[str, Any]]] = {"fewshot": [], "train": [], "test": []}
         for number, level in enumerate(self.levels):
             found = items(level, self.fewshot + self.train + self.test, self.seed + number)

@@ -5,9 +5,9 @@ with the calibration split is dropped (the overlap test of the GPT-3 paper, 2005
 calibrated on the very text it is judged on looks better than it is.
 """
 
-import csv
 import io
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,7 +37,11 @@ class Text(Dataset):
     def write(self, folder: Path) -> dict[str, Any]:
         """Write `calibration.parquet` and `evaluation.parquet`, each with one column `text`."""
         with fetched(self.source, self.file, self.sha256) as path:
-            found = split_documents(path.read_text(encoding="utf-8", errors="strict"), self.documents)
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise Refusal(f"{self.source} {self.file} is not UTF-8 text.") from None
+        found = split_documents(text, self.documents)
         if not found:
             raise Refusal(f"{self.source} {self.file} holds no {self.documents}.")
         seen, evaluation, dropped = split(found, self.calibration)
@@ -50,9 +54,16 @@ class Text(Dataset):
 
 
 def split_documents(text: str, how: str) -> list[str]:
-    """The documents of `text` in order, white space folded, empty and repeated ones dropped."""
+    """The documents of `text` in order, white space folded, empty and repeated ones dropped.
+
+    Raises:
+        Refusal: csv without a column `text`.
+    """
     if how == "csv":
-        pieces = [row["text"] for row in csv.DictReader(io.StringIO(text))]
+        rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+        if "text" not in rows:
+            raise Refusal(f"the csv has no column text; it has {', '.join(rows)}.")
+        pieces = rows["text"].tolist()
     elif how == "lines":
         pieces = text.splitlines()
     else:
@@ -61,20 +72,33 @@ def split_documents(text: str, how: str) -> list[str]:
 
 
 def split(documents: list[str], share: float) -> tuple[list[str], list[str], int]:
-    """(calibration, evaluation, how many evaluation documents were dropped for sharing 13 words)."""
+    """(calibration, evaluation, how many evaluation documents were dropped for sharing 13 words).
+
+    Runs are those of each split as it is read, its documents joined, so that texts cut finely (verses,
+    sentences) are held apart as well. A document that is a calibration document in other punctuation is
+    dropped however short.
+    """
     limit = share * sum(map(len, documents))
-    calibration: list[str] = []
-    for document in documents:
-        if sum(map(len, calibration)) + len(document) > limit:
-            break
-        calibration.append(document)
-    seen = {run for document in calibration for run in runs(document)}
-    rest = documents[len(calibration) :]
-    evaluation = [document for document in rest if not seen.intersection(runs(document))]
+    ends = accumulate(map(len, documents))
+    count = sum(end <= limit for end in ends)
+    calibration, rest = documents[:count], documents[count:]
+    taken = {tuple(words(document)) for document in calibration}
+    seen = runs([word for document in calibration for word in words(document)])
+    evaluation: list[str] = []
+    before: list[str] = []
+    for document in rest:
+        joined = before + words(document)
+        if tuple(words(document)) not in taken and seen.isdisjoint(runs(joined)):
+            evaluation.append(document)
+            before = joined[1 - RUN :]
     return calibration, evaluation, len(rest) - len(evaluation)
 
 
-def runs(document: str) -> set[tuple[str, ...]]:
-    """Every run of 13 lower-cased words; a shorter document is one run by itself."""
-    words = re.findall(r"\w+", document.lower())
-    return {tuple(words[i : i + RUN]) for i in range(max(1, len(words) - RUN + 1))}
+def words(document: str) -> list[str]:
+    """Its words, lower-cased, without punctuation."""
+    return re.findall(r"\w+", document.lower())
+
+
+def runs(found: list[str]) -> set[tuple[str, ...]]:
+    """Every run of 13 words."""
+    return {tuple(found[i : i + RUN]) for i in range(len(found) - RUN + 1)}

@@ -35,8 +35,8 @@ class PerplexitySuite(Strict):
         """
         if self.sequence_length > lm.max_length:
             raise Refusal(
-                f"suites.perplexity.{name}.sequence_length: {self.sequence_length} asked for, the model reads "
-                f"{lm.max_length} tokens at most."
+                f"suites.perplexity.{name}.sequence_length: {self.sequence_length} asked for, the model "
+                f"reads {lm.max_length} tokens at most."
             )
         cut = windows(lm.tokenizer, documents(name, "evaluation"), self.sequence_length)
         if len(cut) < self.windows:

@@ -1,0 +1,378 @@
+"""Bad params: every offender named in one readable sentence, what is allowed beside it, all at once."""
+
+# ruff: noqa: E501 - a sentence a line reads better than one cut up
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stages.core.errors import Refusal
+from stages.core.params import Params, load, methods, validate
+from tests import project
+from tests.pipeline import NONE, TEXT
+
+ROOT = Path(__file__).parents[1]
+WANDA = {"source": "base/tiny", "method": "wanda", "sparsity": 0.5, "calibration": TEXT}
+RTN = {"source": "base/tiny", "method": "rtn", "bits": 4, "group_size": 32, "calibration": NONE}
+
+
+@pytest.fixture
+def raw(workspace: Path) -> dict[str, Any]:
+    return project.params(Path("inputs"))
+
+
+def changed(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `raw` with the value at the slash-separated `path` set, or removed when it is `...`."""
+    made = json.loads(json.dumps(raw))  # entries that share an object are parted
+    *parents, last = path.split("//")
+    at = made
+    for parent in parents:
+        at = at[parent]
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    return made
+
+
+def told(raw: dict[str, Any]) -> list[str]:
+    """The sentences a file is refused with."""
+    with pytest.raises(Refusal) as refusal:
+        validate(raw)
+    head, *lines = str(refusal.value).splitlines()
+    assert head == f"params.yaml has {len(lines)} problem(s), nothing was run:"
+    for line in lines:
+        assert line.startswith("  - ") and line.endswith(".")
+        assert not any(word in line for word in ("pydantic", "tuple", "dict", "Input should", "instance of"))
+    return [line[4:] for line in lines]
+
+
+SLUG = "allowed: lower-case letters and digits, parts joined by single dashes, such as wanda-50."
+CASES: dict[str, tuple[str, Any, str]] = {
+    "unknown method": (
+        "prune//wanda-50//method", "wandaa",
+        "prune.wanda-50.method: 'wandaa' given; did you mean 'wanda'? allowed: magnitude, wanda.",
+    ),
+    "unknown method of a section with one": (
+        "finetune//wanda-50-lora//method", "dora", "finetune.wanda-50-lora.method: 'dora' given; it must be 'lora'.",
+    ),
+    "no method": (
+        "quantize//rtn-w4g32//method", ..., "quantize.rtn-w4g32.method: this field is missing; allowed: gptq, rtn.",
+    ),
+    "misspelt field": (
+        "prune//wanda-50//sparsty", 0.5,
+        "prune.wanda-50.sparsty: no such field; did you mean 'sparsity'? "
+        "allowed: calibration, ignore, method, source, sparsity.",
+    ),
+    "misspelt field further in": (
+        "prune//wanda-50//calibration//num_sample", 4,
+        "prune.wanda-50.calibration.num_sample: no such field; did you mean 'num_samples'? "
+        "allowed: dataset, num_samples, sequence_length.",
+    ),
+    "misspelt field in a list": (
+        "datasets//arithmetic//levels", [{"name": "add", "operator": "+", "digits": 1, "carry": False, "carries": True}],
+        "datasets.arithmetic.levels.0.carry: no such field; did you mean 'carries'? "
+        "allowed: carries, digits, name, operator, terms.",
+    ),
+    "misspelt section": (
+        "prun", {}, "prun: no such field; did you mean 'prune'? allowed: datasets, evaluate, finetune, models, noise, "
+        "prune, quantize, run, suites.",
+    ),
+    "missing field": (
+        "prune//wanda-50//sparsity", ...,
+        "prune.wanda-50.sparsity: this field is missing; needed: source, calibration, method, sparsity.",
+    ),
+    "no source": (
+        "prune//wanda-50//source", ...,
+        "prune.wanda-50.source: this field is missing; needed: source, calibration, method, sparsity.",
+    ),
+    "missing source": (
+        "quantize//rtn-w4g32//source", "prune/wanda-5",
+        "quantize.rtn-w4g32.source: there is no 'prune/wanda-5'; did you mean 'prune/wanda-50'? allowed: base/tiny, "
+        "finetune/wanda-50-lora, noise/tiny-batch-3, prune/magnitude-50, prune/wanda-50, quantize/rtn-w4g32, "
+        "quantize/wanda-50-gptq-w4g32.",
+    ),
+    "source that is no source": (
+        "quantize//rtn-w4g32//source", "noise/tiny-batch-3",
+        "quantize.rtn-w4g32.source: 'noise/tiny-batch-3' given; allowed: <stage>/<recipe> with stage one of base, "
+        "prune, quantize, finetune, such as base/smollm2.",
+    ),
+    "cycle": (
+        "prune//wanda-50//source", "quantize/wanda-50-gptq-w4g32",
+        "prune.wanda-50.source: a cycle, prune/wanda-50 <- quantize/wanda-50-gptq-w4g32 <- prune/wanda-50; "
+        "one must start from base/.",
+    ),
+    "cycle of one": (
+        "prune//wanda-50//source", "prune/wanda-50",
+        "prune.wanda-50.source: a cycle, prune/wanda-50 <- prune/wanda-50; one must start from base/.",
+    ),
+    "sparsity of 1.5": (
+        "prune//wanda-50//sparsity", 1.5, "prune.wanda-50.sparsity: 1.5 given; it must be less than 1.",
+    ),
+    "negative sparsity": (
+        "prune//wanda-50//sparsity", -0.5,
+        "prune.wanda-50.sparsity: -0.5 given; it must be greater than or equal to 0.",
+    ),
+    "NaN": (
+        "prune//wanda-50//sparsity", float("nan"),
+        "prune.wanda-50.sparsity: nan given; it must be a finite number.",
+    ),
+    "a string for a number": (
+        "prune//wanda-50//sparsity", "0.5", "prune.wanda-50.sparsity: '0.5' given; it must be a valid number.",
+    ),
+    "3.5 bits": (
+        "quantize//rtn-w4g32//bits", 3.5, "quantize.rtn-w4g32.bits: 3.5 given; it must be a whole number.",
+    ),
+    "1 bit": (
+        "quantize//rtn-w4g32//bits", 1, "quantize.rtn-w4g32.bits: 1 given; it must be greater than or equal to 2.",
+    ),
+    "true for a number": (
+        "quantize//rtn-w4g32//bits", True, "quantize.rtn-w4g32.bits: True given; it must be a whole number.",
+    ),
+    "group_size": (
+        "quantize//rtn-w4g32//group_size", 24,
+        "quantize.rtn-w4g32.group_size: 24 does not divide 32, 64, the input width of linears of tiny; "
+        "allowed: 8, 16, 32, null.",
+    ),
+    "group_size further down a lineage": (
+        "quantize//wanda-50-gptq-w4g32//group_size", 64,
+        "quantize.wanda-50-gptq-w4g32.group_size: 64 does not divide 32, the input width of linears of tiny; "
+        "allowed: 8, 16, 32, null.",
+    ),
+    "unknown candidate": (
+        "evaluate//candidates", ["base/tiny", "prune/wanda-60"],
+        "evaluate.candidates: there is no 'prune/wanda-60'; did you mean 'prune/wanda-50'? allowed: base/tiny, "
+        "finetune/wanda-50-lora, noise/tiny-batch-3, prune/magnitude-50, prune/wanda-50, quantize/rtn-w4g32, "
+        "quantize/wanda-50-gptq-w4g32.",
+    ),
+    "candidate twice": (
+        "evaluate//candidates", ["base/tiny", "base/tiny"],
+        "evaluate.candidates: base/tiny is listed twice; list it once.",
+    ),
+    "candidates that are no list": (
+        "evaluate//candidates", "base/tiny", "evaluate.candidates: 'base/tiny' given; it must be a list.",
+    ),
+    "missing section": (
+        "quantize", ..., "quantize: this field is missing; needed: run, models, datasets, prune, quantize, finetune, "
+        "noise, suites, evaluate.",
+    ),
+    "null section": (
+        "noise", None, "noise: null given; it must be a mapping from names, {} for none.",
+    ),
+    "a list for a section": (
+        "noise", ["x"], "noise: a list given; it must be a mapping from names, {} for none.",
+    ),
+    "null recipe": ("noise//tiny-batch-3", None, "noise.tiny-batch-3: null given; it must be a mapping of fields."),
+    "path without sha256": (
+        "models//tiny//sha256", ...,
+        "models.tiny.sha256: this field is missing; only the commit of a hub: source can stand for it.",
+    ),
+    "bad sha256": (
+        "models//tiny//sha256", "abc",
+        "models.tiny.sha256: 'abc' given; allowed: the 64 hexadecimal digits of a sha256.",
+    ),
+    "path that is not there": (
+        "models//tiny//source", "path:nowhere", "models.tiny.source: path:nowhere does not exist.",
+    ),
+    "a branch for a commit": (
+        "models//tiny//source", "hub:org/name@main",
+        "models.tiny.source: 'hub:org/name@main' given; allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit "
+        "of 40 hexadecimal digits> (a branch moves, so its name is no pin), or path:<folder or file>.",
+    ),
+    "an unpinned package": (
+        "datasets//news//source", "pypi:gensim",
+        "datasets.news.source: 'pypi:gensim' given; allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit "
+        "of 40 hexadecimal digits> (a branch moves, so its name is no pin), or path:<folder or file>.",
+    ),
+    "a file outside its source": (
+        "datasets//news//file", "../news.txt",
+        "datasets.news.file: '../news.txt' given; allowed: a path inside the source, without ...",
+    ),
+    "an absolute file": (
+        "datasets//news//file", "/etc/passwd",
+        "datasets.news.file: '/etc/passwd' given; allowed: a path inside the source, without ...",
+    ),
+    "suite without its data set": (
+        "suites//perplexity//bible", {"windows": 2, "batch_size": 1},
+        "suites.perplexity.bible: a suite scores the data set of its own name, and datasets has no 'bible' of kind "
+        "text; allowed: news, speeches.",
+    ),
+    "suite of another kind's data set": (
+        "suites//graded//news", {"shots": 1, "batch_size": 1},
+        "suites.graded.news: a suite scores the data set of its own name, and datasets has no 'news' of kind "
+        "arithmetic; allowed: arithmetic.",
+    ),
+    "more shots than examples": (
+        "suites//graded//arithmetic//shots", 2, "suites.graded.arithmetic.shots: 2 given; datasets.arithmetic has 1 examples.",
+    ),
+    "calibration on what is no text": (
+        "prune//wanda-50//calibration//dataset", "arithmetic",
+        "prune.wanda-50.calibration.dataset: 'arithmetic' is no text; allowed: news, speeches.",
+    ),
+    "calibration on what is not there": (
+        "finetune//wanda-50-lora//train", TEXT | {"dataset": "new"},
+        "finetune.wanda-50-lora.train.dataset: 'new' is not there; did you mean 'news'? allowed: news, speeches.",
+    ),
+    "calibration on what is all for evaluation": (
+        "datasets//news//calibration", 0,
+        "prune.wanda-50.calibration.dataset: news keeps all its text for evaluation; set datasets.news.calibration "
+        "to the share that may be learned from.",
+    ),
+    "data for a method that reads none": (
+        "prune//magnitude-50//calibration//dataset", "news",
+        "prune.magnitude-50.calibration.dataset: 'news' given; allowed: none, as this method reads no data.",
+    ),
+    "two levels of one name": (
+        "datasets//arithmetic//levels",
+        [{"name": "a", "operator": "+", "digits": n, "carries": True} for n in (1, 2)],
+        "datasets.arithmetic.levels: a list given; two levels are named a.",
+    ),
+    "two levels of the same items": (
+        "datasets//arithmetic//levels",
+        [{"name": n, "operator": "+", "digits": 1, "carries": True} for n in ("a", "b")],
+        "datasets.arithmetic.levels: a list given; a and b are the same level.",
+    ),
+    "a device that is none": (
+        "run//device", "gpu", "run.device: 'gpu' given; allowed: auto, cpu, cuda, cuda:<index>, mps or xpu.",
+    ),
+    "a device without arithmetic": (
+        "run//device", "meta", "run.device: 'meta' given; allowed: auto, cpu, cuda, cuda:<index>, mps or xpu.",
+    ),
+    "a device this machine lacks": (
+        "run//device", "xpu", "run.device: xpu was asked for and this machine has none; use cpu or auto.",
+    ),
+    "a dtype that is none": (
+        "run//dtype", "int8", "run.dtype: 'int8' given; it must be 'bfloat16', 'float16' or 'float32'.",
+    ),
+}  # fmt: skip
+
+
+def test_good_params_are_good(raw):
+    assert isinstance(validate(raw), Params)
+    assert list(methods("prune")) == ["magnitude", "wanda"]
+    assert list(methods("quantize")) == ["rtn", "gptq"]
+    assert list(methods("finetune")) == ["lora"]
+
+
+def test_the_projects_own_params_are_good():
+    made = validate(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    assert made.run.device == "auto"
+
+
+@pytest.mark.parametrize(("path", "value", "sentence"), CASES.values(), ids=CASES)
+def test_one_offender_is_one_sentence(path, value, sentence, raw):
+    found = told(changed(raw, path, value))
+    assert sentence in found
+    # What hangs on the offender may be told too, in sentences that name it.
+    name = path.split("//")[1] if "//" in path else path
+    assert all(
+        name in line or "calibration.dataset: news" in line or "train.dataset: news" in line for line in found
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wanda.50",
+        "..",
+        "a/b",
+        "/abs",
+        "a@b",
+        "x; touch y",
+        "$(id)",
+        "`id`",
+        "a b",
+        "A",
+        "-a",
+        "a--b",
+        "a-",
+        "",
+        "ü",
+        "a\n",
+    ],
+)
+@pytest.mark.parametrize("section", ["prune", "models", "datasets", "noise"])
+def test_a_name_that_is_no_slug_is_refused(name, section, raw):
+    some = next(iter(raw[section].values()))
+    found = told(changed(raw, f"{section}//{name}", some))
+    assert found == [
+        f"{section}.{name}: bad name {name!r}; {SLUG}".replace(
+            f"{section}.{name}:", found[0].split(": bad")[0] + ":"
+        )
+    ]
+    assert repr(name) in found[0]
+
+
+def test_a_number_for_a_name_is_refused(raw):
+    (line,) = told(changed(raw, "prune", {50: WANDA} | raw["prune"]))
+    assert line.startswith("prune.50: bad name 50; it must be a valid string")
+
+
+def test_a_candidates_name_cannot_reach_a_shell(raw):
+    (line,) = told(changed(raw, "evaluate//candidates", ["base/tiny; touch y"]))[:1]
+    assert line.startswith("evaluate.candidates.0: 'base/tiny; touch y' given; allowed: <stage>/<recipe>")
+
+
+def test_all_offenders_at_once(raw):
+    bad = copy.deepcopy(raw)
+    bad["prune"] |= {
+        "one": WANDA | {"method": "wandaa"},
+        "two": WANDA | {"sparsty": 0.5},
+        "three": WANDA | {"source": "base/none"},
+        "four": WANDA | {"source": "prune/five"},
+        "five": WANDA | {"source": "prune/four"},
+        "six": WANDA | {"sparsity": 1.5},
+        "seven": WANDA | {"sparsity": float("nan")},
+        "ei.ght": WANDA,
+    }
+    bad["quantize"] |= {
+        "nine": RTN | {"bits": 3.5},
+        "ten": RTN | {"group_size": 24},
+        "x; touch y": RTN,
+    }
+    bad["evaluate"]["candidates"] += ["prune/eleven"]
+    bad["suites"]["perplexity"]["twelve"] = {"windows": 2, "batch_size": 1}
+    bad["datasets"]["speeches"]["documents"] = "pages"
+    bad["run"]["device"] = "gpu"
+    bad["noise"] = None
+    found = told(bad)
+    starts = [
+        "prune.one.method:", "prune.two.sparsty:", "prune.three.source:", "prune.four.source: a cycle",
+        "prune.five.source: a cycle", "prune.six.sparsity:", "prune.seven.sparsity:", "prune.ei.ght: bad name",
+        "quantize.nine.bits:", "quantize.ten.group_size:", "quantize.x; touch y: bad name",
+        "evaluate.candidates: there is no 'prune/eleven'", "suites.perplexity.twelve:",
+        "datasets.speeches.documents: 'pages' given; it must be 'lines', 'paragraphs' or 'csv'", "run.device:", "noise:",
+        "evaluate.candidates: there is no 'noise/tiny-batch-3'",
+    ]  # fmt: skip
+    for start in starts:
+        assert sum(line.startswith(start) for line in found) == 1, start
+    assert len(found) == len(starts)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "- a\n",
+            "must hold sections (run, models, datasets, prune, quantize, finetune, noise, suites, evaluate)",
+        ),
+        ("", "must hold sections"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_file_that_holds_no_sections(text, sentence, tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(Refusal) as refusal:
+        load(file)
+    assert sentence in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(Refusal, match="run from the root of a prunequant project"):
+        load(tmp_path / "params.yaml")
