@@ -4,8 +4,10 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import families, project
+from tests import finished as sweep
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +26,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workspace(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project folder to work in, the shared inputs under `inputs/`."""
     logging.disable(logging.WARNING)
+    torch.set_num_threads(1)  # tiny tensors; many processes may share the cores
     monkeypatch.chdir(tmp_path)
     (tmp_path / "inputs").symlink_to(inputs)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
+    """A small project that `prunequant run` has brought up to date; copy it, do not write to it."""
+    folder = sweep.make(tmp_path_factory.mktemp("finished") / "project", inputs)
+    (folder / "said.txt").write_text(sweep.prunequant(folder, "run"))
+    project.commit(folder, "run")
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """The finished project, to change."""
+    return sweep.copy(finished, tmp_path / "project")
