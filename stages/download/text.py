@@ -62,7 +62,7 @@ def split_documents(text: str, how: str) -> list[str]:
     if how == "csv":
         rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
         if "text" not in rows:
-            raise Refusal(f"the csv has no column text; it has {', '.join(rows)}.")
+            raise Refusal(f"the csv has no column text; it has {', '.join(map(str, rows.columns))}.")
         pieces = rows["text"].tolist()
     elif how == "lines":
         pieces = text.splitlines()

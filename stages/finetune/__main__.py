@@ -13,7 +13,7 @@ def finetune(params: Params, name: str) -> None:
     windows = calibration_windows(artifact.load_tokenizer(recipe.source), recipe.train)
     model = artifact.load_model(recipe.source, params.run, dequantize=True)
     masks = checkpoint.zero_masks(linears(model))
-    tuned = recipe.tune(model, windows, params.run)
+    tuned = recipe.tune(model, windows)
     checkpoint.save(f"finetune/{name}", tuned, recipe.model_dump(mode="json"), params.run, keep=masks)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from stages.core.calibration import Calibration
 from stages.core.errors import Refusal
@@ -18,8 +19,6 @@ from stages.core.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from stages.core.run import Run
 
 
 class LoRA(Recipe):
@@ -38,19 +37,18 @@ class LoRA(Recipe):
     """Windows a step."""
     seed: Annotated[int, Field(ge=0)] = 0
 
-    def tune(self, model: "PreTrainedModel", windows: Tensor, run: "Run") -> "PreTrainedModel":
+    def tune(self, model: "PreTrainedModel", windows: Tensor) -> "PreTrainedModel":
         """Train on `windows` `[num_samples, sequence_length]` and return the merged, plain model.
 
         Raises:
             Refusal: the loss is no longer a number, or windows are longer than the model reads.
         """
         import peft
-        from transformers import Trainer, TrainingArguments
+        from transformers import get_linear_schedule_with_warmup
         from transformers.pytorch_utils import Conv1D
 
-        from stages.core.atomic import SCRATCH
         from stages.core.blocks import check_length, linears
-        from stages.finetune.masked import MaskedLinear, Windows
+        from stages.finetune.masked import MaskedLinear
 
         check_length(model, windows, "lora")
         found = linears(model)
@@ -63,29 +61,32 @@ class LoRA(Recipe):
         )
         config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
         torch.manual_seed(self.seed)
-        adapted = peft.get_peft_model(model, config)
-        trainer = Trainer(
-            model=adapted,
-            args=TrainingArguments(
-                output_dir=str(SCRATCH / "trainer"),
-                max_steps=self.steps,
-                per_device_train_batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=max(1, self.steps // 10),
-                weight_decay=0.0,
-                seed=self.seed,
-                data_seed=self.seed,
-                logging_steps=max(1, self.steps // 10),
-                save_strategy="no",
-                report_to="none",
-                use_cpu=run.resolved_device().type == "cpu",
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=Windows(windows),
-        )
-        loss = trainer.train().training_loss
-        if not torch.isfinite(torch.tensor(loss)):
-            raise Refusal(f"the training loss became {loss}; lower learning_rate (now {self.learning_rate}).")
+        adapted = peft.get_peft_model(model, config).train()
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
+        schedule = get_linear_schedule_with_warmup(optimizer, max(1, self.steps // 10), self.steps)
+        # A loop of our own: transformers' Trainer picks a device by itself, and all of them if it can.
+        bar = tqdm(self._batches(len(windows)), desc="lora", unit="step")
+        for step, chosen in enumerate(bar):
+            batch = windows[chosen].to(model.device)
+            loss = adapted(input_ids=batch, labels=batch, use_cache=False).loss
+            if not loss.isfinite():
+                raise Refusal(
+                    f"the training loss became {loss.item()} at step {step}; lower learning_rate "
+                    f"(now {self.learning_rate})."
+                )
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
         merged: PreTrainedModel = adapted.merge_and_unload()
         return merged.eval()
+
+    def _batches(self, count: int) -> list[Tensor]:
+        """The windows of each step: every one once, in a drawn order, before any comes again."""
+        draw = torch.Generator().manual_seed(self.seed)
+        epochs = -(-self.steps * self.batch_size // count)
+        order = torch.cat([torch.randperm(count, generator=draw) for _ in range(epochs)])
+        return list(order[: self.steps * self.batch_size].split(self.batch_size))

@@ -1,11 +1,10 @@
-"""The layer and the data that training under a mask needs; apart, as they import the trainers."""
+"""The layer that training under a mask needs; apart, as it imports peft."""
 
 from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 
 class MaskedLinear(LoraLinear):
@@ -26,16 +25,3 @@ class MaskedLinear(LoraLinear):
             for adapter in self.active_adapters:
                 weight = weight + self.get_delta_weight(adapter)
         return F.linear(x, weight.T if self.fan_in_fan_out else weight, base.bias)
-
-
-class Windows(Dataset[dict[str, Tensor]]):
-    """Each window is its own target; nothing is padded."""
-
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.windows[index]}

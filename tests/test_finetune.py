@@ -1,0 +1,126 @@
+"""LoRA under a mask: what is trained is what is merged, and a zero stays a zero."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from stages.core.blocks import linears
+from stages.core.calibration import Calibration
+from stages.core.errors import Refusal
+from stages.finetune.lora import LoRA
+from stages.finetune.masked import MaskedLinear
+from tests import families
+from tests.test_lineage import LORA, WANDA, run
+
+
+def lora(**options) -> LoRA:
+    settings = {
+        "rank": 4, "alpha": 8.0, "learning_rate": 0.01, "steps": 8, "batch_size": 4, "seed": 0,
+    } | options  # fmt: skip
+    text = Calibration(dataset="news", num_samples=8, sequence_length=24)
+    return LoRA(source="base/tiny", method="lora", train=text, **settings)
+
+
+def windows() -> torch.Tensor:
+    """Text with something to learn: one short sequence over and over."""
+    return torch.arange(24).remainder(6).repeat(8, 1) + torch.arange(8).remainder(2)[:, None]
+
+
+def sparse(family: str) -> torch.nn.Module:
+    model = families.model(family)
+    for linear in linears(model):
+        linear.weight[torch.rand(linear.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
+    return model
+
+
+def loss(model: torch.nn.Module) -> float:
+    with torch.no_grad():
+        return float(model(input_ids=windows(), labels=windows()).loss)
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_what_is_trained_is_merged_and_zeros_are_kept(family, monkeypatch):
+    model = sparse(family)
+    before, zeros = loss(model), {x.name: x.weight == 0 for x in linears(model)}
+    rest = {n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in zeros}
+    trained = {}
+    merge = peft.tuners.lora.LoraModel.merge_and_unload
+
+    def watched(self, *args, **kwargs):
+        with torch.no_grad():
+            trained["logits"] = self.eval()(input_ids=windows()).logits
+        return merge(self, *args, **kwargs)
+
+    monkeypatch.setattr(peft.tuners.lora.LoraModel, "merge_and_unload", watched)
+    tuned = lora().tune(model, windows())
+    with torch.no_grad():
+        assert torch.equal(tuned(input_ids=windows()).logits, trained["logits"])
+    assert loss(tuned) < before - 0.01
+    assert len(linears(tuned)) == len(zeros)
+    for linear in linears(tuned):
+        assert zeros[linear.name].any() and (linear.weight[zeros[linear.name]] == 0).all()
+    for name, value in rest.items():
+        assert torch.equal(tuned.get_parameter(name), value), name
+    assert not any("lora" in name for name, _ in tuned.named_parameters())
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_an_update_is_oriented_as_the_weight_is_stored(shape):
+    torch.manual_seed(0)
+    base = Conv1D(shape[1], shape[0])  # stored [in, out]
+    base.weight.data[0] = 0
+    layer = MaskedLinear(
+        base, "default", config=peft.LoraConfig(r=2, lora_alpha=4, fan_in_fan_out=True), r=2, lora_alpha=4
+    )
+    for part in (layer.lora_A, layer.lora_B):
+        part["default"].weight.data.normal_()
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = (2 * up @ down).T * (base.weight != 0)
+    assert torch.allclose(layer.get_delta_weight("default"), expected)
+    inputs = torch.randn(3, shape[0])
+    torch.testing.assert_close(layer(inputs), inputs @ (base.weight + expected) + base.bias)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_others():
+    made = [lora(seed=seed, steps=3).tune(sparse("llama"), windows()) for seed in (0, 0, 1)]
+    states = [torch.cat([p.flatten() for p in model.parameters()]) for model in made]
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_every_window_is_seen_before_any_comes_again():
+    batches = lora(steps=5, batch_size=3)._batches(8)
+    assert [len(batch) for batch in batches] == [3] * 5
+    flat = torch.cat(batches).tolist()
+    assert sorted(flat[:8]) == list(range(8)) and len(set(flat[8:])) == 7
+
+
+def test_two_runs_of_the_stage_give_the_same_bytes(workspace):
+    read = []
+    for _ in range(2):
+        _, last = run("llama", ("prune", WANDA), ("finetune", LORA))
+        read.append((Path("data/models") / last / "model.safetensors").read_bytes())
+    assert read[0] == read[1]
+
+
+def test_a_loss_that_is_no_number_is_refused(monkeypatch):
+    model = families.model("llama")
+    model.model.norm.weight.data[0] = float("inf")
+    with pytest.raises(
+        Refusal, match=r"training loss became (nan|inf) at step 0; lower learning_rate \(now 0.01\)"
+    ):
+        lora().tune(model, windows())
+
+
+def test_windows_longer_than_the_model_reads_are_refused():
+    with pytest.raises(Refusal, match="sequence_length 300 is more than the 256"):
+        lora().tune(families.model("llama"), torch.zeros(2, 300, dtype=torch.long))
