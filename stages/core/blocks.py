@@ -75,11 +75,12 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}", block) for i, block in enumerate(found)]
 
 
-def linears(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Linear]:
+def linears(model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = False) -> list[Linear]:
     """Every linear of every block, in definition order, but those `ignore` names.
 
     Args:
         ignore: block-relative module or parameter names left alone, such as `mlp.gate`.
+        partial: to look at the linears there are, whatever else a block holds.
 
     Raises:
         Refusal: a matrix that is no linear's weight and not ignored, or an `ignore` that names nothing.
@@ -102,7 +103,7 @@ def linears(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Linear]:
                 named.add(name)
             elif parameter.ndim >= 2 and name not in handled:
                 unhandled.append(f"{block_name}.{name} {tuple(parameter.shape)}")
-    if unhandled:
+    if unhandled and not partial:
         raise Refusal(
             f"{type(model).__name__} has matrices that are no linear's weight and would be skipped: "
             f"{', '.join(unhandled[:6])}{' ...' if len(unhandled) > 6 else ''} ({len(unhandled)} in all). "

@@ -4,8 +4,8 @@ Sizes are defined once, here:
 
 - `sparsity`: share of exact zeros among the weights of the block linears.
 - `bytes_ideal`: what a perfect container would need. A tensor takes 16 (or 32) bits a value, a
-  quantized one its code bits plus its scales. Where it is smaller, a matrix is stored as its nonzero
-  values plus a bitmap of one bit a position. Embeddings are counted; tied ones once.
+  quantized one its code bits plus its scales. Where it is smaller, a block linear's weight is stored as
+  its nonzero values plus a bitmap of one bit a position. Embeddings are counted; tied ones once.
 - `bits_per_weight`: `bytes_ideal` * 8 over the number of parameters.
 - `bytes_on_disk`: the safetensors as they are. Unstructured zeros save nothing here.
 """
@@ -103,7 +103,7 @@ def _finish(
 def measure(model: nn.Module, codes: Mapping[str, Codes]) -> dict[str, Any]:
     """`num_parameters`, `sparsity`, `bytes_ideal` and `bits_per_weight`; see the module's docstring."""
     try:
-        block_linears = linears(model)
+        block_linears = linears(model, partial=True)
     except Refusal:  # an architecture no walk serves can still be a base, measured as dense
         block_linears = []
     quantized = {f"{name}.weight": code for name, code in codes.items()}
@@ -113,7 +113,7 @@ def measure(model: nn.Module, codes: Mapping[str, Codes]) -> dict[str, Any]:
         count = parameter.numel()
         nonzero = int(torch.count_nonzero(quantized[name].codes if name in quantized else parameter))
         width = quantized[name].bits if name in quantized else parameter.element_size() * 8
-        bits += min(count * width, nonzero * width + count)
+        bits += min(count * width, nonzero * width + count) if name in in_blocks else count * width
         if name in quantized:
             bits += quantized[name].scale.numel() * quantized[name].scale.element_size() * 8
         total += count

