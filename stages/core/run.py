@@ -179,5 +179,5 @@ def _commit() -> str | None:
 
 def _logging() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib"):
+    for chatty in ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -36,7 +36,7 @@ class Text(Dataset):
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write `calibration.parquet` and `evaluation.parquet`, each with one column `text`."""
-        with fetched(self.source, self.file, self.sha256) as path:
+        with fetched(self.source, self.file, self.sha256, data=True) as path:
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError:

@@ -1,0 +1,135 @@
+"""What surrounds a stage: the device, the switches that make it repeatable, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.core import run
+from stages.core.errors import Refusal
+from stages.core.run import Run
+from tests import project
+
+
+def settings(**changed) -> Run:
+    return Run(**({"device": "cpu", "dtype": "bfloat16", "threads": 1, "seed": 0} | changed))
+
+
+def test_the_device_asked_for_is_the_one_given(monkeypatch):
+    assert settings().resolved_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert settings(device="auto").resolved_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert settings(device="auto").resolved_device() == torch.device("cuda")
+    assert settings(device="cuda:1").resolved_device() == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "mps"])
+def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
+    for backend in (torch.cuda, torch.xpu, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    with pytest.raises(
+        Refusal, match=f"run.device: {device} was asked for and this machine has none; use cpu or auto"
+    ):
+        settings(device=device).resolved_device()
+
+
+def test_every_switch_is_set():
+    torch.set_deterministic_debug_mode("default")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    settings(seed=7).start()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+    assert torch.get_num_threads() == 1
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    first = torch.rand(3)
+    settings(seed=7).start()
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_on_cuda_the_attention_backend_is_fixed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = [
+        getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "mem_efficient", "math")
+    ]
+    try:
+        settings(device="cuda").start()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.math_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before[0])
+        torch.backends.cuda.enable_mem_efficient_sdp(before[1])
+        torch.backends.cuda.enable_math_sdp(before[2])
+
+
+def test_numerics_name_what_bytes_depend_on(monkeypatch):
+    assert settings().numerics() == {
+        "device": "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": 1,
+        "dtype": "bfloat16",
+        "torch": torch.__version__,
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU at {device}")
+    assert settings(device="cuda:1").numerics()["device"] == "GPU at cuda:1"
+
+
+def test_a_run_is_recorded_however_it_ends(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with run.recorded("prune", "x"):
+        pass
+    told = json.loads(Path("data/runs/prune/x.json").read_text())
+    assert (told["state"], told["error"]) == ("done", None)
+    assert told["seconds"] >= 0 and told["versions"]["torch"] == torch.__version__
+    with pytest.raises(Refusal), run.recorded("prune", "x"):
+        raise Refusal("no.")
+    told = json.loads(Path("data/runs/prune/x.json").read_text())
+    assert (told["state"], told["error"]) == ("failed", "no.")
+
+
+def stage(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=folder, env={**project.ENV, "PYTHONPATH": str(project.ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_validate_marks_good_params_and_refuses_bad_ones(workspace):
+    raw = project.params(Path("inputs"))
+    project.write(workspace, raw)
+    assert stage(workspace, "stages.validate").returncode == 0
+    marks = [Path("data/validated.json"), Path("data/datasets/none/dataset.json")]
+    before = [mark.read_bytes() for mark in marks]
+    raw["prune"]["wanda-50"]["sparsity"] = 0.6
+    project.write(workspace, raw)
+    assert stage(workspace, "stages.validate").returncode == 0
+    assert [mark.read_bytes() for mark in marks] == before  # constant, so that nothing goes stale
+    raw["prune"]["wanda-50"]["sparsity"] = 1.5
+    raw["quantize"]["rtn-w4g32"]["bits"] = 3.5
+    project.write(workspace, raw)
+    done = stage(workspace, "stages.prune", "magnitude-50")
+    assert done.returncode == 2
+    assert "prune.wanda-50.sparsity: 1.5 given" in done.stderr
+    assert "quantize.rtn-w4g32.bits: 3.5 given" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Path("data/models").exists()
+
+
+def test_an_unknown_recipe_is_refused(workspace):
+    project.write(workspace, project.params(Path("inputs")))
+    done = stage(workspace, "stages.noise", "nothing")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(
+        "noise nothing: there is no recipe of this name; params.yaml has tiny-batch-3."
+    )
