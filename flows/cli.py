@@ -35,7 +35,7 @@ def check() -> None:
     with refusals():
         from stages.core import params
 
-        checked = params.load()
+        checked = params.load_verified()
     typer.echo(
         f"params.yaml is sound: {len(checked.models)} model(s), {len(checked.recipes())} recipe(s), "
         f"{len(checked.evaluate.candidates)} candidate(s) on {len(checked.suites.by_name())} suite(s)."

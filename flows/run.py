@@ -103,7 +103,7 @@ def plan(jobs: int | None, targets: Iterable[str]) -> Run:
     Raises:
         Refusal: bad params, unknown targets or a graph DVC cannot read; nothing has been run.
     """
-    checked = params.load()
+    checked = params.load_verified()
     whole = graph.select(graph.read(), targets)
     stale = graph.stale(whole)
     below = graph.below(whole, stale)

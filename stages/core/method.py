@@ -24,8 +24,6 @@ class WeightMethod(Recipe):
     """What it wants to know of a linear's inputs."""
     calibration: Calibration | NoData
     """The text its statistic is taken on."""
-    ignore: tuple[str, ...] = ()
-    """Block-relative names of matrices left alone, such as `mlp.gate`."""
 
     def weights(self, weight: Tensor, statistic: Any) -> Any:
         """The new weight, or its codes, from `weight` `[out, in]` and the statistic it asked for."""

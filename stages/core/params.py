@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import yaml
 from pydantic import Field, ValidationError
+
+from ruamel.yaml import YAML  # what DVC reads the file with; other parsers see other numbers in it
+from ruamel.yaml.error import YAMLError
 
 from stages.core import problems
 from stages.core.errors import Refusal
@@ -123,8 +125,8 @@ def load(path: Path = PARAMS) -> Params:
     if not path.exists():
         raise Refusal(f"there is no {path} here; run from the root of a prunequant project.")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = YAML(typ="safe", pure=True).load(path.read_text())
+    except YAMLError as error:
         raise Refusal(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise Refusal(
@@ -152,6 +154,19 @@ def validate(raw: dict[str, Any], where: str = "params.yaml") -> Params:
     if offenders:
         lines = "\n".join(f"  - {line}" for line in dict.fromkeys(offenders))
         raise Refusal(f"{where} has {len(set(offenders))} problem(s), nothing was run:\n{lines}")
+    return params
+
+
+def load_verified(path: Path = PARAMS) -> Params:
+    """`load`, and `path:` sources held against their hashes; once a run, as it reads all they hold.
+
+    Raises:
+        Refusal: one line an offender, all of them.
+    """
+    params = load(path)
+    if changed := list(problems.changed_paths(params)):
+        lines = "\n".join(f"  - {line}" for line in changed)
+        raise Refusal(f"{path} has {len(changed)} problem(s), nothing was run:\n{lines}")
     return params
 
 

@@ -15,6 +15,7 @@ from stages.core.errors import Refusal
 from stages.core.schema import Strict
 from stages.download.arithmetic import Arithmetic
 from stages.download.benchmark import Benchmark
+from stages.download.source import sha256
 from stages.download.text import Text
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def between(params: "Params", broken: set[str]) -> Iterator[str]:
     """
     yield from _of_recipes(params, broken)
     yield from _of_suites(params, broken)
+    yield from _of_noise(params)
     if "none" in params.datasets:
         yield "datasets.none: the name none is taken, it stands for no data; rename it."
     for section in ("models", "datasets"):
@@ -212,7 +214,8 @@ def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
                     f"datasets.{wanted.dataset}.calibration to the share that may be learned from."
                 )
         size, base = getattr(recipe, "group_size", None), params.base_of(artifact)
-        widths = params.models[base].in_features if base else ()
+        # With some linears left alone, which widths remain is known only once there is a model.
+        widths = params.models[base].in_features if base and not getattr(recipe, "ignore", ()) else ()
         if size and (uneven := [str(width) for width in widths if width % size]):
             fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
             yield (
@@ -223,7 +226,18 @@ def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
 
 def _of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
     seen: set[str] = set()
+    learned = {
+        dataset.sha256: name
+        for recipe in params.recipes().values()
+        for wanted in (getattr(recipe, "calibration", None), getattr(recipe, "train", None))
+        if isinstance(wanted, Calibration)
+        and isinstance(dataset := params.datasets.get(name := wanted.dataset), Text)
+    }
     for kind, config in SUITES.items():
+        candidates = dict.fromkeys(params.evaluate.candidates)
+        stages = [f"{candidate}-{name}" for candidate in candidates for name in getattr(params.suites, kind)]
+        for stage in sorted({stage for stage in stages if stages.count(stage) > 1}):
+            yield f"suites.{kind}: two evaluations would both be the stage {kind}@{stage}; rename a suite."
         for name, suite in getattr(params.suites, kind).items():
             at, dataset = f"suites.{kind}.{name}", params.datasets.get(name)
             if name in seen:
@@ -237,10 +251,45 @@ def _of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
                     f"{at}: a suite scores the data set of its own name, and datasets has no {name!r} of "
                     f"kind {tag(config)}; {allowed(fitting, name)}."
                 )
+            elif isinstance(dataset, Text) and learned.get(dataset.sha256, name) != name:
+                yield (
+                    f"{at}: it would score the very file that recipes learn from as "
+                    f"datasets.{learned[dataset.sha256]}; name that suite {learned[dataset.sha256]}, whose "
+                    "two splits are kept apart."
+                )
             elif isinstance(dataset, Arithmetic) and suite.shots > (
                 have := dataset.fewshot * len(dataset.levels)
             ):
                 yield f"{at}.shots: {suite.shots} given; datasets.{name} has {have} examples."
+
+
+def _of_noise(params: "Params") -> Iterator[str]:
+    """Noise candidates that would differ from their source in nothing."""
+    for name, variant in params.noise.items():
+        same = [
+            key for key, suite in params.suites.by_name().items() if suite.batch_size == variant.batch_size
+        ]
+        if same:
+            yield (
+                f"noise.{name}.batch_size: {variant.batch_size} is already the batch size of the suite(s) "
+                f"{', '.join(same)}, so nothing would differ; take another one."
+            )
+
+
+def changed_paths(params: "Params") -> Iterator[str]:
+    """`path:` sources whose content is not what their sha256 says; reads all of it, so no stage asks."""
+    for section in ("models", "datasets"):
+        for name, entry in getattr(params, section).items():
+            source, expected = getattr(entry, "source", ""), getattr(entry, "sha256", None)
+            if source.startswith("path:"):
+                inner = (
+                    getattr(entry, "folder", "") or getattr(entry, "file", "") or getattr(entry, "config", "")
+                )
+                path = Path(source.removeprefix("path:")) / inner
+                if not path.exists():
+                    yield f"{section}.{name}.source: {source} has no {inner}."
+                elif (actual := sha256(path)) != expected:
+                    yield f"{section}.{name}.sha256: {path} has {actual}; write that if its content is right."
 
 
 def _of_source(at: str, entry: Any) -> Iterator[str]:

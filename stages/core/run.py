@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -128,6 +129,8 @@ def entry(
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=work.__doc__)
     if recipes is not None:
         parser.add_argument("recipe", help="a name from params.yaml")
+    # Without a handler SIGTERM ends Python on the spot: no clean-up of what is half written, no record.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     name = getattr(parser.parse_args(), "recipe", "all")
     _logging()
     try:

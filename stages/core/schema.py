@@ -63,3 +63,5 @@ class Recipe(Strict):
     """What every compression or recovery recipe has: where its weights come from."""
 
     source: Source
+    ignore: tuple[str, ...] = ()
+    """Block-relative names of matrices left alone, such as `mlp.gate`."""

@@ -67,8 +67,8 @@ def describe(record: dict[str, Any]) -> dict[str, Any]:
         stage, recipe = artifact.split("/")[0], record["recipes"][artifact]
         row[f"{stage}_method"] = recipe["method"]
         if stage == "prune":
-            row["structure"] = "unstructured"
-        if stage == "quantize":
+            row["structure"] = recipe.get("structure", "unstructured")
+        if stage == "quantize" and record["layout"] != "dense":  # later steps may have left the grid
             row |= {"bits": recipe["bits"], "group_size": recipe["group_size"]}
         text = recipe.get("calibration") or recipe.get("train")
         if text["dataset"] != "none":

@@ -92,8 +92,10 @@ def items(level: Level, count: int, seed: int) -> list[dict[str, Any]]:
         terms = [int(word) for word in expression.split()[::2]]
         if set(expression.split()[1::2]) != {level.operator} or int(entry["answer"]) < 0:
             continue
-        if carries(terms, level.operator) == level.carries and expression not in found:
-            found[expression] = item(level.name, expression, int(entry["answer"]))
+        # 3 + 4 and 4 + 3 are one item.
+        key = " ".join(map(str, sorted(terms))) if level.operator == "+" else expression
+        if carries(terms, level.operator) == level.carries and key not in found:
+            found[key] = item(level.name, expression, int(entry["answer"]))
             if len(found) == count:
                 return list(found.values())
     raise Refusal(

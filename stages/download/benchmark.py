@@ -40,12 +40,15 @@ class Benchmark(Dataset):
     def write(self, folder: Path) -> dict[str, Any]:
         """Write `<split>.parquet` for every split, and `nltk_data/` where asked for."""
         with fetched(self.source, self.config, self.sha256, data=True) as path:
-            files = sorted(path.glob("*.parquet"))
+            files = sorted(path.rglob("*.parquet"))
             if not files:
                 raise Refusal(f"{self.source} has no parquet in {self.config}.")
             splits: dict[str, list[Path]] = {}
-            for file in files:  # the hub shards a long split as <split>-00000-of-00003.parquet
-                splits.setdefault(re.sub(r"-\d{5}-of-\d{5}$", "", file.stem), []).append(file)
+            # The hub shards a long split as <split>-00000-of-00003.parquet, and what it has converted itself
+            # (its branch refs/convert/parquet) as <split>/0000.parquet.
+            for file in files:
+                split = file.stem if file.parent == path else file.parent.name
+                splits.setdefault(re.sub(r"-\d{5}-of-\d{5}$", "", split), []).append(file)
             for split, shards in splits.items():
                 if len(shards) == 1:
                     shutil.copyfile(shards[0], folder / f"{split}.parquet")

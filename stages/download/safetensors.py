@@ -25,23 +25,35 @@ class Safetensors(Model):
         Raises:
             Refusal: the checkpoint has no safetensors, or wants code of its own to be run.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
         with fetched(self.source, self.folder, self.sha256) as path:
             if not list(path.glob("*.safetensors")):
                 raise Refusal(
                     f"{self.source} has no safetensors; checkpoints in pickle formats are not read."
                 )
+            if not (path / "config.json").exists():
+                raise Refusal(f"{self.source} has no config.json; a transformers checkpoint is needed.")
             config = json.loads((path / "config.json").read_text())
+            quantization = config.get("quantization_config")
+            if quantization and quantization.get("quant_method") != "compressed-tensors":
+                raise Refusal(
+                    f"{self.source} is quantized as {quantization.get('quant_method')!r}; a base is a plain "
+                    "checkpoint or one of compressed-tensors."
+                )
             if "auto_map" in config:
                 raise Refusal(f"{self.source} wants its own code to be run (auto_map); that is never done.")
             AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **({"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantization else {}),
             )
+            model.config.__dict__.pop("quantization_config", None)
             model.config._name_or_path = ""
             model.save_pretrained(folder)
-        quantization = config.get("quantization_config")
         return {
             "grid": {"format": quantization.get("quant_method"), **quantization} if quantization else None
         }

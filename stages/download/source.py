@@ -58,7 +58,7 @@ def portable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, or of a folder: that of its sorted lines `<sha256>  <relative path>`."""
+    """Hash of a file, or of a folder: that of its sorted lines `<relative path>` NUL `<sha256>`."""
     if path.is_dir():
         lines = sorted(
             f"{p.relative_to(path).as_posix()}\0{sha256(p)}" for p in path.rglob("*") if p.is_file()

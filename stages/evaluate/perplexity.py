@@ -19,6 +19,9 @@ from stages.core.schema import Strict
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
+OVERFLOW = 700.0
+"""Nats a token beyond which exp leaves the range of a double."""
+
 
 class PerplexitySuite(Strict):
     """Perplexity over the first `windows` windows of a text data set's evaluation split."""
@@ -51,6 +54,7 @@ class PerplexitySuite(Strict):
         losses = [-total / predicted for total in likelihoods]
         mean = math.fsum(losses) / len(losses)
         deviation = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1))
+        value = math.inf if mean > OVERFLOW else math.exp(mean)
         hashes = [hashlib.sha256(repr(row).encode()).hexdigest() for row in rows]
         shared = {"task": f"perplexity-{name}", "readout": "likelihood"}
         scores = {
@@ -61,8 +65,8 @@ class PerplexitySuite(Strict):
             "prompt_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
             "difficulty": "all",
             "metric": "perplexity",
-            "value": math.exp(mean),
-            "stderr": math.exp(mean) * deviation / math.sqrt(len(losses)),
+            "value": value,
+            "stderr": value * deviation / math.sqrt(len(losses)),
             "num_items": len(losses),
             "higher_is_better": False,
             "seed": seed,

@@ -12,7 +12,7 @@ def finetune(params: Params, name: str) -> None:
     params.run.start()
     windows = calibration_windows(artifact.load_tokenizer(recipe.source), recipe.train)
     model = artifact.load_model(recipe.source, params.run, dequantize=True)
-    masks = checkpoint.zero_masks(linears(model))
+    masks = checkpoint.zero_masks(linears(model, recipe.ignore))
     tuned = recipe.tune(model, windows)
     checkpoint.save(f"finetune/{name}", tuned, recipe.model_dump(mode="json"), params.run, keep=masks)
 

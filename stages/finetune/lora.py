@@ -44,14 +44,13 @@ class LoRA(Recipe):
             Refusal: the loss is no longer a number, or windows are longer than the model reads.
         """
         import peft
-        from transformers import get_linear_schedule_with_warmup
         from transformers.pytorch_utils import Conv1D
 
         from stages.core.blocks import check_length, linears
         from stages.finetune.masked import MaskedLinear
 
         check_length(model, windows, "lora")
-        found = linears(model)
+        found = linears(model, self.ignore)
         config = peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -64,7 +63,11 @@ class LoRA(Recipe):
         adapted = peft.get_peft_model(model, config).train()
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
-        schedule = get_linear_schedule_with_warmup(optimizer, max(1, self.steps // 10), self.steps)
+        warmup = max(1, self.steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min((step + 1) / warmup, (self.steps - step) / (self.steps - warmup + 1)),
+        )
         # A loop of our own: transformers' Trainer picks a device by itself, and all of them if it can.
         bar = tqdm(self._batches(len(windows)), desc="lora", unit="step")
         for step, chosen in enumerate(bar):

@@ -15,7 +15,8 @@ def zero_smallest(weight: Tensor, scores: Tensor, sparsity: float) -> Tensor:
     count = floor(weight.shape[1] * sparsity + 1e-9)
     if not count:
         return weight.clone()
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    # A full sort, as kthvalue has no deterministic form on CUDA.
+    threshold = scores.sort(dim=1).values[:, count - 1 : count]
     below, ties = scores < threshold, scores == threshold
     spare = count - below.sum(1, keepdim=True)
     return weight.masked_fill(below | (ties & (ties.cumsum(1) <= spare)), 0)

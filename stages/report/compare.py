@@ -99,7 +99,7 @@ def _against(scores: pd.DataFrame, references: dict[str, str], items: _Items) ->
         ours, reference = str(row["candidate"]), references[str(row["candidate"])]
         measure = tuple(str(row[name]) for name in KEY)
         value = items.values.get((reference, *measure))
-        if value is None or reference == ours:
+        if value is None or row["value"] is None or math.isnan(value) or reference == ours:
             added.append({})
             continue
         entry: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """The report as files for other tools: parquet for analysis, JSON and CSV for DVC and the terminal."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def metrics(scores: pd.DataFrame) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for row in records(scores[scores["difficulty"] == "all"]):
         suite = nested.setdefault(str(row["candidate"]), {}).setdefault(str(row["suite"]), {})
-        suite[str(row["metric"])] = row["value"]
+        value = row["value"]  # JSON knows neither NaN nor infinity
+        suite[str(row["metric"])] = value if value is not None and math.isfinite(value) else None
     return nested
 
 
