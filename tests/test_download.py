@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.core.errors import Refusal
 from stages.download import gguf as gguf_format
+from stages.download.benchmark import Benchmark
 from stages.download.source import fetched, sha256
 from tests import hub, project
 from tests.pipeline import params
@@ -261,6 +262,38 @@ def test_a_data_set_from_the_hub(name, workspace, tmp_path):
             "calibration": ["a b"], "evaluation": ["c d"],
         }  # fmt: skip
     assert not [line for line in log if line.endswith(".py") or "/other/" in line]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train.parquet", "test.parquet"],
+        ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"],
+        ["train/0000.parquet", "train/0001.parquet", "test/0000.parquet"],
+    ],
+)
+def test_every_layout_the_hub_has_is_read(names, tmp_path):
+    for number, name in enumerate(names):
+        (tmp_path / "main" / name).parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame({"x": [number]}).to_parquet(tmp_path / "main" / name)
+    (tmp_path / "out").mkdir()
+    benchmark = Benchmark(
+        kind="benchmark", source=f"path:{tmp_path}", config="main", sha256=sha256(tmp_path / "main")
+    )
+    assert benchmark.write(tmp_path / "out") == {"splits": ["test", "train"]}
+    rows = [
+        pd.read_parquet(tmp_path / "out" / f"{split}.parquet")["x"].tolist() for split in ("train", "test")
+    ]
+    assert rows == [list(range(len(names) - 1)), [len(names) - 1]]
+
+
+def test_a_config_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "main").mkdir()
+    benchmark = Benchmark(
+        kind="benchmark", source=f"path:{tmp_path}", config="main", sha256=sha256(tmp_path / "main")
+    )
+    with pytest.raises(Refusal, match="has no parquet in main"):
+        benchmark.write(tmp_path)
 
 
 def test_the_grid_of_a_gguf_file_is_counted(tmp_path):
