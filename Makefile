@@ -32,11 +32,11 @@ format: $(READY)
 
 setup: $(READY)
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install $(PIP_ARGS) -r requirements.lock
+	python -m pip install $(PIP_ARGS) -r requirements.lock -r requirements-dev.lock
 	python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -89,7 +89,8 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
     create_table_artifact(key="compare", table=summary.rows(outcomes), description=summary.sentence(outcomes))
     get_run_logger().info(summary.sentence(outcomes))
     summary.show(outcomes)
-    summary.show_report()
+    if summary.is_current(outcomes):
+        summary.show_report()
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         return Failed(message=summary.blame(failed))

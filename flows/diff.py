@@ -104,10 +104,10 @@ def score_changes(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
     """
     if old.empty and new.empty:
         return []
-    key = ["candidate", *MEASURE]
+    key = ["candidate", "base", *MEASURE]
     both = old[[*key, "value"]].merge(new[[*key, "value"]], on=key, how="outer", suffixes=("_old", "_new"))
     same = (both["value_old"] == both["value_new"]) | both[["value_old", "value_new"]].isna().all(axis=1)
-    both = both[~same].merge(noise_floor(old, new), on=MEASURE, how="left")
+    both = both[~same].merge(noise_floor(old, new), on=["base", *MEASURE], how="left")
     both["difference"] = both["value_new"] - both["value_old"]
     beyond = both["difference"].abs() > both["noise_floor"]
     both["beyond_noise"] = beyond.astype(object).where(
@@ -117,16 +117,18 @@ def score_changes(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def noise_floor(*sides: pd.DataFrame) -> pd.DataFrame:
-    """Largest absolute difference of each measure between a `noise/` candidate and its source."""
+    """Largest absolute difference of each base and measure between a `noise/` candidate and its source."""
     moved = []
     for scores in sides:
         noise = scores[scores["candidate"].str.startswith("noise/")]
         noise = noise.assign(
             candidate=noise["lineage"].str.split(" > ").str[-2].astype(scores["candidate"].dtype)
         )
-        pair = noise.merge(scores, on=["candidate", *MEASURE], suffixes=("", "_source"))
-        moved.append(pair[MEASURE].assign(noise_floor=(pair["value"] - pair["value_source"]).abs()))
-    return pd.concat(moved).groupby(MEASURE, dropna=False)["noise_floor"].max().reset_index()
+        pair = noise.merge(scores, on=["candidate", "base", *MEASURE], suffixes=("", "_source"))
+        moved.append(
+            pair[["base", *MEASURE]].assign(noise_floor=(pair["value"] - pair["value_source"]).abs())
+        )
+    return pd.concat(moved).groupby(["base", *MEASURE], dropna=False)["noise_floor"].max().reset_index()
 
 
 def flips(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:

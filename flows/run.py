@@ -60,6 +60,8 @@ class Run:
             # Out of date only if something above had come out differently, and nothing has.
             return self._end(Outcome(name, "unchanged"))
         with self._slots:
+            if self.children.stopped.is_set():
+                raise InterruptedError(name)
             started, clock = time.time(), time.monotonic()
             _say(name, "starts")
             code, output = self.children.repro(name, lambda line: _say(name, line))

@@ -57,6 +57,11 @@ def show(outcomes: Sequence[Outcome]) -> None:
     console.print(sentence(outcomes))
 
 
+def is_current(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the report on disk is that of this run: its stage was asked for and has not failed."""
+    return any(o.stage == "report" and o.state in ("ran", "restored", "unchanged") for o in outcomes)
+
+
 def show_report() -> None:
     """Print the report's summary and where the page is, where there is a report."""
     if not (SUMMARY.exists() and PAGE.exists()):
