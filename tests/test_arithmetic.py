@@ -60,7 +60,7 @@ def test_answers_levels_and_splits(tmp_path):
     frames = write(tmp_path)
     assert {name: len(frame) for name, frame in frames.items()} == {"fewshot": 10, "train": 15, "test": 25}
     everything = pd.concat(frames.values())
-    assert everything["question"].is_unique
+    assert everything["question"].map(lambda question: " ".join(sorted(question.split()))).is_unique
     levels = {level["name"]: level for level in LEVELS}
     for row in everything.itertuples():
         words = row.question.removesuffix(" =").split()
@@ -91,9 +91,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_other_items(tmp_path):
 def test_more_items_than_a_level_has_is_refused(monkeypatch):
     monkeypatch.setattr(arithmetic, "TRIES", 3000)
     level = Level(name="add", operator="+", digits=1, carries=False)
-    assert len(items(level, 55, 0)) == 55  # pairs of digits with a sum below ten
-    with pytest.raises(Refusal, match="level add has 55 distinct items, 56 were asked for; ask for fewer"):
-        items(level, 56, 0)
+    assert len(items(level, 30, 0)) == 30  # pairs of digits with a sum below ten, in either order
+    with pytest.raises(Refusal, match="level add has 30 distinct items, 31 were asked for; ask for fewer"):
+        items(level, 31, 0)
 
 
 def test_the_projects_own_levels_have_their_items(tmp_path):

@@ -204,8 +204,8 @@ ROWS: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
     "gsm8k": (
         "main",
         {
-            "train": [{"question": f"What is {i} and 1?", "answer": f"More.\n#### {i + 1}"} for i in range(4)],
-            "test": [{"question": f"What is {i} and 2?", "answer": f"More.\n#### {i + 2}"} for i in range(3)],
+            "train": [{"question": f"{i} and 1?", "answer": f"More.\n#### {i + 1}"} for i in range(4)],
+            "test": [{"question": f"{i} and 2?", "answer": f"More.\n#### {i + 2}"} for i in range(3)],
         },
     ),
     "arc_easy": (

@@ -26,5 +26,5 @@ class Wanda(WeightMethod):
     statistic = ColumnNorm
 
     def weights(self, weight: Tensor, statistic: ColumnNorm) -> Tensor:
-        """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors are untouched."""
+        """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors stay."""
         return zero_smallest(weight, weight.float().abs() * statistic.norm(), self.sparsity)
