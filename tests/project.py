@@ -58,13 +58,16 @@ def params(folder: Path) -> dict[str, Any]:
             },
         },
         "prune": {
-            "magnitude-50": {"source": base, "method": "magnitude", "sparsity": 0.5, "scope": "matrix", "calibration": none},
+            "magnitude-50": {
+                "source": base, "method": "magnitude", "sparsity": 0.5, "scope": "matrix", "calibration": none,
+            },
             "wanda-50": {"source": base, "method": "wanda", "sparsity": 0.5, "calibration": news},
         },
         "quantize": {
             "rtn-w4g32": {"source": base, "method": "rtn", "bits": 4, "group_size": 32, "calibration": none},
             "wanda-50-gptq-w4g32": {
-                "source": "prune/wanda-50", "method": "gptq", "bits": 4, "group_size": 32, "calibration": news,
+                "source": "prune/wanda-50", "method": "gptq", "bits": 4, "group_size": 32,
+                "calibration": news,
             },
         },
         "finetune": {

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, ValidationError
-
 from ruamel.yaml import YAML  # what DVC reads the file with; other parsers see other numbers in it
 from ruamel.yaml.error import YAMLError
 
