@@ -59,7 +59,8 @@ def params(folder: Path) -> dict[str, Any]:
         },
         "prune": {
             "magnitude-50": {
-                "source": base, "method": "magnitude", "sparsity": 0.5, "scope": "matrix", "calibration": none,
+                "source": base, "method": "magnitude", "sparsity": 0.5, "scope": "matrix",
+                "calibration": none,
             },
             "wanda-50": {"source": base, "method": "wanda", "sparsity": 0.5, "calibration": news},
         },
