@@ -161,7 +161,7 @@ def run_changes(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     for row in sides[0].merge(sides[1], on=key, suffixes=("_old", "_new")).to_dict("records"):
         for column in columns:
             was, now = row[f"{column}_old"], row[f"{column}_new"]
-            if was != now:
+            if was != now and not (pd.isna(was) and pd.isna(now)):
                 told.append(f"{row['candidate']} on {row['suite']}: {column} was {was}, is {now}")
     return told
 

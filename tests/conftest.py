@@ -45,3 +45,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
 def copy(finished: Path, tmp_path: Path) -> Path:
     """The finished project, to change."""
     return sweep.copy(finished, tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def edited(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> tuple[Path, set[str]]:
+    """The finished project after one recipe was edited and run, committed; and the stages that ran."""
+    folder = sweep.copy(finished, tmp_path_factory.mktemp("edited") / "project")
+    sweep.edit(folder, "quantize.gptq-w4g32.bits", 3)
+    ran = sweep.repro(folder)
+    project.commit(folder, "three bits")
+    project.run(folder, "dvc", "push", "-q", "--all-commits")
+    return folder, ran

@@ -10,7 +10,6 @@ from typing import Any
 from tests import project
 
 CANDIDATES = ["base/tiny", "noise/tiny-batch-3", "quantize/gptq-w4g32"]
-NEWS = {"dataset": "news", "num_samples": 4, "sequence_length": 32}
 STAGES = {
     "validate", "model@tiny", "dataset@news", "dataset@arithmetic", "prune@magnitude-50", "prune@wanda-50",
     "quantize@gptq-w4g32", "finetune@wanda-50-lora", "noise@tiny-batch-3", "report",
@@ -26,7 +25,8 @@ def params(inputs: Path) -> dict[str, Any]:
     gptq = values["quantize"].pop("wanda-50-gptq-w4g32")
     values["quantize"]["gptq-w4g32"] = gptq
     values["evaluate"]["candidates"] = CANDIDATES
-    return values
+    copied: dict[str, Any] = json.loads(json.dumps(values))  # no part shared, so that each can be edited
+    return copied
 
 
 def make(folder: Path, inputs: Path) -> Path:
