@@ -63,7 +63,7 @@ class Children:
         log = LOGS / f"{stage.replace('/', '--')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with log.open("w") as file:
+            with child.stdout, log.open("w") as file:
                 output = _follow(child.stdout, file, show)
             code = child.wait()
         finally:
