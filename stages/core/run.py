@@ -182,5 +182,5 @@ def _commit() -> str | None:
 
 def _logging() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    for chatty in ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib"):
+    for chatty in ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "lm_eval"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
