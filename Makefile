@@ -1,4 +1,4 @@
-# Everything runs inside .venv, made from requirements.lock. Knobs:
+# Everything runs inside .venv, made from requirements.lock and requirements-dev.lock. Knobs:
 #   make compare PYTHON=python3.12            another interpreter (3.11 or newer)
 #   make compare PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
 #                                             pip's own options; without them Linux gets the CUDA build of torch
