@@ -16,8 +16,8 @@ import pandas as pd
 from flows import revisions, tensors
 from flows.revisions import WORKSPACE, Revision
 from stages.core.tables import SAMPLE_COLUMNS, SAMPLES, SCORE_COLUMNS, SCORES, table
+from stages.report.collect import KEY, noise_floor, records
 
-MEASURE = ["suite", "task", "readout", "difficulty", "metric"]
 ITEM = ["candidate", "suite", "task", "readout", "doc_id", "prompt_hash", "metric"]
 
 
@@ -104,31 +104,16 @@ def score_changes(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
     """
     if old.empty and new.empty:
         return []
-    key = ["candidate", "base", *MEASURE]
+    key = ["candidate", "base", *KEY]
     both = old[[*key, "value"]].merge(new[[*key, "value"]], on=key, how="outer", suffixes=("_old", "_new"))
     same = (both["value_old"] == both["value_new"]) | both[["value_old", "value_new"]].isna().all(axis=1)
-    both = both[~same].merge(noise_floor(old, new), on=["base", *MEASURE], how="left")
+    both = both[~same].merge(noise_floor(old, new).reset_index(), on=["base", *KEY], how="left")
     both["difference"] = both["value_new"] - both["value_old"]
     beyond = both["difference"].abs() > both["noise_floor"]
     both["beyond_noise"] = beyond.astype(object).where(
         both[["difference", "noise_floor"]].notna().all(axis=1)
     )
-    return _records(both.rename(columns={"value_old": "old", "value_new": "new"}))
-
-
-def noise_floor(*sides: pd.DataFrame) -> pd.DataFrame:
-    """Largest absolute difference of each base and measure between a `noise/` candidate and its source."""
-    moved = []
-    for scores in sides:
-        noise = scores[scores["candidate"].str.startswith("noise/")]
-        noise = noise.assign(
-            candidate=noise["lineage"].str.split(" > ").str[-2].astype(scores["candidate"].dtype)
-        )
-        pair = noise.merge(scores, on=["candidate", "base", *MEASURE], suffixes=("", "_source"))
-        moved.append(
-            pair[["base", *MEASURE]].assign(noise_floor=(pair["value"] - pair["value_source"]).abs())
-        )
-    return pd.concat(moved).groupby(["base", *MEASURE], dropna=False)["noise_floor"].max().reset_index()
+    return records(both.rename(columns={"value_old": "old", "value_new": "new"}))
 
 
 def flips(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
@@ -140,7 +125,7 @@ def flips(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
     both = sides[0].merge(sides[1].drop(columns=["target", "difficulty"]), on=ITEM, suffixes=("_old", "_new"))
     both = both[both["score_old"] != both["score_new"]]
     both["became"] = both["score_new"].map({1.0: "right", 0.0: "wrong"})
-    return _records(both.drop(columns=["score_old", "score_new", "prompt_hash"]))
+    return records(both.drop(columns=["score_old", "score_new", "prompt_hash"]))
 
 
 def machine_changes(old: Revision, new: Revision) -> Iterator[str]:
@@ -185,9 +170,3 @@ def _record(revision: Revision, out: str) -> dict[str, Any]:
     file = revision.file(out, "artifact.json")
     record: dict[str, Any] = json.loads(file.read_text()) if file else {}
     return record
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain values that JSON can hold, null for what is missing."""
-    plain = frame.astype(object).where(frame.notna(), None)
-    return [{str(key): value for key, value in row.items()} for row in plain.to_dict("records")]

@@ -23,6 +23,7 @@ from tests import hub, project
 from tests.pipeline import params
 
 ZEROS = "0" * 64
+ONE = hashlib.sha256(b"one").hexdigest()
 
 
 def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
@@ -61,8 +62,7 @@ def test_a_file_of_a_package(index):
         "1.0",
         {"prose/data.txt": "one", "prose/more/x.txt": "two", "prose/__init__.py": "1/0"},
     )
-    digest = hashlib.sha256(b"one").hexdigest()
-    with fetched("pypi:prose==1.0", "prose/data.txt", digest) as path:
+    with fetched("pypi:prose==1.0", "prose/data.txt", ONE) as path:
         assert path.read_text() == "one"
         gone = path
     assert not gone.exists()
@@ -72,31 +72,18 @@ def test_a_file_of_a_package(index):
         assert {file.name for file in path.iterdir()} == {"prose", "prose-1.0.dist-info"}
 
 
-def test_another_hash_is_refused_and_said(index):
+@pytest.mark.parametrize(
+    "source, file, reason",
+    [
+        ("pypi:prose==1.0", "prose/data.txt", f"its sha256 is {ONE}, params.yaml says {ZEROS}"),
+        ("pypi:prose==1.0", "prose/other.txt", r"pypi:prose==1\.0 has no prose/other\.txt"),
+        ("pypi:prose==2.0", "x", r"could not download a wheel of prose==2\.0"),
+    ],
+    ids=["another hash", "no such file", "no such version"],
+)
+def test_what_is_not_as_params_say_is_refused(index, source, file, reason):
     wheel(index, "prose", "1.0", {"prose/data.txt": "one"})
-    actual = hashlib.sha256(b"one").hexdigest()
-    with (
-        pytest.raises(Refusal, match=f"its sha256 is {actual}, params.yaml says {ZEROS}"),
-        fetched("pypi:prose==1.0", "prose/data.txt", ZEROS),
-    ):
-        raise AssertionError
-
-
-def test_a_file_that_is_not_there_is_refused(index):
-    wheel(index, "prose", "1.0", {"prose/data.txt": "one"})
-    with (
-        pytest.raises(Refusal, match=r"pypi:prose==1\.0 has no prose/other\.txt"),
-        fetched("pypi:prose==1.0", "prose/other.txt", ZEROS),
-    ):
-        raise AssertionError
-
-
-def test_a_version_that_is_not_there_is_refused(index):
-    wheel(index, "prose", "1.0", {"prose/data.txt": "one"})
-    with (
-        pytest.raises(Refusal, match=r"could not download a wheel of prose==2\.0"),
-        fetched("pypi:prose==2.0", "x", ZEROS),
-    ):
+    with pytest.raises(Refusal, match=reason), fetched(source, file, ZEROS):
         raise AssertionError
 
 

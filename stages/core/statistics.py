@@ -5,6 +5,10 @@ Linears that read the same tensor (q, k and v; gate and up) share one statistic,
 expensive things derived from it, such as a Cholesky factor.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +16,22 @@ from stages.core.errors import Refusal
 
 CHUNK = 8192
 """Tokens upcast to fp32 at a time, which bounds the memory a statistic adds."""
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Multiply fp32 copies of `dtype` values in `dtype` and sum in fp32, where that loses nothing.
+
+    A product of two bf16 numbers is exact in fp32, so only the order of the sum differs; twice as fast on
+    CPUs with bf16 units. The switch is the process's, hence put back.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class Statistic:
@@ -65,14 +85,8 @@ class Hessian(Statistic):
 
     def _add(self, inputs: Tensor) -> None:
         wide = inputs.float()
-        before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-        try:
-            # Products of bf16 inputs summed in fp32: nothing is lost but the order, and it is twice as fast.
-            if inputs.dtype == torch.bfloat16:
-                torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+        with _exact_products(inputs.dtype):
             self._sum += wide.T @ wide
-        finally:
-            torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
 
     def matrix(self) -> Tensor:
         """`[in, in]` fp32."""

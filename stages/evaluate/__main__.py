@@ -1,6 +1,7 @@
 """Evaluate: ask one candidate one suite, through lm-eval, and write its scores and its every answer."""
 
 import json
+import logging
 from pathlib import Path
 
 from lm_eval.models.huggingface import HFLM
@@ -13,11 +14,17 @@ from stages.core.params import Params
 RESULTS = Path("data/results")
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not lm-eval's warnings that the model was loaded already, which is how it is meant to be used here."""
+    return not record.getMessage().startswith(("`pretrained` model kwarg", "Passed an already-initialized"))
+
+
 def evaluate(params: Params, name: str) -> None:
     """Evaluate `<candidate>/<suite>` into data/results/<candidate>/<suite>."""
     candidate, suite_name = name.rsplit("/", 1)
     suite = params.suites.by_name()[suite_name]
     device = params.run.start()
+    logging.getLogger("lm_eval.models.huggingface").addFilter(_is_news)
     record = artifact.load_record(candidate)
     batch_size = record.get("batch_size", suite.batch_size)
     lm = HFLM(

@@ -78,3 +78,25 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
         {str(name): None if value is pd.NA or value != value else value for name, value in row.items()}
         for row in frame.to_dict("records")
     ]
+
+
+def is_noise(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows are of a candidate that is another one at another batch size."""
+    return rows["candidate"].str.startswith("noise/")
+
+
+def noise_floor(*tables: pd.DataFrame) -> "pd.Series[float]":
+    """How far each measure of a base moved when only the batch size did, by `base` and `KEY`.
+
+    The largest |difference| of a `noise/` candidate from its source, over all of `tables` (score rows of
+    one revision each).
+    """
+    moved = []
+    for scores in tables:
+        noise = scores[is_noise(scores)]
+        source = noise["lineage"].str.split(" > ").str[-2].astype(scores["candidate"].dtype)
+        pairs = noise.assign(candidate=source).merge(
+            scores, on=["candidate", "base", *KEY], suffixes=("", "_source")
+        )
+        moved.append(pairs.assign(floor=(pairs["value"] - pairs["value_source"]).abs()))
+    return pd.concat(moved).groupby(["base", *KEY], dropna=False)["floor"].max().rename("noise_floor")

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from stages.report import paired
-from stages.report.collect import KEY, Results, records
+from stages.report.collect import KEY, Results, is_noise, noise_floor, records
 
 HEADLINES = ("perplexity", "acc", "exact_match", "prompt_level_strict_acc")
 """Metrics that stand for their suite, the first one found; a graded suite has one a readout."""
@@ -46,11 +46,6 @@ class Comparison:
         return sorted(found, key=lambda measure: list(dict.fromkeys(whole["suite"])).index(measure[0]))
 
 
-def is_noise(rows: pd.DataFrame) -> "pd.Series[bool]":
-    """Which rows are of a candidate that is another one at another batch size."""
-    return rows["candidate"].str.startswith("noise/")
-
-
 def compare(results: Results) -> Comparison:
     """Compare every candidate with the dense base it descends from, and noise with its source.
 
@@ -66,9 +61,8 @@ def compare(results: Results) -> Comparison:
     noisy = scores[is_noise(scores)]
     noise = _against(noisy, {c: lineages[c][-2] for c in noisy["candidate"]}, lookup)
     rows = _against(scores, {c: lineages[c][0] for c in scores["candidate"]}, lookup)
-    floors = noise.assign(size=noise["delta"].abs()).groupby(["base", *KEY])["size"].max()
     keys = pd.MultiIndex.from_frame(rows[["base", *KEY]])
-    rows["floor_noise"] = floors.reindex(keys).to_numpy(dtype="float64")
+    rows["floor_noise"] = noise_floor(scores).reindex(keys).to_numpy(dtype="float64")
     rows["verdict"] = [_verdict(row) for row in records(rows)]
     return Comparison(rows, noise)
 
