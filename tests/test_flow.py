@@ -85,6 +85,8 @@ def test_a_stopped_run_leaves_no_process_and_no_half_output(copy, number):
     flow = subprocess.Popen(
         ["prunequant", "run", "prune/magnitude-50"],
         cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell's background job, which this test may be part of, is born deaf to ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert flow.stdout is not None
     for line in flow.stdout:
