@@ -1,11 +1,12 @@
 """Every method on every family, through the stages: it succeeds, and plain transformers loads the result."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from stages.core import params as schema
@@ -19,6 +20,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "prune": {
         "magnitude": {"sparsity": 0.5, "scope": "matrix", "calibration": NONE},
         "wanda": {"sparsity": 0.5, "calibration": TEXT},
+        "sparsegpt": {"sparsity": 0.5, "calibration": TEXT},
+        "random": {"sparsity": 0.5, "seed": 0, "calibration": NONE},
     },
     "quantize": {
         "rtn": {"bits": 4, "group_size": 32, "calibration": NONE},
@@ -36,8 +39,8 @@ METHODS = [(section, method) for section in OPTIONS for method in schema.methods
 
 def test_what_is_enumerated():
     assert METHODS == [
-        ("prune", "magnitude"), ("prune", "wanda"), ("quantize", "rtn"), ("quantize", "gptq"),
-        ("finetune", "lora"),
+        ("prune", "magnitude"), ("prune", "wanda"), ("prune", "sparsegpt"), ("prune", "random"),
+        ("quantize", "rtn"), ("quantize", "gptq"), ("finetune", "lora"),
     ]  # fmt: skip
     assert {(section, method) for section, found in OPTIONS.items() for method in found} == set(METHODS)
     assert len(families.CONFIGS) == 7
@@ -83,13 +86,13 @@ def test_contract(section, method, family, workspace):
         return
     assert told["layout"] == "pack-quantized"
     assert told["bytes_on_disk"] < record("base/tiny")["bytes_on_disk"]
-    with safe_open(folder / "model.safetensors", "pt") as handle:
-        packed = [name for name in handle.keys() if name.endswith(".weight_packed")]  # noqa: SIM118
-        assert len(packed) == count
-        for linear in linears(base):
-            codes = read_codes(handle, linear.name, folder).float()
-            scale = handle.get_tensor(f"{linear.name}.weight_scale")
-            wide = scale.float().repeat_interleave(32, 1)
-            reloaded = made.get_submodule(linear.name).weight
-            assert torch.equal(reloaded, (codes * wide).to(scale.dtype))
-            assert torch.equal((reloaded.float() / wide).round(), codes)
+    stored = load_file(folder / "model.safetensors")
+    assert len([name for name in stored if name.endswith(".weight_packed")]) == count
+    args = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    for linear in linears(base):
+        codes = read_codes(stored, f"{linear.name}.weight", args).float()
+        scale = stored[f"{linear.name}.weight_scale"]
+        wide = scale.float().repeat_interleave(32, 1)
+        reloaded = made.get_submodule(linear.name).weight
+        assert torch.equal(reloaded, (codes * wide).to(scale.dtype))
+        assert torch.equal((reloaded.float() / wide).round(), codes)

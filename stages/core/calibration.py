@@ -8,14 +8,14 @@ itself repeats, and repeated windows are dropped. Evaluation reads the other spl
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from stages.core.errors import Refusal
-from stages.core.schema import Slug, Strict
+from stages.core.schema import NoData, Slug, Strict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,12 +23,42 @@ if TYPE_CHECKING:
 DATASETS = Path("data/datasets")
 
 
-class Calibration(Strict):
-    """Which text a method reads: `num_samples` windows of `sequence_length` tokens of a data set."""
+class Windows(Strict):
+    """Which text is learned from: `num_samples` windows of `sequence_length` tokens of a data set."""
 
     dataset: Slug
     num_samples: Annotated[int, Field(ge=1)] = 64
     sequence_length: Annotated[int, Field(ge=8)] = 512
+
+
+class Calibration(Windows):
+    """The text a method's statistics are taken on, and what has happened to it on its way to a linear."""
+
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Windows that are inside a block at a time, where memory is short; null is all of them."""
+    sequential: Literal["linear", "block", "none"] = "linear"
+    """What a statistic has seen: inputs `linear` compressed by every linear before, `block` only by the
+    blocks before, `none` dense throughout. `linear` needs all windows at once."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.sequential == "linear" and (self.batch_size or self.num_samples) < self.num_samples:
+            raise ValueError(
+                f"sequential linear takes all {self.num_samples} windows at once; leave batch_size out, or "
+                "say sequential: block (two passes) or none"
+            )
+        return self
+
+
+def _kind(value: Any) -> str:
+    dataset = value.get("dataset") if isinstance(value, dict) else getattr(value, "dataset", None)
+    return "no-data" if dataset == "none" else "calibration"
+
+
+OptionalCalibration = Annotated[
+    Annotated[Calibration, Tag("calibration")] | Annotated[NoData, Tag("no-data")], Discriminator(_kind)
+]
+"""A text, or none where the rest of the recipe reads none."""
 
 
 def windows(tokenizer: "PreTrainedTokenizerBase", documents: list[str], sequence_length: int) -> torch.Tensor:
@@ -46,7 +76,7 @@ def documents(dataset: str, split: str, root: Path = DATASETS) -> list[str]:
     return pd.read_parquet(root / dataset / f"{split}.parquet")["text"].tolist()
 
 
-def calibration_windows(tokenizer: "PreTrainedTokenizerBase", wanted: Calibration) -> torch.Tensor:
+def calibration_windows(tokenizer: "PreTrainedTokenizerBase", wanted: Windows) -> torch.Tensor:
     """`[num_samples, sequence_length]` distinct windows, spread evenly over the calibration split.
 
     Raises:

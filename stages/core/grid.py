@@ -10,14 +10,42 @@ codes are the best ones for the scales a reader will find.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+class Quantized:
+    """A weight `[out, in]` on a number grid, as it will be stored."""
+
+    bits: int
+    """Of one code."""
+
+    def dequantize(self) -> Tensor:
+        """`[out, in]` in the dtype of computation."""
+        raise NotImplementedError
+
+    def stored_bits(self) -> int:
+        """Bits of the codes and of everything needed to read them (scales, zero points)."""
+        raise NotImplementedError
+
+    def nonzero(self) -> int:
+        """Entries that dequantize to something else than zero."""
+        return int(torch.count_nonzero(self.dequantize()))
+
+    def scheme(self) -> dict[str, Any] | None:
+        """`format`, `weights` and `input_activations` as compressed-tensors names them; None: it cannot."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by the suffix compressed-tensors gives it (`weight_packed`, ...)."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Codes:
-    """A quantized weight: `codes` `[out, in]` int8 and `scale` `[out, groups]` in the storage dtype."""
+class Codes(Quantized):
+    """Integer codes: `codes` `[out, in]` int8 and `scale` `[out, groups]` in the storage dtype."""
 
     codes: Tensor
     scale: Tensor
@@ -27,6 +55,35 @@ class Codes:
     def dequantize(self) -> Tensor:
         """`[out, in]` in the scale's dtype: code times scale, rounded once."""
         return dequantize(self.codes, self.scale, self.group_size)
+
+    def stored_bits(self) -> int:
+        """Codes and scales."""
+        return self.codes.numel() * self.bits + self.scale.numel() * self.scale.element_size() * 8
+
+    def nonzero(self) -> int:
+        """Codes that are not zero."""
+        return int(torch.count_nonzero(self.codes))
+
+    def scheme(self) -> dict[str, Any]:
+        """pack-quantized, symmetric, one scale a group or a row."""
+        args = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group" if self.group_size else "channel",
+            "group_size": self.group_size,
+        }
+        return {"format": "pack-quantized", "weights": args, "input_activations": None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes packed into int32 words, scales, and the shape, which padding of the words hides."""
+        from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+        return {
+            "weight_packed": pack_to_int32(self.codes.cpu(), self.bits).contiguous(),
+            "weight_scale": self.scale.cpu().contiguous(),
+            "weight_shape": torch.tensor(self.codes.shape),
+        }
 
 
 def bounds(bits: int) -> tuple[int, int]:

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from stages.core.calibration import Calibration, calibration_windows
+from stages.core.grid import Quantized
 from stages.core.schema import NoData, Recipe
 from stages.core.statistics import Statistic
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from stages.core.blocks import Linear
+    from stages.core.run import Run
+    from stages.core.stream import Empty
+    from stages.core.walk import Group
 
 
 class WeightMethod(Recipe):
@@ -22,30 +26,62 @@ class WeightMethod(Recipe):
 
     statistic: ClassVar[type[Statistic] | None] = None
     """What it wants to know of a linear's inputs."""
+    prepares: ClassVar[bool] = False
+    """Whether it changes a block as a whole before its weights are replaced; needs `sequential: block`."""
     calibration: Calibration | NoData
     """The text its statistic is taken on."""
 
-    def weights(self, weight: Tensor, statistic: Any) -> Any:
-        """The new weight, or its codes, from `weight` `[out, in]` and the statistic it asked for."""
-        raise NotImplementedError
-
-    def compress(
-        self,
-        model: "PreTrainedModel",
-        replace: Callable[[str, Tensor, Statistic | None], Tensor],
-        label: str,
-    ) -> int:
-        """Walk `model` with the statistic wanted on the windows named; returns the linears done.
+    def plan(self, look: "Callable[[], Empty]") -> Any:
+        """What has to be known of the whole source before the first block; handed to `replace`.
 
         Args:
-            replace: (linear's full name, weight `[out, in]`, statistic) -> new weight; calls `weights`.
+            look: gives the source, its blocks without weights until they are asked for.
         """
-        from stages.core.artifact import load_tokenizer
-        from stages.core.blocks import walk
+        return None
 
-        windows = None
-        if isinstance(self.calibration, Calibration):
-            windows = calibration_windows(load_tokenizer(self.source), self.calibration)
-        return walk(
-            model, replace, windows=windows, statistic=self.statistic, ignore=self.ignore, label=label
-        )
+    def prepare(self, groups: "list[Group]") -> None:
+        """Change a block before any of its weights is replaced; called where `prepares` is set."""
+
+    def windows(self) -> Tensor:
+        """The token ids it is calibrated on, `[num_samples, sequence_length]`."""
+        from stages.core.artifact import load_tokenizer
+
+        assert isinstance(self.calibration, Calibration)
+        return calibration_windows(load_tokenizer(self.source), self.calibration)
+
+    def replace(self, linear: "Linear", statistic: Any, plan: Any) -> "Tensor | Quantized":
+        """The new weight of a linear, or its codes."""
+        raise NotImplementedError
+
+    def execute(self, artifact: str, run: "Run") -> None:
+        """Write `artifact`, the source with the weight of every linear of every block replaced."""
+        from stages.core.stream import Empty, Streamed
+        from stages.core.walk import walk
+
+        home = Streamed(artifact, self, run)
+        plan = self.plan(lambda: Empty(self.source, run))
+        options: dict[str, Any] = {}
+        if self.statistic and isinstance(self.calibration, Calibration):
+            home.bring_rest()
+            options = {
+                "windows": self.windows(),
+                "statistic": self.statistic,
+                "sequential": self.calibration.sequential,
+                "batch_size": self.calibration.batch_size,
+                "prepare": self.prepare if self.prepares else None,
+            }
+
+        def compress(linear: "Linear", statistic: Statistic | None) -> Tensor:
+            made = self.replace(linear, statistic, plan)
+            if isinstance(made, Quantized):
+                home.quantized[linear.name] = made
+                return made.dequantize()
+            return made
+
+        label = artifact.replace("/", " ", 1)
+        walk(home.model, compress, **options, ignore=self.ignore, label=label, home=home)
+        home.finish(self.notes(plan))
+
+    def notes(self, plan: Any) -> dict[str, Any]:
+        """Facts for the artifact's record, constant from run to run."""
+        return {}

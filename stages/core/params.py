@@ -27,6 +27,8 @@ from stages.evaluate.graded import GradedSuite
 from stages.evaluate.perplexity import PerplexitySuite
 from stages.finetune.lora import LoRA
 from stages.prune.magnitude import Magnitude
+from stages.prune.random import Random
+from stages.prune.sparsegpt import SparseGPT
 from stages.prune.wanda import Wanda
 from stages.quantize.gptq import GPTQ
 from stages.quantize.rtn import RTN
@@ -35,7 +37,7 @@ PARAMS = Path("params.yaml")
 
 Model = Annotated[Gguf | Safetensors, Field(discriminator="format")]
 Dataset = Annotated[Text | Arithmetic | Benchmark, Field(discriminator="kind")]
-Prune = Annotated[Magnitude | Wanda, Field(discriminator="method")]
+Prune = Annotated[Magnitude | Wanda | SparseGPT | Random, Field(discriminator="method")]
 Quantize = Annotated[RTN | GPTQ, Field(discriminator="method")]
 # A union of one is no union to pydantic; the next method turns this into one like those above.
 Finetune = LoRA

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from stages.core.calibration import Calibration
+from pydantic import Tag
+
+from stages.core.calibration import Windows
 from stages.core.errors import Refusal
 from stages.core.schema import Strict
 from stages.download.arithmetic import Arithmetic
@@ -49,6 +51,12 @@ def tag(config: type[Strict]) -> str:
     return str(get_args(field.annotation)[0])
 
 
+def _tag_of(member: Any) -> str:
+    """The word that stands in an error's location for a member of a union."""
+    named = [extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag)]
+    return named[0] if named else tag(member)
+
+
 def _bare(annotation: Any) -> Any:
     """An annotation without its Annotated and without `| None`."""
     while get_origin(annotation) is Annotated:
@@ -67,7 +75,7 @@ def _follow(root: type[Strict], loc: tuple[Any, ...]) -> tuple[Any, list[str]]:
             at = at.model_fields[part].annotation if part in at.model_fields else object
         elif get_origin(at) in (dict, tuple):
             at = get_args(at)[-1 if get_origin(at) is dict else 0]
-        elif members := [config for config in get_args(at) if part == tag(config)]:
+        elif members := [member for member in get_args(at) if part == _tag_of(member)]:
             (at,) = members
             continue
         words.append(repr(str(part))[1:-1])
@@ -202,7 +210,7 @@ def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
         at = artifact.replace("/", ".", 1)
         for field in ("calibration", "train"):
             wanted = getattr(recipe, field, None)
-            if not isinstance(wanted, Calibration) or wanted.dataset in broken:
+            if not isinstance(wanted, Windows) or wanted.dataset in broken:
                 continue
             dataset = params.datasets.get(wanted.dataset)
             if not isinstance(dataset, Text):
@@ -230,7 +238,7 @@ def _of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
         dataset.sha256: name
         for recipe in params.recipes().values()
         for wanted in (getattr(recipe, "calibration", None), getattr(recipe, "train", None))
-        if isinstance(wanted, Calibration)
+        if isinstance(wanted, Windows)
         and isinstance(dataset := params.datasets.get(name := wanted.dataset), Text)
     }
     for kind, config in SUITES.items():

@@ -1,8 +1,6 @@
 """GPTQ (2210.17323): round one column at a time and let the columns still to come make up for it.
 
-With H = (2/n) sum x xT and U the upper Cholesky factor of its inverse, column j is rounded to q_j and
-the error (w_j - q_j) / U[j, j] times U[j, j+1:] is taken off the columns after it: at once inside a block
-of columns, for the rest when the block is done. With H = I this is round to nearest.
+The loop and its algebra are those of `stages.core.surgeon`; with H = I this is round to nearest.
 
 Zeros of the source stay zero: a position that is zero when the method starts is rounded to code 0
 whatever has been added to it since, and what that costs is passed on like any other rounding error
@@ -19,10 +17,8 @@ from torch import Tensor
 from stages.core.calibration import Calibration
 from stages.core.grid import Codes, round_to_codes, scale_of
 from stages.core.statistics import Hessian
+from stages.core.surgeon import COLUMNS, sweep
 from stages.quantize.options import Quantizer
-
-COLUMNS = 128
-"""Columns in a block of eager updates; made a multiple of the group size so that no group straddles two."""
 
 
 class GPTQ(Quantizer):
@@ -42,25 +38,22 @@ class GPTQ(Quantizer):
             Refusal: the damped Hessian is not positive definite.
         """
         factor = statistic.inverse_factor(self.damping)
-        # Transposed, so that a column of the weight is one run of memory: [in, out].
         work, keep = weight.float().T.contiguous(), (weight != 0).T.contiguous()
         columns, rows = work.shape
         size = self.group_size or columns
-        block = size * max(1, COLUMNS // size) if self.group_size else COLUMNS
         codes = torch.zeros(columns, rows, dtype=torch.int8, device=weight.device)
         scales: list[Tensor] = []
-        for start in range(0, columns, block):
-            stop = min(start + block, columns)
-            errors = torch.zeros(stop - start, rows, device=weight.device)
-            for j in range(start, stop):
-                if j % size == 0:
-                    group = slice(j, j + size)
-                    scales.append(scale_of((work[group] * keep[group]).T, self.bits, weight.dtype)[:, 0])
-                code = round_to_codes(work[j], scales[-1], self.bits) * keep[j]
-                codes[j] = code.to(torch.int8)
-                value = (code * scales[-1]).to(weight.dtype).float()
-                errors[j - start] = error = (work[j] - value) / factor[j, j]
-                work[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-            work[stop:] -= factor[start:stop, stop:].T @ errors
+
+        def settle(j: int, column: Tensor) -> Tensor:
+            if j % size == 0:
+                group = slice(j, j + size)
+                scales.append(scale_of((work[group] * keep[group]).T, self.bits, weight.dtype)[:, 0])
+            code = round_to_codes(column, scales[-1], self.bits) * keep[j]
+            codes[j] = code.to(torch.int8)
+            return (code * scales[-1]).to(weight.dtype).float()
+
+        # No group may straddle two runs, as its scale is set from values that are up to date.
+        run = size * max(1, COLUMNS // size) if self.group_size else COLUMNS
+        sweep(work, factor, settle, run=run)
         scale = torch.stack(scales, 1).to(weight.dtype)
         return Codes(codes.T.contiguous(), scale, self.bits, self.group_size)

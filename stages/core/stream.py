@@ -1,0 +1,324 @@
+"""A model larger than memory: its blocks are read when they are worked on and written when they are done.
+
+The modules are all there from the start, but a block's parameters take no memory until its turn comes
+(`Streamed.block`): they are read from the source's safetensors, changed, written to a shard of the new
+checkpoint in `data/scratch/`, and given up again. What is held is one block, the embeddings where text
+passes through, and the calibration's activations. A file is opened anew for every block, as pages of an
+open one count as memory in use.
+
+A killed run leaves its finished shards behind, in a folder named after everything they were computed
+from, and the next run takes them as they are. When all are there they become the artifact: one file below
+`ONE_FILE` bytes, a shard a block beyond.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stages.core.artifact import MODELS, RECORD, load_model, load_tokenizer
+from stages.core.atomic import SCRATCH, write_json, writing
+from stages.core.blocks import blocks, linears
+from stages.core.checkpoint import Sizes, check_zeros, lineage, zero_masks
+from stages.core.grid import Quantized
+from stages.core.packed import described, packable, tensors_of, weight_from
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.core.run import Run
+    from stages.core.schema import Recipe
+
+ONE_FILE = 2**30
+"""Bytes below which a checkpoint is one file."""
+RESUME = SCRATCH / "resume"
+
+log = logging.getLogger(__name__)
+
+
+class Files:
+    """The parameters of a model in a plain safetensors checkpoint, read when asked for; no file stays open.
+
+    Some families name a tensor otherwise on disk than in the model (GPT-NeoX's `embed_out`).
+    """
+
+    def __init__(self, folder: Path, model: "PreTrainedModel") -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        renamings = get_model_conversion_mapping(model)
+        self._where: dict[str, tuple[Path, str]] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    name = key
+                    for renaming in renamings:
+                        name, _ = renaming.rename_source_key(name)
+                    self._where[name] = (file, key)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def read(self, name: str) -> Tensor:
+        """The parameter of this name."""
+        file, key = self._where[name]
+        with safe_open(file, "pt") as handle:
+            tensor: Tensor = handle.get_tensor(key)
+        return tensor
+
+
+class Loaded:
+    """The same of a model in memory; for sources whose plain weights no file holds as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = model.state_dict()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str) -> Tensor:
+        """The parameter of this name."""
+        return self._tensors[name]
+
+
+class Empty:
+    """A model whose blocks are without weights except while `block` holds them; nothing is written.
+
+    `model` has its parameters on the meta device. The base of `Streamed`; by itself, it is how a method
+    looks at the source before it begins.
+    """
+
+    def __init__(self, artifact: str, run: "Run") -> None:
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.name, self._run = artifact, run
+        config: Any = AutoConfig.from_pretrained(MODELS / artifact, local_files_only=True)
+        packed = config.__dict__.pop("quantization_config", None)
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=run.torch_dtype, attn_implementation="sdpa"
+            ).eval()
+        self.model.tie_weights()
+        self._source: Files | Loaded = Files(MODELS / artifact, self.model)
+        if packed or any(name not in self._source for name, _ in self.model.named_parameters()):
+            self._source = Loaded(self.whole())
+        self._device, self._dtype = run.resolved_device(), run.torch_dtype
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self._device)
+        self._blocks = blocks(self.model)
+
+    def whole(self) -> "PreTrainedModel":
+        """The source all in memory, for what cannot be done a block at a time."""
+        return load_model(self.name, self._run, dequantize=True)
+
+    def bring_rest(self) -> None:
+        """Load what text passes through on its way to and from the blocks: embeddings, norms."""
+        body: Any = self.model.base_model
+        inside = {id(module) for _, block in self._blocks for module in block.modules()}
+        names = {id(module): name for name, module in self.model.named_modules()}
+        for module in body.modules():
+            if id(module) not in inside:
+                self._fill(names[id(module)], module, recurse=False)
+        self.model.tie_weights()
+
+    @contextmanager
+    def block(self, name: str, block: nn.Module) -> Iterator[bool]:
+        """Hold the source's weights of the block; see `stages.core.walk.Home`."""
+        self._fill(name, block)
+        try:
+            yield False
+        finally:
+            self._drop(block)
+
+    def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True) -> None:
+        for name in [name for name, _ in module.named_parameters(recurse=recurse)]:
+            tensor = self._source.read(f"{prefix}.{name}".lstrip("."))
+            _put(module, name, tensor.to(self._device, self._dtype))
+
+    def _drop(self, module: nn.Module) -> None:
+        for name, parameter in list(module.named_parameters()):
+            _put(module, name, torch.empty_like(parameter, device="meta"))
+
+
+class Streamed(Empty):
+    """A model on its way from `recipe.source` to `artifact`: each block is written when it is left.
+
+    `quantized` takes the codes of linears, by full name, before their block is left; they are written
+    packed where a format holds them. Positions that are zero in the source must be zero when written.
+    """
+
+    def __init__(self, artifact: str, recipe: "Recipe", run: "Run") -> None:
+        super().__init__(recipe.source, run)
+        self.artifact, self.recipe, self.run = artifact, recipe, run
+        self.quantized: dict[str, Quantized] = {}
+        self.scheme: dict[str, Any] | None = None
+        self.fake = False
+        self._names = [name for name, _ in self._blocks]
+        self._linears = linears(self.model, recipe.ignore)
+        self._weights = {f"{one.name}.weight" for one in linears(self.model, partial=True)}
+        told = recipe.model_dump(mode="json")
+        at = RESUME / artifact.replace("/", "__")
+        self._folder = at / _key(told, run)
+        for other in at.glob("*"):
+            if other != self._folder:  # of settings or a source that are no more
+                shutil.rmtree(other)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if finished := sum(self._done(name) for name in self._names):
+            log.info("%s goes on: %d of %d blocks were finished before", artifact, finished, len(self._names))
+
+    def _shard(self, name: str) -> Path:
+        return self._folder / f"{self._names.index(name):05d}.safetensors"
+
+    def _done(self, name: str) -> bool:
+        return self._shard(name).with_suffix(".json").exists()
+
+    @contextmanager
+    def block(self, name: str, block: nn.Module) -> Iterator[bool]:
+        """Hold the block's weights, as the source or a finished shard has them; write and drop them after."""
+        if self._done(name):
+            told = json.loads(self._shard(name).with_suffix(".json").read_text())
+            self.scheme, self.fake = told["scheme"], told["fake"]
+            stored = load_file(self._shard(name))
+            for local in [local for local, _ in block.named_parameters()]:
+                full = f"{name}.{local}"
+                _put(block, local, weight_from(stored, full, self.scheme).to(self._device, self._dtype))
+            yield True
+        else:
+            self._fill(name, block)
+            zeros = zero_masks([one for one in self._linears if one.block == name])
+            yield False
+            self._write(name, block, zeros)
+        self._drop(block)
+
+    def _write(self, name: str, block: nn.Module, zeros: Mapping[str, Tensor]) -> None:
+        codes = {full: self.quantized.pop(full) for full in list(self.quantized)}
+        self.fake = bool(codes) and not all(
+            packable(self.model.get_submodule(full), code) for full, code in codes.items()
+        )
+        if codes and not self.fake:
+            self.scheme = next(iter(codes.values())).scheme()
+        sizes, stored = Sizes(), dict[str, Tensor]()
+        for local, parameter in block.named_parameters():
+            full = f"{name}.{local}"
+            linear = full.removesuffix(".weight")
+            sizes.add(parameter, codes.get(linear), prunable=full in self._weights)
+            if linear in codes and not self.fake:
+                stored |= tensors_of(linear, codes[linear])
+            else:
+                stored[full] = parameter.detach().cpu().contiguous()
+        stored |= {
+            f"{name}.{local}": buffer.cpu() for local, buffer in block.state_dict().items()
+            if f"{name}.{local}" not in stored and local in dict(block.named_buffers())
+        }  # fmt: skip
+        partial = self._shard(name).with_suffix(".partial")
+        save_file(stored, partial, metadata={"format": "pt"})
+        reread = load_file(partial)
+        check_zeros(zeros, lambda full: weight_from(reread, f"{full}.weight", self.scheme))
+        for linear, code in codes.items():
+            if not self.fake and not torch.equal(
+                weight_from(reread, f"{linear}.weight", self.scheme), code.dequantize().cpu()
+            ):
+                raise AssertionError(f"{linear}: the codes on disk are not those computed")
+        partial.replace(self._shard(name))
+        facts = {"sizes": sizes.counts, "scheme": self.scheme, "fake": self.fake, "quantized": sorted(codes)}
+        write_json(self._shard(name).with_suffix(".json"), facts)
+
+    def finish(self, notes: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the shards together into the artifact and return its record."""
+        facts = [json.loads(self._shard(name).with_suffix(".json").read_text()) for name in self._names]
+        sizes = Sizes()
+        for fact in facts:
+            sizes.merge(fact["sizes"])
+        quantized = {name for fact in facts for name in fact["quantized"]}
+        with writing(MODELS / self.artifact) as folder:
+            self._assemble(folder, self._rest(sizes))
+            self.model.config.__dict__.pop("quantization_config", None)
+            config = described(self.model, quantized if not self.fake else set(), self.scheme)
+            config.save_pretrained(folder)
+            if self.model.can_generate() and self.model.generation_config is not None:
+                _generation_config(MODELS / self.recipe.source, folder)
+            load_tokenizer(self.recipe.source).save_pretrained(folder)
+            layout = "fake_quantized" if self.fake else self.scheme["format"] if self.scheme else "dense"
+            record = {
+                **lineage(self.artifact, self.recipe.model_dump(mode="json"), self.run, notes),
+                "layout": layout,
+                **sizes.told(),
+                "bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            }
+            (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        shutil.rmtree(self._folder.parent)
+        return record
+
+    def _rest(self, sizes: "Sizes") -> dict[str, int]:
+        """What lies outside blocks, as bytes by name, counted into `sizes`. Tied tensors come once."""
+        inside = tuple(f"{name}." for name in self._names)
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(inside):
+                sizes.add(parameter, None, prunable=False)
+                found[name] = parameter.numel() * parameter.element_size()
+        return found
+
+    def _assemble(self, folder: Path, rest: Mapping[str, int]) -> None:
+        """Write the safetensors: one file where that is small, a shard a block and an index beyond."""
+        files = [self._shard(name) for name in self._names]
+        size = sum(file.stat().st_size for file in files) + sum(rest.values())
+
+        def read(name: str) -> dict[str, Tensor]:
+            return {name: self._source.read(name).to("cpu", self._dtype).contiguous()}
+
+        if size < ONE_FILE:
+            whole: dict[str, Tensor] = {}
+            for tensors in [*map(read, rest), *map(load_file, files)]:
+                whole |= tensors
+            save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+            return
+        index: dict[str, str] = {}
+        parts: list[Path | str] = [*files, *rest]
+        for number, part in enumerate(parts, start=1):
+            target = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            if isinstance(part, Path):
+                os.link(part, target)  # the scratch copy stays until the artifact is whole
+                with safe_open(target, "pt") as handle:
+                    index |= dict.fromkeys(handle.keys(), target.name)
+            else:
+                save_file(read(part), target, metadata={"format": "pt"})
+                index[part] = target.name
+        told = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _key(recipe: Mapping[str, Any], run: "Run") -> str:
+    """A name for everything the blocks are computed from: recipe, code, machine, source, text."""
+    data = [MODELS / recipe["source"], Path("data/datasets") / recipe["calibration"]["dataset"]]
+    files = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for folder in data
+        for file in sorted(folder.glob("*"))
+    ]
+    code = [file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    digest = hashlib.sha256(b"".join(code))
+    digest.update(json.dumps([recipe, run.numerics(), run.seed, files], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _generation_config(source: Path, folder: Path) -> None:
+    if (source / "generation_config.json").exists():
+        shutil.copy(source / "generation_config.json", folder)
