@@ -39,8 +39,16 @@ class WeightMethod(Recipe):
         """
         return None
 
-    def prepare(self, groups: "list[Group]") -> None:
-        """Change a block before any of its weights is replaced; called where `prepares` is set."""
+    def prepare(self, groups: "list[Group]", block: Callable[[], Any]) -> dict[str, list[str]]:
+        """Change a block before any of its weights is replaced; called where `prepares` is set.
+
+        Args:
+            block: computes the block's output for the window whose inputs the groups hold.
+
+        Returns:
+            What to note of this block; the artifact's record joins the lists of all blocks.
+        """
+        return {}
 
     def windows(self) -> Tensor:
         """The token ids it is calibrated on, `[num_samples, sequence_length]`."""
@@ -59,6 +67,10 @@ class WeightMethod(Recipe):
         from stages.core.walk import walk
 
         home = Streamed(artifact, self, run)
+
+        def prepare(groups: "list[Group]", block: Callable[[], Any]) -> None:
+            home.noted |= self.prepare(groups, block)
+
         plan = self.plan(lambda: Empty(self.source, run))
         options: dict[str, Any] = {}
         if self.statistic and isinstance(self.calibration, Calibration):
@@ -68,7 +80,7 @@ class WeightMethod(Recipe):
                 "statistic": self.statistic,
                 "sequential": self.calibration.sequential,
                 "batch_size": self.calibration.batch_size,
-                "prepare": self.prepare if self.prepares else None,
+                "prepare": prepare if self.prepares else None,
             }
 
         def compress(linear: "Linear", statistic: Statistic | None) -> Tensor:

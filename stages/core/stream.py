@@ -155,13 +155,15 @@ class Streamed(Empty):
     """A model on its way from `recipe.source` to `artifact`: each block is written when it is left.
 
     `quantized` takes the codes of linears, by full name, before their block is left; they are written
-    packed where a format holds them. Positions that are zero in the source must be zero when written.
+    packed where a format holds them. `noted` takes lists of facts about the block in hand; the record has
+    them joined over blocks. Positions that are zero in the source must be zero when written.
     """
 
     def __init__(self, artifact: str, recipe: "Recipe", run: "Run") -> None:
         super().__init__(recipe.source, run)
         self.artifact, self.recipe, self.run = artifact, recipe, run
         self.quantized: dict[str, Quantized] = {}
+        self.noted: dict[str, list[str]] = {}
         self.scheme: dict[str, Any] | None = None
         self.fake = False
         self._names = [name for name, _ in self._blocks]
@@ -232,6 +234,7 @@ class Streamed(Empty):
                 raise AssertionError(f"{linear}: the codes on disk are not those computed")
         partial.replace(self._shard(name))
         facts = {"sizes": sizes.counts, "scheme": self.scheme, "fake": self.fake, "quantized": sorted(codes)}
+        facts["noted"], self.noted = self.noted, {}
         write_json(self._shard(name).with_suffix(".json"), facts)
 
     def finish(self, notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,6 +244,9 @@ class Streamed(Empty):
         for fact in facts:
             sizes.merge(fact["sizes"])
         quantized = {name for fact in facts for name in fact["quantized"]}
+        joined: dict[str, list[str]] = {}
+        for key, found in [noted for fact in facts for noted in fact["noted"].items()]:
+            joined.setdefault(key, []).extend(found)
         with writing(MODELS / self.artifact) as folder:
             self._assemble(folder, self._rest(sizes))
             self.model.config.__dict__.pop("quantization_config", None)
@@ -251,7 +257,7 @@ class Streamed(Empty):
             load_tokenizer(self.recipe.source).save_pretrained(folder)
             layout = "fake_quantized" if self.fake else self.scheme["format"] if self.scheme else "dense"
             record = {
-                **lineage(self.artifact, self.recipe.model_dump(mode="json"), self.run, notes),
+                **lineage(self.artifact, self.recipe.model_dump(mode="json"), self.run, {**notes, **joined}),
                 "layout": layout,
                 **sizes.told(),
                 "bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors")),

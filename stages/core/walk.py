@@ -56,8 +56,12 @@ class Group:
 
 Compress = Callable[[Linear, Statistic | None], Tensor | None]
 """(linear, statistic of its inputs) -> its new weight `[out, in]`; None leaves it."""
-Prepare = Callable[[list[Group]], None]
-"""What is done to a block's groups, their statistics taken, before any of its linears is compressed."""
+Prepare = Callable[[list[Group], Callable[[], Any]], None]
+"""What is done to a block's groups, their statistics taken, before any of its linears is compressed.
+
+Beside the groups it is given the block as a function: called, it returns the output for the window that
+the groups hold the inputs of, in the weights as they are by then.
+"""
 
 
 class Home(Protocol):
@@ -138,7 +142,7 @@ def walk(
         statistic: what to take from each linear's inputs; None is data-free and runs no forward.
         sequential: what the statistics have seen, see the module's docstring.
         batch_size: windows a block takes at a time; None is all. Not with `linear`.
-        prepare: called once a block with its groups; only with `block`.
+        prepare: called once a block, see `Prepare`; only with `block`.
         ignore: block-relative names left alone.
         label: shown on the progress bar and in what is raised.
         home: where the weights live; None is in the model itself.
@@ -231,8 +235,9 @@ def _step(state: _Walk, name: str, block: nn.Module, count: int) -> Callable[...
                 output = run(calls)
             else:
                 state.check(name)
-                groups = _grouped(state, name, block, original, _split((args, kwargs), count, 1)[0])
-                output = _compressed(state, groups, run, calls)
+                window = _split((args, kwargs), count, 1)[0]
+                groups = _grouped(state, name, block, original, window)
+                output = _compressed(state, groups, run, calls, window)
         state.bar.update()
         return output
 
@@ -249,7 +254,11 @@ def _grouped(
 
 
 def _compressed(
-    state: _Walk, groups: list[Group], run: Callable[[list[tuple[Any, Any]]], Any], calls: list[Any]
+    state: _Walk,
+    groups: list[Group],
+    run: Callable[[list[tuple[Any, Any]]], Any],
+    calls: list[tuple[Any, Any]],
+    window: tuple[Any, Any],
 ) -> Any:
     """Take the statistics, compress the linears, and return the block's output for all windows."""
     handles = []
@@ -265,7 +274,7 @@ def _compressed(
     if state.sequential == "linear":
         return output
     if state.prepare:
-        state.prepare(groups)
+        state.prepare(groups, lambda: run([window]))
     for group in groups:
         for linear in group.linears:
             state.replace(linear, group.statistic)
