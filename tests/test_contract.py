@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from stages.core import params as schema
 from stages.core.blocks import linears
 from stages.core.checkpoint import zero_masks
-from stages.core.packed import read_codes
+from stages.core.packed import code_from
 from tests import families
 from tests.pipeline import NONE, TEXT, dense, do, load, params, record
 
@@ -88,11 +88,8 @@ def test_contract(section, method, family, workspace):
     assert told["bytes_on_disk"] < record("base/tiny")["bytes_on_disk"]
     stored = load_file(folder / "model.safetensors")
     assert len([name for name in stored if name.endswith(".weight_packed")]) == count
-    args = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    scheme = {**config["config_groups"]["group_0"], "format": config["format"]}
     for linear in linears(base):
-        codes = read_codes(stored, f"{linear.name}.weight", args).float()
-        scale = stored[f"{linear.name}.weight_scale"]
-        wide = scale.float().repeat_interleave(32, 1)
-        reloaded = made.get_submodule(linear.name).weight
-        assert torch.equal(reloaded, (codes * wide).to(scale.dtype))
-        assert torch.equal((reloaded.float() / wide).round(), codes)
+        code = code_from(stored, f"{linear.name}.weight", scheme)
+        assert torch.equal(made.get_submodule(linear.name).weight, code.dequantize())

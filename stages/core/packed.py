@@ -11,8 +11,6 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -21,13 +19,15 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor, nn
 
-from stages.core.grid import Quantized, dequantize
+from stages.core.grid import Codes, Int8, Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Scheme = Mapping[str, Any]
 """What `Quantized.scheme` says of all the linears of a checkpoint."""
+FORMATS: dict[str, type[Quantized]] = {"pack-quantized": Codes, "int-quantized": Int8}
+"""What reads each format that `Quantized.scheme` may name."""
 
 
 def packable(module: nn.Module, code: Quantized) -> bool:
@@ -41,23 +41,23 @@ def tensors_of(linear: str, code: Quantized) -> dict[str, Tensor]:
 
 
 def weight_from(stored: Mapping[str, Tensor], name: str, scheme: Scheme | None) -> Tensor:
-    """The parameter `name` as a file's tensors have it, dequantized where it is stored packed.
+    """The parameter `name` as a file's tensors have it, dequantized where it is stored on a grid.
 
     Raises:
         KeyError: the file has no such parameter.
     """
-    if name in stored or scheme is None:
+    if scheme is None or f"{name}_scale" not in stored:
         return stored[name]
-    return dequantize(
-        read_codes(stored, name, scheme), stored[f"{name}_scale"], scheme["weights"]["group_size"]
-    )
+    return code_from(stored, name, scheme).dequantize()
 
 
-def read_codes(stored: Mapping[str, Tensor], name: str, scheme: Scheme) -> Tensor:
-    """The int8 codes `[out, in]` of the packed weight `name`."""
-    shape = torch.Size(stored[f"{name}_shape"].tolist())
-    codes: Tensor = unpack_from_int32(stored[f"{name}_packed"], scheme["weights"]["num_bits"], shape)
-    return codes
+def code_from(stored: Mapping[str, Tensor], name: str, scheme: Scheme) -> Quantized:
+    """The parameter `name` (`<linear>.weight`) that a file's tensors hold on a grid.
+
+    Args:
+        scheme: with `format` and `weights`, as `Quantized.scheme` gives them.
+    """
+    return FORMATS[scheme["format"]].read(stored, name, scheme)
 
 
 def described(
@@ -80,4 +80,6 @@ def described(
         quantization_status=QuantizationStatus.COMPRESSED,
     )
     config.quantization_config = json.loads(stored.model_dump_json())
+    if scheme.get("dequantize"):
+        config.quantization_config["dequantize"] = True
     return config

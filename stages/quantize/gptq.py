@@ -18,10 +18,10 @@ from stages.core.calibration import Calibration
 from stages.core.grid import Codes, round_to_codes, scale_of
 from stages.core.statistics import Hessian
 from stages.core.surgeon import COLUMNS, sweep
-from stages.quantize.options import Quantizer
+from stages.quantize.options import IntegerQuantizer
 
 
-class GPTQ(Quantizer):
+class GPTQ(IntegerQuantizer):
     """Round columns in order, compensating on later columns through the inverse Hessian."""
 
     method: Literal["gptq"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from stages.core.errors import Refusal
-from stages.core.grid import Quantized
+from stages.core.grid import Integers, Quantized
 from stages.core.method import WeightMethod
 
 if TYPE_CHECKING:
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class Quantizer(WeightMethod):
-    """A grid of `bits` bits with one scale for every `group_size` columns."""
+    """Put every linear on a number grid; a method whose grid is fixed fixes the two fields."""
 
-    bits: Annotated[int, Field(ge=2, le=8)]
-    group_size: Annotated[int, Field(ge=8)] | None
+    bits: int
+    """Of one code."""
+    group_size: int | None
     """Input columns that share a scale; it must divide every linear's input width. null: one a row."""
 
     def plan(self, look: "Callable[[], Empty]") -> int:
@@ -52,3 +53,18 @@ class Quantizer(WeightMethod):
     def notes(self, plan: int) -> dict[str, Any]:
         """How many linears were quantized, for whoever counts them in the file."""
         return {"quantized_linears": plan}
+
+
+class IntegerQuantizer(Quantizer):
+    """Integer codes of `bits` bits with one scale for every `group_size` columns."""
+
+    bits: Annotated[int, Field(ge=2, le=8)]
+    group_size: Annotated[int, Field(ge=8)] | None
+    """Input columns that share a scale; it must divide every linear's input width. null: one a row."""
+    symmetric: bool = True
+    """Whether codes reach as far below zero as above; false spans each group exactly, for a zero point."""
+
+    @property
+    def grid(self) -> Integers:
+        """The grid these settings describe."""
+        return Integers(self.bits, self.group_size, self.symmetric)
