@@ -4,21 +4,27 @@ Such a method is a recipe: frozen settings, the statistic it wants of a linear's
 data-free), and a pure function of a weight and that statistic. It knows no modules, files or devices.
 """
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from stages.core.calibration import Calibration, calibration_windows
+from stages.core.calibration import Calibration
 from stages.core.grid import Quantized
 from stages.core.schema import NoData, Recipe
 from stages.core.statistics import Statistic
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from stages.core.blocks import Linear
     from stages.core.run import Run
     from stages.core.stream import Empty
     from stages.core.walk import Group
+
+
+log = logging.getLogger(__name__)
 
 
 class WeightMethod(Recipe):
@@ -26,6 +32,8 @@ class WeightMethod(Recipe):
 
     statistic: ClassVar[type[Statistic] | None] = None
     """What it wants to know of a linear's inputs."""
+    on_dead: ClassVar[str] = "treated like any other"
+    """What it does with weights whose input was zero on every token, as told in the log."""
     prepares: ClassVar[bool] = False
     """Whether it changes a block as a whole before its weights are replaced; needs `sequential: block`."""
     calibration: Calibration | NoData
@@ -50,12 +58,18 @@ class WeightMethod(Recipe):
         """
         return {}
 
-    def windows(self) -> Tensor:
-        """The token ids it is calibrated on, `[num_samples, sequence_length]`."""
+    def windows(self, whole: "Callable[[], PreTrainedModel]") -> Tensor:
+        """The token ids it is calibrated on, `[num_samples, sequence_length]`.
+
+        Args:
+            whole: loads the source all in memory, which is done where the source generates the windows and
+                for as long as that takes.
+        """
         from stages.core.artifact import load_tokenizer
+        from stages.core.generation import model_windows
 
         assert isinstance(self.calibration, Calibration)
-        return calibration_windows(load_tokenizer(self.source), self.calibration)
+        return model_windows(load_tokenizer(self.source), self.calibration, whole)
 
     def replace(self, linear: "Linear", statistic: Any, plan: Any) -> "Tensor | Quantized":
         """The new weight of a linear, or its codes."""
@@ -76,7 +90,7 @@ class WeightMethod(Recipe):
         if self.statistic and isinstance(self.calibration, Calibration):
             home.bring_rest()
             options = {
-                "windows": self.windows(),
+                "windows": self.windows(home.whole),
                 "statistic": self.statistic,
                 "sequential": self.calibration.sequential,
                 "batch_size": self.calibration.batch_size,
@@ -84,6 +98,11 @@ class WeightMethod(Recipe):
             }
 
         def compress(linear: "Linear", statistic: Statistic | None) -> Tensor:
+            if statistic and (dead := int(statistic.dead().sum())):
+                log.info(
+                    "%s: %d of %d input features are zero on every token; their weights are %s",
+                    linear.name, dead, linear.weight.shape[1], self.on_dead,
+                )  # fmt: skip
             made = self.replace(linear, statistic, plan)
             if isinstance(made, Quantized):
                 home.quantized[linear.name] = made

@@ -133,7 +133,7 @@ class Empty:
         self.model.tie_weights()
 
     @contextmanager
-    def block(self, name: str, block: nn.Module) -> Iterator[bool]:
+    def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
         """Hold the source's weights of the block; see `stages.core.walk.Home`."""
         self._fill(name, block)
         try:
@@ -186,11 +186,15 @@ class Streamed(Empty):
         return self._shard(name).with_suffix(".json").exists()
 
     @contextmanager
-    def block(self, name: str, block: nn.Module) -> Iterator[bool]:
+    def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
         """Hold the block's weights, as the source or a finished shard has them; write and drop them after."""
         if self._done(name):
             told = json.loads(self._shard(name).with_suffix(".json").read_text())
             self.scheme, self.fake = told["scheme"], told["fake"]
+        if self._done(name) and dense:
+            self._fill(name, block)
+            yield True
+        elif self._done(name):
             stored = load_file(self._shard(name))
             for local in [local for local, _ in block.named_parameters()]:
                 full = f"{name}.{local}"

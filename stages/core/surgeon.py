@@ -29,17 +29,17 @@ def sweep(
         factor: `[in, in]` fp32, see `stages.core.statistics.Hessian.inverse_factor`.
         settle: (column number, its updated values `[out]`) -> the values it will have.
         begin: called with (start, stop, weight) before the columns of a run, their values up to date.
-        run: columns between two updates of the rest.
+        run: columns between two updates of the rest, a multiple of those that `settle` looks at together.
     """
-    columns, rows = weight.shape
+    columns = len(weight)
     for start in range(0, columns, run):
         stop = min(start + run, columns)
         if begin:
             begin(start, stop, weight)
-        errors = torch.empty(stop - start, rows, device=weight.device)
+        errors = torch.empty_like(weight[start:stop])
         for j in range(start, stop):
             value = settle(j, weight[j])
-            errors[j - start] = error = (weight[j] - value) / factor[j, j]
+            error = torch.sub(weight[j], value, out=errors[j - start]).div_(factor[j, j])
             weight[j] = value
             weight[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-        weight[stop:] -= factor[start:stop, stop:].T @ errors
+        weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)

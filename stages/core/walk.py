@@ -23,6 +23,7 @@ A `Home` says where a block's weights come from and go to, so that a model large
 through the same code as one that is loaded.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from stages.core.blocks import Linear, blocks, check_length, forward, linears
 from stages.core.errors import Refusal
-from stages.core.statistics import Statistic
+from stages.core.statistics import Statistic, finite
 
 Sequential = Literal["linear", "block", "none"]
 """What a linear's statistic has seen: see the module's docstring."""
@@ -67,10 +68,13 @@ the groups hold the inputs of, in the weights as they are by then.
 class Home(Protocol):
     """Where blocks live while nothing is done to them."""
 
-    def block(self, name: str, block: nn.Module) -> AbstractContextManager[bool]:
-        """Hold the block's weights in memory for the body; yields whether they are compressed already.
+    def block(self, name: str, block: nn.Module, *, dense: bool = False) -> AbstractContextManager[bool]:
+        """Hold the block's weights in memory for the body; yields whether they were compressed already.
 
         A body that raises leaves nothing behind.
+
+        Args:
+            dense: hold the source's weights even so, for the blocks that come after to see their outputs.
         """
 
 
@@ -78,7 +82,7 @@ class InMemory:
     """The home of a model that is loaded as a whole and changed in place."""
 
     @contextmanager
-    def block(self, name: str, block: nn.Module) -> Iterator[bool]:
+    def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
         """Nothing to fetch, nothing to put away."""
         yield False
 
@@ -99,6 +103,8 @@ class _Walk:
 
     def replace(self, linear: Linear, statistic: Statistic | None) -> None:
         try:
+            if statistic is not None and not statistic.num_tokens:
+                raise Refusal("no token of the calibration text reached it; calibrate on more text.")
             made = self.compress(linear, statistic)
         except Refusal as refusal:
             raise Refusal(f"{self.label}: {linear.name}: {refusal}") from refusal
@@ -106,7 +112,7 @@ class _Walk:
             linear.weight.copy_(made)
 
     def check(self, block: str) -> None:
-        if broken := [one.name for one in self.linears[block] if not one.weight.isfinite().all()]:
+        if broken := [one.name for one in self.linears[block] if not finite(one.weight)]:
             raise Refusal(
                 f"{self.label}: NaN or infinite weights in {', '.join(broken)}; nothing was written."
             )
@@ -115,7 +121,7 @@ class _Walk:
         """Add the inputs of one call to the group's statistic."""
         assert self.statistic is not None
         rows = inputs.reshape(-1, inputs.shape[-1])
-        if not rows.isfinite().all():
+        if not finite(rows):
             raise Refusal(f"{self.label}: {linear.name}: NaN or infinite inputs; nothing was written.")
         if group.statistic is None:
             group.statistic = self.statistic(rows.shape[-1], rows.device)
@@ -190,7 +196,7 @@ def input_groups(block: nn.Module, found: list[Linear], run: Callable[[], object
         run: puts something through the block.
 
     Raises:
-        Refusal: a linear that is never reached.
+        Refusal: a linear that is never reached, or more than once.
     """
     groups: dict[int, Group] = {}
     makers: dict[int, nn.Module] = {}
@@ -215,9 +221,13 @@ def input_groups(block: nn.Module, found: list[Linear], run: Callable[[], object
     finally:
         for handle in handles:
             handle.remove()
-    reached = {linear.name for group in groups.values() for linear in group.linears}
-    if missed := [linear.name for linear in found if linear.name not in reached]:
+    reached = Counter(linear.name for group in groups.values() for linear in group.linears)
+    if missed := [linear.name for linear in found if not reached[linear.name]]:
         raise Refusal(f"the model's forward never reaches {', '.join(missed)}; list them in ignore.")
+    if again := [name for name, times in reached.items() if times > 1]:
+        raise Refusal(
+            f"the model's forward passes more than once through {', '.join(again)}; list them in ignore."
+        )
     return list(groups.values())
 
 
@@ -229,7 +239,7 @@ def _step(state: _Walk, name: str, block: nn.Module, count: int) -> Callable[...
         return _joined([original(*args, **kwargs) for args, kwargs in calls])
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        with state.home.block(name, block) as done:
+        with state.home.block(name, block, dense=state.sequential == "none") as done:
             calls = _split((args, kwargs), count, state.batch_size or count)
             if done:
                 output = run(calls)

@@ -21,6 +21,7 @@ class Wanda(Pruner):
     calibration: Calibration
 
     statistic = ColumnNorm
+    on_dead = "the first of their row to go"
 
     def zeros(self, rows: int, columns: int) -> int:
         """The paper's floor(columns * sparsity) of every row."""
