@@ -71,7 +71,8 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "misspelt field further in": (
         "prune//wanda-50//calibration//num_sample", 4,
         "prune.wanda-50.calibration.num_sample: no such field; did you mean 'num_samples'? "
-        "allowed: dataset, num_samples, sequence_length.",
+        "allowed: batch_size, dataset, "
+        "num_samples, prompt_length, seed, sequence_length, sequential, temperature, tokens.",
     ),
     "misspelt field in a list": (
         "datasets//arithmetic//levels", [{"name": "add", "operator": "+", "digits": 1, "carry": False, "carries": True}],
@@ -209,9 +210,10 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "more shots than examples": (
         "suites//graded//arithmetic//shots", 2, "suites.graded.arithmetic.shots: 2 given; datasets.arithmetic has 1 examples.",
     ),
-    "calibration on what is no text": (
+    "calibration on what is not to be learned": (
         "prune//wanda-50//calibration//dataset", "arithmetic",
-        "prune.wanda-50.calibration.dataset: 'arithmetic' is no text; allowed: news, speeches.",
+        "prune.wanda-50.calibration.dataset: arithmetic keeps all its items for evaluation; set "
+        "datasets.arithmetic.train to the number of items a level that may be learned from.",
     ),
     "calibration on what is not there": (
         "finetune//wanda-50-lora//train", TEXT | {"dataset": "new"},
@@ -221,6 +223,24 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "datasets//news//calibration", 0,
         "prune.wanda-50.calibration.dataset: news keeps all its text for evaluation; set datasets.news.calibration "
         "to the share that may be learned from.",
+    ),
+    "random tokens of a data set": (
+        "prune//wanda-50//calibration", TEXT | {"tokens": "random"},
+        "prune.wanda-50.calibration: a mapping given; tokens random needs seed; tokens random reads no data set, "
+        "say dataset: none.",
+    ),
+    "generated tokens without their settings": (
+        "prune//wanda-50//calibration", TEXT | {"tokens": "generated", "prompt_length": 32},
+        "prune.wanda-50.calibration: a mapping given; tokens generated needs seed, temperature; a prompt_length of 32 "
+        "leaves none of sequence_length 32 to generate.",
+    ),
+    "settings of another kind of tokens": (
+        "prune//wanda-50//calibration", TEXT | {"seed": 0, "temperature": 1.0},
+        "prune.wanda-50.calibration: a mapping given; tokens text has no use for seed, temperature.",
+    ),
+    "a kind of tokens that is none": (
+        "prune//wanda-50//calibration//tokens", "noise",
+        "prune.wanda-50.calibration.tokens: 'noise' given; it must be 'text', 'generated' or 'random'.",
     ),
     "data for a method that reads none": (
         "prune//magnitude-50//calibration//dataset", "news",

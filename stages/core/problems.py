@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from pydantic import Tag
 
-from stages.core.calibration import Windows
+from stages.core.calibration import Tokens, Windows
 from stages.core.errors import Refusal
 from stages.core.schema import Strict
-from stages.download.arithmetic import Arithmetic
+from stages.download.arithmetic import Arithmetic, Level
 from stages.download.benchmark import Benchmark
 from stages.download.source import sha256
 from stages.download.text import Text
@@ -205,25 +205,33 @@ def between(params: "Params", broken: set[str]) -> Iterator[str]:
 
 
 def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
-    texts = {name for name, dataset in params.datasets.items() if isinstance(dataset, Text)}
+    texts = {name for name, dataset in params.datasets.items() if _learnable(dataset)}
     for artifact, recipe in params.recipes().items():
         at = artifact.replace("/", ".", 1)
         for field in ("calibration", "train"):
             wanted = getattr(recipe, field, None)
             if not isinstance(wanted, Windows) or wanted.dataset in broken:
                 continue
-            dataset = params.datasets.get(wanted.dataset)
-            if not isinstance(dataset, Text):
+            if isinstance(wanted, Tokens) and wanted.tokens == "random":
+                continue
+            name, dataset = wanted.dataset, params.datasets.get(wanted.dataset)
+            if not isinstance(dataset, Text | Arithmetic):
                 why = "is no text" if dataset else "is not there"
-                yield f"{at}.{field}.dataset: {wanted.dataset!r} {why}; {allowed(texts, wanted.dataset)}."
-            elif not dataset.calibration:
+                yield f"{at}.{field}.dataset: {name!r} {why}; {allowed(texts, name)}."
+            elif not _learnable(dataset):
+                kept, option, what = (
+                    ("text", "calibration", "the share")
+                    if isinstance(dataset, Text)
+                    else ("items", "train", "the number of items a level")
+                )
                 yield (
-                    f"{at}.{field}.dataset: {wanted.dataset} keeps all its text for evaluation; set "
-                    f"datasets.{wanted.dataset}.calibration to the share that may be learned from."
+                    f"{at}.{field}.dataset: {name} keeps all its {kept} for evaluation; set "
+                    f"datasets.{name}.{option} to {what} that may be learned from."
                 )
         size, base = getattr(recipe, "group_size", None), params.base_of(artifact)
-        # With some linears left alone, which widths remain is known only once there is a model.
-        widths = params.models[base].in_features if base and not getattr(recipe, "ignore", ()) else ()
+        # Where linears are left alone or cut on the way, which widths there are is known only at run time.
+        known = base and not getattr(recipe, "ignore", ()) and not params.reshaped(artifact)
+        widths = params.models[base].in_features if base and known else ()
         if size and (uneven := [str(width) for width in widths if width % size]):
             fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
             yield (
@@ -232,15 +240,26 @@ def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
             )
 
 
+def _learnable(dataset: Any) -> bool:
+    """Whether some of the data set is set apart to be learned from."""
+    if isinstance(dataset, Arithmetic):
+        return dataset.train > 0
+    return isinstance(dataset, Text) and dataset.calibration > 0
+
+
 def _of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
     seen: set[str] = set()
-    learned = {
-        dataset.sha256: name
-        for recipe in params.recipes().values()
-        for wanted in (getattr(recipe, "calibration", None), getattr(recipe, "train", None))
-        if isinstance(wanted, Windows)
-        and isinstance(dataset := params.datasets.get(name := wanted.dataset), Text)
-    }
+    learned: dict[str, str] = {}
+    drilled: list[tuple[Level, str]] = []
+    for recipe in params.recipes().values():
+        for wanted in (getattr(recipe, "calibration", None), getattr(recipe, "train", None)):
+            if not isinstance(wanted, Windows):
+                continue
+            dataset = params.datasets.get(wanted.dataset)
+            if isinstance(dataset, Text):
+                learned[dataset.sha256] = wanted.dataset
+            elif isinstance(dataset, Arithmetic):
+                drilled += [(_unnamed(level), wanted.dataset) for level in dataset.levels]
     for kind, config in SUITES.items():
         candidates = dict.fromkeys(params.evaluate.candidates)
         stages = [f"{candidate}-{name}" for candidate in candidates for name in getattr(params.suites, kind)]
@@ -265,10 +284,26 @@ def _of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
                     f"datasets.{learned[dataset.sha256]}; name that suite {learned[dataset.sha256]}, whose "
                     "two splits are kept apart."
                 )
+            elif isinstance(dataset, Arithmetic) and (
+                others := {
+                    other
+                    for level, other in drilled
+                    if other != name and level in map(_unnamed, dataset.levels)
+                }
+            ):
+                yield (
+                    f"{at}: it would score items that recipes learn from as datasets.{min(others)}, for they "
+                    f"have levels in common; name that suite {min(others)}, whose splits are kept apart."
+                )
             elif isinstance(dataset, Arithmetic) and suite.shots > (
                 have := dataset.fewshot * len(dataset.levels)
             ):
                 yield f"{at}.shots: {suite.shots} given; datasets.{name} has {have} examples."
+
+
+def _unnamed(level: Level) -> Level:
+    """What decides on a level's items."""
+    return level.model_copy(update={"name": "any"})
 
 
 def _of_noise(params: "Params") -> Iterator[str]:

@@ -71,8 +71,11 @@ def describe(record: dict[str, Any]) -> dict[str, Any]:
         if stage == "quantize" and record["layout"] != "dense":  # later steps may have left the grid
             row |= {"bits": recipe["bits"], "group_size": recipe["group_size"]}
         text = recipe.get("calibration") or recipe.get("train")
-        if text["dataset"] != "none":
-            read.append(f"{stage}: {text['dataset']} {text['num_samples']}x{text['sequence_length']}")
+        if "num_samples" in text:
+            kind = text.get("tokens", "text")
+            what = {"text": "", "generated": "generated from ", "random": "random tokens "}[kind]
+            what += "" if kind == "random" else f"{text['dataset']} "
+            read.append(f"{stage}: {what}{text['num_samples']}x{text['sequence_length']}")
     row["calibration"] = "; ".join(read) or "none"
     return row
 
