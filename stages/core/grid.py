@@ -163,23 +163,21 @@ class Integers:
     group_size: int | None
     symmetric: bool = True
 
-    def fit(self, group: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each row of `group` `[rows, columns]`, both `[rows, 1]` fp32.
+    def fit(self, group: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of each row of `group` `[rows, columns]`, `[rows, 1]` fp32.
 
-        The scale is rounded to `dtype`; a group of zeros gets 1, as any serves it.
+        The scale is rounded to `dtype`; a group of zeros gets 1, as any serves it. Symmetric: no zero point.
         """
         if self.symmetric:
-            scale = scale_of(group, self.bits, dtype)
-            return scale, torch.zeros_like(scale)
+            return scale_of(group, self.bits, dtype), None
         low, high = bounds(self.bits)
         least = group.amin(1, keepdim=True).clamp(max=0)
         most = group.amax(1, keepdim=True).clamp(min=0)
-        scale = ((most - least) / (high - low)).to(dtype).float()
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        scale = _nonzero((most - least) / (high - low), dtype)
         return scale, (low - least / scale).round().clamp(low, high)
 
-    def round(self, values: Tensor, scale: Tensor, zero_point: Tensor | float = 0) -> Tensor:
-        """Nearest codes of `values`, fp32, halves to even, clamped to the range; 0 is `zero_point`."""
+    def round(self, values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Nearest codes of `values`, fp32, halves to even, clamped; that of 0 is `zero_point`."""
         return round_to_codes(values, scale, self.bits, zero_point)
 
     def nearest(self, weight: Tensor) -> Codes:
@@ -187,12 +185,15 @@ class Integers:
         groups = weight.float().reshape(-1, self.group_size or weight.shape[1])
         scale, zero = self.fit(groups, weight.dtype)
         codes = self.round(groups, scale, zero).view(weight.shape)
-        return self.made(codes, scale.view(len(weight), -1), zero.view(len(weight), -1), weight.dtype)
+        rows = len(weight)
+        zero = None if zero is None else zero.view(rows, -1)
+        return self.made(codes, scale.view(rows, -1), zero, weight.dtype)
 
-    def made(self, codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Codes:
+    def made(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Codes:
         """`Codes` from fp32 codes `[out, in]`, scales and zero points `[out, groups]`."""
-        zero = None if self.symmetric else zero_point.to(torch.int8)
-        return Codes(codes.to(torch.int8), scale.to(dtype), self.bits, self.group_size, zero)
+        zero = None if zero_point is None else zero_point.to(torch.int8).contiguous()
+        codes, scale = codes.to(torch.int8).contiguous(), scale.to(dtype).contiguous()
+        return Codes(codes, scale, self.bits, self.group_size, zero)
 
 
 def bounds(bits: int) -> tuple[int, int]:
@@ -205,15 +206,16 @@ def scale_of(group: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
     A group of zeros gets scale 1, as any scale serves it.
     """
-    scale = group.abs().amax(1, keepdim=True) / ((2**bits - 1) / 2)
-    scale = scale.to(dtype).float()
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return _nonzero(group.abs().amax(1, keepdim=True) / ((2**bits - 1) / 2), dtype)
 
 
-def round_to_codes(values: Tensor, scale: Tensor, bits: int, zero_point: Tensor | float = 0) -> Tensor:
+def round_to_codes(values: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
     """Nearest codes of `values`, fp32, halves to even, clamped to the range."""
     low, high = bounds(bits)
-    return ((values / scale).round() + zero_point).clamp(low, high)
+    codes = (values / scale).round_()
+    if zero_point is not None:
+        codes += zero_point
+    return codes.clamp_(low, high)
 
 
 def dequantize(
@@ -227,3 +229,9 @@ def dequantize(
 def _wide(by_group: Tensor, codes: Tensor) -> Tensor:
     """A value a group `[out, groups]` as a value a column `[out, in]`."""
     return by_group.repeat_interleave(codes.shape[1] // by_group.shape[1], 1)
+
+
+def _nonzero(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` rounded to `dtype`, 1 where that is zero, fp32."""
+    scale = scale.to(dtype).float()
+    return torch.where(scale == 0, 1.0, scale)
