@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from stages.core import params as schema
 from stages.core.blocks import linears
 from stages.core.checkpoint import zero_masks
+from stages.core.errors import Refusal
 from stages.core.packed import code_from
 from tests import families
 from tests.pipeline import NONE, TEXT, dense, do, load, params, record
@@ -22,6 +23,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "wanda": {"sparsity": 0.5, "calibration": TEXT},
         "sparsegpt": {"sparsity": 0.5, "calibration": TEXT},
         "random": {"sparsity": 0.5, "seed": 0, "calibration": NONE},
+        "width": {"importance": "ppm", "remove": 0.5, "calibration": NONE},
+        "heads": {"importance": "llm-bip", "remove": 0.5, "calibration": TEXT},
     },
     "quantize": {
         "rtn": {"bits": 4, "group_size": 32, "calibration": NONE},
@@ -35,15 +38,39 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 """The settings each method is tried with; a new method needs a line here."""
 METHODS = [(section, method) for section in OPTIONS for method in schema.methods(section)]
+REFUSED = {
+    ("heads", "opt"): "OPTForCausalLM cannot lose heads: its config cannot say fewer",
+    ("heads", "gpt_neox"): "GPTNeoXForCausalLM cannot lose heads: its config cannot say fewer",
+    ("heads", "gpt2"): "GPT2LMHeadModel cannot lose heads: its config cannot say fewer",
+}
+"""What a method says of the families it does not serve."""
 
 
 def test_what_is_enumerated():
     assert METHODS == [
         ("prune", "magnitude"), ("prune", "wanda"), ("prune", "sparsegpt"), ("prune", "random"),
+        ("prune", "width"), ("prune", "heads"),
         ("quantize", "rtn"), ("quantize", "gptq"), ("finetune", "lora"),
     ]  # fmt: skip
     assert {(section, method) for section, found in OPTIONS.items() for method in found} == set(METHODS)
     assert len(families.CONFIGS) == 7
+    assert len(REFUSED) == 3
+
+
+def smaller(made: torch.nn.Module, base: torch.nn.Module, told: dict[str, Any]) -> None:
+    """Assert that `made` is a plain model like `base`, some of its linears cut and the rest as it was."""
+    assert told["layout"] == "dense"
+    assert told["num_parameters"] == sum(parameter.numel() for parameter in made.parameters())
+    cut = []
+    for name, parameter in base.named_parameters():
+        other = made.get_parameter(name)
+        if parameter.shape != other.shape:
+            assert all(ours <= theirs for ours, theirs in zip(other.shape, parameter.shape, strict=True))
+            cut.append(name)
+        else:
+            assert torch.equal(parameter, other), name
+    within = {f"{linear.name}.{leaf}" for linear in linears(base) for leaf in ("weight", "bias")}
+    assert cut and within.issuperset(cut)
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
@@ -52,6 +79,11 @@ def test_contract(section, method, family, workspace):
     options = OPTIONS[section][method]
     artifact = f"{section}/made"
     chosen = params(family, {artifact: {"source": "base/tiny", "method": method, **options}})
+    if (method, family) in REFUSED:
+        with pytest.raises(Refusal, match=REFUSED[method, family]):
+            do(chosen)
+        assert not (Path("data/models") / artifact).exists()
+        return
     do(chosen)
 
     made, base, folder = dense(load(artifact)), load("base/tiny"), Path("data/models") / artifact
@@ -62,6 +94,9 @@ def test_contract(section, method, family, workspace):
     assert told["base"]["name"] == "tiny"
     assert told["bytes_on_disk"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
+    if schema.methods(section)[method].reshapes:
+        smaller(made, base, told)
+        return
     count = len(linears(base))
     if section != "quantize":
         assert told["layout"] == "dense"
