@@ -64,7 +64,7 @@ class ColumnNorm(Statistic):
         self._squares = torch.zeros(in_features, device=device)
 
     def _add(self, inputs: Tensor) -> None:
-        self._squares += inputs.float().square_().sum(0)
+        self._squares += inputs.to(torch.float32, copy=True).square_().sum(0)
 
     def dead(self) -> Tensor:
         """`[in_features]` bool: features that were zero on every token."""
