@@ -32,15 +32,17 @@ from stages.prune.random import Random
 from stages.prune.sparsegpt import SparseGPT
 from stages.prune.wanda import Wanda
 from stages.prune.width import Width
+from stages.quantize.awq import AWQ
 from stages.quantize.gptq import GPTQ
 from stages.quantize.rtn import RTN
+from stages.quantize.smoothquant import SmoothQuant
 
 PARAMS = Path("params.yaml")
 
 Model = Annotated[Gguf | Safetensors, Field(discriminator="format")]
 Dataset = Annotated[Text | Arithmetic | Benchmark, Field(discriminator="kind")]
 Prune = Annotated[Magnitude | Wanda | SparseGPT | Random | Width | Heads, Field(discriminator="method")]
-Quantize = Annotated[RTN | GPTQ, Field(discriminator="method")]
+Quantize = Annotated[RTN | GPTQ | AWQ | SmoothQuant, Field(discriminator="method")]
 # A union of one is no union to pydantic; the next method turns this into one like those above.
 Finetune = LoRA
 METHODS: dict[str, tuple[type[Recipe], ...]] = {
