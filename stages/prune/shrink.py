@@ -50,6 +50,7 @@ def shrink(model: "PreTrainedModel", cuts: Cuts, changes: Mapping[str, int]) -> 
         module = model.get_submodule(path)
         tensor = kept(module.get_parameter(leaf).data, name, cuts)
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    model.config = copy.deepcopy(model.config)  # whoever made the model may hold on to it
     for key, value in changes.items():
         setattr(model.config.get_text_config(), key, value)
 

@@ -47,7 +47,7 @@ class Shrinker(Recipe):
         reads = isinstance(self.calibration, Tokens)
         if reads and self.importance not in self.measured:
             raise ValueError(
-                f"calibration must be {{dataset: none}}, as importance {self.importance} reads none"
+                f"calibration must be {{dataset: none}}, as importance {self.importance} reads no text"
             )
         if not reads and self.importance in self.measured:
             raise ValueError(f"importance {self.importance} is measured on text; name one to calibrate")
