@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from stages.core import params as schema
-from stages.core.blocks import linears
+from stages.core.blocks import blocks, linears
 from stages.core.checkpoint import zero_masks
 from stages.core.errors import Refusal
 from stages.core.packed import code_from
@@ -27,6 +27,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "random": {"sparsity": 0.5, "seed": 0, "calibration": NONE},
         "width": {"importance": "ppm", "remove": 0.5, "calibration": NONE},
         "heads": {"importance": "llm-bip", "remove": 0.5, "calibration": TEXT},
+        "depth": {"metric": "block-influence", "blocks": 1, "calibration": TEXT},
+        "stepwise": {
+            "sparsity": 0.5, "max_rise": 9.0, "held_out": 1, "policy": {"kind": "rules"}, "calibration": TEXT,
+        },
+        "resp": {"sparsity": 0.5, "scope": "row", "steps": 2, "calibration": TEXT | {
+            "tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 8,
+        }},
     },
     "quantize": {
         "rtn": {"bits": 4, "group_size": 32, "calibration": NONE},
@@ -54,7 +61,7 @@ REFUSED = {
 def test_what_is_enumerated():
     assert METHODS == [
         ("prune", "magnitude"), ("prune", "wanda"), ("prune", "sparsegpt"), ("prune", "random"),
-        ("prune", "width"), ("prune", "heads"),
+        ("prune", "width"), ("prune", "heads"), ("prune", "depth"), ("prune", "stepwise"), ("prune", "resp"),
         ("quantize", "rtn"), ("quantize", "gptq"), ("quantize", "awq"), ("quantize", "smoothquant"),
         ("finetune", "lora"),
     ]  # fmt: skip
@@ -77,6 +84,17 @@ def smaller(made: torch.nn.Module, base: torch.nn.Module, told: dict[str, Any]) 
             assert torch.equal(parameter, other), name
     within = {f"{linear.name}.{leaf}" for linear in linears(base) for leaf in ("weight", "bias")}
     assert cut and within.issuperset(cut)
+
+
+def shallower(made: torch.nn.Module, base: torch.nn.Module, removed: list[int]) -> None:
+    """Assert that `made` is `base` without the `removed` blocks, every parameter as it was."""
+    left = [block for number, (_, block) in enumerate(blocks(base)) if number not in removed]
+    ours = dict(blocks(made))
+    for block, other in zip(left, ours.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(block.parameters(), other.parameters(), strict=True))
+    for name, parameter in made.named_parameters():
+        inside = name.startswith(tuple(f"{block}." for block in ours))
+        assert inside or torch.equal(parameter, base.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
@@ -102,6 +120,10 @@ def test_contract(section, method, family, workspace):
 
     if schema.methods(section)[method].reshapes:
         smaller(made, base, told)
+        return
+    if method == "depth":
+        (removed,) = told["notes"][artifact]["removed"]
+        shallower(made, base, [removed])
         return
     count = len(linears(base))
     if issubclass(schema.methods(section)[method], Folding):  # norms and biases change with the weights

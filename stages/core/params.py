@@ -26,10 +26,13 @@ from stages.evaluate.benchmark import BenchmarkSuite
 from stages.evaluate.graded import GradedSuite
 from stages.evaluate.perplexity import PerplexitySuite
 from stages.finetune.lora import LoRA
+from stages.prune.depth import Depth
 from stages.prune.heads import Heads
 from stages.prune.magnitude import Magnitude
 from stages.prune.random import Random
+from stages.prune.resp import RESP
 from stages.prune.sparsegpt import SparseGPT
+from stages.prune.stepwise import Stepwise
 from stages.prune.wanda import Wanda
 from stages.prune.width import Width
 from stages.quantize.awq import AWQ
@@ -41,7 +44,9 @@ PARAMS = Path("params.yaml")
 
 Model = Annotated[Gguf | Safetensors, Field(discriminator="format")]
 Dataset = Annotated[Text | Arithmetic | Benchmark, Field(discriminator="kind")]
-Prune = Annotated[Magnitude | Wanda | SparseGPT | Random | Width | Heads, Field(discriminator="method")]
+Prune = Annotated[
+    Magnitude | Wanda | SparseGPT | Random | Width | Heads | Depth | Stepwise | RESP, Field(discriminator="method")
+]
 Quantize = Annotated[RTN | GPTQ | AWQ | SmoothQuant, Field(discriminator="method")]
 # A union of one is no union to pydantic; the next method turns this into one like those above.
 Finetune = LoRA

@@ -51,3 +51,33 @@ def smallest_by_row(scores: Tensor, count: int) -> Tensor:
 def smallest_in_groups(scores: Tensor, keep: int, size: int) -> Tensor:
     """Where the `size - keep` lowest scores of every `size` columns in a row are, bool `[rows, columns]`."""
     return smallest(scores.reshape(-1, size), size - keep).view_as(scores)
+
+
+def grown(scores: Tensor, gone: Tensor, count: int, *, by_row: bool) -> Tensor:
+    """`gone` and the lowest `scores` `[rows, columns]` beside it, bool, `count` in all or what `gone` has.
+
+    Args:
+        gone: bool, what is marked whatever its score.
+        by_row: the marked are levelled: a row has at most one more than another unless `gone` had them.
+    """
+    scores = scores.masked_fill(gone, -torch.inf)
+    have = gone.sum(1)
+    count = max(count, int(have.sum()))
+    return (
+        smallest(scores, _levelled(have, count, scores.shape[1]))
+        if by_row
+        else smallest_overall(scores, count)
+    )
+
+
+def _levelled(have: Tensor, count: int, columns: int) -> Tensor:
+    """How many each row gets to have, `[rows]` int64, at least what it has, `count` in all, evenly."""
+    low, high = 0, columns
+    while low < high:  # the highest level all rows can be filled up to
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int(have.clamp(min=middle).sum()) <= count else (low, middle - 1)
+    filled = have.clamp(min=low)
+    more, level = count - int(filled.sum()), (have <= low).nonzero().flatten()
+    number = torch.arange(len(level), device=have.device)
+    filled[level] += (number + 1) * more // max(len(level), 1) - number * more // max(len(level), 1)
+    return filled

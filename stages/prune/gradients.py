@@ -1,20 +1,85 @@
-"""Gradients of the next-token loss, one window at a time, small enough to keep.
+"""Gradients of the next-token loss, one window at a time: summed up, or small enough to keep each.
 
-A block's gradient on one window is as large as the block. What is asked of many of them are dot products,
-which survive a count sketch (Charikar, Chen and Farach-Colton 2002): every entry is added, with a drawn
-sign, to one of `WIDTH` drawn buckets. Dot products of sketches are those of the gradients in expectation.
+To first order, zeroing a weight w changes the loss by w times its gradient, which is asked of the mean loss
+over all windows. A prompt may be left out of the loss: what is learned is then how the rest is said.
+
+Where each window counts by itself, its gradient in a block is as large as the block. What is asked of many
+of them are dot products, which survive a count sketch (Charikar, Chen and Farach-Colton 2002): every entry
+is added, with a drawn sign, to one of `WIDTH` drawn buckets. Dot products of sketches are those of the
+gradients in expectation.
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.core.errors import Refusal
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from stages.core.blocks import Linear
+
 WIDTH = 2**14
+
+log = logging.getLogger(__name__)
+
+
+def window_loss(model: "PreTrainedModel", window: Tensor, prompt_length: int) -> Tensor:
+    """Mean nats of the tokens of a `window` after the first `prompt_length`, each given those before."""
+    batch = window[None].to(model.device)
+    labels = batch.clone()
+    labels[:, :prompt_length] = -100  # what transformers leaves out of a loss
+    loss: Tensor = model(input_ids=batch, labels=labels, use_cache=False).loss
+    return loss
+
+
+def mean_loss(model: "PreTrainedModel", windows: Tensor, prompt_length: int = 1) -> float:
+    """Mean nats a token over `windows` `[num_samples, sequence_length]`, prompts left out."""
+    with torch.no_grad():
+        return sum(float(window_loss(model, window, prompt_length)) for window in windows) / len(windows)
+
+
+def loss_gradients(
+    model: "PreTrainedModel", found: "list[Linear]", windows: Tensor, *, prompt_length: int = 1, label: str
+) -> tuple[dict[str, Tensor], float]:
+    """The gradient of `mean_loss` in every linear, `[out, in]` fp32 by its full name, and the loss.
+
+    Args:
+        windows: `[num_samples, sequence_length]` token ids.
+        prompt_length: tokens at the start of each window that are given and not predicted.
+        label: shown on the progress bar and in what is raised.
+
+    Raises:
+        Refusal: the loss or a gradient is not finite.
+    """
+    model.requires_grad_(False)
+    weights = {one.name: one.module.get_parameter("weight").requires_grad_(True) for one in found}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    total = 0.0
+    for window in tqdm(windows, desc=label, unit="window"):
+        loss = window_loss(model, window, prompt_length)
+        loss.backward()
+        total += float(loss.detach())
+        for name, weight in weights.items():
+            if weight.grad is not None:
+                sums[name] += weight.grad
+                weight.grad = None
+    model.requires_grad_(False)
+    gradients = {one.name: sums[one.name].T if one.transposed else sums[one.name] for one in found}
+    for gradient in gradients.values():
+        gradient /= len(windows)
+    if broken := [name for name, gradient in gradients.items() if not gradient.isfinite().all()]:
+        raise Refusal(
+            f"{label}: NaN or infinite gradients in {', '.join(broken)}, the loss being "
+            f"{total / len(windows)}; nothing was written."
+        )
+    if dead := [name for name, gradient in gradients.items() if not gradient.any()]:
+        log.warning("%s: no token moves the loss through %s", label, ", ".join(dead))
+    return gradients, total / len(windows)
 
 
 def sketches(model: "PreTrainedModel", windows: Tensor, names: list[str]) -> dict[str, Tensor]:
