@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from stages.core import params as schema
 from stages.core.blocks import blocks, forward
 from stages.core.checkpoint import finish_base
 from stages.core.errors import Refusal
@@ -21,7 +22,7 @@ from stages.prune.ablate import Ablation, Rows
 from stages.prune.depth import Depth
 from stages.prune.remove import drop, output_projections
 from stages.prune.tasks import Items
-from tests import families
+from tests import families, project
 from tests.pipeline import NONE, TEXT, load, params, record
 
 RUN = Run(device="cpu", dtype="float32", threads=1, seed=0)
@@ -513,3 +514,36 @@ def test_settings_that_do_not_fit_the_source_are_refused(settings, said, source)
     with pytest.raises(Refusal, match=said):
         prune(**settings)
     assert not Path("data/models/prune/made").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "train", "said"),
+    [
+        (
+            {"dataset": "news", "shots": 1},
+            4,
+            "dataset: 'news' has no graded items; allowed: arith",
+        ),
+        (
+            {"dataset": "none", "shots": 1},
+            4,
+            "dataset: 'none' has no graded items; allowed: arith",
+        ),
+        ({"dataset": "arithmetic", "shots": 1}, 0, "arithmetic keeps all its items for evaluation"),
+        (
+            {"dataset": "arithmetic", "shots": 2},
+            4,
+            "shots: 2 given; datasets.arithmetic has 1 examples",
+        ),
+    ],
+)
+def test_items_that_are_not_there_are_told_with_the_params(wanted, train, said, workspace):
+    raw = project.params(Path("inputs"))
+    raw["datasets"]["arithmetic"]["train"] = train
+    recipe = {"source": "base/tiny", "method": "depth", "metric": "greedy", "blocks": 1}
+    raw["prune"]["depth-1"] = recipe | {"calibration": {"dataset": "arithmetic", "shots": 1}}
+    if train:
+        schema.validate(raw)
+    raw["prune"]["depth-1"] = recipe | {"calibration": wanted}
+    with pytest.raises(Refusal, match=f"prune.depth-1.*{said}"):
+        schema.validate(raw)

@@ -19,6 +19,7 @@ from stages.download.arithmetic import Arithmetic, Level
 from stages.download.benchmark import Benchmark
 from stages.download.source import sha256
 from stages.download.text import Text
+from stages.prune.tasks import Items
 
 if TYPE_CHECKING:
     from stages.core.params import Params
@@ -210,12 +211,15 @@ def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
         at = artifact.replace("/", ".", 1)
         for field in ("calibration", "train"):
             wanted = getattr(recipe, field, None)
-            if not isinstance(wanted, Windows) or wanted.dataset in broken:
+            if not isinstance(wanted, Windows | Items) or wanted.dataset in broken:
                 continue
             if isinstance(wanted, Tokens) and wanted.tokens == "random":
                 continue
             name, dataset = wanted.dataset, params.datasets.get(wanted.dataset)
-            if not isinstance(dataset, Text | Arithmetic):
+            if isinstance(wanted, Items) and not isinstance(dataset, Arithmetic):
+                graded = [key for key, found in params.datasets.items() if isinstance(found, Arithmetic)]
+                yield f"{at}.{field}.dataset: {name!r} has no graded items; {allowed(graded, name)}."
+            elif not isinstance(dataset, Text | Arithmetic):
                 why = "is no text" if dataset else "is not there"
                 yield f"{at}.{field}.dataset: {name!r} {why}; {allowed(texts, name)}."
             elif not _learnable(dataset):
@@ -228,6 +232,12 @@ def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
                     f"{at}.{field}.dataset: {name} keeps all its {kept} for evaluation; set "
                     f"datasets.{name}.{option} to {what} that may be learned from."
                 )
+            elif (
+                isinstance(wanted, Items)
+                and isinstance(dataset, Arithmetic)
+                and wanted.shots > (have := dataset.fewshot * len(dataset.levels))
+            ):
+                yield f"{at}.{field}.shots: {wanted.shots} given; datasets.{name} has {have} examples."
         size, base = getattr(recipe, "group_size", None), params.base_of(artifact)
         # Where linears are left alone or cut on the way, which widths there are is known only at run time.
         known = base and not getattr(recipe, "ignore", ()) and not params.reshaped(artifact)
@@ -253,7 +263,7 @@ def _of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
     drilled: list[tuple[Level, str]] = []
     for recipe in params.recipes().values():
         for wanted in (getattr(recipe, "calibration", None), getattr(recipe, "train", None)):
-            if not isinstance(wanted, Windows):
+            if not isinstance(wanted, Windows | Items):
                 continue
             dataset = params.datasets.get(wanted.dataset)
             if isinstance(dataset, Text):
