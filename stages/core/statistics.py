@@ -139,8 +139,7 @@ class Hessian(Statistic):
             if descending:
                 hessian = hessian[self.order()][:, self.order()]
             lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-            identity = torch.eye(len(hessian), device=hessian.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            upper = _inverted(lower).flip(0, 1)
             if failed or not finite(upper):
                 raise Refusal(
                     f"the Hessian of {len(hessian)} features over {self.num_tokens} tokens is not positive "
@@ -148,6 +147,19 @@ class Hessian(Statistic):
                 )
             self._factors[damping, descending] = upper.contiguous()
         return self._factors[damping, descending]
+
+
+def _inverted(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, half by half: most of it is plain products."""
+    size = len(lower)
+    if size <= STRIPE:
+        return torch.linalg.solve_triangular(lower, torch.eye(size, device=lower.device), upper=False)
+    half = size // 2
+    out = torch.zeros_like(lower)
+    out[:half, :half] = first = _inverted(lower[:half, :half])
+    out[half:, half:] = second = _inverted(lower[half:, half:])
+    out[half:, :half] = -(second @ (lower[half:, :half] @ first))
+    return out
 
 
 def finite(values: Tensor) -> bool:
