@@ -45,7 +45,8 @@ PARAMS = Path("params.yaml")
 Model = Annotated[Gguf | Safetensors, Field(discriminator="format")]
 Dataset = Annotated[Text | Arithmetic | Benchmark, Field(discriminator="kind")]
 Prune = Annotated[
-    Magnitude | Wanda | SparseGPT | Random | Width | Heads | Depth | Stepwise | RESP, Field(discriminator="method")
+    Magnitude | Wanda | SparseGPT | Random | Width | Heads | Depth | Stepwise | RESP,
+    Field(discriminator="method"),
 ]
 Quantize = Annotated[RTN | GPTQ | AWQ | SmoothQuant, Field(discriminator="method")]
 # A union of one is no union to pydantic; the next method turns this into one like those above.
