@@ -19,6 +19,7 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor, nn
 
+from stages.core.floats import MXFP4, NVFP4, Float8
 from stages.core.grid import Codes, Int8, Quantized
 
 if TYPE_CHECKING:
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
 
 Scheme = Mapping[str, Any]
 """What `Quantized.scheme` says of all the linears of a checkpoint."""
-FORMATS: dict[str, type[Quantized]] = {"pack-quantized": Codes, "int-quantized": Int8}
+FORMATS: dict[str, type[Quantized]] = {
+    "pack-quantized": Codes,
+    "int-quantized": Int8,
+    "float-quantized": Float8,
+    "naive-quantized": Float8,
+    "mxfp4-pack-quantized": MXFP4,
+    "nvfp4-pack-quantized": NVFP4,
+}
 """What reads each format that `Quantized.scheme` may name."""
 
 
