@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, Phi3Config
 
 from stages.core.blocks import linears
 from stages.core.errors import Refusal
@@ -222,14 +222,23 @@ def test_a_random_choice_depends_on_the_seed_and_the_block():
     assert chosen(0)[0] != chosen(0)[1]
 
 
-def test_blocks_that_are_not_plain_are_refused_by_name():
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (MixtralConfig, r"MixtralForCausalLM has matrices .*experts"),
+        (Phi3Config, r"Phi3ForCausalLM: model\.layers\.0 has 0 MLPs with one feature a neuron; exactly one"),
+    ],
+)
+def test_blocks_that_are_not_plain_are_refused_by_name(config, said):
+    """Experts that are no linears, and gate and up in one."""
+    other = AutoModelForCausalLM.from_config(
+        config(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, pad_token_id=0,
+        )
     )  # fmt: skip
-    mixture = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(Refusal, match="MixtralForCausalLM"):
-        width(remove=0.5).plan(mixture, {})
+    with pytest.raises(Refusal, match=said):
+        width(remove=0.5).plan(other, {})
 
 
 def test_a_weight_that_is_not_a_number_is_refused():

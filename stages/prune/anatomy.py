@@ -2,7 +2,7 @@
 
 No name is asked. In a dry run over a few tokens every linear is stood in for by drawn numbers, so that
 nothing flows through a linear and what one puts out reaches only the next one on each path. Then one
-linear's numbers change, in half of its features and at one token, and the inputs that change say what lies
+linear's numbers change, in every other feature and at one token, and the inputs that change say what lies
 between:
 
 - the very features at the very token: an elementwise activation, a product with a gate. The two linears are
@@ -47,7 +47,7 @@ def mlps(model: nn.Module) -> dict[str, Part]:
     Raises:
         Refusal: a block without an MLP or with several, or MLPs of several widths.
     """
-    return _one_each(model, "MLP with one feature a neuron", lambda found: found[0])
+    return _one_each(model, "MLPs with one feature a neuron", lambda found: found[0])
 
 
 def attentions(model: nn.Module) -> dict[str, Part]:
@@ -56,7 +56,7 @@ def attentions(model: nn.Module) -> dict[str, Part]:
     Raises:
         Refusal: a block without attention or with several, or attentions of several widths.
     """
-    return _one_each(model, "attention", lambda found: found[1])
+    return _one_each(model, "attentions", lambda found: found[1])
 
 
 def _one_each(
@@ -71,7 +71,7 @@ def _one_each(
         parts[name] = fitting[0]
     if len(widths := {part.width for part in parts.values()}) > 1:
         raise Refusal(
-            f"{type(model).__name__}: its blocks differ in the width of their {what.split()[0]} "
+            f"{type(model).__name__}: the widths of its {what.split()[0]} differ "
             f"({', '.join(map(str, sorted(widths)))}); only blocks all alike are served."
         )
     return parts
@@ -109,9 +109,8 @@ def _parts(block: nn.Module, found: list[Linear], call: tuple[Any, Any]) -> tupl
     mixed: set[str] = set()
     blurred: set[str] = set()
     for one in found:
-        half = one.weight.shape[0] // 2
         moved = drawn[one.name].clone()
-        moved[TOUCHED, :half] += 1
+        moved[TOUCHED, ::2] += 1
         inputs = _inputs(block, found, call, drawn | {one.name: moved})
         for name in inputs:
             changed = inputs[name] != still[name]
@@ -120,7 +119,7 @@ def _parts(block: nn.Module, found: list[Linear], call: tuple[Any, Any]) -> tupl
             readers[name].append(one)
             if changed[:TOUCHED].any() or changed[TOUCHED + 1 :].any():
                 mixed.add(name)
-            if changed.shape[1] != one.weight.shape[0] or changed[:, half:].any():
+            if changed.shape[1] != one.weight.shape[0] or changed[:, 1::2].any():
                 blurred.add(name)
     parts = [Part(readers[one.name], one) for one in found if readers[one.name]]
     return (

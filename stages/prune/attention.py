@@ -41,8 +41,11 @@ def shape_of(model: "PreTrainedModel", part: Part) -> Shape:
 
 def numbers(model: "PreTrainedModel", shape: Shape) -> dict[str, int]:
     """What a config must say of these heads."""
-    said = {"num_attention_heads": shape.queries, "head_dim": shape.size}
-    if hasattr(model.config.get_text_config(), "num_key_value_heads"):
+    config = model.config.get_text_config()
+    said = {"num_attention_heads": shape.queries}
+    if not isinstance(getattr(type(config), "head_dim", None), property):  # derived, it has no say
+        said["head_dim"] = shape.size
+    if hasattr(config, "num_key_value_heads"):
         said["num_key_value_heads"] = shape.groups
     return said
 
