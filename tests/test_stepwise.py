@@ -181,6 +181,16 @@ def test_a_source_that_is_sparse_already_keeps_its_zeros(workspace):
     assert told["steps"] == [] and told["reached"] == pytest.approx(0.3, abs=1e-3)
 
 
+def test_a_step_of_less_than_a_weight_does_nothing():
+    model = families.model("llama")
+    recipe, _ = scripted(
+        stepwise(), Answer(prune={NAMES[0]: 1.0}), Answer(prune={NAMES[1]: 1e-12}), Answer(stop="x")
+    )
+    told = recipe.model_copy(update={"sparsity": 0.6}).prune(model, windows())
+    assert told["reached"] == 0.5 and told["steps"][1]["prune"] == {NAMES[1]: 0.0}
+    assert all(bool((one.weight == 0).all()) == (one.block == NAMES[0]) for one in linears(model))
+
+
 def test_the_steps_run_out_and_it_is_told():
     model = families.model("llama")
     told = stepwise(max_steps=2).prune(model, windows())

@@ -204,27 +204,24 @@ class Work:
             sizes[one.block] += one.weight.numel()
             free[one.block] += one.weight.numel() - self._zeros[one.name]
         asked = {
-            name: min(answer.prune[name] * sizes[name], free[name]) for name in sizes if name in answer.prune
+            name: min(answer.prune[name] * sizes[name], free[name])
+            for name in sizes
+            if name in answer.prune and free[name]
         }
         chosen = [one for one in self._found if one.block in asked]
-        part = min(1.0, self.missing / sum(asked.values()))
-        more = whole(
-            {
-                one.name: asked[one.block]
-                * part
-                * (one.weight.numel() - self._zeros[one.name])
-                / free[one.block]
-                for one in chosen
-                if free[one.block]
-            },
-            min(self.missing, round(sum(asked.values()))),
-        )
+        total = min(self.missing, round(sum(asked.values())))
+        part = min(1.0, self.missing / max(sum(asked.values()), 1e-9))
+        parts = {}
+        for one in chosen:  # a linear loses as large a part of what it has left as the block does
+            left = one.weight.numel() - self._zeros[one.name]
+            parts[one.name] = part * asked[one.block] * left / free[one.block]
+        more = whole(parts, total)
         undo: Undo = {one.name: (one.weight.clone(), self._zeros[one.name]) for one in chosen}
         gone: Counter[str] = Counter()
         for one in chosen:
             source = self._source[one.name]
-            self._zeros[one.name] += more.get(one.name, 0)
-            gone[one.block] += more.get(one.name, 0)
+            self._zeros[one.name] += more[one.name]
+            gone[one.block] += more[one.name]
             scores = source.float().abs() * self._norms[one.name]
             mask = grown(scores, source == 0, self._zeros[one.name], by_row=True)
             one.weight.copy_(source.masked_fill(mask, 0))
