@@ -40,6 +40,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "gptq": {"bits": 4, "group_size": 32, "calibration": TEXT},
         "awq": {"bits": 4, "group_size": 32, "calibration": BLOCK},
         "smoothquant": {"calibration": BLOCK},
+        "hqq": {"bits": 4, "group_size": 32, "calibration": NONE},
+        "nf4": {"group_size": 32, "calibration": NONE},
+        "fp8": {"calibration": NONE},
+        "mxfp4": {"calibration": NONE},
+        "nvfp4": {"calibration": NONE},
     },
     "finetune": {
         "lora": {
@@ -56,6 +61,11 @@ REFUSED = {
     ("smoothquant", "gpt2"): "smoothquant does not serve GPT2LMHeadModel: no format runs its Conv1D",
 }
 """What a method says of the families it does not serve."""
+LAYOUTS = {
+    "smoothquant": "int-quantized", "nf4": "fake_quantized", "fp8": "naive-quantized",
+    "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized",
+}  # fmt: skip
+"""How a quantizing method's checkpoint is laid out, where it is not pack-quantized."""
 
 
 def test_what_is_enumerated():
@@ -63,6 +73,8 @@ def test_what_is_enumerated():
         ("prune", "magnitude"), ("prune", "wanda"), ("prune", "sparsegpt"), ("prune", "random"),
         ("prune", "width"), ("prune", "heads"), ("prune", "depth"), ("prune", "stepwise"), ("prune", "resp"),
         ("quantize", "rtn"), ("quantize", "gptq"), ("quantize", "awq"), ("quantize", "smoothquant"),
+        ("quantize", "hqq"), ("quantize", "nf4"), ("quantize", "fp8"), ("quantize", "mxfp4"),
+        ("quantize", "nvfp4"),
         ("finetune", "lora"),
     ]  # fmt: skip
     assert {(section, method) for section, found in OPTIONS.items() for method in found} == set(METHODS)
@@ -132,14 +144,14 @@ def test_contract(section, method, family, workspace):
         rest = {f"{linear.name}.weight" for linear in linears(base)}
         for name, parameter in base.named_parameters():
             assert name in rest or torch.equal(parameter, made.get_parameter(name)), name
+    changed = [
+        linear.name
+        for linear in linears(base)
+        if not torch.equal(made.get_submodule(linear.name).weight, linear.module.weight)
+    ]
+    assert len(changed) == count
     if section != "quantize":
         assert told["layout"] == "dense"
-        changed = [
-            a.name
-            for a, b in zip(linears(made), linears(base), strict=True)
-            if not torch.equal(a.weight, b.weight)
-        ]
-        assert len(changed) == count
         if section == "prune":
             assert told["sparsity"] == pytest.approx(0.5)
             zeros = sum(int(mask.sum()) for mask in zero_masks(linears(made)).values())
@@ -147,10 +159,13 @@ def test_contract(section, method, family, workspace):
         return
 
     assert told["notes"][artifact]["quantized_linears"] == count
-    if family == "gpt2":  # compressed-tensors knows no Conv1D
-        assert told["layout"] == "fake_quantized"
+    assert told["bits_per_weight"] < record("base/tiny")["bits_per_weight"]
+    # compressed-tensors knows no Conv1D
+    layout = "fake_quantized" if family == "gpt2" else LAYOUTS.get(method, "pack-quantized")
+    assert told["layout"] == layout
+    if layout == "fake_quantized":
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
         return
-    assert told["layout"] == {"smoothquant": "int-quantized"}.get(method, "pack-quantized")
     assert told["bytes_on_disk"] < record("base/tiny")["bytes_on_disk"]
     stored = load_file(folder / "model.safetensors")
     assert len([name for name in stored if name.endswith(".weight_scale")]) == count

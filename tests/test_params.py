@@ -61,7 +61,9 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "finetune//wanda-50-lora//method", "dora", "finetune.wanda-50-lora.method: 'dora' given; it must be 'lora'.",
     ),
     "no method": (
-        "quantize//rtn-w4g32//method", ..., "quantize.rtn-w4g32.method: this field is missing; allowed: gptq, rtn.",
+        "quantize//rtn-w4g32//method", ...,
+        "quantize.rtn-w4g32.method: this field is missing; allowed: awq, fp8, gptq, hqq, mxfp4, nf4, nvfp4, rtn, "
+        "smoothquant.",
     ),
     "misspelt field": (
         "prune//wanda-50//sparsty", 0.5,
@@ -274,7 +276,9 @@ CASES: dict[str, tuple[str, Any, str]] = {
 def test_good_params_are_good(raw):
     assert isinstance(validate(raw), Params)
     assert list(methods("prune")) == ["magnitude", "wanda"]
-    assert list(methods("quantize")) == ["rtn", "gptq"]
+    assert list(methods("quantize")) == [
+        "rtn", "gptq", "awq", "smoothquant", "hqq", "nf4", "fp8", "mxfp4", "nvfp4",
+    ]  # fmt: skip
     assert list(methods("finetune")) == ["lora"]
 
 

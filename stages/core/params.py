@@ -36,7 +36,12 @@ from stages.prune.stepwise import Stepwise
 from stages.prune.wanda import Wanda
 from stages.prune.width import Width
 from stages.quantize.awq import AWQ
+from stages.quantize.fp8 import FP8
 from stages.quantize.gptq import GPTQ
+from stages.quantize.hqq import HQQ
+from stages.quantize.mxfp4 import MXFP4
+from stages.quantize.nf4 import NF4
+from stages.quantize.nvfp4 import NVFP4
 from stages.quantize.rtn import RTN
 from stages.quantize.smoothquant import SmoothQuant
 
@@ -48,7 +53,9 @@ Prune = Annotated[
     Magnitude | Wanda | SparseGPT | Random | Width | Heads | Depth | Stepwise | RESP,
     Field(discriminator="method"),
 ]
-Quantize = Annotated[RTN | GPTQ | AWQ | SmoothQuant, Field(discriminator="method")]
+Quantize = Annotated[
+    RTN | GPTQ | AWQ | SmoothQuant | HQQ | NF4 | FP8 | MXFP4 | NVFP4, Field(discriminator="method")
+]
 # A union of one is no union to pydantic; the next method turns this into one like those above.
 Finetune = LoRA
 METHODS: dict[str, tuple[type[Recipe], ...]] = {

@@ -26,7 +26,11 @@ class FP8(Quantizer):
     """Whether inputs are rounded to E4M3 too, with a scale a token found as the model runs."""
     calibration: NoData
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """As `activations` says."""
+        return self.activations == "dynamic"
+
     def weights(self, weight: Tensor, statistic: None) -> Float8:
         """Codes of `weight` `[out, in]`, scales in its dtype."""
-        by_row, dynamic = self.strategy == "channel", self.activations == "dynamic"
-        return Float8.nearest(weight, by_row=by_row, dynamic=dynamic)
+        return Float8.nearest(weight, by_row=self.strategy == "channel", dynamic=self.rounds_inputs)

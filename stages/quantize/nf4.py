@@ -81,7 +81,7 @@ class NF4(Quantizer):
         ratio = groups / torch.where(scale == 0, 1.0, scale)[..., None]
         table = levels().to(weight.device)
         # The nearest level's index is the number of midpoints below.
-        indices = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)
+        indices = torch.bucketize(ratio.contiguous(), (table[1:] + table[:-1]) / 2)
         return NormalFloat(indices.view(weight.shape).to(torch.uint8), scale, weight.dtype, stored)
 
 

@@ -17,22 +17,39 @@ if TYPE_CHECKING:
 
 
 class Quantizer(WeightMethod):
-    """Put every linear on a number grid; a method whose grid is fixed fixes the two fields."""
+    """Put every linear on a number grid; a method whose grid is fixed fixes the two fields.
 
+    One that has a linear's inputs rounded as well, when the model runs, sets `rounds_inputs`.
+    """
+
+    method: str
     bits: int
     """Of one code."""
     group_size: int | None
     """Input columns that share a scale; it must divide every linear's input width. null: one a row."""
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the checkpoint has its reader round the inputs of linears too."""
+        return False
+
     def plan(self, look: "Callable[[], Empty]") -> int:
         """The number of linears.
 
         Raises:
-            Refusal: `group_size` does not divide the inputs of some of them.
+            Refusal: `group_size` does not divide the inputs of some of them; or inputs are to be rounded of
+                linears that store their weight transposed, which compressed-tensors skips.
         """
         from stages.core.blocks import linears
 
-        found = linears(look().model, self.ignore)
+        model = look().model
+        found = linears(model, self.ignore)
+        strange = sorted({type(one.module).__name__ for one in found if one.transposed})
+        if self.rounds_inputs and strange:
+            raise Refusal(
+                f"{self.method} does not serve {type(model).__name__}: no format runs its "
+                f"{', '.join(strange)} with 8-bit inputs; awq, gptq or rtn quantize its weights alone."
+            )
         if self.group_size and (
             uneven := [one.name for one in found if one.weight.shape[1] % self.group_size]
         ):
