@@ -59,6 +59,17 @@ def test_the_search_is_the_papers(seed, symmetric):
     assert errors[best] < errors[0]
 
 
+@pytest.mark.parametrize("width", [8, 192, 400])
+def test_the_error_is_exact_at_every_width(width):
+    (weight,), inputs, statistic = problem(5, width=width, outs=(6,))
+    scale = torch.rand(width) + 0.5
+    lost = awq().grid.nearest(weight * scale).dequantize() / scale - weight
+    upper = statistic.matrix().triu()
+    upper.diagonal().div_(2)
+    expected = (inputs.double() @ lost.double().T).square().sum() * 2 / len(inputs)
+    torch.testing.assert_close(awq()._error(weight, scale, upper).double(), expected, rtol=1e-4, atol=0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), bits=st.integers(2, 8), symmetric=st.booleans())
 def test_never_behind_round_to_nearest(seed, bits, symmetric):

@@ -24,6 +24,8 @@ from stages.core.statistics import Hessian
 from stages.quantize.fold import Folding
 from stages.quantize.options import IntegerQuantizer
 
+STRIPE = 192
+"""Columns of a Hessian multiplied at a time, so that little of its empty half is."""
 SHRINKS = tuple(1 - step / 20 for step in range(10))
 """The shares of a group's range that the search for clipping tries."""
 
@@ -64,11 +66,12 @@ class AWQ(Folding, IntegerQuantizer):
         self, weights: list[Tensor], statistic: Activations, reachable: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """The candidate with the least error summed over `weights` `[out, in]`; ties take the lower alpha."""
-        magnitude, hessian = statistic.magnitude(), statistic.matrix()
+        magnitude, upper = statistic.magnitude(), statistic.matrix().triu()
+        upper.diagonal().div_(2)
         best, least = torch.ones_like(magnitude), torch.tensor(torch.inf)
         for step in range(self.num_alphas):
             scale = reachable(candidate(magnitude, step / self.num_alphas))
-            error = torch.stack([self._error(weight, scale, hessian) for weight in weights]).sum()
+            error = torch.stack([self._error(weight, scale, upper) for weight in weights]).sum()
             if error < least:
                 best, least = scale, error
         return best
@@ -102,11 +105,15 @@ class AWQ(Folding, IntegerQuantizer):
             least = torch.where(better, error, least)
         return best
 
-    def _error(self, weight: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
-        """tr(D H DT) of rounding `weight` `[out, in]` under `scale` `[in]`."""
+    def _error(self, weight: Tensor, scale: Tensor, upper: Tensor) -> Tensor:
+        """tr(D H DT) of rounding `weight` `[out, in]` under `scale` `[in]`, H = `upper` + its transpose."""
         scaled = (weight.float() * scale).to(weight.dtype)
         lost = self.grid.nearest(scaled).dequantize().float() / scale - weight.float()
-        return ((lost @ hessian) * lost).sum()
+        halves = [
+            ((lost[:, :stop] @ upper[:stop, stop - STRIPE : stop]) * lost[:, stop - STRIPE : stop]).sum()
+            for stop in range(STRIPE, len(upper) + STRIPE, STRIPE)
+        ]
+        return 2 * torch.stack(halves).sum()
 
 
 def candidate(magnitude: Tensor, alpha: float) -> Tensor:
