@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stages.core.blocks import Linear, blocks, linears
+from stages.core.errors import Refusal
 from stages.core.schema import Strict
 from stages.core.statistics import ColumnNorm, Statistic
 from stages.core.walk import walk
@@ -132,8 +133,9 @@ class LayerIF(_Allocation):
 
     Influence is DataInf's closed form (2310.00902): with g_i the gradients of the first half of the windows
     and v the mean gradient of the second half, both of one block, window k has the influence
-    sum_i (v.g_k - (v.g_i)(g_i.g_k) / (damping + |g_i|^2)) / (n * damping). Positive influences are summed,
-    scaled to [0, 1] over blocks and smoothed (Savitzky-Golay, window 5, order 2).
+    sum_i (v.g_k - (v.g_i)(g_i.g_k) / (damping + |g_i|^2)) / (n * damping), with a tenth of the gradients'
+    mean square entry as damping. Positive influences are summed, scaled to [0, 1] over blocks and smoothed
+    (Savitzky-Golay, window 5, order 2; not where there are fewer than five blocks).
     """
 
     reads_text: ClassVar[bool] = True
@@ -153,8 +155,11 @@ class LayerIF(_Allocation):
 
         assert windows is not None
         found = linears(source.model, ignore)
+        if len(windows) < 2:
+            raise Refusal("allocation layer-if needs two windows or more, one to learn and one to be helped.")
         each = sketches(source.whole(), windows, sorted({one.block for one in found}))
-        scores = {block: influence(vectors) for block, vectors in each.items()}
+        sizes = {name: sum(p.numel() for p in block.parameters()) for name, block in blocks(source.model)}
+        scores = {block: influence(vectors, sizes[block]) for block, vectors in each.items()}
         order = sorted(scores, key=lambda block: int(block.rpartition(".")[2]))
         values = torch.tensor([scores[block] for block in order], dtype=torch.float64)
         width = float(values.max() - values.min()) or 1.0
@@ -181,12 +186,17 @@ def hill(eigenvalues: Tensor) -> float:
     return 1 + k / max(float(logs), 1e-12)
 
 
-def influence(vectors: Tensor) -> float:
-    """Sum of the positive influences of the first half of `vectors` `[2n, d]` on the mean of the second."""
+def influence(vectors: Tensor, size: int) -> float:
+    """Sum of the positive influences of the first half of `vectors` `[2n, d]` on the mean of the second.
+
+    Args:
+        vectors: gradients, or sketches that keep their dot products.
+        size: entries of a gradient.
+    """
     half = len(vectors) // 2
     ours, held = vectors[:half].double(), vectors[half:].double().mean(0)
     gram, toward = ours @ ours.T, ours @ held
-    damping = 0.1 * gram.diagonal().mean().clamp(min=1e-30)
+    damping = 0.1 * (gram.diagonal().mean() / size).clamp(min=1e-30)
     each = (half * toward - (toward / (damping + gram.diagonal())) @ gram) / (half * damping)
     return float(each.clamp(min=0).sum())
 
