@@ -146,6 +146,14 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "quantize.wanda-50-gptq-w4g32.group_size: 64 does not divide 32, the input width of linears of tiny; "
         "allowed: 8, 16, 32, null.",
     ),
+    "group_size of a grid inside a recipe": (
+        "prune//wanda-50", {
+            "source": "base/tiny", "method": "sparsegpt", "sparsity": 0.5, "calibration": TEXT,
+            "grid": {"bits": 4, "group_size": 24},
+        },
+        "prune.wanda-50.grid.group_size: 24 does not divide 32, 64, the input width of linears of tiny; "
+        "allowed: 8, 16, 32, null.",
+    ),
     "unknown candidate": (
         "evaluate//candidates", ["base/tiny", "prune/wanda-60"],
         "evaluate.candidates: there is no 'prune/wanda-60'; did you mean 'prune/wanda-50'? allowed: base/tiny, "
@@ -296,6 +304,16 @@ def test_one_offender_is_one_sentence(path, value, sentence, raw):
     assert all(
         name in line or "calibration.dataset: news" in line or "train.dataset: news" in line for line in found
     )
+
+
+def test_a_group_size_that_its_method_fixes_has_no_other(raw):
+    raw["models"]["tiny"]["in_features"] = [48]
+    raw["quantize"] = {"four": {"source": "base/tiny", "method": "mxfp4", "calibration": NONE}}
+    raw["evaluate"]["candidates"] = ["base/tiny"]
+    assert told(raw) == [
+        "quantize.four.group_size: 32 does not divide 48, the input width of linears of tiny; this method has no "
+        "other; take another method, or list those linears in ignore."
+    ]
 
 
 @pytest.mark.parametrize(

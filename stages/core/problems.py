@@ -8,7 +8,7 @@ recipes is read from the raw file where it can be, and from its sound entries ot
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Tag
 
@@ -31,6 +31,7 @@ PLAINER = {
     "model_type": "it must be a mapping of fields",
     "model_attributes_type": "it must be a mapping of fields",
     "tuple_type": "it must be a list",
+    "too_short": "it must not be empty",
     "int_type": "it must be a whole number",
     "int_from_float": "it must be a whole number",
     "finite_number": "it must be a finite number",
@@ -119,7 +120,11 @@ def _shown(given: Any) -> str:
 def sound(raw: Mapping[str, Any], locations: Iterable[tuple[Any, ...]]) -> tuple[dict[str, Any], set[str]]:
     """`raw` without the entries at error `locations`, and which of its data sets those were."""
     kept: dict[str, Any] = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()
+        # A name that is no string, such as YAML's true, is told of by its section's error.
+        key: {name: entry for name, entry in value.items() if isinstance(name, str)}
+        if isinstance(value, dict)
+        else value
+        for key, value in raw.items()
     }
     kinds = kept.get("suites")
     kept["suites"] = {
@@ -166,7 +171,8 @@ def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:
     for artifact, source in sources.items():
         at = artifact.replace("/", ".", 1)
         if source not in known:
-            yield f"{at}.source: there is no {source!r}; {allowed(known, source)}."
+            others = [name for name in known if name != artifact and not name.startswith("noise/")]
+            yield f"{at}.source: there is no {source!r}; {allowed(others, source)}."
             continue
         trail = [artifact]
         while source in sources and source not in trail:
@@ -238,16 +244,32 @@ def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
                 and wanted.shots > (have := dataset.fewshot * len(dataset.levels))
             ):
                 yield f"{at}.{field}.shots: {wanted.shots} given; datasets.{name} has {have} examples."
-        size, base = getattr(recipe, "group_size", None), params.base_of(artifact)
+        base = params.base_of(artifact)
         # Where linears are left alone or cut on the way, which widths there are is known only at run time.
         known = base and not getattr(recipe, "ignore", ()) and not params.reshaped(artifact)
         widths = params.models[base].in_features if base and known else ()
-        if size and (uneven := [str(width) for width in widths if width % size]):
-            fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
-            yield (
-                f"{at}.group_size: {size} does not divide {', '.join(uneven)}, the input width of linears of "
-                f"{base}; allowed: {', '.join([*map(str, fitting), 'null'])}."
-            )
+        if base and widths:
+            yield from _of_groups(at, recipe, base, widths)
+            if isinstance(grid := getattr(recipe, "grid", None), Strict):
+                yield from _of_groups(f"{at}.grid", grid, base, widths)
+
+
+def _of_groups(at: str, settings: Strict, base: str, widths: tuple[int, ...]) -> Iterator[str]:
+    """A group_size that does not divide input widths of linears of `base`."""
+    size = getattr(settings, "group_size", None)
+    if not size or not (uneven := [str(width) for width in widths if width % size]):
+        return
+    fixed = get_origin(type(settings).model_fields["group_size"].annotation) is Literal
+    fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
+    cure = (
+        "this method has no other; take another method, or list those linears in ignore"
+        if fixed
+        else f"allowed: {', '.join([*map(str, fitting), 'null'])}"
+    )
+    yield (
+        f"{at}.group_size: {size} does not divide {', '.join(uneven)}, the input width of linears of {base}; "
+        f"{cure}."
+    )
 
 
 def _learnable(dataset: Any) -> bool:

@@ -68,8 +68,9 @@ def describe(record: dict[str, Any]) -> dict[str, Any]:
         row[f"{stage}_method"] = recipe["method"]
         if stage == "prune":
             row["structure"] = recipe.get("structure", "unstructured")
-        if stage == "quantize" and record["layout"] != "dense":  # later steps may have left the grid
-            row |= {"bits": recipe["bits"], "group_size": recipe["group_size"]}
+        grid = recipe if stage == "quantize" else recipe.get("grid")
+        if grid and record["layout"] != "dense":  # later steps may have left the grid
+            row |= {"bits": grid["bits"], "group_size": grid["group_size"]}
         text = recipe.get("calibration") or recipe.get("train")
         if "num_samples" in text:
             kind = text.get("tokens", "text")
