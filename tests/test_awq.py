@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from stages.core.blocks import linears
 from stages.core.grid import Integers
 from stages.core.stream import Streamed
 from stages.quantize.__main__ import quantize
 from stages.quantize.awq import AWQ, Activations, candidate
-from tests.pipeline import TEXT, do, params, record
+from tests.pipeline import TEXT, dense, do, load, params, record
 
 BLOCK = {**TEXT, "sequential": "block"}
 
@@ -170,3 +171,19 @@ def test_killed_and_gone_on_it_notes_the_same(workspace, monkeypatch):
     }
     files = [(workspace / f"data/models/quantize/{name}/model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_pruned_model_keeps_its_zeros(workspace, family):
+    chosen = params(family, {
+        "prune/wanda": {"source": "base/tiny", "method": "wanda", "sparsity": 0.5, "calibration": TEXT},
+        "quantize/awq": {
+            "source": "prune/wanda", "method": "awq", "bits": 4, "group_size": 32, "symmetric": False,
+            "clip": True, "calibration": BLOCK,
+        },
+    })  # fmt: skip
+    do(chosen)
+    assert record("quantize/awq")["sparsity"] >= record("prune/wanda")["sparsity"]
+    sparse, made = load("prune/wanda"), dense(load("quantize/awq"))
+    for linear in linears(sparse):
+        assert not made.get_submodule(linear.name).weight[linear.weight == 0].any()

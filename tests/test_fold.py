@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, NemotronConfig, OPTConfig, PhiConfig, PreTrainedConfig
 
 from stages.core.blocks import blocks, linears
 from stages.core.errors import Refusal
@@ -96,6 +97,27 @@ def test_what_feeds_each_group(family, dtype):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
 def test_with_as_many_value_heads_as_queries_values_feed_the_output(family):
     assert Held(shaken(family, **HEADS)).names() == FEEDS[family] | {OUT: "self_attn.v_proj"}
+
+
+def configured(kind: type[PreTrainedConfig], **settings: Any) -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 259}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(kind(**sizes, **families._IDS, **settings)).eval()
+
+
+def test_families_of_other_shapes():
+    after = configured(OPTConfig, ffn_dim=64, word_embed_proj_dim=32, do_layer_norm_before=False)
+    assert Held(after).names() == {  # its norms write the residual stream
+        QKV: None, "self_attn.out_proj": "self_attn.v_proj", "fc1": None, "fc2": "fc1",
+    }  # fmt: skip
+    parallel = configured(PhiConfig, intermediate_size=64)
+    assert Held(parallel).names() == {  # one norm feeds q, k, v and fc1
+        QKV: "input_layernorm", "self_attn.dense": "self_attn.v_proj", "mlp.fc2": None,
+    }  # fmt: skip
+    biased = configured(NemotronConfig, intermediate_size=64, head_dim=8)
+    feed = Held(biased).feeds()[QKV]  # LayerNorm with 1 + weight, and a bias; its MLP is a squared ReLU
+    assert feed.origin == 1
+    assert Held(biased).names()["mlp.down_proj"] is None
 
 
 def test_what_it_finds_is_of_the_kind_it_says():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from stages.core.blocks import linears
 from stages.core.errors import Refusal
 from stages.quantize.smoothquant import Peak, SmoothQuant
-from tests.pipeline import TEXT, do, load, params, record
+from tests.pipeline import NONE, TEXT, do, load, params, record
 
 BLOCK = {**TEXT, "sequential": "block"}
 RECIPE = {"source": "base/tiny", "method": "smoothquant", "calibration": BLOCK}
@@ -115,3 +115,19 @@ def test_a_family_whose_linears_no_format_knows_is_refused(workspace):
         Refusal, match="smoothquant does not serve GPT2LMHeadModel: no format runs its Conv1D"
     ):
         do(params("gpt2", {"quantize/w8a8": RECIPE}))
+
+
+def test_what_is_made_of_it_starts_from_the_weights_its_codes_stand_for(workspace):
+    pruned = {"source": "quantize/w8a8", "method": "magnitude", "sparsity": 0.5, "scope": "matrix"}
+    chosen = params("llama", {"quantize/w8a8": RECIPE, "prune/then": {**pruned, "calibration": NONE}})
+    do(chosen, ["quantize/w8a8", "prune/then"])
+    stored = load_file(Path("data/models/quantize/w8a8/model.safetensors"))
+    made = load("prune/then")
+    for linear in linears(made):
+        codes, scale = stored[f"{linear.name}.weight"], stored[f"{linear.name}.weight_scale"]
+        weight = (codes.float() * scale.float()).to(scale.dtype)
+        kept = linear.weight != 0
+        assert torch.equal(linear.weight[kept], weight[kept])
+        assert kept.sum() == kept.numel() / 2
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(made.get_parameter(norm), stored[norm])

@@ -53,7 +53,7 @@ class SmoothQuant(Folding, Quantizer):
 
     method: Literal["smoothquant"]
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """How much of an input's range moves into the weights: 0 nothing, 1 all of it."""
+    """0 makes the columns of the weights equally large, 1 the inputs; in between both give way."""
     bits: Literal[8] = 8
     group_size: None = None
 
