@@ -1,15 +1,12 @@
-"""Depth pruning: what goes, against slow references; what is left reloads and generates with a cache."""
+"""Depth pruning: what is left reloads and generates with a cache, and is what its recipe says."""
 
-import copy
-import itertools
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from stages.core import params as schema
 from stages.core.blocks import blocks, forward
@@ -17,78 +14,16 @@ from stages.core.checkpoint import finish_base
 from stages.core.errors import Refusal
 from stages.core.run import Run
 from stages.download.__main__ import download
-from stages.prune import mean, rank
-from stages.prune.ablate import Ablation, Rows
+from stages.prune import mean
+from stages.prune.ablate import Ablation
 from stages.prune.depth import Depth
 from stages.prune.remove import drop, output_projections
 from stages.prune.tasks import Items
 from tests import families, project
-from tests.pipeline import NONE, TEXT, load, params, record
+from tests.deep import WINDOWS, deep, logits, without, without_attention
+from tests.pipeline import NONE, TEXT, dense, do, load, params, record
 
 RUN = Run(device="cpu", dtype="float32", threads=1, seed=0)
-WINDOWS = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(7))
-
-
-def deep(family: str, layers: int = 6, **more: object) -> nn.Module:
-    """A model of `layers` blocks that do much to the stream, in fp32."""
-    made = families.CONFIGS[family].to_dict() | {"num_hidden_layers": layers, "layer_types": None} | more
-    if family == "gemma3":
-        made["layer_types"] = (["sliding_attention", "sliding_attention", "full_attention"] * layers)[:layers]
-    if family not in ("gemma3", "qwen3"):
-        made.pop("layer_types")
-    if family == "mistral":
-        made["sliding_window"] = 16
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(type(families.CONFIGS[family])(**made), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-class Skip(nn.Module):
-    """In a block's place: what comes in goes out, plus a constant."""
-
-    def __init__(self, plus: torch.Tensor | float = 0.0) -> None:
-        super().__init__()
-        self.plus = plus
-
-    def forward(self, hidden_states, *args, **kwargs):
-        return hidden_states + self.plus
-
-
-def without(model: nn.Module, gone, plus=None) -> nn.Module:
-    """The slow reference: a copy with `Skip` in the place of blocks."""
-    made = copy.deepcopy(model)
-    name = blocks(made)[0][0].rpartition(".")[0]
-    for number in gone:
-        made.get_submodule(name)[number] = Skip(plus[number] if plus else 0.0)
-    return made
-
-
-def without_attention(model: nn.Module, gone) -> nn.Module:
-    made = copy.deepcopy(model)
-    for number in gone:
-        one = output_projections(made)[number]
-        one.module.weight.data.zero_()
-        if one.module.bias is not None:
-            one.module.bias.data.zero_()
-    return made
-
-
-def loss(model: nn.Module, windows: torch.Tensor = WINDOWS) -> float:
-    with torch.no_grad():
-        return sum(
-            float(model(input_ids=row[None], labels=row[None], use_cache=False).loss) for row in windows
-        ) / len(windows)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=WINDOWS, use_cache=False).logits
 
 
 @pytest.fixture
@@ -147,161 +82,10 @@ def test_what_is_left_reloads_and_generates_alike_with_and_without_a_cache(famil
         assert len(set(told[0][:, 24:].flatten().tolist())) >= 4
 
 
-@pytest.mark.parametrize("target", ["block", "attention"])
-@pytest.mark.parametrize("family", families.CONFIGS)
-def test_leaving_one_out_is_a_model_without_it(family, target):
-    model = deep(family, 3)
-    before = logits(model)
-    found = rank.perplexity(Ablation(model, Rows.of(WINDOWS), 2, target, "test"), [0, 1, 2])
-    reference = without if target == "block" else without_attention
-    for number, value in found.items():
-        assert value == pytest.approx(loss(reference(model, {number})), abs=1e-5)
-    assert len({round(value, 4) for value in found.values()}) == 3
-    assert torch.equal(logits(model), before)
-
-
-def test_any_sets_in_one_go_are_what_they_are_alone():
-    model = deep("gemma3", 4)
-    sets = [frozenset(c) for n in range(5) for c in itertools.combinations(range(4), n)]
-    found = Ablation(model, Rows.of(WINDOWS), 3, "block", "test").losses(sets)
-    for out in sets:
-        assert found[out] == pytest.approx(loss(without(model, out)), abs=1e-5)
-
-
-def exact_shapley(value, players: list[int]) -> dict[int, float]:
-    """The definition: the mean gain on joining any set, weighted by its size."""
-    count = len(players)
-    found = {}
-    for one in players:
-        rest = [other for other in players if other != one]
-        found[one] = sum(
-            (value(frozenset(have) | {one}) - value(frozenset(have)))
-            / (count * math.comb(count - 1, len(have)))
-            for n in range(count)
-            for have in itertools.combinations(rest, n)
-        )
-    return found
-
-
-def test_sampled_shapley_values_near_the_exact_ones():
-    model = deep("llama", 4)
-    ablation = Ablation(model, Rows.of(WINDOWS), 5, "block", "test")
-    losses = {
-        frozenset(c): loss(without(model, set(range(4)) - set(c)))
-        for n in range(5)
-        for c in itertools.combinations(range(4), n)
-    }
-    exact = exact_shapley(lambda have: -losses[have], [0, 1, 2, 3])
-    found = rank.shapley(ablation, [0, 1, 2, 3], 2000, 0)
-    spread = max(losses.values()) - min(losses.values())
-    assert max(abs(found[n] - exact[n]) for n in exact) < 0.03 * spread
-    assert sum(found.values()) == pytest.approx(losses[frozenset()] - losses[frozenset(range(4))], abs=1e-4)
-    few = rank.shapley(ablation, [0, 1, 3], 3, 1)
-    assert few == rank.shapley(ablation, [0, 1, 3], 3, 1) != rank.shapley(ablation, [0, 1, 3], 3, 2)
-    assert set(few) == {0, 1, 3}
-
-
-@pytest.mark.parametrize("target", ["block", "attention"])
-def test_greedy_takes_what_a_search_by_hand_takes(target):
-    model = deep("opt", 5)
-    reference = without if target == "block" else without_attention
-    gone: set[int] = set()
-    order = []
-    for _ in range(3):
-        tried = {n: loss(reference(model, gone | {n})) for n in (1, 2, 4) if n not in gone}
-        order.append(min(tried, key=tried.__getitem__))
-        gone.add(order[-1])
-    found = rank.greedy(Ablation(model, Rows.of(WINDOWS), 2, target, "test"), [1, 2, 4], 3, None)
-    assert [step["removed"] for step in found.notes["steps"]] == order
-    assert found.removed == tuple(sorted(gone))
-
-
-def streams(model: nn.Module) -> list[torch.Tensor]:
-    """The stream before every block and after the last, by transformers' own account."""
-    bare = copy.deepcopy(model)
-    bare.model.norm = nn.Identity()
-    with torch.no_grad():
-        return list(bare(input_ids=WINDOWS, output_hidden_states=True).hidden_states)
-
-
-def test_block_influence_and_angles_are_the_papers_formulas():
-    model = deep("llama", 5)
-    seen = [one.double().numpy() for one in streams(model)]
-
-    def cosine(a, b):
-        return (a * b).sum(-1) / ((a * a).sum(-1) * (b * b).sum(-1)) ** 0.5
-
-    influence = rank.block_influence(model, WINDOWS, 2, "block")
-    for number in range(5):
-        assert influence[number] == pytest.approx(1 - cosine(seen[number], seen[number + 1]).mean(), abs=1e-6)
-    for count in (1, 2, 3):
-        found = rank.angular(model, WINDOWS, 2, count)
-        assert sorted(found) == list(range(6 - count))
-        for start in found:
-            each = cosine(seen[start][:, -1], seen[start + count][:, -1])
-            expected = sum(math.acos(value) / math.pi for value in each) / len(each)
-            assert found[start] == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("family", "added"),
-    [
-        ("llama", lambda block: block.self_attn.o_proj),
-        ("gemma3", lambda block: block.post_attention_layernorm),  # what it is handed is not yet added
-        ("gpt_neox", lambda block: block.attention.dense),
-    ],
-)
-def test_an_attentions_influence_is_that_of_what_it_adds(family, added):
-    model = deep(family, 3)
-    seen: dict[int, list[torch.Tensor]] = {}
-    handles = []
-    for number, (_, block) in enumerate(blocks(model)):
-        seen[number] = []
-        handles.append(
-            block.register_forward_pre_hook(
-                lambda _, args, kwargs, number=number: seen[number].append(
-                    args[0] if args else kwargs["hidden_states"]
-                ),
-                with_kwargs=True,
-            )
-        )
-        handles.append(
-            added(block).register_forward_hook(
-                lambda _, __, output, number=number: seen[number].append(output)
-            )
-        )
-    forward(model, WINDOWS)
-    for handle in handles:
-        handle.remove()
-    found = rank.block_influence(model, WINDOWS, 3, "attention")
-    for number, (before, plus) in seen.items():
-        expected = (
-            1 - nn.functional.cosine_similarity(before.double(), (before + plus).double(), dim=-1).mean()
-        )
-        assert found[number] == pytest.approx(float(expected), abs=1e-6)
-
-
 def test_reverse_takes_the_last_but_the_very_last(source):
     source(deep("llama"))
     assert prune(blocks=3)["notes"]["prune/made"] == {"removed": [2, 3, 4]}
     assert prune(blocks=3, keep=(3,))["notes"]["prune/made"] == {"removed": [1, 2, 4]}
-
-
-def test_the_run_that_goes_holds_no_kept_block():
-    distances = {0: 0.5, 1: 0.1, 2: 0.3, 3: 0.3}
-
-    def goes(choices):
-        return rank.run_of(distances, rank.runs(choices, 2), 2).removed
-
-    assert goes([0, 1, 2, 3, 4]) == (1, 2)
-    assert goes([0, 1, 3, 4]) == (3, 4)
-    assert goes([2, 3, 4]) == (2, 3)  # a tie
-    with pytest.raises(Refusal, match="keep leaves no run of 2 blocks"):
-        goes([0, 2, 4])
-
-
-def test_ties_fall_to_the_lower_block():
-    assert rank.lowest({3: 0.0, 1: 0.0, 2: -1.0, 0: 0.0}, 2) == (0, 2)
 
 
 @pytest.mark.parametrize("metric", ["block-influence", "angular", "perplexity", "shapley", "greedy"])
@@ -404,6 +188,34 @@ def test_a_model_its_config_cannot_say_is_refused():
     model = deep("gpt2", 4, scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(Refusal, match=r"GPT2LMHeadModel: its config cannot say .*attn\.scaling"):
         drop(model, {1})
+
+
+def test_places_in_the_cache_that_are_not_renumbered_are_refused():
+    config = GPTNeoConfig(
+        vocab_size=259, hidden_size=32, num_layers=4, num_heads=4, attention_types=[[["global"], 4]],
+        max_position_embeddings=64, bos_token_id=256, eos_token_id=257,
+    )  # fmt: skip
+    with pytest.raises(Refusal, match=r"GPTNeoForCausalLM: its config cannot say .*layer_id"):
+        drop(AutoModelForCausalLM.from_config(config), {1})
+
+
+def test_a_packed_source_gives_a_dense_model_without_a_block(workspace):
+    recipes = {
+        "quantize/rtn": {
+            "source": "base/tiny", "method": "rtn", "bits": 4, "group_size": 32, "calibration": NONE,
+        },
+        "prune/after": {
+            "source": "quantize/rtn", "method": "depth", "metric": "perplexity", "blocks": 1,
+            "calibration": TEXT,
+        },
+    }  # fmt: skip
+    do(params("qwen3", recipes), list(recipes))
+    packed, made = dense(load("quantize/rtn")), load("prune/after")
+    (removed,) = record("prune/after")["notes"]["prune/after"]["removed"]
+    assert record("prune/after")["layout"] == "dense"
+    (_, ours), (_, theirs) = blocks(made)[0], blocks(packed)[1 - removed]
+    mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert mine and all(torch.equal(parameter, other[name]) for name, parameter in mine.items())
 
 
 @pytest.fixture

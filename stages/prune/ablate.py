@@ -1,15 +1,14 @@
-"""Watching a decoder's residual stream, and running it with some of its blocks left out.
+"""Running a decoder with some of its blocks, or their attention, left out.
 
-A block reads the stream and adds to it: x -> x + f(x). `observe` shows every block's x and x + f(x), or
-those of its attention. `Ablation` runs the model's own forward with some f left out, by standing in for a
-block's forward. Many sets of blocks left out share how they begin: they are run in such an order that a
-run starts from the block where it first differs from the run before, whose stream is kept.
+It is the model's own forward, with something standing in for the forwards of its blocks. Many sets of
+blocks left out share how they begin: they are run in such an order that a run starts from the block where
+it first differs from the run before, whose residual stream is kept.
 """
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +16,11 @@ from tqdm import tqdm
 
 from stages.core.blocks import blocks, check_length, forward
 from stages.core.errors import Refusal
-from stages.prune.remove import attention_of, output_projections
+from stages.prune.observe import Target, first_of, stream_of
+from stages.prune.remove import output_projections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Target = Literal["block", "attention"]
-"""What is removed: whole blocks, or their attention."""
-See = Callable[[int, Tensor, Tensor], None]
-"""(block number, the stream before it, the stream after it), both `[windows, tokens, hidden]`."""
 
 
 @dataclass(frozen=True)
@@ -41,63 +36,6 @@ class Rows:
         predicted = torch.ones_like(windows, dtype=torch.bool)
         predicted[:, 0] = False
         return cls(windows, predicted)
-
-
-def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among the arguments of a block."""
-    stream: Tensor = args[0] if args else kwargs["hidden_states"]
-    return stream
-
-
-def observe(
-    model: "PreTrainedModel", windows: Tensor, batch_size: int, target: Target, see: See, label: str
-) -> None:
-    """Call `see` for every block and every `batch_size` windows of one forward.
-
-    Raises:
-        Refusal: NaN or infinite hidden states, or windows longer than the model reads.
-    """
-    check_length(model, windows, label)
-
-    names = [name for name, _ in blocks(model)]
-
-    def checked(number: int, before: Tensor, after: Tensor) -> None:
-        if not after.isfinite().all():
-            raise Refusal(
-                f"{label}: NaN or infinite hidden states after {names[number]}; nothing was written."
-            )
-        see(number, before, after)
-
-    with ExitStack() as hooks:
-        for number, (name, block) in enumerate(blocks(model)):
-            attention = attention_of(name, block) if target == "attention" else None
-            _watch(number, block, attention, checked, hooks)
-        for batch in tqdm(windows.split(batch_size), desc=label, unit="batch"):
-            forward(model, batch)
-
-
-def _watch(number: int, block: nn.Module, attention: nn.Module | None, see: See, hooks: ExitStack) -> None:
-    """Hooks on one block. What an attention adds is its output, or that of a norm it is handed to."""
-    held: dict[str, Tensor] = {}
-
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        held["stream"] = stream_of(args, kwargs)
-
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
-        see(number, held["stream"], held["stream"] + held["added"] if attention else _first(output))
-        held.clear()
-
-    def attend(_: nn.Module, __: Any, output: Any) -> None:
-        held["added"] = _first(output)
-
-    def follow(_: nn.Module, args: Any, output: Any) -> None:
-        if args and args[0] is held.get("added"):
-            held["added"] = output
-
-    hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
-    hooks.enter_context(block.register_forward_hook(leave))
-    for child in block.children() if attention else ():
-        hooks.enter_context(child.register_forward_hook(attend if child is attention else follow))
 
 
 class Ablation:
@@ -162,11 +100,15 @@ class Ablation:
     def _score(self, part: Tensor) -> Tensor:
         model: Any = self._model
         tokens, predicted = self._rows.tokens[part], self._rows.predicted[part, 1:]
-        logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1].cpu()[predicted]
-        each = torch.zeros(predicted.shape, dtype=torch.float64)
-        chosen = logits.float().log_softmax(-1).gather(1, tokens[:, 1:][predicted][:, None])
-        each[predicted] = chosen[:, 0].double()
-        return each.sum(1)
+        logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
+        found = torch.zeros(len(part), dtype=torch.float64)
+        for row, (each, labels, asked) in enumerate(zip(logits, tokens[:, 1:], predicted, strict=True)):
+            # A few positions at a time, as a vocabulary wide fp32 copy of all is slow.
+            for some, wanted in zip(each[asked].split(64), labels[asked].split(64), strict=True):
+                wide = some.float()
+                chosen = wide.gather(1, wanted[:, None].to(wide.device))[:, 0]
+                found[row] += (chosen - wide.logsumexp(1)).double().sum().cpu()
+        return found
 
     def _stand_in(self, stack: ExitStack) -> None:
         for number, block in enumerate(self._blocks):
@@ -221,13 +163,8 @@ def _chain(model: "PreTrainedModel") -> int | None:
             hooks.enter_context(block.register_forward_hook(leave))
         forward(model, torch.zeros(1, 2, dtype=torch.long))
     whole = zip(outputs, inputs[1:], strict=False)
-    if len(inputs) != len(blocks(model)) or any(_first(output) is not after for output, after in whole):
+    if len(inputs) != len(blocks(model)) or any(first_of(output) is not after for output, after in whole):
         raise Refusal(
             f"{type(model).__name__} does something between its blocks, so they cannot be left out singly."
         )
     return None if isinstance(outputs[0], Tensor) else len(outputs[0])
-
-
-def _first(output: Any) -> Tensor:
-    stream: Tensor = output if isinstance(output, Tensor) else output[0]
-    return stream

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stages.core.blocks import Linear, blocks, forward, linears
 from stages.core.errors import Refusal
-from stages.prune.ablate import Target, observe
+from stages.prune.observe import Target, first_of, observe
 from stages.prune.remove import output_projections
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ def holder(model: "PreTrainedModel", number: int) -> Linear:
 def _output(model: "PreTrainedModel", block: nn.Module) -> Tensor:
     """What a block gives for two tokens, `[1, 2, hidden]`."""
     seen: list[Tensor] = []
-    handle = block.register_forward_hook(
-        lambda _, __, output: seen.append(output if isinstance(output, Tensor) else output[0])
-    )
+    handle = block.register_forward_hook(lambda _, __, output: seen.append(first_of(output)))
     try:
         forward(model, torch.zeros(1, 2, dtype=torch.long))
     finally:

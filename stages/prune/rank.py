@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from stages.core.blocks import blocks
 from stages.core.errors import Refusal
-from stages.prune.ablate import Ablation, Target, observe
+from stages.prune.ablate import Ablation
+from stages.prune.observe import Target, observe
 from stages.prune.tasks import Asked
 
 if TYPE_CHECKING:

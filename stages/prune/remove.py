@@ -2,11 +2,12 @@
 
 The kept blocks close up, and everything that counts blocks is told: the config's number of layers, its
 lists with an entry a layer (`layer_types`), and the `layer_idx` by which a block finds its place in the
-cache of keys. The proof is a model built anew from the config: its blocks must be like those kept, or the
-family cannot say such a model and is refused. An attention cannot be left out of a plain checkpoint at
-all; its output projection is zeroed instead.
+cache of keys. The proof is a model built anew from the config as it is written: its blocks must be like
+those kept, or the family cannot say such a model and is refused. An attention cannot be left out of a
+plain checkpoint at all; its output projection is zeroed instead.
 """
 
+import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +54,12 @@ def _check(model: "PreTrainedModel") -> None:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
 
-    family = type(model).__name__
+    family, config = type(model).__name__, model.config
     try:
+        written = type(config).from_dict(json.loads(config.to_json_string()))
         with init_empty_weights(include_buffers=False):
             plain = AutoModelForCausalLM.from_config(
-                model.config, attn_implementation=model.config._attn_implementation
+                written, attn_implementation=config._attn_implementation
             ).eval()
     except (ValueError, IndexError) as error:
         raise Refusal(f"{family}: its config cannot say a model without these blocks: {error}") from error
@@ -80,7 +82,10 @@ def _differences(ours: nn.Module, theirs: nn.Module) -> list[str]:
         found += [
             f"{name}.{key}".lstrip(".")
             for key, value in vars(module).items()
-            if not key.startswith("_") and isinstance(value, PLAIN) and mine.get(key) != value
+            if not key.startswith("_")
+            and key != "training"
+            and isinstance(value, PLAIN)
+            and mine.get(key) != value
         ]
     return sorted(found)
 
