@@ -114,7 +114,7 @@ def test_families_of_other_shapes():
     assert Held(parallel).names() == {  # one norm feeds q, k, v and fc1
         QKV: "input_layernorm", "self_attn.dense": "self_attn.v_proj", "mlp.fc2": None,
     }  # fmt: skip
-    biased = configured(NemotronConfig, intermediate_size=64, head_dim=8)
+    biased = configured(NemotronConfig, intermediate_size=64, head_dim=8, num_key_value_heads=4)
     feed = Held(biased).feeds()[QKV]  # LayerNorm with 1 + weight, and a bias; its MLP is a squared ReLU
     assert feed.origin == 1
     assert Held(biased).names()["mlp.down_proj"] is None
