@@ -1,10 +1,9 @@
 """A model larger than memory: its blocks are read when they are worked on and written when they are done.
 
-The modules are all there from the start, but a block's parameters take no memory until its turn comes
-(`Streamed.block`): they are read from the source's safetensors, changed, written to a shard of the new
-checkpoint in `data/scratch/`, and given up again. What is held is one block, the embeddings where text
-passes through, and the calibration's activations. A file is opened anew for every block, as pages of an
-open one count as memory in use.
+A block's parameters take no memory until its turn comes (`Streamed.block`): they are read from the source
+(`stages.core.source`), changed, written to a shard of the new checkpoint in `data/scratch/`, and given up
+again. What is held is one block, the embeddings where text passes through, and the calibration's
+activations.
 
 A killed run leaves its finished shards behind, in a folder named after everything they were computed
 from, and the next run takes them as they are. When all are there they become the artifact: one file below
@@ -26,16 +25,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.core.artifact import MODELS, RECORD, load_model, load_tokenizer
+from stages.core.artifact import MODELS, RECORD, load_tokenizer
 from stages.core.atomic import SCRATCH, write_json, writing
-from stages.core.blocks import blocks, linears
+from stages.core.blocks import linears
 from stages.core.checkpoint import Sizes, check_zeros, lineage, zero_masks
 from stages.core.grid import Quantized
 from stages.core.packed import described, packable, tensors_of, weight_from
+from stages.core.source import Empty, put
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from stages.core.run import Run
     from stages.core.schema import Recipe
 
@@ -44,111 +42,6 @@ ONE_FILE = 2**30
 RESUME = SCRATCH / "resume"
 
 log = logging.getLogger(__name__)
-
-
-class Files:
-    """The parameters of a model in a plain safetensors checkpoint, read when asked for; no file stays open.
-
-    Some families name a tensor otherwise on disk than in the model (GPT-NeoX's `embed_out`).
-    """
-
-    def __init__(self, folder: Path, model: "PreTrainedModel") -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        renamings = get_model_conversion_mapping(model)
-        self._where: dict[str, tuple[Path, str]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as handle:
-                for key in handle.keys():  # noqa: SIM118
-                    name = key
-                    for renaming in renamings:
-                        name, _ = renaming.rename_source_key(name)
-                    self._where[name] = (file, key)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def read(self, name: str) -> Tensor:
-        """The parameter of this name."""
-        file, key = self._where[name]
-        with safe_open(file, "pt") as handle:
-            tensor: Tensor = handle.get_tensor(key)
-        return tensor
-
-
-class Loaded:
-    """The same of a model in memory; for sources whose plain weights no file holds as they are."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._tensors = model.state_dict()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def read(self, name: str) -> Tensor:
-        """The parameter of this name."""
-        return self._tensors[name]
-
-
-class Empty:
-    """A model whose blocks are without weights except while `block` holds them; nothing is written.
-
-    `model` has its parameters on the meta device. The base of `Streamed`; by itself, it is how a method
-    looks at the source before it begins.
-    """
-
-    def __init__(self, artifact: str, run: "Run") -> None:
-        from accelerate import init_empty_weights  # type: ignore[import-untyped]
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self.name, self._run = artifact, run
-        config: Any = AutoConfig.from_pretrained(MODELS / artifact, local_files_only=True)
-        packed = config.__dict__.pop("quantization_config", None)
-        with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=run.torch_dtype, attn_implementation="sdpa"
-            ).eval()
-        self.model.tie_weights()
-        self._source: Files | Loaded = Files(MODELS / artifact, self.model)
-        if packed or any(name not in self._source for name, _ in self.model.named_parameters()):
-            self._source = Loaded(self.whole())
-        self._device, self._dtype = run.resolved_device(), run.torch_dtype
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self._device)
-        self._blocks = blocks(self.model)
-
-    def whole(self) -> "PreTrainedModel":
-        """The source all in memory, for what cannot be done a block at a time."""
-        return load_model(self.name, self._run, dequantize=True)
-
-    def bring_rest(self) -> None:
-        """Load what text passes through on its way to and from the blocks: embeddings, norms."""
-        body: Any = self.model.base_model
-        inside = {id(module) for _, block in self._blocks for module in block.modules()}
-        names = {id(module): name for name, module in self.model.named_modules()}
-        for module in body.modules():
-            if id(module) not in inside:
-                self._fill(names[id(module)], module, recurse=False)
-        self.model.tie_weights()
-
-    @contextmanager
-    def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
-        """Hold the source's weights of the block; see `stages.core.walk.Home`."""
-        self._fill(name, block)
-        try:
-            yield False
-        finally:
-            self._drop(block)
-
-    def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True) -> None:
-        for name in [name for name, _ in module.named_parameters(recurse=recurse)]:
-            tensor = self._source.read(f"{prefix}.{name}".lstrip("."))
-            _put(module, name, tensor.to(self._device, self._dtype))
-
-    def _drop(self, module: nn.Module) -> None:
-        for name, parameter in list(module.named_parameters()):
-            _put(module, name, torch.empty_like(parameter, device="meta"))
 
 
 class Streamed(Empty):
@@ -198,7 +91,7 @@ class Streamed(Empty):
             stored = load_file(self._shard(name))
             for local in [local for local, _ in block.named_parameters()]:
                 full = f"{name}.{local}"
-                _put(block, local, weight_from(stored, full, self.scheme).to(self._device, self._dtype))
+                put(block, local, weight_from(stored, full, self.scheme).to(self._device, self._dtype))
             yield True
         else:
             self._fill(name, block)
@@ -247,6 +140,8 @@ class Streamed(Empty):
         sizes = Sizes()
         for fact in facts:
             sizes.merge(fact["sizes"])
+        if len({json.dumps([fact["scheme"], fact["fake"]], sort_keys=True) for fact in facts}) > 1:
+            raise ValueError("blocks on unlike grids make no one checkpoint")
         quantized = {name for fact in facts for name in fact["quantized"]}
         joined: dict[str, list[str]] = {}
         for key, found in [noted for fact in facts for noted in fact["noted"].items()]:
@@ -278,6 +173,9 @@ class Streamed(Empty):
             if not name.startswith(inside):
                 sizes.add(parameter, None, prunable=False)
                 found[name] = parameter.numel() * parameter.element_size()
+        for name, buffer in self.model.named_buffers():
+            if name in self._source and not name.startswith(inside):
+                found[name] = buffer.numel() * buffer.element_size()
         return found
 
     def _assemble(self, folder: Path, rest: Mapping[str, int]) -> None:
@@ -307,12 +205,6 @@ class Streamed(Empty):
                 index[part] = target.name
         told = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(told, indent=2) + "\n")
-
-
-def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _key(recipe: Mapping[str, Any], run: "Run") -> str:
