@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, NemotronConfig, OPTConfig, PhiCon
 from stages.core.blocks import blocks, linears
 from stages.core.errors import Refusal
 from stages.core.walk import input_groups
-from stages.quantize.fold import Norm, Rows, feeds, fold
+from stages.quantize.feeds import Norm, Rows, feeds
+from stages.quantize.fold import fold
 from tests import families
 
 HEADS = {"num_key_value_heads": 4}
