@@ -25,7 +25,7 @@ DEPTH = 6
 
 
 def allocation(method: str, **options) -> Allocation:
-    return TypeAdapter(Allocation).validate_python({"method": method, **options})
+    return TypeAdapter(Allocation).validate_python({"kind": method, **options})
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ RECIPES = {
 def test_what_is_written_has_the_zeros_that_were_planned(method, recipe, workspace):
     options = {"method": recipe, "sparsity": 0.5, "source": "base/tiny"} | RECIPES[recipe]
     reads = recipe in ("wanda", "sparsegpt")
-    spread = {"method": method}
+    spread = {"kind": method}
     chosen = params(
         "llama",
         {

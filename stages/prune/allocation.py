@@ -36,13 +36,13 @@ class _Allocation(Strict):
 class Uniform(_Allocation):
     """The same share everywhere."""
 
-    method: Literal["uniform"]
+    kind: Literal["uniform"]
 
 
 class ERK(_Allocation):
     """Erdos-Renyi (1911.11134): a matrix keeps a share like (rows + columns) / (rows * columns)."""
 
-    method: Literal["erk"]
+    kind: Literal["erk"]
 
     def shares(
         self, source: "Empty", ignore: tuple[str, ...], sparsity: float, windows: Tensor | None
@@ -70,7 +70,7 @@ class OWL(_Allocation):
     """
 
     reads_text: ClassVar[bool] = True
-    method: Literal["owl"]
+    kind: Literal["owl"]
     multiple: Annotated[float, Field(gt=0)] = 5.0
     spread: Annotated[float, Field(gt=0, lt=0.5)] = 0.08
     """The paper's lambda: no block is further than twice this from another."""
@@ -107,7 +107,7 @@ class Alpha(_Allocation):
     estimator), averaged over its linears; mapped linearly to [1 - spread, 1 + spread] and rescaled.
     """
 
-    method: Literal["alpha"]
+    kind: Literal["alpha"]
     spread: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """The paper's epsilon."""
 
@@ -139,7 +139,7 @@ class LayerIF(_Allocation):
     """
 
     reads_text: ClassVar[bool] = True
-    method: Literal["layer-if"]
+    kind: Literal["layer-if"]
     low: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """The share of the most influential block, before all are rescaled to the target."""
     high: Annotated[float, Field(gt=0, lt=1)] = 0.40
@@ -171,7 +171,7 @@ class LayerIF(_Allocation):
         return solved(lambda scale: {b: f * scale for b, f in factor.items()}, found, sparsity)
 
 
-Allocation = Annotated[Uniform | ERK | OWL | Alpha | LayerIF, Field(discriminator="method")]
+Allocation = Annotated[Uniform | ERK | OWL | Alpha | LayerIF, Field(discriminator="kind")]
 
 
 def hill(eigenvalues: Tensor) -> float:

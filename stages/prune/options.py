@@ -33,7 +33,7 @@ class Pruner(WeightMethod):
     sparsity: Sparsity
     structure: Annotated[str, AfterValidator(_structure)] = "unstructured"
     """`unstructured`, or `N:M`: N of every M consecutive inputs are kept."""
-    allocation: Allocation = Uniform(method="uniform")
+    allocation: Allocation = Uniform(kind="uniform")
     """How the share is spread over blocks."""
 
     @model_validator(mode="after")
@@ -50,7 +50,7 @@ class Pruner(WeightMethod):
         reads = self.allocation.reads_text
         if reads and isinstance(self.calibration, NoData):
             raise ValueError(
-                f"allocation {self.allocation.method} is measured on text; name one to calibrate"
+                f"allocation {self.allocation.kind} is measured on text; name one to calibrate"
             )
         if not (reads or self.statistic or isinstance(self.calibration, NoData)):
             raise ValueError("calibration must be {dataset: none}, as nothing here reads text")
