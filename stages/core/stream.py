@@ -179,32 +179,46 @@ class Streamed(Empty):
         return found
 
     def _assemble(self, folder: Path, rest: Mapping[str, int]) -> None:
-        """Write the safetensors: one file where that is small, a shard a block and an index beyond."""
+        """Write the safetensors: one file where that is small, a shard a block and an index beyond.
+
+        Tensors are named as the family's checkpoints name them, which is not always as its modules do.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
         files = [self._shard(name) for name in self._names]
         size = sum(file.stat().st_size for file in files) + sum(rest.values())
+        dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
 
-        def read(name: str) -> dict[str, Tensor]:
-            return {name: self._source.read(name).to("cpu", self._dtype).contiguous()}
+        def named(part: Path | str) -> dict[str, Tensor]:
+            held = (
+                load_file(part)
+                if isinstance(part, Path)
+                else {part: self._source.read(part).to("cpu", dtypes[part])}
+            )
+            out = revert_weight_conversion(self.model, held)
+            return {name: tensor.contiguous() for name, tensor in out.items()}
 
+        parts: list[Path | str] = [*files, *rest]
         if size < ONE_FILE:
-            whole: dict[str, Tensor] = {}
-            for tensors in [*map(read, rest), *map(load_file, files)]:
-                whole |= tensors
+            whole = {name: tensor for part in parts for name, tensor in named(part).items()}
             save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
             return
         index: dict[str, str] = {}
-        parts: list[Path | str] = [*files, *rest]
         for number, part in enumerate(parts, start=1):
             target = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-            if isinstance(part, Path):
+            tensors = named(part)
+            index |= dict.fromkeys(tensors, target.name)
+            if isinstance(part, Path) and tensors.keys() == _names(part):
                 os.link(part, target)  # the scratch copy stays until the artifact is whole
-                with safe_open(target, "pt") as handle:
-                    index |= dict.fromkeys(handle.keys(), target.name)
             else:
-                save_file(read(part), target, metadata={"format": "pt"})
-                index[part] = target.name
+                save_file(tensors, target, metadata={"format": "pt"})
         told = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _names(file: Path) -> set[str]:
+    with safe_open(file, "pt") as handle:
+        return set(handle.keys())
 
 
 def _key(recipe: Mapping[str, Any], run: "Run") -> str:
