@@ -108,6 +108,8 @@ def sentence(details: Any, root: type[Strict]) -> str:
     said = PLAINER.get(kind) or str(details["msg"]).removeprefix("Value error, ").replace(
         "Input should be", "it must be"
     )
+    if kind == "value_error" and isinstance(given, dict):  # fields that disagree; the sentence names them
+        return f"{where}: {said}."
     return f"{where}: {'bad name ' if name else ''}{_shown(given)}{'' if name else ' given'}; {said}."
 
 
