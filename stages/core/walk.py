@@ -23,7 +23,6 @@ A `Home` says where a block's weights come from and go to, so that a model large
 through the same code as one that is loaded.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -34,25 +33,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stages.core.blocks import Linear, blocks, check_length, forward, linears
+from stages.core.calls import joined, split
 from stages.core.errors import Refusal
+from stages.core.groups import Group, input_groups
 from stages.core.statistics import Statistic, finite
 
 Sequential = Literal["linear", "block", "none"]
 """What a linear's statistic has seen: see the module's docstring."""
-
-
-@dataclass
-class Group:
-    """Linears of a block that are handed the same tensor.
-
-    `feeder` is the module whose output that tensor is (a norm, say), None where it is computed inline.
-    `inputs` is what they were handed for one window, `[1, tokens, in]` or `[tokens, in]`.
-    """
-
-    linears: list[Linear]
-    feeder: nn.Module | None
-    inputs: Tensor
-    statistic: Statistic | None = None
 
 
 Compress = Callable[[Linear, Statistic | None], Tensor | None]
@@ -189,63 +176,21 @@ def walk(
     return len(found)
 
 
-def input_groups(block: nn.Module, found: list[Linear], run: Callable[[], object]) -> list[Group]:
-    """The linears of a block by the tensor they are handed, in the order in which they compute.
-
-    Args:
-        run: puts something through the block.
-
-    Raises:
-        Refusal: a linear that is never reached, or more than once.
-    """
-    groups: dict[int, Group] = {}
-    makers: dict[int, nn.Module] = {}
-    kept: list[Any] = []  # so that no id is used twice within the run
-    by_module = {linear.module: linear for linear in found}
-
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        kept.append(args[0])
-        group = groups.setdefault(id(args[0]), Group([], makers.get(id(args[0])), args[0]))
-        group.linears.append(by_module[module])
-
-    def after(module: nn.Module, _: object, output: object) -> None:
-        kept.append(output)
-        makers.setdefault(id(output), module)
-
-    handles = [linear.module.register_forward_pre_hook(before) for linear in found]
-    handles += [
-        module.register_forward_hook(after) for module in block.modules() if not list(module.children())
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    reached = Counter(linear.name for group in groups.values() for linear in group.linears)
-    if missed := [linear.name for linear in found if not reached[linear.name]]:
-        raise Refusal(f"the model's forward never reaches {', '.join(missed)}; list them in ignore.")
-    if again := [name for name, times in reached.items() if times > 1]:
-        raise Refusal(
-            f"the model's forward passes more than once through {', '.join(again)}; list them in ignore."
-        )
-    return list(groups.values())
-
-
 def _step(state: _Walk, name: str, block: nn.Module, count: int) -> Callable[..., Any]:
     """The forward that stands in for a block's: compress it on `count` windows, return its output."""
     original = block.forward
 
     def run(calls: list[tuple[Any, Any]]) -> Any:
-        return _joined([original(*args, **kwargs) for args, kwargs in calls])
+        return joined([original(*args, **kwargs) for args, kwargs in calls])
 
     def step(*args: Any, **kwargs: Any) -> Any:
         with state.home.block(name, block, dense=state.sequential == "none") as done:
-            calls = _split((args, kwargs), count, state.batch_size or count)
+            calls = split((args, kwargs), count, state.batch_size or count)
             if done:
                 output = run(calls)
             else:
                 state.check(name)
-                window = _split((args, kwargs), count, 1)[0]
+                window = split((args, kwargs), count, 1)[0]
                 groups = _grouped(state, name, block, original, window)
                 output = _compressed(state, groups, run, calls, window)
         state.bar.update()
@@ -304,35 +249,3 @@ def _hook(state: _Walk, group: Group, linear: Linear) -> Callable[[nn.Module, tu
                 group.statistic = None
 
     return hook
-
-
-def _split(call: Any, count: int, size: int) -> list[Any]:
-    """`call` once for every `size` of its `count` windows: tensors of that many rows cut, the rest shared.
-
-    Shared are masks and positions with one row for all windows, and vectors.
-    """
-    if size >= count:
-        return [call]
-
-    def cut(value: Any, start: int) -> Any:
-        if isinstance(value, Tensor):
-            return value[start : start + size] if value.ndim > 1 and value.shape[0] == count else value
-        if isinstance(value, tuple | list):
-            return type(value)(cut(one, start) for one in value)
-        if isinstance(value, dict):
-            return {key: cut(one, start) for key, one in value.items()}
-        return value
-
-    return [cut(call, start) for start in range(0, count, size)]
-
-
-def _joined(outputs: list[Any]) -> Any:
-    """The outputs of consecutive windows as one."""
-    first = outputs[0]
-    if len(outputs) == 1:
-        return first
-    if isinstance(first, Tensor):
-        return torch.cat(outputs)
-    if isinstance(first, tuple | list):
-        return type(first)(_joined(list(parts)) for parts in zip(*outputs, strict=True))
-    return first
