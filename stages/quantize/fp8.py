@@ -2,7 +2,9 @@
 
 Half the size of bf16, and on hardware that multiplies E4M3 numbers twice the speed, when `activations` are
 rounded to them as well. That is done when the model runs, with a scale found for each token, by any reader
-of the checkpoint; it is part of the model that is evaluated here. See `stages.core.floats`.
+of the checkpoint; it is part of the model that is evaluated here. Where a model hands a linear the tokens of
+all texts as one matrix (OPT's fc1), transformers finds one scale for all of them, so that an answer depends
+on what it is batched with. See `stages.core.floats`.
 """
 
 from typing import Literal
