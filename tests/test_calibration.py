@@ -213,9 +213,9 @@ def test_settings_that_do_not_go_together_are_refused(options):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "prune: news 4x32"),
+        ({}, "prune: news (path:inputs) 4x32"),
         ({"tokens": "random", "dataset": "none", "seed": 1}, "prune: random tokens 4x32"),
-        (GENERATED, "prune: generated from news 4x32"),
+        (GENERATED, "prune: generated from news (path:inputs) 4x32"),
     ],
 )
 def test_recipes_calibrate_on_every_kind_and_scores_say_which(options, said, workspace):

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from stages.core.artifact import MODELS, RECORD, load_record, load_tokenizer
 from stages.core.atomic import writing
 from stages.core.blocks import Linear, linears
+from stages.core.calibration import DATASETS
 from stages.core.errors import Refusal
 from stages.core.grid import Quantized
 
@@ -87,9 +88,17 @@ def lineage(
         "lineage": [*source["lineage"], artifact],
         "recipes": {**source["recipes"], artifact: dict(recipe)},
         "base": source["base"],
+        "texts": {**source.get("texts", {}), **_texts(recipe)},
         "notes": {**source.get("notes", {}), **({artifact: dict(notes)} if notes else {})},
         "numerics": run.numerics(),
     }
+
+
+def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Where the data sets that a recipe learns from come from, by name."""
+    names = {(recipe.get(field) or {}).get("dataset", "none") for field in ("calibration", "train")}
+    described = {name: json.loads((DATASETS / name / "dataset.json").read_text()) for name in names - {"none"}}
+    return {name: told.get("source", "reasoning-gym") for name, told in described.items()}
 
 
 def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> "PreTrainedModel":

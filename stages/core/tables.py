@@ -75,7 +75,8 @@ def describe(record: dict[str, Any]) -> dict[str, Any]:
         if "num_samples" in text:
             kind = text.get("tokens", "text")
             what = {"text": "", "generated": "generated from ", "random": "random tokens "}[kind]
-            what += "" if kind == "random" else f"{text['dataset']} "
+            if kind != "random":
+                what += f"{text['dataset']} ({record['texts'][text['dataset']]}) "
             read.append(f"{stage}: {what}{text['num_samples']}x{text['sequence_length']}")
     row["calibration"] = "; ".join(read) or "none"
     return row
