@@ -1,29 +1,60 @@
 """The arguments of one call of a block cut up by windows, and what the pieces return put together."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def split(call: Any, count: int, size: int) -> list[Any]:
-    """`call` once for every `size` of its `count` windows: tensors of that many rows cut, the rest shared.
+class _Reached(Exception):
+    """The block whose arguments were asked for."""
 
-    Shared are masks and positions with one row for all windows, and vectors.
+
+def arguments(block: nn.Module, run: Callable[[], object]) -> Any:
+    """What `run` calls the block with, (args, kwargs); nothing from there on is computed."""
+    held: list[Any] = []
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        held.append((args, kwargs))
+        raise _Reached
+
+    block.forward = stop
+    try:
+        run()
+    except _Reached:
+        return held[0]
+    finally:
+        del block.forward
+    raise AssertionError("the forward never reaches its first block")
+
+
+def split(call: Any, count: int, size: int, single: Any) -> list[Any]:
+    """`call` once for every `size` of its `count` windows: tensors with rows of every window cut.
+
+    Args:
+        single: a call with one window, as no shape alone tells windows from as many attention heads. What
+            has `count` times its rows is cut (BLOOM's positions have a row a window and head), what has
+            the same is shared (masks and positions that are alike for all windows).
     """
     if size >= count:
         return [call]
 
-    def cut(value: Any, start: int) -> Any:
-        if isinstance(value, Tensor):
-            return value[start : start + size] if value.ndim > 1 and value.shape[0] == count else value
+    def cut(value: Any, like: Any, start: int) -> Any:
+        if isinstance(value, Tensor) and value.ndim:
+            rows = len(like) if isinstance(like, Tensor) and like.ndim else 1
+            return value[start * rows : (start + size) * rows] if len(value) == count * rows else value
         if isinstance(value, tuple | list):
-            return type(value)(cut(one, start) for one in value)
+            alike = (
+                like if isinstance(like, tuple | list) and len(like) == len(value) else [None] * len(value)
+            )
+            return type(value)(cut(*pair, start) for pair in zip(value, alike, strict=True))
         if isinstance(value, dict):
-            return {key: cut(one, start) for key, one in value.items()}
+            known = like if isinstance(like, dict) else {}
+            return {key: cut(one, known.get(key), start) for key, one in value.items()}
         return value
 
-    return [cut(call, start) for start in range(0, count, size)]
+    return [cut(call, single, start) for start in range(0, count, size)]
 
 
 def joined(outputs: list[Any]) -> Any:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stages.core.blocks import Linear, blocks, check_length, forward, linears
-from stages.core.calls import joined, split
+from stages.core.calls import arguments, joined, split
 from stages.core.errors import Refusal
 from stages.core.groups import Group, input_groups
 from stages.core.statistics import Statistic, finite
@@ -166,8 +166,9 @@ def walk(
         if sequential == "linear" and (prepare or (batch_size or len(windows)) < len(windows)):
             raise ValueError("batches and preparation need sequential block or none")
         check_length(model, windows, label)
+        single = arguments(blocks(model)[0][1], lambda: forward(model, windows[:1]))
         for name, block in blocks(model):
-            block.forward = _step(state, name, block, len(windows))
+            block.forward = _step(state, name, block, len(windows), single)
         try:
             forward(model, windows)
         finally:
@@ -176,7 +177,7 @@ def walk(
     return len(found)
 
 
-def _step(state: _Walk, name: str, block: nn.Module, count: int) -> Callable[..., Any]:
+def _step(state: _Walk, name: str, block: nn.Module, count: int, single: Any) -> Callable[..., Any]:
     """The forward that stands in for a block's: compress it on `count` windows, return its output."""
     original = block.forward
 
@@ -185,12 +186,12 @@ def _step(state: _Walk, name: str, block: nn.Module, count: int) -> Callable[...
 
     def step(*args: Any, **kwargs: Any) -> Any:
         with state.home.block(name, block, dense=state.sequential == "none") as done:
-            calls = split((args, kwargs), count, state.batch_size or count)
+            calls = split((args, kwargs), count, state.batch_size or count, single)
             if done:
                 output = run(calls)
             else:
                 state.check(name)
-                window = split((args, kwargs), count, 1)[0]
+                window = split((args, kwargs), count, 1, single)[0]
                 groups = _grouped(state, name, block, original, window)
                 output = _compressed(state, groups, run, calls, window)
         state.bar.update()
