@@ -97,7 +97,9 @@ def lineage(
 def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
     """Where the data sets that a recipe learns from come from, by name."""
     names = {(recipe.get(field) or {}).get("dataset", "none") for field in ("calibration", "train")}
-    described = {name: json.loads((DATASETS / name / "dataset.json").read_text()) for name in names - {"none"}}
+    described = {
+        name: json.loads((DATASETS / name / "dataset.json").read_text()) for name in names - {"none"}
+    }
     return {name: told.get("source", "reasoning-gym") for name, told in described.items()}
 
 
