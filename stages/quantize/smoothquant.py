@@ -18,14 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages.core.errors import Refusal
 from stages.core.grid import Int8, Integers
 from stages.core.statistics import Statistic
 from stages.quantize.fold import Folding
 from stages.quantize.options import Quantizer
 
 if TYPE_CHECKING:
-    from stages.core.stream import Empty
     from stages.core.walk import Group
 
 
@@ -59,22 +57,10 @@ class SmoothQuant(Folding, Quantizer):
 
     statistic = Peak
 
-    def plan(self, look: "Callable[[], Empty]") -> int:
-        """The number of linears.
-
-        Raises:
-            Refusal: linears that store their weight transposed, which compressed-tensors skips.
-        """
-        from stages.core.blocks import linears
-
-        model = look().model
-        found = linears(model, self.ignore)
-        if strange := sorted({type(one.module).__name__ for one in found if one.transposed}):
-            raise Refusal(
-                f"smoothquant does not serve {type(model).__name__}: no format runs its {', '.join(strange)} "
-                "with 8-bit inputs; awq or gptq quantize its weights alone."
-            )
-        return len(found)
+    @property
+    def rounds_inputs(self) -> bool:
+        """Always."""
+        return True
 
     def prepare(self, groups: "list[Group]", block: Callable[[], Any]) -> dict[str, list[str]]:
         """Fold, and note the linears whose inputs plain transformers rounds with one scale a batch."""
