@@ -122,6 +122,29 @@ def test_four_bit_floats_load_in_any_dtype(name, workspace):
         dense(AutoModelForCausalLM.from_pretrained("data/models/quantize/made", dtype=dtype).eval())
 
 
+@pytest.mark.parametrize("name", ["rtn-w3-asymmetric", "fp8-with-inputs", "mxfp4", "nvfp4", "nf4"])
+def test_what_was_finished_before_a_kill_is_read_back(name, workspace, monkeypatch):
+    chosen, file = made("llama", RECIPES[name]), Path("data/models/quantize/made/model.safetensors")
+    do(chosen)
+    whole, config = file.read_bytes(), (file.parent / "config.json").read_bytes()
+    method = type(chosen.quantize["made"])
+    original, calls = method.weights, 0
+
+    def killed(self, weight, statistic):
+        nonlocal calls
+        calls += 1
+        if calls == 8:  # the first linear of the second block
+            raise KeyboardInterrupt
+        return original(self, weight, statistic)
+
+    monkeypatch.setattr(method, "weights", killed)
+    with pytest.raises(KeyboardInterrupt):
+        do(chosen, ["quantize/made"])
+    do(chosen, ["quantize/made"])
+    assert calls == 8 + 7  # nothing of the first block again
+    assert file.read_bytes() == whole and (file.parent / "config.json").read_bytes() == config
+
+
 def test_inputs_are_rounded_where_the_checkpoint_says_so(workspace):
     do(made("llama", RECIPES["fp8-with-inputs"], "float32"))
     ids = torch.arange(16)[None]
