@@ -23,9 +23,9 @@ torch.manual_seed(int(seed))
 tokens = load_file(tokens_path)["input_ids"]
 model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
 recipes = {
-    "wanda": lambda: WandaPruningModifier(sparsity=0.5, mask_structure="0:0", ignore=["lm_head"]),
+    "wanda": lambda: WandaPruningModifier(sparsity=0.5, mask_structure="0:0", ignore=["re:.*lm_head"]),
     "sparsegpt": lambda: SparseGPTModifier(
-        sparsity=0.5, mask_structure="0:0", block_size=128, dampening_frac=0.01, ignore=["lm_head"]
+        sparsity=0.5, mask_structure="0:0", block_size=128, dampening_frac=0.01, ignore=["re:.*lm_head"]
     ),
     "gptq": lambda: GPTQModifier(
         config_groups={
@@ -39,7 +39,7 @@ recipes = {
         block_size=128,
         dampening_frac=0.01,
         actorder=None,
-        ignore=["lm_head"],
+        ignore=["re:.*lm_head"],
     ),
 }  # fmt: skip
 data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
