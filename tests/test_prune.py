@@ -437,10 +437,10 @@ def test_a_pattern_no_linear_is_cut_evenly_by_is_refused():
     [
         ({"structure": "4:2"}, "N:M with N < M"),
         ({"structure": "2:4", "sparsity": 0.6}, "structure 2:4 is a sparsity of 0.5, not 0.6"),
-        ({"structure": "2:4", "allocation": {"method": "erk"}}, "leaves nothing to allocate"),
+        ({"structure": "2:4", "allocation": {"kind": "erk"}}, "leaves nothing to allocate"),
         ({"scope": "global", "structure": "2:4"}, "scope global is an allocation of its own"),
-        ({"scope": "global", "allocation": {"method": "erk"}}, "scope global is an allocation of its own"),
-        ({"allocation": {"method": "owl"}}, "allocation owl is measured on text; name one"),
+        ({"scope": "global", "allocation": {"kind": "erk"}}, "scope global is an allocation of its own"),
+        ({"allocation": {"kind": "owl"}}, "allocation owl is measured on text; name one"),
         ({"calibration": {"dataset": "news"}}, "must be {dataset: none}, as nothing here reads text"),
     ],
 )
