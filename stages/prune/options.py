@@ -49,9 +49,7 @@ class Pruner(WeightMethod):
                 raise ValueError(f"structure {self.structure} leaves nothing to allocate; drop allocation")
         reads = self.allocation.reads_text
         if reads and isinstance(self.calibration, NoData):
-            raise ValueError(
-                f"allocation {self.allocation.kind} is measured on text; name one to calibrate"
-            )
+            raise ValueError(f"allocation {self.allocation.kind} is measured on text; name one to calibrate")
         if not (reads or self.statistic or isinstance(self.calibration, NoData)):
             raise ValueError("calibration must be {dataset: none}, as nothing here reads text")
         return self
