@@ -11,7 +11,7 @@ READY := $(VENV)/ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: compare test lint types format setup clean
+.PHONY: bench compare test lint types format setup clean
 
 compare: $(READY)
 	prunequant run $(if $(JOBS),--jobs $(JOBS))
@@ -40,5 +40,13 @@ $(READY): requirements.lock requirements-dev.lock pyproject.toml
 	python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# llm-compressor, which the benchmark compares with, pins other versions than ours.
+bench: $(READY) .venv-llmcompressor/ready
+
+.venv-llmcompressor/ready: benchmarks/requirements-llmcompressor.lock
+	$(PYTHON) -m venv .venv-llmcompressor
+	.venv-llmcompressor/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-llmcompressor.lock
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-llmcompressor .mypy_cache .pytest_cache .ruff_cache .hypothesis

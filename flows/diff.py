@@ -2,8 +2,9 @@
 
 From git and DVC's cache alone: changed params, artifacts whose hash differs (models tensor by tensor),
 scores that differ, and the items whose answer turned from right to wrong or back. Beside each changed
-score stands the noise floor: how far the same measure moved between a model and itself at another batch
-size (`noise/` candidates). A difference within it says nothing about the recipes.
+score stand the noise floor, how far the same measure moved between a model and itself at another batch
+size (`noise/` candidates), and the verdict the report would give: a difference within the floor, or one
+that is luck over these items, says nothing about the recipes.
 """
 
 import json
@@ -16,7 +17,8 @@ import pandas as pd
 from flows import revisions, tensors
 from flows.revisions import WORKSPACE, Revision
 from stages.core.tables import SAMPLE_COLUMNS, SAMPLES, SCORE_COLUMNS, SCORES, table
-from stages.report.collect import KEY, noise_floor, records
+from stages.report.collect import KEY, Results, noise_floor, records
+from stages.report.compare import between
 
 ITEM = ["candidate", "suite", "task", "readout", "doc_id", "prompt_hash", "metric"]
 
@@ -35,7 +37,7 @@ def diff(old_name: str, new_name: str | None) -> dict[str, Any]:
         "revisions": [old.name, new.name],
         "params": list(params(old.params, new.params)),
         "artifacts": list(artifacts(old, new)),
-        "scores": score_changes(*scores),
+        "scores": score_changes(*(Results(*tables) for tables in zip(scores, samples, strict=True))),
         "flipped": flips(*samples),
         "warnings": [*machine_changes(old, new), *run_changes(*scores)],
     }
@@ -97,22 +99,20 @@ def results(old: Revision, new: Revision) -> list[str]:
     return sorted(wanted - old.missing - new.missing)
 
 
-def score_changes(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows whose value differs or that only one side has, each with its noise floor.
+def score_changes(old: Results, new: Results) -> list[dict[str, Any]]:
+    """Rows whose value differs or that only one side has, with the noise floor, `p` and `verdict`.
 
-    `beyond_noise` is null where no `noise/` candidate measures that floor or there is nothing to compare.
+    The verdict is that of `stages.report.compare`, empty where there is nothing to compare with.
     """
-    if old.empty and new.empty:
+    if old.scores.empty and new.scores.empty:
         return []
     key = ["candidate", "base", *KEY]
-    both = old[[*key, "value"]].merge(new[[*key, "value"]], on=key, how="outer", suffixes=("_old", "_new"))
+    sides = [side.scores[[*key, "value"]] for side in (old, new)]
+    both = sides[0].merge(sides[1], on=key, how="outer", suffixes=("_old", "_new"))
     same = (both["value_old"] == both["value_new"]) | both[["value_old", "value_new"]].isna().all(axis=1)
-    both = both[~same].merge(noise_floor(old, new).reset_index(), on=["base", *KEY], how="left")
+    both = both[~same].merge(noise_floor(old.scores, new.scores).reset_index(), on=["base", *KEY], how="left")
+    both = both.merge(between(old, new)[[*key, "p", "verdict"]], on=key, how="left")
     both["difference"] = both["value_new"] - both["value_old"]
-    beyond = both["difference"].abs() > both["noise_floor"]
-    both["beyond_noise"] = beyond.astype(object).where(
-        both[["difference", "noise_floor"]].notna().all(axis=1)
-    )
     return records(both.rename(columns={"value_old": "old", "value_new": "new"}))
 
 
@@ -154,8 +154,12 @@ def run_changes(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
 def missing(revision: Revision) -> dict[str, Any]:
     """What the cache lacks of a revision, and the command that brings it from the remote."""
     paths = sorted(revision.missing)
-    verb = "dvc pull" if revision.name == WORKSPACE else "dvc fetch --all-commits"
-    return {"revision": revision.name, "outputs": paths, "command": " ".join([verb, *paths])}
+    if revision.name == WORKSPACE:
+        command = " ".join(["dvc pull", *paths])
+    else:  # dvc fetch --all-commits passes over commits it cannot read, and says so in a warning only
+        fetch = " ".join(["dvc fetch", *paths])
+        command = f"git checkout --quiet --detach {revision.name} && {fetch}; git checkout --quiet -"
+    return {"revision": revision.name, "outputs": paths, "command": command}
 
 
 def _table(revision: Revision, name: str, outs: list[str]) -> pd.DataFrame:

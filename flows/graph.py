@@ -134,6 +134,7 @@ def sort_lock() -> None:
     """Order the stages of dvc.lock by name; DVC leaves them as they ended, which is noise to git."""
     from dvc.lock import LockError
     from dvc.repo import Repo
+    from dvc.utils.serialize import dumps_yaml
 
     if not LOCK.exists():
         return
@@ -142,7 +143,7 @@ def sort_lock() -> None:
             before = LOCK.read_text()
             lock = yaml.load(before, yaml.CSafeLoader)
             ordered = {**lock, "stages": dict(sorted(lock["stages"].items()))}
-            after = yaml.safe_dump(ordered, sort_keys=False, width=1000)
+            after = dumps_yaml(ordered)
             if after != before:
                 partial = LOCK.with_name(".dvc.lock.partial")
                 partial.write_text(after)

@@ -107,6 +107,7 @@ def plan(jobs: int | None, targets: Iterable[str]) -> Run:
     """
     checked = params.load_verified()
     whole = graph.select(graph.read(), targets)
+    console.print(f"{len(whole)} stages; looking for what is out of date", markup=False)
     stale = graph.stale(whole)
     below = graph.below(whole, stale)
     if jobs is None:

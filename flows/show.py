@@ -27,7 +27,7 @@ def show(diff: dict[str, Any], console: Console) -> None:
         _table(
             console,
             "Scores",
-            ("candidate", "measure", old, new, "difference", "noise", "beyond noise"),
+            ("candidate", "measure", old, new, "difference", "noise", "verdict"),
             [_score(row) for row in diff["scores"]],
         )
     if diff["flipped"]:
@@ -56,9 +56,13 @@ def _tensors(found: dict[str, Any] | None) -> str:
 
 def _score(row: dict[str, Any]) -> tuple[Any, ...]:
     level = "" if row["difficulty"] == "all" else f" {row['difficulty']}"
-    verdict = {None: "", True: "yes", False: "no"}[row["beyond_noise"]]
     numbers = (row["old"], row["new"], row["difference"], row["noise_floor"])
-    return row["candidate"], f"{row['suite']}{level} {row['readout']} {row['metric']}", *numbers, verdict
+    return (
+        row["candidate"],
+        f"{row['suite']}{level} {row['readout']} {row['metric']}",
+        *numbers,
+        row["verdict"] or "",
+    )
 
 
 def _flipped(console: Console, items: list[dict[str, Any]], old: str, new: str) -> None:

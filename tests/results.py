@@ -82,6 +82,7 @@ def record(wanted: Params, candidate: str) -> dict[str, Any]:
             "source": wanted.models[model].source,
             "grid": {"format": "Q4_1", "group_size": 32},
         },
+        "texts": {name: dataset.source for name, dataset in wanted.datasets.items() if name != "arithmetic"},
         "sparsity": 0.5 if "50" in name else 0.0015,
         "layout": "pack-quantized" if candidate.startswith("quantize/") else "dense",
         "num_parameters": 134_515_008,

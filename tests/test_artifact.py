@@ -32,7 +32,7 @@ def counts(family: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_a_dense_model_has_16_bits_a_weight(family):
-    told = measure(families.model(family), {})
+    told = measure(families.model(family))
     inside, rest = counts(family)
     assert told == {
         "num_parameters": inside + rest,
@@ -44,7 +44,7 @@ def test_a_dense_model_has_16_bits_a_weight(family):
 
 def test_tied_embeddings_are_counted_once():
     tied, untied = families.model("llama"), families.model("mistral")
-    assert measure(untied, {})["num_parameters"] - measure(tied, {})["num_parameters"] == families.VOCAB * 32
+    assert measure(untied)["num_parameters"] - measure(tied)["num_parameters"] == families.VOCAB * 32
 
 
 def make(*steps, family: str = "llama") -> dict:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from flows import diff, tensors
 from stages.core.tables import SAMPLE_COLUMNS, SCORE_COLUMNS, table
+from stages.report.collect import Results
 from tests import finished as sweep
 from tests import project
 
@@ -21,6 +22,7 @@ def scores(**values: float) -> pd.DataFrame:
     names = {"m": "base/m", "again": "noise/again", "w": "prune/w"}
     rows = [
         {**MEASURE, "candidate": names[key], "value": value,
+         "base": "m", "higher_is_better": True,
          "lineage": "base/m" if key == "m" else f"base/m > {names[key]}"}
         for key, value in values.items()
     ]  # fmt: skip
@@ -47,26 +49,45 @@ def test_params_are_compared_by_key():
     ]
 
 
-@pytest.mark.parametrize(("new", "beyond"), [(0.58, False), (0.9, True)])
-def test_a_changed_score_stands_beside_its_noise_floor(new, beyond):
-    old = scores(m=0.5, again=0.6, w=0.5)
-    (row,) = diff.score_changes(old, scores(m=0.5, again=0.6, w=new))
+def items(candidate: str, *rightness: float) -> pd.DataFrame:
+    """One item each of `candidate`, answered right (1) or wrong (0)."""
+    return samples(*rightness).assign(candidate=candidate)
+
+
+def results(table: pd.DataFrame, *answers: pd.DataFrame) -> Results:
+    return Results(table, pd.concat(answers) if answers else samples())
+
+
+@pytest.mark.parametrize(
+    ("new", "right", "verdict"),
+    [
+        (0.58, [1.0] * 58 + [0.0] * 42, "within noise"),  # inside the floor
+        (0.7, [0.0, 1.0] * 10, "within noise"),  # outside, and as many items lost as won
+        (0.9, [1.0] * 90 + [0.0] * 10, "better"),
+        (0.1, [0.0] * 90 + [1.0] * 10, "worse"),
+    ],
+)
+def test_a_changed_score_stands_beside_its_noise_floor_and_verdict(new, right, verdict):
+    before = [1.0, 0.0] * (len(right) // 2)
+    old = results(scores(m=0.5, again=0.6, w=0.5), items("prune/w", *before))
+    (row,) = diff.score_changes(old, results(scores(m=0.5, again=0.6, w=new), items("prune/w", *right)))
     assert row["candidate"] == "prune/w"
     assert (row["old"], row["new"]) == (0.5, new)
     assert row["difference"] == pytest.approx(new - 0.5)
     assert row["noise_floor"] == pytest.approx(0.1)
-    assert row["beyond_noise"] is beyond
+    assert row["verdict"] == verdict
 
 
-def test_without_a_noise_candidate_there_is_no_verdict():
-    (row,) = diff.score_changes(scores(m=0.5), scores(m=0.6))
-    assert (row["noise_floor"], row["beyond_noise"]) == (None, None)
+def test_without_items_a_change_is_untested():
+    (row,) = diff.score_changes(results(scores(m=0.5)), results(scores(m=0.6)))
+    assert (row["noise_floor"], row["p"], row["verdict"]) == (None, None, "untested")
 
 
 def test_a_candidate_of_one_side_has_no_difference():
-    (row,) = diff.score_changes(scores(m=0.5, again=0.5), scores(m=0.5, again=0.5, w=0.4))
+    old, new = results(scores(m=0.5, again=0.5)), results(scores(m=0.5, again=0.5, w=0.4))
+    (row,) = diff.score_changes(old, new)
     assert (row["candidate"], row["old"], row["new"], row["difference"]) == ("prune/w", None, 0.4, None)
-    assert row["beyond_noise"] is None
+    assert row["verdict"] == ""
 
 
 def test_flips_are_items_that_crossed():
@@ -117,11 +138,13 @@ def test_a_clone_without_the_cache_says_what_to_pull(edited, tmp_path):
     project.run(tmp_path, "git", "clone", "-q", str(folder), str(clone))
     said = sweep.prunequant(clone, "diff", "HEAD~1")
     assert "quantize.gptq-w4g32.bits" in said
-    commands = [line.strip() for line in said.splitlines() if line.startswith("  dvc ")]
-    assert [command.split(" data/")[0] for command in commands] == ["dvc fetch --all-commits", "dvc pull"]
+    commands = [line.strip() for line in said.splitlines() if line.startswith(("  git ", "  dvc "))]
+    assert [command.split(" data/")[0] for command in commands] == [
+        "git checkout --quiet --detach HEAD~1 && dvc fetch", "dvc pull",
+    ]  # fmt: skip
     assert all(MODEL in command for command in commands)
     for command in commands:
-        project.run(clone, *command.split())
+        project.run(clone, "bash", "-c", command)
     whole = [sweep.prunequant(where, "diff", "HEAD~1", "--json") for where in (clone, folder)]
     assert whole[0] == whole[1]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.grid import Codes, bounds, dequantize, round_to_codes, scale_of
+from stages.core.grid import Codes, Int8, Integers, bounds, dequantize, round_to_codes, scale_of
 
 BITS = st.integers(2, 8)
 SEED = st.integers(0, 2**31)
@@ -68,3 +68,45 @@ def test_a_group_of_zeros_has_scale_one(bits):
 
 def test_bounds():
     assert [bounds(bits) for bits in (2, 4, 8)] == [(-2, 1), (-8, 7), (-128, 127)]
+
+
+@given(
+    BITS,
+    st.sampled_from([4, 16, None]),
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    SEED,
+)
+def test_nearest_is_nearest_and_zero_is_on_the_grid(bits, group_size, symmetric, dtype, seed):
+    weight = (draw(seed) + seed % 5 - 2).to(dtype)  # on one side of zero, mostly
+    weight[:, ::3] = 0
+    found = Integers(bits, group_size, symmetric).nearest(weight)
+    low, high = bounds(bits)
+    wide = [
+        values.float().repeat_interleave(16 // found.scale.shape[1], 1)[..., None]
+        for values in (found.scale, torch.zeros_like(found.scale) if symmetric else found.zero_point)
+    ]
+    grid = wide[0] * (torch.arange(low, high + 1) - wide[1])
+    best = (grid - weight.float()[..., None]).abs().amin(2)
+    code = found.codes.float() if symmetric else found.codes.float() - wide[1][..., 0]
+    torch.testing.assert_close((code * wide[0][..., 0] - weight.float()).abs(), best)
+    assert found.dequantize().dtype == dtype
+    assert (found.dequantize()[:, ::3] == 0).all()
+    assert found.nonzero() == torch.count_nonzero(found.dequantize())
+
+
+@given(BITS, SEED)
+def test_an_asymmetric_grid_spans_the_group(bits, seed):
+    values = draw(seed).abs()
+    scale, zero = Integers(bits, None, symmetric=False).fit(values, torch.float32)
+    low, high = bounds(bits)
+    assert (zero == low).all()  # nothing is below zero, so every code is above it
+    torch.testing.assert_close(scale * (high - low), values.amax(1, keepdim=True))
+
+
+def test_bits_are_those_of_codes_scales_and_zero_points():
+    weight = draw(0).bfloat16()
+    assert Integers(3, 8).nearest(weight).stored_bits() == 64 * 3 + 8 * 16
+    assert Integers(3, 8, symmetric=False).nearest(weight).stored_bits() == 64 * 3 + 8 * (16 + 3)
+    near = Integers(8, None).nearest(weight)
+    assert Int8(near.codes, near.scale).stored_bits() == 64 * 8 + 4 * 16

@@ -13,6 +13,8 @@ from tests.pipeline import NONE, TEXT, dense, do, load, params, record
 
 MAGNITUDE = {"method": "magnitude", "sparsity": 0.5, "scope": "matrix", "calibration": NONE}
 WANDA = {"method": "wanda", "sparsity": 0.5, "calibration": TEXT}
+SPARSEGPT = {"method": "sparsegpt", "sparsity": 0.5, "calibration": TEXT}
+RANDOM = {"method": "random", "sparsity": 0.5, "seed": 0, "calibration": NONE}
 RTN = {"method": "rtn", "bits": 4, "group_size": 32, "calibration": NONE}
 GPTQ = {"method": "gptq", "bits": 4, "group_size": 32, "calibration": TEXT}
 LORA = {
@@ -75,6 +77,26 @@ def test_any_order_runs_and_keeps_its_lineage(family, steps, workspace):
         assert told["sparsity"] == pytest.approx(steps[-1][1]["sparsity"], abs=0.01)
 
 
+@pytest.mark.parametrize(
+    "again", [MAGNITUDE, MAGNITUDE | {"scope": "global"}, WANDA, SPARSEGPT, RANDOM],
+    ids=lambda options: f"{options['method']}-{options.get('scope', '')}",
+)  # fmt: skip
+@pytest.mark.parametrize("first", [("prune", RANDOM), ("quantize", RTN | {"bits": 2})])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+def test_pruning_what_has_zeros_already_counts_them(sparsity, first, again, workspace):
+    """Asked for more zeros than there are it adds to them, for fewer it takes none back."""
+    one, other = run("llama", first, ("prune", again | {"sparsity": sparsity}))
+    before, after = weights(one), weights(other)
+    kept = sum(int((weight == 0).sum()) for weight in before.values())
+    assert all((after[name][weight == 0] == 0).all() for name, weight in before.items())
+    zeros = sum(int((weight == 0).sum()) for weight in after.values())
+    total = sum(weight.numel() for weight in before.values())
+    assert zeros >= max(kept, total * sparsity)
+    if again.get("scope") == "global" or (first[1] is RANDOM and again["method"] != "wanda"):
+        assert zeros == max(kept, total * sparsity)
+    assert record(other)["sparsity"] == zeros / total
+
+
 def test_packed_weights_are_unpacked_exactly_for_the_next_step(workspace):
     first, second = run("llama", ("quantize", RTN), ("prune", MAGNITUDE | {"sparsity": 0.0}))
     before, after = weights(first), weights(second)
@@ -110,7 +132,7 @@ def test_a_lost_zero_stops_the_stage(workspace, monkeypatch):
         return codes
 
     monkeypatch.setattr(rtn.RTN, "weights", forgetful)
-    with pytest.raises(AssertionError, match=r"q_proj: \d+ of 512 zeros lost"):
+    with pytest.raises(AssertionError, match=r"q_proj: \d+ of 512 zeros were lost in writing"):
         run("llama", ("prune", WANDA), ("quantize", RTN))
     assert not Path("data/models/quantize/step-1").exists()
 

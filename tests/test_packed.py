@@ -1,49 +1,76 @@
-"""The packed file: what is read back is what was computed, at every width."""
+"""What a file holds of a weight on a grid is what was computed, in every format and at every width."""
 
-import json
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from stages.core.grid import Codes, bounds
-from stages.core.packed import read_codes, write_packed
-from tests import families
+from stages.core.grid import Codes, Int8, Integers, Quantized, bounds
+from stages.core.packed import FORMATS, code_from, tensors_of, weight_from
+
+NAME = "model.layers.0.mlp.up_proj"
 
 
-def random_codes(model, bits: int, group_size: int | None) -> dict[str, Codes]:
-    generator = torch.Generator().manual_seed(bits)
-    low, high = bounds(bits)
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            rows, columns = module.weight.shape
-            codes = torch.randint(low, high + 1, (rows, columns), generator=generator, dtype=torch.int8)
-            groups = columns // (group_size or columns)
-            found[name] = Codes(
-                codes, torch.rand(rows, groups, generator=generator).bfloat16(), bits, group_size
-            )
-    return found
+def weight(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(12, 96, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def drawn(bits: int, group_size: int | None, symmetric: bool) -> Codes:
+    """Codes and zero points of the whole range, whatever weight they may come from."""
+    generator, (low, high) = torch.Generator().manual_seed(bits), bounds(bits)
+    groups = 96 // (group_size or 96)
+    codes = torch.randint(low, high + 1, (12, 96), generator=generator, dtype=torch.int8)
+    zero = torch.randint(low, high + 1, (12, groups), generator=generator, dtype=torch.int8)
+    scale = torch.rand(12, groups, generator=generator).bfloat16()
+    return Codes(codes, scale, bits, group_size, None if symmetric else zero)
+
+
+def written(code: Quantized, folder) -> dict[str, torch.Tensor]:
+    save_file(tensors_of(NAME, code), folder / "model.safetensors", metadata={"format": "pt"})
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-@pytest.mark.parametrize("group_size", [32, None])
-def test_codes_scales_and_size_on_disk(bits, group_size, tmp_path):
-    model = families.model("llama")
-    codes = random_codes(model, bits, group_size)
-    assert len(codes) == 14
-    write_packed(model, codes, tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as handle:
-        assert handle.metadata() == {"format": "pt"}
-        for name, code in codes.items():
-            assert torch.equal(read_codes(handle, name, tmp_path), code.codes)
-            assert torch.equal(handle.get_tensor(f"{name}.weight_scale"), code.scale)
-            words = handle.get_tensor(f"{name}.weight_packed")
-            assert words.dtype == torch.int32
-            assert words.numel() * 32 < code.codes.numel() * bits + 32 * len(code.codes) * (bits + 1)
-            assert f"{name}.weight" not in handle.keys()  # noqa: SIM118 - it is no dict
-        # The head is tied to the embedding, which is there once.
-        assert "lm_head.weight" not in handle.keys()  # noqa: SIM118
-    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert config["format"] == "pack-quantized"
-    assert config["ignore"] == ["lm_head"]
+@pytest.mark.parametrize("group_size", [8, 32, None])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_integer_codes_come_back(bits, group_size, symmetric, tmp_path):
+    code = drawn(bits, group_size, symmetric)
+    stored, scheme = written(code, tmp_path), code.scheme()
+    again = code_from(stored, f"{NAME}.weight", scheme)
+    assert isinstance(again, Codes)
+    assert torch.equal(again.codes, code.codes) and torch.equal(again.scale, code.scale)
+    assert (again.bits, again.group_size) == (bits, group_size)
+    assert (again.zero_point is None) == symmetric
+    if not symmetric:
+        assert torch.equal(again.zero_point, code.zero_point)
+    assert torch.equal(weight_from(stored, f"{NAME}.weight", scheme), code.dequantize())
+    # Codes fill whole words a row, and zero points whole words a column; nothing else is lost to packing.
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values()) - 2 * 8
+    assert (
+        0 <= size * 8 - code.stored_bits() < 32 * len(code.codes) + 32 * code.scale.shape[1] * (not symmetric)
+    )
+
+
+def test_eight_bit_codes_of_linears_whose_inputs_are_rounded_come_back(tmp_path):
+    near = Integers(8, None).nearest(weight(0))
+    code = Int8(near.codes, near.scale)
+    stored = written(code, tmp_path)
+    assert {name.removeprefix(f"{NAME}.") for name in stored} == {"weight", "weight_scale"}
+    again = code_from(stored, f"{NAME}.weight", code.scheme())
+    assert isinstance(again, Int8) and torch.equal(again.codes, near.codes)
+    assert torch.equal(again.dequantize(), near.dequantize())
+    assert code.stored_bits() == near.stored_bits() and code.nonzero() == near.nonzero()
+
+
+def test_what_is_stored_plain_is_read_plain():
+    stored = {"norm.weight": torch.ones(4)}
+    schemes: list[dict[str, Any] | None] = [None, Integers(4, 8).nearest(weight(0)).scheme()]
+    for scheme in schemes:
+        assert weight_from(stored, "norm.weight", scheme) is stored["norm.weight"]
+
+
+def test_every_format_is_one_of_the_library():
+    from compressed_tensors.config import CompressionFormat
+
+    assert set(FORMATS) <= {one.value for one in CompressionFormat}

@@ -55,23 +55,27 @@ SLUG = "allowed: lower-case letters and digits, parts joined by single dashes, s
 CASES: dict[str, tuple[str, Any, str]] = {
     "unknown method": (
         "prune//wanda-50//method", "wandaa",
-        "prune.wanda-50.method: 'wandaa' given; did you mean 'wanda'? allowed: magnitude, wanda.",
+        "prune.wanda-50.method: 'wandaa' given; did you mean 'wanda'? "
+        "allowed: depth, heads, magnitude, random, resp, sparsegpt, stepwise, wanda, width.",
     ),
     "unknown method of a section with one": (
         "finetune//wanda-50-lora//method", "dora", "finetune.wanda-50-lora.method: 'dora' given; it must be 'lora'.",
     ),
     "no method": (
-        "quantize//rtn-w4g32//method", ..., "quantize.rtn-w4g32.method: this field is missing; allowed: gptq, rtn.",
+        "quantize//rtn-w4g32//method", ...,
+        "quantize.rtn-w4g32.method: this field is missing; allowed: awq, fp8, gptq, hqq, mxfp4, nf4, nvfp4, rtn, "
+        "smoothquant.",
     ),
     "misspelt field": (
         "prune//wanda-50//sparsty", 0.5,
         "prune.wanda-50.sparsty: no such field; did you mean 'sparsity'? "
-        "allowed: calibration, ignore, method, source, sparsity.",
+        "allowed: allocation, calibration, ignore, method, source, sparsity, structure.",
     ),
     "misspelt field further in": (
         "prune//wanda-50//calibration//num_sample", 4,
         "prune.wanda-50.calibration.num_sample: no such field; did you mean 'num_samples'? "
-        "allowed: dataset, num_samples, sequence_length.",
+        "allowed: batch_size, dataset, "
+        "num_samples, prompt_length, seed, sequence_length, sequential, temperature, tokens.",
     ),
     "misspelt field in a list": (
         "datasets//arithmetic//levels", [{"name": "add", "operator": "+", "digits": 1, "carry": False, "carries": True}],
@@ -84,17 +88,16 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "missing field": (
         "prune//wanda-50//sparsity", ...,
-        "prune.wanda-50.sparsity: this field is missing; needed: source, calibration, method, sparsity.",
+        "prune.wanda-50.sparsity: this field is missing; needed: source, calibration, sparsity, method.",
     ),
     "no source": (
         "prune//wanda-50//source", ...,
-        "prune.wanda-50.source: this field is missing; needed: source, calibration, method, sparsity.",
+        "prune.wanda-50.source: this field is missing; needed: source, calibration, sparsity, method.",
     ),
     "missing source": (
         "quantize//rtn-w4g32//source", "prune/wanda-5",
         "quantize.rtn-w4g32.source: there is no 'prune/wanda-5'; did you mean 'prune/wanda-50'? allowed: base/tiny, "
-        "finetune/wanda-50-lora, noise/tiny-batch-3, prune/magnitude-50, prune/wanda-50, quantize/rtn-w4g32, "
-        "quantize/wanda-50-gptq-w4g32.",
+        "finetune/wanda-50-lora, prune/magnitude-50, prune/wanda-50, quantize/wanda-50-gptq-w4g32.",
     ),
     "source that is no source": (
         "quantize//rtn-w4g32//source", "noise/tiny-batch-3",
@@ -141,6 +144,14 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "group_size further down a lineage": (
         "quantize//wanda-50-gptq-w4g32//group_size", 64,
         "quantize.wanda-50-gptq-w4g32.group_size: 64 does not divide 32, the input width of linears of tiny; "
+        "allowed: 8, 16, 32, null.",
+    ),
+    "group_size of a grid inside a recipe": (
+        "prune//wanda-50", {
+            "source": "base/tiny", "method": "sparsegpt", "sparsity": 0.5, "calibration": TEXT,
+            "grid": {"bits": 4, "group_size": 24},
+        },
+        "prune.wanda-50.grid.group_size: 24 does not divide 32, 64, the input width of linears of tiny; "
         "allowed: 8, 16, 32, null.",
     ),
     "unknown candidate": (
@@ -209,9 +220,10 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "more shots than examples": (
         "suites//graded//arithmetic//shots", 2, "suites.graded.arithmetic.shots: 2 given; datasets.arithmetic has 1 examples.",
     ),
-    "calibration on what is no text": (
+    "calibration on what is not to be learned": (
         "prune//wanda-50//calibration//dataset", "arithmetic",
-        "prune.wanda-50.calibration.dataset: 'arithmetic' is no text; allowed: news, speeches.",
+        "prune.wanda-50.calibration.dataset: arithmetic keeps all its items for evaluation; set "
+        "datasets.arithmetic.train to the number of items a level that may be learned from.",
     ),
     "calibration on what is not there": (
         "finetune//wanda-50-lora//train", TEXT | {"dataset": "new"},
@@ -222,9 +234,27 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "prune.wanda-50.calibration.dataset: news keeps all its text for evaluation; set datasets.news.calibration "
         "to the share that may be learned from.",
     ),
+    "random tokens of a data set": (
+        "prune//wanda-50//calibration", TEXT | {"tokens": "random"},
+        "prune.wanda-50.calibration: tokens random needs seed; tokens random reads no data set, "
+        "say dataset: none.",
+    ),
+    "generated tokens without their settings": (
+        "prune//wanda-50//calibration", TEXT | {"tokens": "generated", "prompt_length": 32},
+        "prune.wanda-50.calibration: tokens generated needs seed, temperature; a prompt_length of 32 "
+        "leaves none of sequence_length 32 to generate.",
+    ),
+    "settings of another kind of tokens": (
+        "prune//wanda-50//calibration", TEXT | {"seed": 0, "temperature": 1.0},
+        "prune.wanda-50.calibration: tokens text has no use for seed, temperature.",
+    ),
+    "a kind of tokens that is none": (
+        "prune//wanda-50//calibration//tokens", "noise",
+        "prune.wanda-50.calibration.tokens: 'noise' given; it must be 'text', 'generated' or 'random'.",
+    ),
     "data for a method that reads none": (
         "prune//magnitude-50//calibration//dataset", "news",
-        "prune.magnitude-50.calibration.dataset: 'news' given; allowed: none, as this method reads no data.",
+        "prune.magnitude-50: calibration must be {dataset: none}, as nothing here reads text.",
     ),
     "two levels of one name": (
         "datasets//arithmetic//levels",
@@ -253,8 +283,6 @@ CASES: dict[str, tuple[str, Any, str]] = {
 
 def test_good_params_are_good(raw):
     assert isinstance(validate(raw), Params)
-    assert list(methods("prune")) == ["magnitude", "wanda"]
-    assert list(methods("quantize")) == ["rtn", "gptq"]
     assert list(methods("finetune")) == ["lora"]
 
 
@@ -272,6 +300,16 @@ def test_one_offender_is_one_sentence(path, value, sentence, raw):
     assert all(
         name in line or "calibration.dataset: news" in line or "train.dataset: news" in line for line in found
     )
+
+
+def test_a_group_size_that_its_method_fixes_has_no_other(raw):
+    raw["models"]["tiny"]["in_features"] = [48]
+    raw["quantize"] = {"four": {"source": "base/tiny", "method": "mxfp4", "calibration": NONE}}
+    raw["evaluate"]["candidates"] = ["base/tiny"]
+    assert told(raw) == [
+        "quantize.four.group_size: 32 does not divide 48, the input width of linears of tiny; this method has no "
+        "other; take another method, or list those linears in ignore."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -376,3 +414,9 @@ def test_a_file_that_holds_no_sections(text, sentence, tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(Refusal, match="run from the root of a prunequant project"):
         load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("section", ["prune", "quantize", "models", "datasets", "noise"])
+def test_a_name_that_is_no_string_is_told(raw, section):
+    raw[section] = raw[section] | {True: {}}
+    assert f"{section}.1: bad name True; it must be a valid string." in told(raw)

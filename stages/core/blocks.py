@@ -1,36 +1,19 @@
-"""The walk over a decoder's blocks; the only code that knows hooks.
+"""A decoder's blocks and the linears in them, whatever its family.
 
-A calibrated method needs, for each linear, what flows into it. Replaying a block by hand means guessing
-the arguments its model passes it, which differ by family and by layer. Here the model's own forward
-runs once over all calibration windows and hooks do the rest:
-
-- a dry run on a few tokens notes which linears are handed the very same tensor (q, k and v; gate and
-  up; fused variants count as one), so that each such group shares one statistic;
-- in the real run, before a group's first linear computes, its statistic is taken from the input, and
-  each linear of the group is compressed just before its own forward. Everything downstream therefore
-  sees inputs already compressed upstream, at the cost of one forward in all.
-
-All calibration tokens pass at once, so activations of `num_samples * sequence_length` tokens must fit
-in memory (about 0.3 GiB for 64 x 512 tokens and SmolLM2); the output head is not run.
-
-A matrix of a block that is not the weight of a linear (the 3-D experts of a mixture, say) is invisible
-to such hooks. It is refused by name unless the recipe lists it in `ignore`.
+No class name of a model is known here: the blocks are the longest list of modules the config speaks of,
+and a linear is a linear (or GPT-2's Conv1D, which stores its weight transposed). A matrix of a block that
+is not the weight of a linear (the 3-D experts of a mixture, say) would be invisible to every method. It is
+refused by name unless the recipe lists it in `ignore`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from stages.core.errors import Refusal
-from stages.core.statistics import Statistic
-
-Compress = Callable[[str, Tensor, Statistic | None], Tensor]
-"""(linear's full name, weight `[out, in]`, statistic of its inputs) -> new weight, same shape."""
 
 
 @dataclass(frozen=True)
@@ -117,111 +100,6 @@ def linears(model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = F
     return found
 
 
-def input_groups(model: nn.Module, found: list[Linear]) -> dict[str, int]:
-    """Which linears are handed the same tensor: full name -> group number, by a dry run on four tokens.
-
-    Raises:
-        Refusal: a linear that the model's forward never reaches.
-    """
-    groups: dict[str, int] = {}
-    seen: dict[int, tuple[int, Tensor]] = {}
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            # The tensor is kept so that its id cannot be used again within the run.
-            groups[name] = seen.setdefault(id(args[0]), (len(seen), args[0]))[0]
-
-        return hook
-
-    handles = [linear.module.register_forward_pre_hook(note(linear.name)) for linear in found]
-    try:
-        _forward(model, torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if missed := [linear.name for linear in found if linear.name not in groups]:
-        raise Refusal(f"the model's forward never reaches {', '.join(missed)}; list them in ignore.")
-    return groups
-
-
-def walk(
-    model: nn.Module,
-    compress: Compress,
-    *,
-    windows: Tensor | None = None,
-    statistic: type[Statistic] | None = None,
-    ignore: tuple[str, ...] = (),
-    label: str = "walk",
-) -> int:
-    """Replace the weight of every linear of every block by `compress` of it, in place.
-
-    Args:
-        windows: `[num_samples, sequence_length]` token ids; needed when `statistic` is given.
-        statistic: what to take from each linear's inputs; None is data-free and runs no forward.
-        ignore: block-relative names left alone.
-        label: shown on the progress bar and in what is raised.
-
-    Returns:
-        The number of linears compressed.
-
-    Raises:
-        Refusal: unserved architectures (see `blocks`, `linears`), NaN or infinite weights or inputs.
-    """
-    found = linears(model, ignore)
-    if broken := [linear.name for linear in found if not linear.weight.isfinite().all()]:
-        raise Refusal(f"{label}: NaN or infinite weights in {', '.join(broken)}; nothing was compressed.")
-
-    def replace(linear: Linear, value: Statistic | None) -> None:
-        try:
-            linear.weight.copy_(compress(linear.name, linear.weight, value))
-        except Refusal as refusal:
-            raise Refusal(f"{label}: {linear.name}: {refusal}") from refusal
-
-    with torch.no_grad(), tqdm(total=len(blocks(model)), desc=label, unit="block") as bar:
-        if statistic is None:
-            for block_name, _ in blocks(model):
-                for linear in found:
-                    if linear.block == block_name:
-                        replace(linear, None)
-                bar.update()
-            return len(found)
-
-        if windows is None:
-            raise ValueError(f"{statistic.__name__} needs calibration windows")
-        check_length(model, windows, label)
-        groups = input_groups(model, found)
-        waiting = {number: list(groups.values()).count(number) for number in set(groups.values())}
-        ready: dict[int, Statistic] = {}
-
-        def before(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                group = groups[linear.name]
-                if group not in ready:
-                    inputs = args[0].reshape(-1, args[0].shape[-1])
-                    if not inputs.isfinite().all():
-                        raise Refusal(f"{label}: {linear.name}: NaN or infinite inputs; nothing was written.")
-                    ready[group] = statistic(inputs.shape[-1], inputs.device)
-                    ready[group].add(inputs)
-                replace(linear, ready[group])
-                waiting[group] -= 1
-                if not waiting[group]:
-                    del ready[group]
-
-            return hook
-
-        def advance(*_: object) -> None:  # a hook's return value would replace the block's output
-            bar.update()
-
-        handles = [linear.module.register_forward_pre_hook(before(linear)) for linear in found]
-        handles += [block.register_forward_hook(advance) for _, block in blocks(model)]
-        try:
-            _forward(model, windows)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return len(found)
-
-
 def check_length(model: nn.Module, windows: Tensor, label: str) -> None:
     """Refuse windows longer than the positions the model knows."""
     config: Any = model.config
@@ -232,8 +110,8 @@ def check_length(model: nn.Module, windows: Tensor, label: str) -> None:
         )
 
 
-def _forward(model: nn.Module, windows: Tensor) -> None:
+def forward(model: nn.Module, windows: Tensor) -> None:
     """The model's own forward without its output head and without a cache of keys."""
     body: Any = model.base_model
     with torch.no_grad():
-        body(input_ids=windows.to(next(model.parameters()).device), use_cache=False)
+        body(input_ids=windows.to(body.get_input_embeddings().weight.device), use_cache=False)

@@ -11,26 +11,96 @@ Sizes are defined once, here:
 """
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from stages.core.artifact import MODELS, RECORD, load_record, load_tokenizer
 from stages.core.atomic import writing
 from stages.core.blocks import Linear, linears
+from stages.core.calibration import DATASETS
 from stages.core.errors import Refusal
-from stages.core.grid import Codes
-from stages.core.packed import read_codes, write_packed
+from stages.core.grid import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.core.run import Run
+
+
+class Sizes:
+    """The sums the sizes of the module's docstring are made of, tensor by tensor."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def add(self, tensor: Tensor, code: Quantized | None, *, prunable: bool) -> None:
+        """Count one tensor in, or the `code` it is stored as; `prunable` is a block linear's weight."""
+        count = tensor.numel()
+        bits = count * tensor.element_size() * 8 if code is None else code.stored_bits()
+        if prunable:
+            zeros = count - (int(torch.count_nonzero(tensor)) if code is None else code.nonzero())
+            width = tensor.element_size() * 8 if code is None else code.bits
+            bits -= max(0, zeros * width - count)  # nonzero values and a bitmap, where that is smaller
+            self.counts += Counter(prunable=count, zeros=zeros)
+        self.counts += Counter(parameters=count, bits=bits)
+
+    def merge(self, counts: Mapping[str, int]) -> None:
+        """Count in what another one counted."""
+        self.counts.update(counts)
+
+    def told(self) -> dict[str, Any]:
+        """`num_parameters`, `sparsity`, `bytes_ideal` and `bits_per_weight`."""
+        total, prunable = self.counts["parameters"], self.counts["prunable"]
+        return {
+            "num_parameters": total,
+            "sparsity": self.counts["zeros"] / prunable if prunable else 0.0,
+            "bytes_ideal": -(-self.counts["bits"] // 8),
+            "bits_per_weight": self.counts["bits"] / total,
+        }
+
+
+def measure(model: nn.Module) -> dict[str, Any]:
+    """The sizes of a dense model in memory."""
+    try:
+        inside = {f"{linear.name}.weight" for linear in linears(model, partial=True)}
+    except Refusal:  # an architecture no walk serves can still be a base, measured as dense
+        inside = set()
+    sizes = Sizes()
+    for name, parameter in model.named_parameters():  # a tied tensor is named once
+        sizes.add(parameter, None, prunable=name in inside)
+    return sizes.told()
+
+
+def lineage(
+    artifact: str, recipe: Mapping[str, Any], run: "Run", notes: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The part of a record that says how `artifact` was made from `recipe["source"]`."""
+    source = load_record(recipe["source"])
+    return {
+        "artifact": artifact,
+        "lineage": [*source["lineage"], artifact],
+        "recipes": {**source["recipes"], artifact: dict(recipe)},
+        "base": source["base"],
+        "texts": {**source.get("texts", {}), **_texts(recipe)},
+        "notes": {**source.get("notes", {}), **({artifact: dict(notes)} if notes else {})},
+        "numerics": run.numerics(),
+    }
+
+
+def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Where the data sets that a recipe learns from come from, by name."""
+    names = {(recipe.get(field) or {}).get("dataset", "none") for field in ("calibration", "train")}
+    described = {
+        name: json.loads((DATASETS / name / "dataset.json").read_text()) for name in names - {"none"}
+    }
+    return {name: told.get("source", "reasoning-gym") for name, told in described.items()}
 
 
 def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> "PreTrainedModel":
@@ -40,9 +110,7 @@ def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> "PreTra
         base: what is known of where it came from: name, source, hashes, `grid`.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    _finish(
-        folder, model, {}, {"artifact": artifact, "lineage": [artifact], "recipes": {}, "base": dict(base)}
-    )
+    _finish(folder, model, {"artifact": artifact, "lineage": [artifact], "recipes": {}, "base": dict(base)})
     return model
 
 
@@ -52,108 +120,47 @@ def save(
     recipe: Mapping[str, Any],
     run: "Run",
     *,
-    codes: Mapping[str, Codes] | None = None,
     keep: Mapping[str, Tensor] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a model computed from `recipe["source"]`, and return its record.
+    """Write a dense model in memory, computed from `recipe["source"]`, and return its record.
 
     Args:
-        model: dense, in place; the weights that `codes` names are the dequantized ones.
-        codes: quantized weights by the full name of their linear. They are written packed, in
-            compressed-tensors' format, or, where that format would skip them silently (GPT-2's Conv1D),
-            as a dense checkpoint whose record says `fake_quantized`.
         keep: positions that must be zero in the written file, see `zero_masks`.
         notes: further facts for the record, constant from run to run.
     """
-    codes = codes or {}
-    source = load_record(recipe["source"])
-    record = {
-        "artifact": artifact,
-        "lineage": [*source["lineage"], artifact],
-        "recipes": {**source["recipes"], artifact: dict(recipe)},
-        "base": source["base"],
-        "notes": {**source.get("notes", {}), **({artifact: dict(notes)} if notes else {})},
-        "numerics": run.numerics(),
-    }
     with writing(MODELS / artifact) as folder:
-        packed = bool(codes) and all(isinstance(model.get_submodule(name), nn.Linear) for name in codes)
         model.config.__dict__.pop("quantization_config", None)
-        if packed:
-            write_packed(model, codes, folder)
-        else:
-            model.save_pretrained(folder)
+        model.save_pretrained(folder)
         load_tokenizer(recipe["source"]).save_pretrained(folder)
-        layout: Literal["dense", "pack-quantized", "fake_quantized"] = (
-            "pack-quantized" if packed else "fake_quantized" if codes else "dense"
-        )
-        _check_kept(keep or {}, folder)
-        return _finish(folder, model, codes, {**record, "layout": layout})
+        if keep:
+            stored = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+            check_zeros(keep, lambda name: stored[f"{name}.weight"])
+        return _finish(folder, model, lineage(artifact, recipe, run, notes))
 
 
-def _finish(
-    folder: Path, model: "PreTrainedModel", codes: Mapping[str, Codes], record: dict[str, Any]
-) -> dict[str, Any]:
-    record = {"layout": "dense", **record, **measure(model, codes)}
+def _finish(folder: Path, model: "PreTrainedModel", record: dict[str, Any]) -> dict[str, Any]:
+    record = {"layout": "dense", **record, **measure(model)}
     record["bytes_on_disk"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     return record
 
 
-def measure(model: nn.Module, codes: Mapping[str, Codes]) -> dict[str, Any]:
-    """`num_parameters`, `sparsity`, `bytes_ideal` and `bits_per_weight`; see the module's docstring."""
-    try:
-        block_linears = linears(model, partial=True)
-    except Refusal:  # an architecture no walk serves can still be a base, measured as dense
-        block_linears = []
-    quantized = {f"{name}.weight": code for name, code in codes.items()}
-    in_blocks = {f"{linear.name}.weight" for linear in block_linears}
-    bits = total = zeros = prunable = 0
-    for name, parameter in model.named_parameters():  # a tied tensor is named once
-        count = parameter.numel()
-        nonzero = int(torch.count_nonzero(quantized[name].codes if name in quantized else parameter))
-        width = quantized[name].bits if name in quantized else parameter.element_size() * 8
-        bits += min(count * width, nonzero * width + count) if name in in_blocks else count * width
-        if name in quantized:
-            bits += quantized[name].scale.numel() * quantized[name].scale.element_size() * 8
-        total += count
-        if name in in_blocks:
-            prunable += count
-            zeros += count - nonzero
-    return {
-        "num_parameters": total,
-        "sparsity": zeros / prunable if prunable else 0.0,
-        "bytes_ideal": -(-bits // 8),
-        "bits_per_weight": bits / total,
-    }
-
-
-def zero_masks(found: list[Linear]) -> dict[str, Tensor]:
+def zero_masks(found: Iterable[Linear]) -> dict[str, Tensor]:
     """Where each linear's weight is exactly zero, bool, shaped as stored, by the linear's full name."""
     return {linear.name: linear.module.get_parameter("weight").data == 0 for linear in found}
 
 
-def _check_kept(masks: Mapping[str, Tensor], folder: Path) -> None:
-    """Assert on the written file that every position of `masks` still dequantizes to zero.
+def check_zeros(masks: Mapping[str, Tensor], stored: Callable[[str], Tensor]) -> None:
+    """Assert on what was read back that every position of `masks` is still zero.
+
+    Args:
+        stored: a linear's weight as the written file has it, by the linear's full name.
 
     Raises:
         AssertionError: a zero was lost between memory and disk; a bug, never a user's mistake.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    seen = 0
-    for file in files:
-        with safe_open(file, "pt") as handle:
-            names = set(handle.keys())
-            for name, mask in masks.items():
-                if f"{name}.weight_packed" in names:
-                    stored = read_codes(handle, name, folder)
-                elif f"{name}.weight" in names:
-                    stored = handle.get_tensor(f"{name}.weight")
-                else:
-                    continue
-                seen += 1
-                lost = int((stored[mask.cpu()] != 0).sum())
-                if lost:
-                    raise AssertionError(f"{name}: {lost} of {int(mask.sum())} zeros lost in {folder}")
-    if seen != len(masks):
-        raise AssertionError(f"{folder} holds {seen} of {len(masks)} masked linears")
+    for name, mask in masks.items():
+        lost = int((stored(name)[mask.cpu()] != 0).sum())
+        if lost:
+            raise AssertionError(f"{name}: {lost} of {int(mask.sum())} zeros were lost in writing")

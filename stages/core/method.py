@@ -4,17 +4,27 @@ Such a method is a recipe: frozen settings, the statistic it wants of a linear's
 data-free), and a pure function of a weight and that statistic. It knows no modules, files or devices.
 """
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from stages.core.calibration import Calibration, calibration_windows
+from stages.core.calibration import Calibration
+from stages.core.grid import Quantized
 from stages.core.schema import NoData, Recipe
 from stages.core.statistics import Statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from stages.core.blocks import Linear
+    from stages.core.run import Run
+    from stages.core.stream import Empty
+    from stages.core.walk import Group
+
+
+log = logging.getLogger(__name__)
 
 
 class WeightMethod(Recipe):
@@ -22,30 +32,87 @@ class WeightMethod(Recipe):
 
     statistic: ClassVar[type[Statistic] | None] = None
     """What it wants to know of a linear's inputs."""
+    on_dead: ClassVar[str] = "treated like any other"
+    """What it does with weights whose input was zero on every token, as told in the log."""
+    prepares: ClassVar[bool] = False
+    """Whether it changes a block as a whole before its weights are replaced; needs `sequential: block`."""
     calibration: Calibration | NoData
     """The text its statistic is taken on."""
 
-    def weights(self, weight: Tensor, statistic: Any) -> Any:
-        """The new weight, or its codes, from `weight` `[out, in]` and the statistic it asked for."""
-        raise NotImplementedError
-
-    def compress(
-        self,
-        model: "PreTrainedModel",
-        replace: Callable[[str, Tensor, Statistic | None], Tensor],
-        label: str,
-    ) -> int:
-        """Walk `model` with the statistic wanted on the windows named; returns the linears done.
+    def plan(self, look: "Callable[[], Empty]") -> Any:
+        """What has to be known of the whole source before the first block; handed to `replace`.
 
         Args:
-            replace: (linear's full name, weight `[out, in]`, statistic) -> new weight; calls `weights`.
+            look: gives the source, its blocks without weights until they are asked for.
+        """
+        return None
+
+    def prepare(self, groups: "list[Group]", block: Callable[[], Any]) -> dict[str, list[str]]:
+        """Change a block before any of its weights is replaced; called where `prepares` is set.
+
+        Args:
+            block: computes the block's output for the window whose inputs the groups hold.
+
+        Returns:
+            What to note of this block; the artifact's record joins the lists of all blocks.
+        """
+        return {}
+
+    def windows(self, whole: "Callable[[], PreTrainedModel]") -> Tensor:
+        """The token ids it is calibrated on, `[num_samples, sequence_length]`.
+
+        Args:
+            whole: loads the source all in memory, which is done where the source generates the windows and
+                for as long as that takes.
         """
         from stages.core.artifact import load_tokenizer
-        from stages.core.blocks import walk
+        from stages.core.generation import model_windows
 
-        windows = None
-        if isinstance(self.calibration, Calibration):
-            windows = calibration_windows(load_tokenizer(self.source), self.calibration)
-        return walk(
-            model, replace, windows=windows, statistic=self.statistic, ignore=self.ignore, label=label
-        )
+        assert isinstance(self.calibration, Calibration)
+        return model_windows(load_tokenizer(self.source), self.calibration, whole)
+
+    def replace(self, linear: "Linear", statistic: Any, plan: Any) -> "Tensor | Quantized":
+        """The new weight of a linear, or its codes."""
+        raise NotImplementedError
+
+    def execute(self, artifact: str, run: "Run") -> None:
+        """Write `artifact`, the source with the weight of every linear of every block replaced."""
+        from stages.core.stream import Empty, Streamed
+        from stages.core.walk import walk
+
+        home = Streamed(artifact, self, run)
+
+        def prepare(groups: "list[Group]", block: Callable[[], Any]) -> None:
+            home.noted |= self.prepare(groups, block)
+
+        plan = self.plan(lambda: Empty(self.source, run))
+        options: dict[str, Any] = {}
+        if self.statistic and isinstance(self.calibration, Calibration):
+            home.bring_rest()
+            options = {
+                "windows": self.windows(home.whole),
+                "statistic": self.statistic,
+                "sequential": self.calibration.sequential,
+                "batch_size": self.calibration.batch_size,
+                "prepare": prepare if self.prepares else None,
+            }
+
+        def compress(linear: "Linear", statistic: Statistic | None) -> Tensor:
+            if statistic and (dead := int(statistic.dead().sum())):
+                log.info(
+                    "%s: %d of %d input features are zero on every token; their weights are %s",
+                    linear.name, dead, linear.weight.shape[1], self.on_dead,
+                )  # fmt: skip
+            made = self.replace(linear, statistic, plan)
+            if isinstance(made, Quantized):
+                home.quantized[linear.name] = made
+                return made.dequantize()
+            return made
+
+        label = artifact.replace("/", " ", 1)
+        walk(home.model, compress, **options, ignore=self.ignore, label=label, home=home)
+        home.finish(self.notes(plan))
+
+    def notes(self, plan: Any) -> dict[str, Any]:
+        """Facts for the artifact's record, constant from run to run."""
+        return {}

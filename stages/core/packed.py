@@ -1,98 +1,93 @@
-"""Quantized checkpoints in compressed-tensors' `pack-quantized` format.
+"""Quantized checkpoints in the formats of compressed-tensors.
 
-Codes of `bits` bits are packed without gaps into int32 words, so the file is as small as it claims, and
-plain `from_pretrained` and the serving engines read it. The writer here hands over codes rather than
-weights: letting the library quantize again from bf16 weights changes some of them.
+Codes are packed without gaps, so the file is as small as it claims, and plain `from_pretrained` and the
+serving engines read it. Codes are handed over rather than weights: letting the library quantize again
+from bf16 weights changes some of them. What the library would skip without a word (GPT-2's Conv1D), or no
+format of it can hold, is written as dense weights, and the record says `fake_quantized`.
 """
 
 import copy
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
-    QuantizationStrategy,
-    QuantizationType,
 )
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stages.core.grid import Codes
+from stages.core.floats import MXFP4, NVFP4, Float8
+from stages.core.grid import Codes, Int8, Quantized
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Scheme = Mapping[str, Any]
+"""What `Quantized.scheme` says of all the linears of a checkpoint."""
+FORMATS: dict[str, type[Quantized]] = {
+    "pack-quantized": Codes,
+    "int-quantized": Int8,
+    "float-quantized": Float8,
+    "naive-quantized": Float8,
+    "mxfp4-pack-quantized": MXFP4,
+    "nvfp4-pack-quantized": NVFP4,
+}
+"""What reads each format that `Quantized.scheme` may name."""
 
 
-def write_packed(model: "PreTrainedModel", codes: Mapping[str, Codes], folder: Path) -> None:
-    """Write `model` into `folder` with the linears that `codes` names packed, the rest as they are.
+def packable(module: nn.Module, code: Quantized) -> bool:
+    """Whether a format holds the codes of this module."""
+    return isinstance(module, nn.Linear) and code.scheme() is not None
+
+
+def tensors_of(linear: str, code: Quantized) -> dict[str, Tensor]:
+    """What a file holds of a quantized linear, by full name."""
+    return {f"{linear}.{suffix}": tensor for suffix, tensor in code.tensors().items()}
+
+
+def weight_from(stored: Mapping[str, Tensor], name: str, scheme: Scheme | None) -> Tensor:
+    """The parameter `name` as a file's tensors have it, dequantized where it is stored on a grid.
 
     Raises:
-        AssertionError: what was read back from the file is not what was computed.
+        KeyError: the file has no such parameter.
     """
-    first = next(iter(codes.values()))
-    strategy = QuantizationStrategy.CHANNEL if first.group_size is None else QuantizationStrategy.GROUP
-    scheme = QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(
-            num_bits=first.bits,
-            type=QuantizationType.INT,
-            symmetric=True,
-            strategy=strategy,
-            group_size=first.group_size,
-        ),
+    if scheme is None or f"{name}_scale" not in stored:
+        return stored[name]
+    return code_from(stored, name, scheme).dequantize()
+
+
+def code_from(stored: Mapping[str, Tensor], name: str, scheme: Scheme) -> Quantized:
+    """The parameter `name` (`<linear>.weight`) that a file's tensors hold on a grid.
+
+    Args:
+        scheme: with `format` and `weights`, as `Quantized.scheme` gives them.
+    """
+    return FORMATS[scheme["format"]].read(stored, name, scheme)
+
+
+def described(
+    model: "PreTrainedModel", quantized: Collection[str], scheme: Scheme | None
+) -> "PreTrainedConfig":
+    """The model's config, saying how the linears named `quantized` are stored."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if not quantized or scheme is None:
+        return config
+    args = {key: scheme[key] for key in ("weights", "input_activations")}
+    group = QuantizationScheme(
+        targets=["Linear"], **{key: value and QuantizationArgs(**value) for key, value in args.items()}
     )
-    config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        ignore=[
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name not in codes
-        ],
-        format="pack-quantized",
+    left = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    stored = QuantizationConfig(
+        config_groups={"group_0": group},
+        ignore=[name for name in left if name not in quantized],
+        format=scheme["format"],
         quantization_status=QuantizationStatus.COMPRESSED,
     )
-    dense = {name for name, _ in model.named_parameters()} | {
-        name for name, _ in model.named_buffers() if name in model.state_dict()
-    }
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name in dense and name.removesuffix(".weight") not in codes
-    }
-    for name, code in codes.items():
-        tensors[f"{name}.weight_packed"] = pack_to_int32(code.codes.cpu(), code.bits).contiguous()
-        tensors[f"{name}.weight_scale"] = code.scale.cpu().contiguous()
-        tensors[f"{name}.weight_shape"] = torch.tensor(code.codes.shape)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    described = copy.deepcopy(model.config)
-    described.architectures = [type(model).__name__]
-    described.quantization_config = json.loads(config.model_dump_json())
-    described.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-
-    with safe_open(folder / "model.safetensors", "pt") as handle:
-        for name, code in codes.items():
-            if not torch.equal(read_codes(handle, name, folder), code.codes.cpu()):
-                raise AssertionError(f"{name}: the codes on disk are not those computed")
-
-
-def read_codes(handle: Any, name: str, folder: Path) -> Tensor:
-    """The int8 codes `[out, in]` of linear `name` in an open safetensors file of `folder`."""
-    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"][
-        "group_0"
-    ]
-    shape = torch.Size(handle.get_tensor(f"{name}.weight_shape").tolist())
-    codes: Tensor = unpack_from_int32(
-        handle.get_tensor(f"{name}.weight_packed"), group["weights"]["num_bits"], shape
-    )
-    return codes
+    config.quantization_config = json.loads(stored.model_dump_json())
+    if scheme.get("dequantize"):
+        config.quantization_config["dequantize"] = True
+    return config

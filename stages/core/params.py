@@ -26,17 +26,36 @@ from stages.evaluate.benchmark import BenchmarkSuite
 from stages.evaluate.graded import GradedSuite
 from stages.evaluate.perplexity import PerplexitySuite
 from stages.finetune.lora import LoRA
+from stages.prune.depth import Depth
+from stages.prune.heads import Heads
 from stages.prune.magnitude import Magnitude
+from stages.prune.random import Random
+from stages.prune.resp import RESP
+from stages.prune.sparsegpt import SparseGPT
+from stages.prune.stepwise import Stepwise
 from stages.prune.wanda import Wanda
+from stages.prune.width import Width
+from stages.quantize.awq import AWQ
+from stages.quantize.fp8 import FP8
 from stages.quantize.gptq import GPTQ
+from stages.quantize.hqq import HQQ
+from stages.quantize.mxfp4 import MXFP4
+from stages.quantize.nf4 import NF4
+from stages.quantize.nvfp4 import NVFP4
 from stages.quantize.rtn import RTN
+from stages.quantize.smoothquant import SmoothQuant
 
 PARAMS = Path("params.yaml")
 
 Model = Annotated[Gguf | Safetensors, Field(discriminator="format")]
 Dataset = Annotated[Text | Arithmetic | Benchmark, Field(discriminator="kind")]
-Prune = Annotated[Magnitude | Wanda, Field(discriminator="method")]
-Quantize = Annotated[RTN | GPTQ, Field(discriminator="method")]
+Prune = Annotated[
+    Magnitude | Wanda | SparseGPT | Random | Width | Heads | Depth | Stepwise | RESP,
+    Field(discriminator="method"),
+]
+Quantize = Annotated[
+    RTN | GPTQ | AWQ | SmoothQuant | HQQ | NF4 | FP8 | MXFP4 | NVFP4, Field(discriminator="method")
+]
 # A union of one is no union to pydantic; the next method turns this into one like those above.
 Finetune = LoRA
 METHODS: dict[str, tuple[type[Recipe], ...]] = {
@@ -106,13 +125,21 @@ class Params(Strict):
 
     def base_of(self, artifact: str) -> str | None:
         """The model an artifact descends from; None where a source is missing or its lineage is a cycle."""
-        recipes, seen = self.recipes(), set[str]()
-        while not artifact.startswith("base/"):
-            if artifact in seen or artifact not in recipes:
-                return None
-            seen.add(artifact)
-            artifact = recipes[artifact].source
-        return artifact.removeprefix("base/") if artifact.removeprefix("base/") in self.models else None
+        first = self._lineage(artifact)[-1]
+        base = first.removeprefix("base/")
+        return base if first.startswith("base/") and base in self.models else None
+
+    def reshaped(self, artifact: str) -> bool:
+        """Whether an artifact has linears of other widths than the model it descends from."""
+        recipes = self.recipes()
+        return any(getattr(recipes.get(one), "reshapes", False) for one in self._lineage(artifact))
+
+    def _lineage(self, artifact: str) -> list[str]:
+        """An artifact and what it descends from, up to where that is missing or comes again."""
+        recipes, found = self.recipes(), [artifact]
+        while found[-1] in recipes and (source := recipes[found[-1]].source) not in found:
+            found.append(source)
+        return found
 
 
 def load(path: Path = PARAMS) -> Params:

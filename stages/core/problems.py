@@ -8,15 +8,18 @@ recipes is read from the raw file where it can be, and from its sound entries ot
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from stages.core.calibration import Calibration
+from pydantic import Tag
+
+from stages.core.calibration import Tokens, Windows
 from stages.core.errors import Refusal
 from stages.core.schema import Strict
-from stages.download.arithmetic import Arithmetic
+from stages.download.arithmetic import Arithmetic, Level
 from stages.download.benchmark import Benchmark
 from stages.download.source import sha256
 from stages.download.text import Text
+from stages.prune.tasks import Items
 
 if TYPE_CHECKING:
     from stages.core.params import Params
@@ -28,6 +31,7 @@ PLAINER = {
     "model_type": "it must be a mapping of fields",
     "model_attributes_type": "it must be a mapping of fields",
     "tuple_type": "it must be a list",
+    "too_short": "it must not be empty",
     "int_type": "it must be a whole number",
     "int_from_float": "it must be a whole number",
     "finite_number": "it must be a finite number",
@@ -49,6 +53,12 @@ def tag(config: type[Strict]) -> str:
     return str(get_args(field.annotation)[0])
 
 
+def _tag_of(member: Any) -> str:
+    """The word that stands in an error's location for a member of a union."""
+    named = [extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag)]
+    return named[0] if named else tag(member)
+
+
 def _bare(annotation: Any) -> Any:
     """An annotation without its Annotated and without `| None`."""
     while get_origin(annotation) is Annotated:
@@ -67,7 +77,7 @@ def _follow(root: type[Strict], loc: tuple[Any, ...]) -> tuple[Any, list[str]]:
             at = at.model_fields[part].annotation if part in at.model_fields else object
         elif get_origin(at) in (dict, tuple):
             at = get_args(at)[-1 if get_origin(at) is dict else 0]
-        elif members := [config for config in get_args(at) if part == tag(config)]:
+        elif members := [member for member in get_args(at) if part == _tag_of(member)]:
             (at,) = members
             continue
         words.append(repr(str(part))[1:-1])
@@ -98,6 +108,8 @@ def sentence(details: Any, root: type[Strict]) -> str:
     said = PLAINER.get(kind) or str(details["msg"]).removeprefix("Value error, ").replace(
         "Input should be", "it must be"
     )
+    if kind == "value_error" and isinstance(given, dict):  # fields that disagree; the sentence names them
+        return f"{where}: {said}."
     return f"{where}: {'bad name ' if name else ''}{_shown(given)}{'' if name else ' given'}; {said}."
 
 
@@ -110,7 +122,11 @@ def _shown(given: Any) -> str:
 def sound(raw: Mapping[str, Any], locations: Iterable[tuple[Any, ...]]) -> tuple[dict[str, Any], set[str]]:
     """`raw` without the entries at error `locations`, and which of its data sets those were."""
     kept: dict[str, Any] = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()
+        # A name that is no string, such as YAML's true, is told of by its section's error.
+        key: {name: entry for name, entry in value.items() if isinstance(name, str)}
+        if isinstance(value, dict)
+        else value
+        for key, value in raw.items()
     }
     kinds = kept.get("suites")
     kept["suites"] = {
@@ -157,7 +173,8 @@ def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:
     for artifact, source in sources.items():
         at = artifact.replace("/", ".", 1)
         if source not in known:
-            yield f"{at}.source: there is no {source!r}; {allowed(known, source)}."
+            others = [name for name in known if name != artifact and not name.startswith("noise/")]
+            yield f"{at}.source: there is no {source!r}; {allowed(others, source)}."
             continue
         trail = [artifact]
         while source in sources and source not in trail:
@@ -197,42 +214,86 @@ def between(params: "Params", broken: set[str]) -> Iterator[str]:
 
 
 def _of_recipes(params: "Params", broken: set[str]) -> Iterator[str]:
-    texts = {name for name, dataset in params.datasets.items() if isinstance(dataset, Text)}
+    texts = {name for name, dataset in params.datasets.items() if _learnable(dataset)}
     for artifact, recipe in params.recipes().items():
         at = artifact.replace("/", ".", 1)
         for field in ("calibration", "train"):
             wanted = getattr(recipe, field, None)
-            if not isinstance(wanted, Calibration) or wanted.dataset in broken:
+            if not isinstance(wanted, Windows | Items) or wanted.dataset in broken:
                 continue
-            dataset = params.datasets.get(wanted.dataset)
-            if not isinstance(dataset, Text):
+            if isinstance(wanted, Tokens) and wanted.tokens == "random":
+                continue
+            name, dataset = wanted.dataset, params.datasets.get(wanted.dataset)
+            if isinstance(wanted, Items) and not isinstance(dataset, Arithmetic):
+                graded = [key for key, found in params.datasets.items() if isinstance(found, Arithmetic)]
+                yield f"{at}.{field}.dataset: {name!r} has no graded items; {allowed(graded, name)}."
+            elif not isinstance(dataset, Text | Arithmetic):
                 why = "is no text" if dataset else "is not there"
-                yield f"{at}.{field}.dataset: {wanted.dataset!r} {why}; {allowed(texts, wanted.dataset)}."
-            elif not dataset.calibration:
-                yield (
-                    f"{at}.{field}.dataset: {wanted.dataset} keeps all its text for evaluation; set "
-                    f"datasets.{wanted.dataset}.calibration to the share that may be learned from."
+                yield f"{at}.{field}.dataset: {name!r} {why}; {allowed(texts, name)}."
+            elif not _learnable(dataset):
+                kept, option, what = (
+                    ("text", "calibration", "the share")
+                    if isinstance(dataset, Text)
+                    else ("items", "train", "the number of items a level")
                 )
-        size, base = getattr(recipe, "group_size", None), params.base_of(artifact)
-        # With some linears left alone, which widths remain is known only once there is a model.
-        widths = params.models[base].in_features if base and not getattr(recipe, "ignore", ()) else ()
-        if size and (uneven := [str(width) for width in widths if width % size]):
-            fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
-            yield (
-                f"{at}.group_size: {size} does not divide {', '.join(uneven)}, the input width of linears of "
-                f"{base}; allowed: {', '.join([*map(str, fitting), 'null'])}."
-            )
+                yield (
+                    f"{at}.{field}.dataset: {name} keeps all its {kept} for evaluation; set "
+                    f"datasets.{name}.{option} to {what} that may be learned from."
+                )
+            elif (
+                isinstance(wanted, Items)
+                and isinstance(dataset, Arithmetic)
+                and wanted.shots > (have := dataset.fewshot * len(dataset.levels))
+            ):
+                yield f"{at}.{field}.shots: {wanted.shots} given; datasets.{name} has {have} examples."
+        base = params.base_of(artifact)
+        # Where linears are left alone or cut on the way, which widths there are is known only at run time.
+        known = base and not getattr(recipe, "ignore", ()) and not params.reshaped(artifact)
+        widths = params.models[base].in_features if base and known else ()
+        if base and widths:
+            yield from _of_groups(at, recipe, base, widths)
+            if isinstance(grid := getattr(recipe, "grid", None), Strict):
+                yield from _of_groups(f"{at}.grid", grid, base, widths)
+
+
+def _of_groups(at: str, settings: Strict, base: str, widths: tuple[int, ...]) -> Iterator[str]:
+    """A group_size that does not divide input widths of linears of `base`."""
+    size = getattr(settings, "group_size", None)
+    if not size or not (uneven := [str(width) for width in widths if width % size]):
+        return
+    fixed = get_origin(type(settings).model_fields["group_size"].annotation) is Literal
+    fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
+    cure = (
+        "this method has no other; take another method, or list those linears in ignore"
+        if fixed
+        else f"allowed: {', '.join([*map(str, fitting), 'null'])}"
+    )
+    yield (
+        f"{at}.group_size: {size} does not divide {', '.join(uneven)}, the input width of linears of {base}; "
+        f"{cure}."
+    )
+
+
+def _learnable(dataset: Any) -> bool:
+    """Whether some of the data set is set apart to be learned from."""
+    if isinstance(dataset, Arithmetic):
+        return dataset.train > 0
+    return isinstance(dataset, Text) and dataset.calibration > 0
 
 
 def _of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
     seen: set[str] = set()
-    learned = {
-        dataset.sha256: name
-        for recipe in params.recipes().values()
-        for wanted in (getattr(recipe, "calibration", None), getattr(recipe, "train", None))
-        if isinstance(wanted, Calibration)
-        and isinstance(dataset := params.datasets.get(name := wanted.dataset), Text)
-    }
+    learned: dict[str, str] = {}
+    drilled: list[tuple[Level, str]] = []
+    for recipe in params.recipes().values():
+        for wanted in (getattr(recipe, "calibration", None), getattr(recipe, "train", None)):
+            if not isinstance(wanted, Windows | Items):
+                continue
+            dataset = params.datasets.get(wanted.dataset)
+            if isinstance(dataset, Text):
+                learned[dataset.sha256] = wanted.dataset
+            elif isinstance(dataset, Arithmetic):
+                drilled += [(_unnamed(level), wanted.dataset) for level in dataset.levels]
     for kind, config in SUITES.items():
         candidates = dict.fromkeys(params.evaluate.candidates)
         stages = [f"{candidate}-{name}" for candidate in candidates for name in getattr(params.suites, kind)]
@@ -257,10 +318,26 @@ def _of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
                     f"datasets.{learned[dataset.sha256]}; name that suite {learned[dataset.sha256]}, whose "
                     "two splits are kept apart."
                 )
+            elif isinstance(dataset, Arithmetic) and (
+                others := {
+                    other
+                    for level, other in drilled
+                    if other != name and level in map(_unnamed, dataset.levels)
+                }
+            ):
+                yield (
+                    f"{at}: it would score items that recipes learn from as datasets.{min(others)}, for they "
+                    f"have levels in common; name that suite {min(others)}, whose splits are kept apart."
+                )
             elif isinstance(dataset, Arithmetic) and suite.shots > (
                 have := dataset.fewshot * len(dataset.levels)
             ):
                 yield f"{at}.shots: {suite.shots} given; datasets.{name} has {have} examples."
+
+
+def _unnamed(level: Level) -> Level:
+    """What decides on a level's items."""
+    return level.model_copy(update={"name": "any"})
 
 
 def _of_noise(params: "Params") -> Iterator[str]:

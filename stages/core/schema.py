@@ -5,7 +5,7 @@ nothing else: lower-case letters, digits and single dashes. A slug cannot leave 
 anything to a shell, and cannot be mistaken for nesting by DVC (a dot) or for its separator (`@`).
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -62,6 +62,8 @@ class NoData(Strict):
 class Recipe(Strict):
     """What every compression or recovery recipe has: where its weights come from."""
 
+    reshapes: ClassVar[bool] = False
+    """Whether linears of what it makes have other widths than those of its source."""
     source: Source
     ignore: tuple[str, ...] = ()
     """Block-relative names of matrices left alone, such as `mlp.gate`."""

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from stages.core.errors import Refusal
 
-CHUNK = 8192
+CHUNK = 2048
 """Tokens upcast to fp32 at a time, which bounds the memory a statistic adds."""
+STRIPE = 192
+"""Rows of a Hessian computed at a time, each from the diagonal on, as the other half mirrors it."""
 
 
 @contextmanager
@@ -49,6 +51,10 @@ class Statistic:
     def _add(self, inputs: Tensor) -> None:
         raise NotImplementedError
 
+    def dead(self) -> Tensor:
+        """`[in_features]` bool: features that were zero on every token, about which nothing is known."""
+        return torch.zeros(0, dtype=torch.bool)  # a statistic that does not tell
+
 
 class ColumnNorm(Statistic):
     """Mean of the squares of every input feature (Wanda, 2306.11695)."""
@@ -58,10 +64,19 @@ class ColumnNorm(Statistic):
         self._squares = torch.zeros(in_features, device=device)
 
     def _add(self, inputs: Tensor) -> None:
-        self._squares += inputs.float().square().sum(0)
+        self._squares += inputs.to(torch.float32, copy=True).square_().sum(0)
+
+    def dead(self) -> Tensor:
+        """`[in_features]` bool: features that were zero on every token."""
+        return self._squares == 0
 
     def norm(self) -> Tensor:
-        """`[in_features]` fp32: sqrt(mean over tokens of x_j squared)."""
+        """`[in_features]` fp32: sqrt(mean over tokens of x_j squared).
+
+        Raises:
+            Refusal: the squares are more than fp32 holds.
+        """
+        _check_finite(self._squares)
         return (self._squares / self.num_tokens).sqrt()
 
 
@@ -73,8 +88,8 @@ class Hessian(Statistic):
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
-        self._sum = torch.zeros(in_features, in_features, device=device)
-        self._factors: dict[float, Tensor] = {}
+        self._sum = torch.zeros(in_features, in_features, device=device)  # of use from the diagonal on
+        self._factors: dict[tuple[float, bool], Tensor] = {}
 
     @classmethod
     def of(cls, matrix: Tensor) -> "Hessian":
@@ -86,40 +101,73 @@ class Hessian(Statistic):
     def _add(self, inputs: Tensor) -> None:
         wide = inputs.float()
         with _exact_products(inputs.dtype):
-            self._sum += wide.T @ wide
+            for start in range(0, len(self._sum), STRIPE):
+                self._sum[start : start + STRIPE, start:] += (
+                    wide[:, start : start + STRIPE].T @ wide[:, start:]
+                )
 
     def matrix(self) -> Tensor:
         """`[in, in]` fp32."""
-        return self._sum * (2 / self.num_tokens)
+        upper = self._sum.triu() * (2 / self.num_tokens)
+        return upper + upper.triu(1).T
 
     def dead(self) -> Tensor:
-        """`[in]` bool: features that were zero on every token, about which nothing is known."""
+        """`[in]` bool: features that were zero on every token."""
         return self._sum.diagonal() == 0
 
-    def inverse_factor(self, damping: float) -> Tensor:
+    def order(self) -> Tensor:
+        """`[in]` int64: the features by descending diagonal of H, ties to the lower one."""
+        return self._sum.diagonal().argsort(descending=True, stable=True)
+
+    def inverse_factor(self, damping: float, *, descending: bool = False) -> Tensor:
         """Upper Cholesky factor U of the inverse, UT U = (H + damping * mean(diag H) * I)^-1, `[in, in]`.
 
-        A dead feature's diagonal is set to 1 so that it takes no part. Computed once a damping.
+        A dead feature's diagonal is set to 1 so that it takes no part. Computed once a damping: with both
+        dimensions reversed, the factor of H itself is U's inverse.
+
+        Args:
+            descending: of H with its features in `order`.
 
         Raises:
             Refusal: H is not positive definite even damped, or not finite.
         """
-        if damping not in self._factors:
+        if (damping, descending) not in self._factors:
             hessian = self.matrix()
+            _check_finite(hessian)
             hessian.diagonal()[self.dead()] = 1
             hessian.diagonal().add_(damping * hessian.diagonal().mean())
-            lower, failed = torch.linalg.cholesky_ex(hessian)
-            if failed or not lower.isfinite().all():
+            if descending:
+                hessian = hessian[self.order()][:, self.order()]
+            lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+            upper = _inverted(lower).flip(0, 1)
+            if failed or not finite(upper):
                 raise Refusal(
                     f"the Hessian of {len(hessian)} features over {self.num_tokens} tokens is not positive "
                     f"definite with damping {damping}; raise damping or calibrate on more tokens."
                 )
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if failed or not upper.isfinite().all():
-                raise Refusal(
-                    f"the inverse Hessian of {len(hessian)} features has no Cholesky factor with damping "
-                    f"{damping}; raise damping or calibrate on more tokens."
-                )
-            self._factors[damping] = upper
-        return self._factors[damping]
+            self._factors[damping, descending] = upper.contiguous()
+        return self._factors[damping, descending]
+
+
+def _inverted(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, half by half: most of it is plain products."""
+    size = len(lower)
+    if size <= STRIPE:
+        return torch.linalg.solve_triangular(lower, torch.eye(size, device=lower.device), upper=False)
+    half = size // 2
+    out = torch.zeros_like(lower)
+    out[:half, :half] = first = _inverted(lower[:half, :half])
+    out[half:, half:] = second = _inverted(lower[half:, half:])
+    out[half:, :half] = -(second @ (lower[half:, :half] @ first))
+    return out
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; empty tensors are."""
+    # The extremes of a tensor are NaN where a value is; much faster than a mask of its size.
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+def _check_finite(sums: Tensor) -> None:
+    if not finite(sums):
+        raise Refusal("the squares of its inputs are more than fp32 holds; look for broken activations.")

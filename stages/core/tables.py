@@ -68,11 +68,16 @@ def describe(record: dict[str, Any]) -> dict[str, Any]:
         row[f"{stage}_method"] = recipe["method"]
         if stage == "prune":
             row["structure"] = recipe.get("structure", "unstructured")
-        if stage == "quantize" and record["layout"] != "dense":  # later steps may have left the grid
-            row |= {"bits": recipe["bits"], "group_size": recipe["group_size"]}
+        grid = recipe if stage == "quantize" else recipe.get("grid")
+        if grid and record["layout"] != "dense":  # later steps may have left the grid
+            row |= {"bits": grid["bits"], "group_size": grid["group_size"]}
         text = recipe.get("calibration") or recipe.get("train")
-        if text["dataset"] != "none":
-            read.append(f"{stage}: {text['dataset']} {text['num_samples']}x{text['sequence_length']}")
+        if "num_samples" in text:
+            kind = text.get("tokens", "text")
+            what = {"text": "", "generated": "generated from ", "random": "random tokens "}[kind]
+            if kind != "random":
+                what += f"{text['dataset']} ({record['texts'][text['dataset']]}) "
+            read.append(f"{stage}: {what}{text['num_samples']}x{text['sequence_length']}")
     row["calibration"] = "; ".join(read) or "none"
     return row
 

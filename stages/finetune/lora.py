@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stages.core.calibration import Calibration
+from stages.core.calibration import Windows
 from stages.core.errors import Refusal
 from stages.core.schema import Recipe
 
@@ -25,7 +25,7 @@ class LoRA(Recipe):
     """Train low-rank updates of every block linear on next-token loss, and merge them under the mask."""
 
     method: Literal["lora"]
-    train: Calibration
+    train: Windows
     """The text trained on: windows of a data set's calibration split."""
     rank: Annotated[int, Field(ge=1)]
     alpha: Annotated[float, Field(gt=0)]

@@ -1,22 +1,83 @@
-"""Zeroing an exact count of entries a row, ties included."""
+"""Choosing which entries go: exact counts, ties to the lower column or flat index."""
 
-from math import floor
-
+import torch
 from torch import Tensor
 
 
-def zero_smallest(weight: Tensor, scores: Tensor, sparsity: float) -> Tensor:
-    """Zero the floor(columns * sparsity) lowest-scoring entries of each row of `weight` `[rows, columns]`.
+def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
+    """Where the `count` lowest scores of each row of `[rows, columns]` are, bool.
 
-    Ties fall to the lower column, so the count is exact and the choice does not depend on the machine.
-    Sparsity 0 changes nothing.
+    Args:
+        count: of every row, or of each, `[rows]` int64; the marked entries of a row are exactly as many.
     """
-    # The tiny term keeps 10 * 0.3 = 2.9999... from losing an entry.
-    count = floor(weight.shape[1] * sparsity + 1e-9)
-    if not count:
-        return weight.clone()
-    # A full sort, as kthvalue has no deterministic form on CUDA.
-    threshold = scores.sort(dim=1).values[:, count - 1 : count]
+    if isinstance(count, int):
+        if not count:
+            return torch.zeros_like(scores, dtype=torch.bool)
+        # kthvalue is the fastest on a CPU and has no deterministic form on CUDA.
+        if scores.device.type == "cpu":
+            threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+        else:
+            threshold = scores.sort(dim=1).values[:, count - 1 : count]
+        wanted: int | Tensor = count
+    else:
+        wanted = count[:, None]
+        ordered = scores.sort(dim=1).values
+        threshold = ordered.gather(1, (wanted - 1).clamp(min=0))
     below, ties = scores < threshold, scores == threshold
-    spare = count - below.sum(1, keepdim=True)
-    return weight.masked_fill(below | (ties & (ties.cumsum(1) <= spare)), 0)
+    spare = wanted - below.sum(1, keepdim=True)
+    if (ties.sum(1, keepdim=True) == spare).all():  # the running count below is wide and slow
+        return below | ties
+    return below | (ties & (ties.cumsum(1) <= spare))
+
+
+def smallest_overall(scores: Tensor, count: int) -> Tensor:
+    """Where the `count` lowest scores of the whole matrix are, bool `[rows, columns]`."""
+    return smallest(scores.reshape(1, -1), count).view_as(scores)
+
+
+def smallest_by_row(scores: Tensor, count: int) -> Tensor:
+    """Where the lowest scores of each row are, bool; `count` in all, shared out evenly over the rows.
+
+    Where it does not divide, the rows that lose one more lie evenly apart.
+    """
+    rows = scores.shape[0]
+    each, more = divmod(count, rows)
+    if not more:
+        return smallest(scores, each)
+    number = torch.arange(rows, device=scores.device)
+    return smallest(scores, each + ((number + 1) * more // rows - number * more // rows))
+
+
+def smallest_in_groups(scores: Tensor, keep: int, size: int) -> Tensor:
+    """Where the `size - keep` lowest scores of every `size` columns in a row are, bool `[rows, columns]`."""
+    return smallest(scores.reshape(-1, size), size - keep).view_as(scores)
+
+
+def grown(scores: Tensor, gone: Tensor, count: int, *, by_row: bool) -> Tensor:
+    """`gone` and the lowest `scores` `[rows, columns]` beside it, bool, `count` in all or what `gone` has.
+
+    Args:
+        gone: bool, what is marked whatever its score.
+        by_row: the marked are levelled: a row has at most one more than another unless `gone` had them.
+    """
+    scores = scores.masked_fill(gone, -torch.inf)
+    have = gone.sum(1)
+    count = max(count, int(have.sum()))
+    return (
+        smallest(scores, _levelled(have, count, scores.shape[1]))
+        if by_row
+        else smallest_overall(scores, count)
+    )
+
+
+def _levelled(have: Tensor, count: int, columns: int) -> Tensor:
+    """How many each row gets to have, `[rows]` int64, at least what it has, `count` in all, evenly."""
+    low, high = 0, columns
+    while low < high:  # the highest level all rows can be filled up to
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int(have.clamp(min=middle).sum()) <= count else (low, middle - 1)
+    filled = have.clamp(min=low)
+    more, level = count - int(filled.sum()), (have <= low).nonzero().flatten()
+    number = torch.arange(len(level), device=have.device)
+    filled[level] += (number + 1) * more // max(len(level), 1) - number * more // max(len(level), 1)
+    return filled

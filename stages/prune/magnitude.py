@@ -1,29 +1,92 @@
 """Magnitude pruning: the smallest weights go. Needs no data.
 
-The scope decides the result. `matrix` compares weights within one linear (the baseline of the Wanda and
-SparseGPT papers), `row` within one output row.
+The scope decides the result. `global` has one threshold over all pruned matrices (Junk DNA, 2310.02277),
+`matrix` compares weights within one linear (the baseline of the Wanda and SparseGPT papers), `row` within
+one output row. Under `global` ties at the threshold fall to the linear that comes first.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from math import floor
+from typing import TYPE_CHECKING, Literal, Self
 
+import torch
+from pydantic import model_validator
 from torch import Tensor
 
-from stages.core.method import WeightMethod
-from stages.core.schema import NoData, Sparsity
-from stages.prune.exact import zero_smallest
+from stages.core.calibration import OptionalCalibration
+from stages.prune.allocation import Uniform
+from stages.prune.options import Pruner
+
+if TYPE_CHECKING:
+    from stages.core.stream import Empty
+
+BINS = 2**16
 
 
-class Magnitude(WeightMethod):
+class Magnitude(Pruner):
     """Zero the share `sparsity` of weights with the smallest |w|."""
 
     method: Literal["magnitude"]
-    sparsity: Sparsity
-    scope: Literal["matrix", "row"]
-    calibration: NoData
+    scope: Literal["global", "matrix", "row"]
+    calibration: OptionalCalibration
+    """Read by an allocation that is measured on text, by nothing else."""
 
-    def weights(self, weight: Tensor, statistic: None) -> Tensor:
+    @model_validator(mode="after")
+    def _one_threshold(self) -> Self:
+        if self.scope == "global" and (self.pattern or not isinstance(self.allocation, Uniform)):
+            raise ValueError("scope global is an allocation of its own; leave structure and allocation out")
+        return self
+
+    def zeros(self, rows: int, columns: int) -> int:
+        """By row the paper's floor(columns * sparsity) of each, else the whole matrix' share."""
+        return rows * super().zeros(1, columns) if self.scope == "row" else super().zeros(rows, columns)
+
+    def plan(self, look: "Callable[[], Empty]") -> dict[str, int]:
+        """Zeros of each linear; under `global` as many as it has below the one threshold."""
+        return (
+            global_zeros(look(), self.ignore, self.sparsity) if self.scope == "global" else super().plan(look)
+        )
+
+    def weights(self, weight: Tensor, statistic: None, zeros: int) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype; the survivors are untouched."""
         scores = weight.float().abs()
-        if self.scope == "matrix":
-            return zero_smallest(weight.reshape(1, -1), scores.reshape(1, -1), self.sparsity).view_as(weight)
-        return zero_smallest(weight, scores, self.sparsity)
+        return weight.masked_fill(self.mask(scores, zeros, by_row=self.scope == "row"), 0)
+
+
+def global_zeros(source: "Empty", ignore: tuple[str, ...], sparsity: float) -> dict[str, int]:
+    """How many weights of each linear are among the share `sparsity` of smallest |w| of them all.
+
+    Blocks are looked at one at a time and nothing is sorted: |w| in 16 bits has 2^15 values, which are
+    counted, and the value at the threshold is shared out to linears in order. In fp32 the upper 16 bits are
+    counted first, then the lower ones of those that share the threshold's upper ones.
+    """
+    from stages.core.blocks import blocks, linears
+
+    found = linears(source.model, ignore)
+    target = floor(sum(one.weight.numel() for one in found) * sparsity + 1e-6)
+    zeros = dict.fromkeys((one.name for one in found), 0)
+    upper: int | None = None
+    counted: dict[str, Tensor] = {}
+    for _ in range(found[0].weight.element_size() // 2):
+        for name, block in blocks(source.model):
+            with source.block(name, block):
+                for one in (one for one in found if one.block == name):
+                    counted[one.name] = torch.bincount(_bins(one.weight, upper), minlength=BINS).cpu()
+        reached = sum(counted.values(), torch.zeros(BINS, dtype=torch.int64)).cumsum(0)
+        upper = int((reached >= target - sum(zeros.values())).nonzero()[0])
+        for name, bins in counted.items():
+            zeros[name] += int(bins[:upper].sum())
+    left = target - sum(zeros.values())
+    for name, bins in counted.items():
+        ties = min(left, int(bins[upper]))
+        zeros[name] += ties
+        left -= ties
+    return zeros
+
+
+def _bins(weight: Tensor, upper: int | None) -> Tensor:
+    """16 bits of every |w|, ascending with it; given the upper 16 of 32, the lower ones of those alike."""
+    if weight.element_size() == 2:
+        return weight.view(torch.int16).flatten().int() & 0x7FFF
+    bits = weight.view(torch.int32).flatten() & 0x7FFFFFFF
+    return bits >> 16 if upper is None else bits[(bits >> 16) == upper] & 0xFFFF

@@ -10,21 +10,24 @@ from typing import Literal
 from torch import Tensor
 
 from stages.core.calibration import Calibration
-from stages.core.method import WeightMethod
-from stages.core.schema import Sparsity
 from stages.core.statistics import ColumnNorm
-from stages.prune.exact import zero_smallest
+from stages.prune.options import Pruner
 
 
-class Wanda(WeightMethod):
+class Wanda(Pruner):
     """Zero the share `sparsity` of each output row with the smallest |w| * norm of its input."""
 
     method: Literal["wanda"]
-    sparsity: Sparsity
     calibration: Calibration
 
     statistic = ColumnNorm
+    on_dead = "the first of their row to go"
 
-    def weights(self, weight: Tensor, statistic: ColumnNorm) -> Tensor:
+    def zeros(self, rows: int, columns: int) -> int:
+        """The paper's floor(columns * sparsity) of every row."""
+        return rows * super().zeros(1, columns)
+
+    def weights(self, weight: Tensor, statistic: ColumnNorm, zeros: int) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors stay."""
-        return zero_smallest(weight, weight.float().abs() * statistic.norm(), self.sparsity)
+        scores = weight.float().abs() * statistic.norm()
+        return weight.masked_fill(self.mask(scores, zeros, by_row=True), 0)

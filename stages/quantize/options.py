@@ -1,15 +1,87 @@
 """The settings every weight quantizer shares."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from stages.core.errors import Refusal
+from stages.core.grid import Integers, Quantized
 from stages.core.method import WeightMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.core.blocks import Linear
+    from stages.core.stream import Empty
 
 
 class Quantizer(WeightMethod):
-    """A symmetric integer grid of `bits` bits with one scale for every `group_size` columns."""
+    """Put every linear on a number grid; a method whose grid is fixed fixes the two fields.
+
+    One that has a linear's inputs rounded as well, when the model runs, sets `rounds_inputs`.
+    """
+
+    method: str
+    bits: int
+    """Of one code."""
+    group_size: int | None
+    """Input columns that share a scale; it must divide every linear's input width. null: one a row."""
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the checkpoint has its reader round the inputs of linears too."""
+        return False
+
+    def plan(self, look: "Callable[[], Empty]") -> int:
+        """The number of linears.
+
+        Raises:
+            Refusal: `group_size` does not divide the inputs of some of them; or inputs are to be rounded of
+                linears that store their weight transposed, which compressed-tensors skips.
+        """
+        from stages.core.blocks import linears
+
+        model = look().model
+        found = linears(model, self.ignore)
+        strange = sorted({type(one.module).__name__ for one in found if one.transposed})
+        if self.rounds_inputs and strange:
+            raise Refusal(
+                f"{self.method} does not serve {type(model).__name__}: no format runs its "
+                f"{', '.join(strange)} with 8-bit inputs; awq, gptq or rtn quantize its weights alone."
+            )
+        if self.group_size and (
+            uneven := [one.name for one in found if one.weight.shape[1] % self.group_size]
+        ):
+            raise Refusal(
+                f"group_size {self.group_size} does not divide the input of {len(uneven)} linears: "
+                f"{', '.join(uneven[:8])}; take a divisor of every input width, or null for one scale a row."
+            )
+        return len(found)
+
+    def replace(self, linear: "Linear", statistic: Any, plan: int) -> Quantized:
+        """The codes of a linear's weight."""
+        return self.weights(linear.weight, statistic)
+
+    def weights(self, weight: "Tensor", statistic: Any) -> Quantized:
+        """The codes of `weight` `[out, in]`; its zeros stay zero."""
+        raise NotImplementedError
+
+    def notes(self, plan: int) -> dict[str, Any]:
+        """How many linears were quantized, for whoever counts them in the file."""
+        return {"quantized_linears": plan}
+
+
+class IntegerQuantizer(Quantizer):
+    """Integer codes of `bits` bits with one scale for every `group_size` columns."""
 
     bits: Annotated[int, Field(ge=2, le=8)]
     group_size: Annotated[int, Field(ge=8)] | None
     """Input columns that share a scale; it must divide every linear's input width. null: one a row."""
+    symmetric: bool = True
+    """Whether codes reach as far below zero as above; false spans each group exactly, for a zero point."""
+
+    @property
+    def grid(self) -> Integers:
+        """The grid these settings describe."""
+        return Integers(self.bits, self.group_size, self.symmetric)

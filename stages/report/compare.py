@@ -67,6 +67,18 @@ def compare(results: Results) -> Comparison:
     return Comparison(rows, noise)
 
 
+def between(old: Results, new: Results) -> pd.DataFrame:
+    """The score rows of `new` beside the same candidate's in `old`: `delta`, `p` and so on, and `verdict`."""
+    before = "before/"
+    renamed = [table.assign(candidate=before + table["candidate"]) for table in (old.scores, old.samples)]
+    both = Results(pd.concat([renamed[0], new.scores]), pd.concat([renamed[1], new.samples]))
+    rows = _against(new.scores, {name: before + name for name in new.candidates}, _Items(both))
+    keys = pd.MultiIndex.from_frame(rows[["base", *KEY]])
+    rows["floor_noise"] = noise_floor(old.scores, new.scores).reindex(keys).to_numpy(dtype="float64")
+    rows["verdict"] = [_verdict(row) for row in records(rows)]
+    return rows
+
+
 class _Items:
     """Scores and sample rows by candidate and measure."""
 

@@ -1,0 +1,173 @@
+"""Compression against llm-compressor: time over one forward pass, speed, perplexity, all in one run.
+
+    make bench
+    python -m benchmarks.compression          # data/models/base/smollm2 and the two texts must be there
+
+Both sides compress the same model in memory with the same settings from the same calibration tokens on
+the same number of threads; loading and saving are outside the clock on both. llm-compressor runs in an
+environment of its own, as its pins clash with ours, and is run several times, as it shuffles its samples.
+Each compressed model is scored by the same windowed perplexity on the held-out half of its text.
+
+One JSON object a line. The aims: `wanda.forwards` 1.3 at most, the others 2.5; `times_faster` 4 and 3 at
+least; `perplexity_over_llmcompressor`, a ratio of medians, the worst of the texts, 1 at most.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stages.core.blocks import forward
+from stages.core.calibration import Calibration, calibration_windows, documents, windows
+from stages.core.grid import Quantized
+from stages.core.method import WeightMethod
+from stages.core.run import Run
+from stages.core.walk import walk
+from stages.prune.options import Pruner
+from stages.prune.sparsegpt import SparseGPT
+from stages.prune.wanda import Wanda
+from stages.quantize.gptq import GPTQ
+
+MODEL = Path("data/models/base/smollm2")
+EVALUATED = 24
+"""Windows of 512 tokens a perplexity is taken over."""
+
+
+def methods(calibration: Calibration) -> dict[str, WeightMethod]:
+    """What is timed, with the settings `benchmarks.other_side` repeats on the other side."""
+    shared: dict[str, Any] = {"source": "base/smollm2", "calibration": calibration}
+    return {
+        "wanda": Wanda(method="wanda", sparsity=0.5, **shared),
+        "sparsegpt": SparseGPT(method="sparsegpt", sparsity=0.5, **shared),
+        "gptq": GPTQ(method="gptq", bits=4, group_size=64, **shared),
+    }
+
+
+def load(path: Path) -> Any:
+    """A checkpoint as plain weights in bf16."""
+    options: dict[str, Any] = {}
+    config = json.loads((path / "config.json").read_text())
+    if config.get("quantization_config"):
+        from transformers import CompressedTensorsConfig
+
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options).eval()
+
+
+def compress(recipe: WeightMethod, model: Any, tokens: Tensor) -> None:
+    """Replace the weights of every block linear of a model in memory, as `WeightMethod.execute` does."""
+
+    def replace(linear: Any, statistic: Any) -> Tensor:
+        zeros = recipe.zeros(*linear.weight.shape) if isinstance(recipe, Pruner) else None
+        made = recipe.replace(linear, statistic, {linear.name: zeros})
+        return made.dequantize() if isinstance(made, Quantized) else made
+
+    walk(model, replace, windows=tokens, statistic=recipe.statistic, label=recipe.method)  # type: ignore[attr-defined]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def perplexity(model: Any, held_out: Tensor) -> float:
+    """exp of the mean negative log-likelihood of every token but a window's first, `[windows, tokens]`."""
+    total = 0.0
+    with torch.no_grad():
+        for window in held_out:
+            logits = model(input_ids=window[None]).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, window[1:]))
+    return math.exp(total / len(held_out))
+
+
+def theirs(python: str, method: str, tokens: Tensor, threads: int, seed: int, folder: Path) -> float:
+    """Compress with llm-compressor into `folder`; returns the seconds it says it took.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; what it printed stands above.
+    """
+    ids = folder.with_suffix(".safetensors")
+    save_file({"input_ids": tokens.contiguous()}, ids)
+    script = Path(__file__).with_name("other_side.py")
+    command = [python, str(script), str(MODEL), str(ids), method, str(folder), str(threads), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def tell(figure: str, value: float) -> None:
+    print(json.dumps({"figure": figure, "value": round(value, 4)}), flush=True)  # noqa: T201
+
+
+def main() -> None:
+    """Parse the command line and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--texts", nargs="+", default=["news", "speeches"])
+    parser.add_argument("--runs", type=int, default=3, help="of llm-compressor, and of our clock")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt", "gptq"])
+    parser.add_argument("--python", default=".venv-llmcompressor/bin/python", help="with llm-compressor")
+    options = parser.parse_args()
+    if not Path(options.python).exists():
+        raise SystemExit(f"there is no {options.python}; make bench makes it, or name another by --python.")
+    if not (MODEL / "model.safetensors").exists():
+        raise SystemExit(f"there is no {MODEL}; run dvc repro model@smollm2 dataset@news dataset@speeches.")
+    Run(device="cpu", dtype="bfloat16", threads=options.threads, seed=0).start()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ratios: dict[str, list[float]] = {name: [] for name in options.methods}
+    ours_s: dict[str, list[float]] = {name: [] for name in options.methods}
+    theirs_s: dict[str, list[float]] = {name: [] for name in options.methods}
+    plain: list[float] = []
+    for text in options.texts:
+        wanted = Calibration(
+            dataset=text, num_samples=options.samples, sequence_length=options.sequence_length
+        )
+        tokens = calibration_windows(tokenizer, wanted)
+        held_out = windows(tokenizer, documents(text, "evaluation"), 512)[:EVALUATED]
+        dense = load(MODEL)
+        for _ in range(options.runs):
+            plain.append(seconds(lambda: forward(dense, tokens)))  # noqa: B023
+        tell(f"dense.{text}.perplexity", perplexity(dense, held_out))
+        for name in options.methods:
+            recipe = methods(wanted)[name]
+            for _ in range(options.runs):
+                model = load(MODEL)
+                ours_s[name].append(seconds(lambda: compress(recipe, model, tokens)))  # noqa: B023
+            ours = perplexity(model, held_out)
+            other: list[float] = []
+            for run in range(options.runs):
+                with tempfile.TemporaryDirectory() as scratch:
+                    folder = Path(scratch) / "model"
+                    theirs_s[name].append(theirs(options.python, name, tokens, options.threads, run, folder))
+                    other.append(perplexity(load(folder), held_out))
+            tell(f"{name}.{text}.perplexity", ours)
+            tell(f"{name}.{text}.perplexity_llmcompressor", statistics.median(other))
+            ratios[name].append(ours / statistics.median(other))
+    tell("forward.seconds", statistics.median(plain))
+    for name in options.methods:
+        mine, other_seconds = statistics.median(ours_s[name]), statistics.median(theirs_s[name])
+        tell(f"{name}.seconds", mine)
+        tell(f"{name}.seconds_llmcompressor", other_seconds)
+        tell(f"{name}.forwards", mine / statistics.median(plain))
+        tell(f"{name}.times_faster_than_llmcompressor", other_seconds / mine)
+        tell(f"{name}.perplexity_over_llmcompressor", max(ratios[name]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Which linears of a block are handed the same tensor, and so share one statistic of it."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from stages.core.blocks import Linear
+from stages.core.errors import Refusal
+from stages.core.statistics import Statistic
+
+
+@dataclass
+class Group:
+    """Linears of a block that are handed the same tensor.
+
+    `feeder` is the module whose output that tensor is (a norm, say), None where it is computed inline.
+    `inputs` is what they were handed for one window, `[1, tokens, in]` or `[tokens, in]`.
+    """
+
+    linears: list[Linear]
+    feeder: nn.Module | None
+    inputs: Tensor
+    statistic: Statistic | None = None
+
+
+def input_groups(block: nn.Module, found: list[Linear], run: Callable[[], object]) -> list[Group]:
+    """The linears of a block by the tensor they are handed, in the order in which they compute.
+
+    Args:
+        run: puts something through the block.
+
+    Raises:
+        Refusal: a linear that is never reached, or more than once.
+    """
+    groups: dict[int, Group] = {}
+    makers: dict[int, nn.Module] = {}
+    kept: list[Any] = []  # so that no id is used twice within the run
+    by_module = {linear.module: linear for linear in found}
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kept.append(args[0])
+        group = groups.setdefault(id(args[0]), Group([], makers.get(id(args[0])), args[0]))
+        group.linears.append(by_module[module])
+
+    def after(module: nn.Module, _: object, output: object) -> None:
+        kept.append(output)
+        makers.setdefault(id(output), module)
+
+    handles = [linear.module.register_forward_pre_hook(before) for linear in found]
+    handles += [
+        module.register_forward_hook(after) for module in block.modules() if not list(module.children())
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    reached = Counter(linear.name for group in groups.values() for linear in group.linears)
+    if missed := [linear.name for linear in found if not reached[linear.name]]:
+        raise Refusal(f"the model's forward never reaches {', '.join(missed)}; list them in ignore.")
+    if again := [name for name, times in reached.items() if times > 1]:
+        raise Refusal(
+            f"the model's forward passes more than once through {', '.join(again)}; list them in ignore."
+        )
+    return list(groups.values())

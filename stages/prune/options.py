@@ -1,0 +1,130 @@
+"""What every method that zeroes single weights shares: how many zeros, in which pattern, spread how."""
+
+import re
+from collections.abc import Callable
+from math import floor
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import AfterValidator, model_validator
+from torch import Tensor
+
+from stages.core.errors import Refusal
+from stages.core.method import WeightMethod
+from stages.core.schema import NoData, Sparsity
+from stages.prune.allocation import Allocation, Uniform
+from stages.prune.exact import smallest_by_row, smallest_in_groups, smallest_overall
+
+if TYPE_CHECKING:
+    from stages.core.blocks import Linear
+    from stages.core.grid import Quantized
+    from stages.core.stream import Empty
+
+
+def _structure(value: str) -> str:
+    pair = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", value)
+    if value != "unstructured" and not (pair and int(pair[1]) < int(pair[2])):
+        raise ValueError("allowed: unstructured, or N:M with N < M, such as 2:4, which keeps 2 of every 4")
+    return value
+
+
+class Pruner(WeightMethod):
+    """Zero a share of the weights of every linear."""
+
+    sparsity: Sparsity
+    structure: Annotated[str, AfterValidator(_structure)] = "unstructured"
+    """`unstructured`, or `N:M`: N of every M consecutive inputs are kept."""
+    allocation: Allocation = Uniform(kind="uniform")
+    """How the share is spread over blocks."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        uniform = isinstance(self.allocation, Uniform)
+        if pattern := self.pattern:
+            share = 1 - pattern[0] / pattern[1]
+            if abs(self.sparsity - share) > 1e-9:
+                raise ValueError(
+                    f"structure {self.structure} is a sparsity of {share:g}, not {self.sparsity:g}"
+                )
+            if not uniform:
+                raise ValueError(f"structure {self.structure} leaves nothing to allocate; drop allocation")
+        reads = self.allocation.reads_text
+        if reads and isinstance(self.calibration, NoData):
+            raise ValueError(f"allocation {self.allocation.kind} is measured on text; name one to calibrate")
+        if not (reads or self.statistic or isinstance(self.calibration, NoData)):
+            raise ValueError("calibration must be {dataset: none}, as nothing here reads text")
+        return self
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(kept, of how many), None where unstructured."""
+        if self.structure == "unstructured":
+            return None
+        keep, size = self.structure.split(":")
+        return int(keep), int(size)
+
+    def zeros(self, rows: int, columns: int) -> int:
+        """How many weights of a matrix go when every matrix loses the same share."""
+        return floor(rows * columns * self.sparsity + 1e-6)
+
+    def plan(self, look: "Callable[[], Empty]") -> dict[str, int]:
+        """Zeros of each linear by its full name.
+
+        Raises:
+            Refusal: M of N:M does not divide some linears' inputs.
+        """
+        from stages.core.blocks import linears
+
+        source = look()
+        found = linears(source.model, self.ignore)
+        shapes = {one.name: (one.weight.shape[0], one.weight.shape[1]) for one in found}
+        if self.pattern and (uneven := [n for n, (_, width) in shapes.items() if width % self.pattern[1]]):
+            raise Refusal(
+                f"structure {self.structure}: {self.pattern[1]} does not divide the input of {len(uneven)} "
+                f"linears: {', '.join(uneven[:8])}; list them in ignore or take a divisor."
+            )
+        if isinstance(self.allocation, Uniform):
+            return {name: self.zeros(*shape) for name, shape in shapes.items()}
+        windows = self.windows(source.whole) if self.allocation.reads_text else None
+        shares = self.allocation.shares(source, self.ignore, self.sparsity, windows)
+        sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+        return budget(shares, sizes, self.sparsity)
+
+    def replace(self, linear: "Linear", statistic: Any, plan: dict[str, int]) -> "Tensor | Quantized":
+        """The linear's weight with as many zeros as planned."""
+        return self.weights(linear.weight, statistic, plan[linear.name])
+
+    def weights(self, weight: Tensor, statistic: Any, zeros: int) -> "Tensor | Quantized":
+        """`weight` `[out, in]` with `zeros` of its entries zeroed, in the pattern asked for."""
+        raise NotImplementedError
+
+    def mask(self, scores: Tensor, zeros: int, *, by_row: bool) -> Tensor:
+        """Which entries go: the lowest `scores` `[out, in]` in the pattern asked for."""
+        if self.pattern:
+            return smallest_in_groups(scores, *self.pattern)
+        return smallest_by_row(scores, zeros) if by_row else smallest_overall(scores, zeros)
+
+    def notes(self, plan: dict[str, int]) -> dict[str, Any]:
+        """The zeros of each linear, where they are not the same share everywhere."""
+        return {} if isinstance(self.allocation, Uniform) else {"zeros": plan}
+
+
+def budget(shares: dict[str, float], sizes: dict[str, int], sparsity: float) -> dict[str, int]:
+    """Whole numbers of zeros from shares, each within one of its share, summing to the target exactly.
+
+    Largest remainders get the weights that rounding down leaves over.
+
+    Raises:
+        ValueError: shares outside [0, 1], or whose mean by size is not `sparsity`; a bug of an allocation.
+    """
+    total = floor(sum(sizes.values()) * sparsity + 1e-6)
+    exact = {name: share * sizes[name] for name, share in shares.items()}
+    if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(exact.values()) - total) > len(sizes):
+        raise ValueError(f"shares average {sum(exact.values()) / sum(sizes.values())}, not {sparsity}")
+    zeros = {name: min(floor(value + 1e-6), sizes[name]) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: zeros[name] - exact[name])
+    left = total - sum(zeros.values())
+    for name in by_remainder[: max(left, 0)]:
+        zeros[name] += 1
+    for name in by_remainder[::-1][: max(-left, 0)]:
+        zeros[name] -= 1
+    return zeros

@@ -1,0 +1,90 @@
+"""Pruning by what moves the model's own words, after RESP (2512.02185).
+
+A reasoning model is used on long text that it writes itself. So it is calibrated on that: the model goes on
+from the beginnings of calibration windows, and a weight's importance is |w * gradient| of the loss on the
+generated tokens alone; prompts are read and not predicted. Pruning changes what the model says, so it goes
+in steps, each of which begins by generating anew with the model pruned so far. A pruned weight stays so.
+
+The paper prunes coupled structures; here the same importance ranks single weights, within each output row
+or each matrix. The whole model is in memory beside the sums of its gradients in fp32.
+"""
+
+from math import floor
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from stages.core.calibration import Tokens
+from stages.core.schema import Recipe, Sparsity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.core.run import Run
+
+
+class RESP(Recipe):
+    """Zero the share `sparsity` of every linear, in `steps` between which the model generates anew."""
+
+    method: Literal["resp"]
+    sparsity: Sparsity
+    steps: Annotated[int, Field(ge=1)] = 5
+    """Equal shares of the target, one a step."""
+    scope: Literal["row", "matrix"]
+    """Weights are compared within an output row, or within a linear."""
+    calibration: Tokens
+    """`tokens: generated`; one seed for all steps, which draw one after another."""
+
+    @model_validator(mode="after")
+    def _self_generated(self) -> Self:
+        if self.calibration.tokens != "generated":
+            raise ValueError(
+                f"calibration.tokens is {self.calibration.tokens}, and resp learns from what the model says; "
+                "write tokens: generated"
+            )
+        return self
+
+    def execute(self, artifact: str, run: "Run") -> None:
+        """Write `artifact`, the source with its linears pruned."""
+        from stages.core import checkpoint
+        from stages.core.artifact import load_model, load_tokenizer
+        from stages.core.blocks import linears
+
+        model = load_model(self.source, run, dequantize=True)
+        zeros = checkpoint.zero_masks(linears(model, self.ignore))
+        notes = self.prune(model, load_tokenizer(self.source))
+        checkpoint.save(artifact, model, self.model_dump(mode="json"), run, keep=zeros, notes=notes)
+
+    def prune(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+        """Prune `model` in place; returns what is noted: each step's sparsity and the loss it began with.
+
+        Raises:
+            Refusal: windows are too few or too long, or came out alike; a loss or gradient is not finite.
+        """
+        from stages.core.blocks import linears
+        from stages.core.calibration import text_windows
+        from stages.core.generation import generated
+        from stages.prune.exact import grown
+        from stages.prune.gradients import loss_gradients
+
+        assert self.calibration.seed is not None and self.calibration.prompt_length is not None
+        found = linears(model, self.ignore)
+        texts = text_windows(tokenizer, self.calibration)
+        draw = torch.Generator().manual_seed(self.calibration.seed)
+        size = sum(one.weight.numel() for one in found)
+        told = []
+        for step in range(1, self.steps + 1):
+            windows = generated(model, tokenizer, self.calibration, texts, draw)
+            gradients, loss = loss_gradients(
+                model, found, windows, prompt_length=self.calibration.prompt_length, label=f"resp step {step}"
+            )
+            zeros = 0
+            for one in found:
+                scores = (one.weight.float() * gradients.pop(one.name)).abs()
+                count = floor(one.weight.numel() * self.sparsity * step / self.steps + 1e-6)
+                mask = grown(scores, one.weight == 0, count, by_row=self.scope == "row")
+                one.weight.masked_fill_(mask, 0)
+                zeros += int(mask.sum())
+            told.append({"sparsity": zeros / size, "loss": loss})
+        return {"steps": told}

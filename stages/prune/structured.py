@@ -1,0 +1,146 @@
+"""What removing neurons and removing heads share: what matters least is found, left out, and written.
+
+Importance is taken on the dense model, from its weights or from one forward pass, and every block keeps the
+same number, so that one number in the config says it.
+"""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from stages.core.blocks import Linear
+from stages.core.calibration import OptionalTokens, Tokens
+from stages.core.errors import Refusal
+from stages.core.schema import Recipe
+from stages.prune.exact import smallest
+from stages.prune.shrink import Cuts, kept, shrink
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.core.run import Run
+
+
+class Shrinker(Recipe):
+    """Remove the least important of what a model has many of, the same number in every block."""
+
+    reshapes: ClassVar[bool] = True
+    measured: ClassVar[tuple[str, ...]] = ("activation", "llm-bip")
+    """The importances that are taken on text."""
+    importance: str
+    seed: int | None
+    calibration: OptionalTokens
+    """The tokens that `activation` and `llm-bip` are taken on, through the dense model."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.ignore:
+            raise ValueError("ignore must be left out: a matrix cannot keep its size alone")
+        if (self.seed is None) == (self.importance == "random"):
+            raise ValueError(
+                "importance random needs a seed" if self.seed is None else "only importance random has a seed"
+            )
+        reads = isinstance(self.calibration, Tokens)
+        if reads and self.importance not in self.measured:
+            raise ValueError(
+                f"calibration must be {{dataset: none}}, as importance {self.importance} reads no text"
+            )
+        if not reads and self.importance in self.measured:
+            raise ValueError(f"importance {self.importance} is measured on text; name one to calibrate")
+        return self
+
+    def plan(
+        self, model: "PreTrainedModel", loudness: Mapping[str, Tensor]
+    ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
+        """What is kept, the config's new numbers, and facts for the record.
+
+        Args:
+            loudness: `[in]` fp32, the root mean square of every input feature of each linear, by its full
+                name; empty where nothing is measured.
+
+        Raises:
+            Refusal: what is asked for cannot be, or the family's config cannot say it.
+        """
+        raise NotImplementedError
+
+    def execute(self, artifact: str, run: "Run") -> None:
+        """Write `artifact`, the source without what matters least."""
+        from stages.core.artifact import load_model, load_tokenizer
+        from stages.core.blocks import linears
+        from stages.core.checkpoint import save, zero_masks
+        from stages.core.generation import model_windows
+
+        model = load_model(self.source, run, dequantize=True)
+        windows = None
+        if isinstance(self.calibration, Tokens):
+            windows = model_windows(load_tokenizer(self.source), self.calibration, lambda: model)
+        label = artifact.replace("/", " ", 1)
+        loudness = measure_inputs(model, windows, getattr(self.calibration, "batch_size", None), label)
+        try:
+            cuts, changes, notes = self.plan(model, loudness)
+        except Refusal as refusal:
+            raise Refusal(f"{label}: {refusal}") from refusal
+        zeros = zero_masks(linears(model))
+        shrink(model, cuts, changes)
+        keep = {name: kept(mask, f"{name}.weight", cuts) for name, mask in zeros.items()}
+        save(artifact, model, self.model_dump(mode="json"), run, keep=keep, notes=notes)
+
+
+def measure_inputs(
+    model: nn.Module, windows: Tensor | None, batch_size: int | None, label: str
+) -> dict[str, Tensor]:
+    """The root mean square of the input features of every linear, `[in]` fp32 by full name; {} without text.
+
+    Raises:
+        Refusal: NaN or infinite weights or inputs, text or none.
+    """
+    from stages.core.statistics import ColumnNorm, Statistic
+    from stages.core.walk import walk
+
+    found: dict[str, Tensor] = {}
+
+    def look(linear: Linear, statistic: Statistic | None) -> None:
+        if isinstance(statistic, ColumnNorm):
+            found[linear.name] = statistic.norm()
+
+    statistic = None if windows is None else ColumnNorm
+    walk(
+        model, look, windows=windows, statistic=statistic, sequential="none", batch_size=batch_size,
+        label=label,
+    )  # fmt: skip
+    return found
+
+
+def remaining(count: int, remove: float, what: str) -> int:
+    """How many of `count` are left when the share `remove` goes; a broken number is rounded up.
+
+    Raises:
+        Refusal: less than one would go.
+    """
+    left = ceil(count * (1 - remove) - 1e-6)
+    if remove and left == count:
+        raise Refusal(f"remove {remove:g} of {count} {what} is less than one; the least is {1 / count:.4g}.")
+    return left
+
+
+def most_important(scores: Tensor, count: int) -> Tensor:
+    """The indices of the `count` highest of `scores` `[n]`, ascending int64; of those alike the lowest go.
+
+    Raises:
+        Refusal: a score is not finite.
+    """
+    if not scores.isfinite().all():
+        raise Refusal("importance is not a finite number for some of what could be removed.")
+    return (~smallest(scores[None], len(scores) - count)[0]).nonzero()[:, 0]
+
+
+def drawn(seed: int, name: str, count: int) -> Tensor:
+    """Random importance, `[count]` fp32; it depends on the seed and the block's name alone."""
+    import hashlib
+
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))

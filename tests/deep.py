@@ -1,0 +1,75 @@
+"""Models deep enough to lose blocks, and slow references for those without some."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from stages.core.blocks import blocks
+from stages.prune.remove import output_projections
+from tests import families
+
+WINDOWS = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(7))
+
+
+def deep(family: str, layers: int = 6, **more: object) -> nn.Module:
+    """A model of `layers` blocks that do much to the stream, in fp32."""
+    made = families.CONFIGS[family].to_dict() | {"num_hidden_layers": layers, "layer_types": None} | more
+    if family == "gemma3":
+        made["layer_types"] = (["sliding_attention", "sliding_attention", "full_attention"] * layers)[:layers]
+    if family not in ("gemma3", "qwen3"):
+        made.pop("layer_types")
+    if family == "mistral":
+        made["sliding_window"] = 16
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(type(families.CONFIGS[family])(**made), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+class Skip(nn.Module):
+    """In a block's place: what comes in goes out, plus a constant."""
+
+    def __init__(self, plus: torch.Tensor | float = 0.0) -> None:
+        super().__init__()
+        self.plus = plus
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states + self.plus
+
+
+def without(model: nn.Module, gone, plus=None) -> nn.Module:
+    """The slow reference: a copy with `Skip` in the place of blocks."""
+    made = copy.deepcopy(model)
+    name = blocks(made)[0][0].rpartition(".")[0]
+    for number in gone:
+        made.get_submodule(name)[number] = Skip(plus[number] if plus else 0.0)
+    return made
+
+
+def without_attention(model: nn.Module, gone) -> nn.Module:
+    made = copy.deepcopy(model)
+    for number in gone:
+        one = output_projections(made)[number]
+        one.module.weight.data.zero_()
+        if one.module.bias is not None:
+            one.module.bias.data.zero_()
+    return made
+
+
+def loss(model: nn.Module, windows: torch.Tensor = WINDOWS) -> float:
+    with torch.no_grad():
+        return sum(
+            float(model(input_ids=row[None], labels=row[None], use_cache=False).loss) for row in windows
+        ) / len(windows)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=WINDOWS, use_cache=False).logits

@@ -1,0 +1,377 @@
+"""Streaming: the bytes are those of a model changed in memory, and a killed run goes on where it was."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from stages.core import checkpoint, stream
+from stages.core.artifact import load_model, load_tokenizer
+from stages.core.blocks import blocks, linears
+from stages.core.calibration import calibration_windows
+from stages.core.errors import Refusal
+from stages.core.method import WeightMethod
+from stages.core.run import Run
+from stages.core.source import Empty
+from stages.core.walk import walk
+from stages.prune.magnitude import Magnitude
+from stages.prune.options import Pruner
+from stages.prune.wanda import Wanda
+from stages.quantize.options import Quantizer
+from tests import families
+from tests.pipeline import NONE, TEXT, do, load, params, record
+from tests.test_lineage import GPTQ, MAGNITUDE, RTN, SPARSEGPT, WANDA
+
+PRUNE = {"magnitude": MAGNITUDE, "wanda": WANDA, "sparsegpt": SPARSEGPT}
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnitude": ("prune", MAGNITUDE),
+    "wanda": ("prune", WANDA),
+    "wanda-none": ("prune", WANDA | {"calibration": TEXT | {"sequential": "none"}}),
+    "wanda-block": ("prune", WANDA | {"calibration": TEXT | {"sequential": "block", "batch_size": 2}}),
+    "owl": ("prune", SPARSEGPT | {"allocation": {"kind": "owl", "multiple": 2.0}}),
+    "joint": ("prune", SPARSEGPT | {"grid": {"bits": 4, "group_size": 32}}),
+    "rtn": ("quantize", RTN),
+    "gptq": ("quantize", GPTQ),
+}
+
+
+class Killed(BaseException):
+    """What a signal raises."""
+
+
+def made(recipe: dict[str, Any], section: str = "prune", family: str = "llama") -> Path:
+    """The folder of the one recipe, made from `base/tiny`."""
+    if not Path("data/models/base/tiny").exists():
+        do(params(family, {}))
+    chosen = params(family, {f"{section}/made": {"source": "base/tiny", **recipe}})
+    chosen.run.start()
+    getattr(chosen, section)["made"].execute(f"{section}/made", chosen.run)
+    return Path("data/models") / section / "made"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def leftovers() -> list[Path]:
+    return [file for file in Path("data/scratch").rglob("*") if file.is_file()]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, kill_at: int | None = None) -> list[str]:
+    """Watch which linears are compressed; be killed in the middle of the one numbered `kill_at`."""
+    names: list[str] = []
+
+    def watch(cls: type[WeightMethod]) -> Callable[..., Any]:
+        honest = cls.replace
+
+        def replace(self: WeightMethod, linear: Any, statistic: Any, plan: Any) -> Any:
+            if len(names) == kill_at:
+                raise Killed
+            names.append(linear.name)
+            return honest(self, linear, statistic, plan)
+
+        return replace
+
+    for cls in (Pruner, Quantizer):
+        monkeypatch.setattr(cls, "replace", watch(cls))
+    return names
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("method", PRUNE)
+def test_the_bytes_are_those_of_a_model_in_memory(method, family, workspace):
+    folder = made(PRUNE[method], family=family)
+    chosen = params(family, {"prune/made": {"source": "base/tiny", **PRUNE[method]}})
+    recipe: Any = chosen.prune["made"]
+    chosen.run.start()
+    model = load_model("base/tiny", chosen.run, dequantize=True)
+    plan = recipe.plan(lambda: Empty("base/tiny", chosen.run))
+    windows = None
+    if recipe.statistic:
+        windows = calibration_windows(load_tokenizer("base/tiny"), recipe.calibration)
+    walk(
+        model,
+        lambda linear, statistic: recipe.replace(linear, statistic, plan),
+        windows=windows,
+        statistic=recipe.statistic,
+    )
+    checkpoint.save("prune/memory", model, recipe.model_dump(mode="json"), chosen.run)
+
+    streamed, memory = files(folder), files(folder.parent / "memory")
+    assert streamed.keys() == memory.keys()
+    for name in streamed.keys() - {"artifact.json", "model.safetensors"}:
+        assert streamed[name] == memory[name], name
+    told, other = record("prune/made"), record("prune/memory")
+    for key in ("sparsity", "bits_per_weight", "bytes_ideal", "num_parameters", "layout"):
+        assert told[key] == other[key], key
+    ours, theirs = (load_file(folder.parent / n / "model.safetensors") for n in ("made", "memory"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+    assert streamed["model.safetensors"] == memory["model.safetensors"]
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("recipe", ["wanda", "gptq"])
+def test_a_large_checkpoint_is_a_shard_a_block(recipe, family, workspace, monkeypatch):
+    section, options = RECIPES[recipe]
+    folder = made(options, section, family)
+    whole = {name: p.clone() for name, p in logits(load(f"{section}/made"))}
+    stored = load_file(folder / "model.safetensors")
+    monkeypatch.setattr(stream, "ONE_FILE", 1000)
+    made(options, section, family)
+
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    parts = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert not (folder / "model.safetensors").exists()
+    assert sorted(set(index["weight_map"].values())) == parts
+    held = {}
+    for part in parts:
+        with safe_open(folder / part, "pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+        held |= {name: (part, tensor) for name, tensor in load_file(folder / part).items()}
+    assert {name: part for name, (part, _) in held.items()} == index["weight_map"]
+    assert held.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, (_, tensor) in held.items())
+    model = load(f"{section}/made")
+    for block, _ in blocks(model):
+        assert len({part for name, (part, _) in held.items() if name.startswith(f"{block}.")}) == 1
+    assert record(f"{section}/made")["bytes_on_disk"] == sum((folder / part).stat().st_size for part in parts)
+    for name, parameter in logits(model):
+        assert torch.equal(parameter, whole[name]), name
+    assert not leftovers()
+
+
+def logits(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The weights, packed ones unpacked by a forward, and the logits of it."""
+    with torch.no_grad():
+        out = model(input_ids=torch.arange(16)[None]).logits
+    return [*model.named_parameters(), ("logits", out)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_killed_run_goes_on_to_the_same_bytes(recipe, family, workspace, monkeypatch):
+    section, options = RECIPES[recipe]
+    folder = made(options, section, family)
+    never = files(folder)
+    base = load("base/tiny")
+    first, second = ([x.name for x in linears(base) if x.block == b] for b, _ in blocks(base))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        compressed = counted(patch, kill_at=len(first) + 1)
+        made(options, section, family)
+    assert len(compressed) == len(first) + 1
+    assert files(folder) == never, "what was there stays until the new one is whole"
+    assert [file.suffix for file in sorted(leftovers())] == [".json", ".safetensors"]
+
+    compressed = counted(monkeypatch)
+    made(options, section, family)
+    assert sorted(compressed) == sorted(second)
+    assert files(folder) == never
+    assert not leftovers()
+
+
+def test_a_run_killed_while_the_artifact_is_put_together_goes_on(workspace, monkeypatch):
+    folder = made(WANDA)
+    never = files(folder)
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stream, "load_tokenizer", kill)
+        made(WANDA)
+    assert files(folder) == never
+    compressed = counted(monkeypatch)
+    made(WANDA)
+    assert not compressed
+    assert files(folder) == never
+    assert not leftovers()
+
+
+def killed_after_a_block(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        counted(patch, kill_at=8)
+        made(options)
+    assert len(leftovers()) == 2
+
+
+def test_another_recipe_does_not_go_on_with_these_blocks(workspace, monkeypatch):
+    killed_after_a_block(monkeypatch, WANDA)
+    compressed = counted(monkeypatch)
+    folder = made(WANDA | {"sparsity": 0.25})
+    assert len(compressed) == 14
+    assert record("prune/made")["sparsity"] == 0.25
+    assert not leftovers()
+    fresh = files(folder)
+    made(WANDA | {"sparsity": 0.25})
+    assert files(folder) == fresh
+
+
+@pytest.mark.parametrize(
+    "changed", ["models/base/tiny/model.safetensors", "datasets/news/calibration.parquet"]
+)
+def test_another_source_or_text_does_not_go_on_with_these_blocks(changed, workspace, monkeypatch):
+    killed_after_a_block(monkeypatch, WANDA)
+    chosen = params("llama", {"prune/made": {"source": "base/tiny", **WANDA}})
+    os.utime(Path("data") / changed, (1, 1))
+    compressed = counted(monkeypatch)
+    chosen.prune["made"].execute("prune/made", chosen.run)
+    assert len(compressed) == 14
+    assert not leftovers()
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"threads": 2}])
+def test_other_numerics_do_not_go_on_with_these_blocks(change, workspace, monkeypatch):
+    killed_after_a_block(monkeypatch, WANDA)
+    chosen = params("llama", {"prune/made": {"source": "base/tiny", **WANDA}})
+    compressed = counted(monkeypatch)
+    chosen.prune["made"].execute("prune/made", chosen.run.model_copy(update=change))
+    assert len(compressed) == 14
+
+
+def test_going_on_is_logged(workspace, monkeypatch, caplog):
+    killed_after_a_block(monkeypatch, WANDA)
+    logging.disable(logging.NOTSET)
+    with caplog.at_level(logging.INFO):
+        made(WANDA)
+    assert "prune/made goes on: 1 of 2 blocks were finished before" in caplog.text
+
+
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
+def test_no_more_than_one_block_has_weights(sequential, workspace, monkeypatch):
+    held: list[set[str]] = []
+    honest = Wanda.weights
+    do(params("llama", {}))
+    home: list[stream.Streamed] = []
+    start = stream.Streamed.__init__
+
+    def started(self: stream.Streamed, *args: Any) -> None:
+        start(self, *args)
+        home.append(self)
+
+    def weights(self: Wanda, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        held.append({n for n, b in blocks(home[0].model) for p in b.parameters() if p.device.type != "meta"})
+        return honest(self, weight, *rest)
+
+    monkeypatch.setattr(stream.Streamed, "__init__", started)
+    monkeypatch.setattr(Wanda, "weights", weights)
+    made(WANDA | {"calibration": TEXT | {"sequential": sequential}})
+    assert len(held) == 14
+    assert [sorted(names) for names in held] == [["model.layers.0"]] * 7 + [["model.layers.1"]] * 7
+    assert all(p.device.type == "meta" for _, b in blocks(home[0].model) for p in b.parameters())
+
+
+def test_a_model_looked_at_is_given_up_block_by_block(workspace):
+    chosen = params("llama", {})
+    do(chosen)
+    source, plain = Empty("base/tiny", chosen.run), load("base/tiny")
+    for name, block in blocks(source.model):
+        with source.block(name, block) as done:
+            assert not done
+            for local, parameter in block.named_parameters():
+                assert torch.equal(parameter, plain.get_parameter(f"{name}.{local}"))
+        assert all(parameter.device.type == "meta" for parameter in block.parameters())
+    assert not Path("data/scratch/resume").exists()
+
+
+def test_buffers_that_a_checkpoint_holds_are_read_and_written(workspace, monkeypatch):
+    """No family here has one; a scale of a block or an embedding that is not trained would be."""
+    from transformers.models.llama import modeling_llama as llama
+
+    honest = llama.LlamaRMSNorm.__init__
+
+    def scaled(self: Any, *args: Any, **options: Any) -> None:
+        honest(self, *args, **options)
+        self.register_buffer("scale", torch.ones(3))
+
+    monkeypatch.setattr(llama.LlamaRMSNorm, "__init__", scaled)
+    chosen = params("llama", {"prune/made": {"source": "base/tiny", **WANDA}})
+    do(params("llama", {}))
+    model = load("base/tiny")
+    for number, (_, buffer) in enumerate(model.named_buffers()):
+        if buffer.shape == (3,):
+            buffer.fill_(number)
+    model.save_pretrained("data/models/base/tiny")
+    chosen.prune["made"].execute("prune/made", chosen.run)
+    found = {name: buffer for name, buffer in model.named_buffers() if buffer.shape == (3,)}
+    assert len(found) == 5
+    again = dict(load("prune/made").named_buffers())
+    for name, buffer in found.items():
+        assert torch.equal(again[name], buffer), name
+
+
+def test_a_source_of_another_dtype_is_read_in_the_runs(workspace):
+    chosen = params("llama", {"prune/made": {"source": "base/tiny", **WANDA}})
+    do(params("llama", {}))
+    load("base/tiny").float().save_pretrained("data/models/base/tiny")
+    chosen.prune["made"].execute("prune/made", chosen.run)
+    assert {t.dtype for t in load_file("data/models/prune/made/model.safetensors").values()} == {
+        torch.bfloat16
+    }
+
+
+def test_dead_features_are_told_once_a_linear(workspace, caplog):
+    recipes = {"wanda": WANDA, "sparsegpt": SPARSEGPT, "gptq": GPTQ}
+    sections = {"wanda": "prune", "sparsegpt": "prune", "gptq": "quantize"}
+    said = {
+        "wanda": "the first of their row to go",
+        "sparsegpt": "zeroed, before any other weight",
+        "gptq": "rounded as they are",
+    }
+    chosen = params("llama", {f"{sections[n]}/{n}": {"source": "base/tiny", **r} for n, r in recipes.items()})
+    do(params("llama", {}))
+    model = load("base/tiny")
+    model.model.layers[1].post_attention_layernorm.weight.data[:5] = 0
+    model.save_pretrained("data/models/base/tiny")
+    for name, section in sections.items():
+        caplog.clear()
+        logging.disable(logging.NOTSET)
+        with caplog.at_level(logging.INFO):
+            getattr(chosen, section)[name].execute(f"{section}/{name}", chosen.run)
+        for linear in ("gate_proj", "up_proj"):
+            line = f"model.layers.1.mlp.{linear}: 5 of 32 input features are zero on every token; "
+            assert caplog.text.count(line) == 1
+            assert f"{line}their weights are {said[name]}" in caplog.text
+        assert caplog.text.count("on every token") == 2
+        if section == "prune":
+            gate = load(f"prune/{name}").model.layers[1].mlp.gate_proj.weight
+            assert (gate[:, :5] == 0).all() and int((gate == 0).sum()) == gate.numel() / 2
+
+
+@pytest.mark.parametrize("broken", ["nan", "inf"])
+@pytest.mark.parametrize("recipe", ["magnitude", "wanda", "joint", "rtn", "gptq"])
+def test_broken_weights_are_refused_by_name_and_nothing_is_written(recipe, broken, workspace):
+    section, options = RECIPES[recipe]
+    chosen = params("llama", {f"{section}/made": {"source": "base/tiny", **options}})
+    do(params("llama", {}))
+    model = load("base/tiny")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float(broken)
+    model.save_pretrained("data/models/base/tiny")
+    with pytest.raises(
+        Refusal, match=rf"{section} made: NaN or infinite weights in model\.layers\.1\.mlp\.up_proj;"
+    ):
+        getattr(chosen, section)["made"].execute(f"{section}/made", chosen.run)
+    assert not (Path("data/models") / section / "made").exists()
+
+
+def test_a_method_of_its_own_needs_no_more_than_weights(workspace):
+    """What the walk asks of a method: nothing of modules, files or devices."""
+    do(params("llama", {}))
+    method = Magnitude(
+        source="base/tiny", method="magnitude", sparsity=0.5, scope="row", calibration=NONE,
+        ignore=("mlp.up_proj",),
+    )  # fmt: skip
+    run = Run(device="cpu", dtype="bfloat16", threads=1, seed=0)
+    method.execute("prune/own", run)
+    for linear, before in zip(linears(load("prune/own")), linears(load("base/tiny")), strict=True):
+        alone = method.weights(before.weight, None, before.weight.numel() // 2)
+        untouched = linear.name.endswith("up_proj")
+        assert torch.equal(linear.weight, before.weight if untouched else alone)
