@@ -15,7 +15,7 @@ from tests import project
 GPTQ, WANDA = "quantize.gptq-w4g32", "prune.wanda-50"
 SLUG = "lower-case letters"
 BAD = {
-    "unknown method": (f"{WANDA}.method", "wonder", [WANDA, "'wonder'", "magnitude, wanda"]),
+    "unknown method": (f"{WANDA}.method", "wonder", [WANDA, "'wonder'", "heads, magnitude"]),
     "misspelt field": (f"{WANDA}.sparcity", 0.5, [f"{WANDA}", "sparcity", "did you mean 'sparsity'"]),
     "missing source": (f"{GPTQ}.source", "prune/nobody", [f"{GPTQ}.source", "prune/nobody"]),
     "cycle": (f"{WANDA}.source", "quantize/gptq-w4g32", ["a cycle", "prune/wanda-50", "quantize/gptq-w4g32"]),
