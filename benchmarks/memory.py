@@ -160,6 +160,9 @@ def main() -> None:
                 tell("magnitude.killed_after_seconds", took)
                 kept = len(list(folder.glob("data/scratch/resume/*/*/*.json")))
                 tell("magnitude.blocks_kept_by_the_kill", kept)
+                _, took = prune(folder, "magnitude")
+                tell("magnitude.resumed_seconds", took)
+                shutil.rmtree(folder / "data/models/prune")
             for recipe, found in peaks.items():
                 found[count], took = prune(folder, recipe)
                 tell(f"{recipe}.{count}_blocks.peak_gib", found[count])

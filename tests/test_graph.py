@@ -74,6 +74,9 @@ def test_dependencies_are_the_imports(name):
     if any("$" in dep and dep.endswith(".py") for dep in stage["deps"]):
         own |= set(methods)
     assert own == closure({main, *methods})
+    # A recipe depends on its own method's file alone, so no method may need another's.
+    for method in methods:
+        assert not closure({method}) & set(methods) - {method}, method
     assert "requirements.lock" in stage["deps"]
     assert "data/validated.json" in stage["deps"]
 

@@ -286,6 +286,11 @@ def test_good_params_are_good(raw):
     assert list(methods("finetune")) == ["lora"]
 
 
+@pytest.mark.parametrize("path", sorted((project.ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_projects_sweeps_are_good(path):
+    assert load(path).evaluations()
+
+
 def test_the_projects_own_params_are_good():
     made = validate(yaml.safe_load((ROOT / "params.yaml").read_text()))
     assert made.run.device == "auto"

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from stages.core import checkpoint, stream
-from stages.core.artifact import load_model, load_tokenizer
+from stages.core.artifact import MODELS, load_model, load_tokenizer
 from stages.core.blocks import blocks, linears
 from stages.core.calibration import calibration_windows
 from stages.core.errors import Refusal
@@ -356,7 +357,7 @@ def test_broken_weights_are_refused_by_name_and_nothing_is_written(recipe, broke
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float(broken)
     model.save_pretrained("data/models/base/tiny")
     with pytest.raises(
-        Refusal, match=rf"{section} made: NaN or infinite weights in model\.layers\.1\.mlp\.up_proj;"
+        Refusal, match=r"base/tiny: NaN or infinite values in model\.layers\.1\.mlp\.up_proj\.weight;"
     ):
         getattr(chosen, section)["made"].execute(f"{section}/made", chosen.run)
     assert not (Path("data/models") / section / "made").exists()
@@ -375,3 +376,40 @@ def test_a_method_of_its_own_needs_no_more_than_weights(workspace):
         alone = method.weights(before.weight, None, before.weight.numel() // 2)
         untouched = linear.name.endswith("up_proj")
         assert torch.equal(linear.weight, before.weight if untouched else alone)
+
+
+def test_tensors_that_are_put_together_when_loaded_are_not_taken_for_the_parameter(tmp_path, monkeypatch):
+    """A mixture's experts lie apart on disk and together in the model."""
+    monkeypatch.chdir(tmp_path)
+    folder = MODELS / "base/tiny"
+    config = MixtralConfig(**families._GATED, num_local_experts=4, num_experts_per_tok=1)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    made.save_pretrained(folder)
+    families.tokenizer().save_pretrained(folder)
+    (folder / "artifact.json").write_text(json.dumps({"lineage": ["base/tiny"], "recipes": {}, "base": {}}))
+    Path("data/datasets/none").mkdir(parents=True)
+    experts = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
+    recipe = Magnitude(
+        method="magnitude", source="base/tiny", sparsity=0.5, scope="matrix", ignore=experts,
+        calibration={"dataset": "none"},
+    )  # fmt: skip
+    recipe.execute("prune/made", Run(device="cpu", dtype="bfloat16", threads=1, seed=0))
+    again = AutoModelForCausalLM.from_pretrained(MODELS / "prune/made")
+    for name, parameter in made.named_parameters():
+        if any(expert in name for expert in experts):
+            assert torch.equal(again.get_parameter(name), parameter), name
+    assert json.loads((MODELS / "prune/made/artifact.json").read_text())["sparsity"] == 0.5
+
+
+def test_a_nan_outside_the_linears_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = families.model("llama")
+    made.model.layers[1].input_layernorm.weight.data[3] = torch.nan
+    made.save_pretrained(MODELS / "base/tiny")
+    recipe = Magnitude(
+        method="magnitude", source="base/tiny", sparsity=0.5, scope="matrix", calibration={"dataset": "none"}
+    )
+    Path("data/datasets/none").mkdir(parents=True)
+    with pytest.raises(Refusal, match=r"model\.layers\.1\.input_layernorm\.weight"):
+        recipe.execute("prune/made", Run(device="cpu", dtype="bfloat16", threads=1, seed=0))
+    assert not (MODELS / "prune/made").exists()

@@ -16,8 +16,8 @@ from stages.core.blocks import linears
 from stages.core.errors import Refusal
 from stages.prune import anatomy
 from stages.prune.shrink import shrink
-from stages.prune.structured import measure_inputs, most_important
-from stages.prune.width import BY_WEIGHT, Width, change_bound
+from stages.prune.structured import change_bound, measure_inputs, most_important
+from stages.prune.width import BY_WEIGHT, Width
 from tests import families, pipeline
 from tests.pipeline import NONE, TEXT, do, load, params, record
 

@@ -129,6 +129,8 @@ def save(
         keep: positions that must be zero in the written file, see `zero_masks`.
         notes: further facts for the record, constant from run to run.
     """
+    if broken := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+        raise Refusal(f"{artifact}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
     with writing(MODELS / artifact) as folder:
         model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(folder)

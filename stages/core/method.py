@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from stages.core.calibration import Calibration
+from stages.core.calibration import Calibration, Tokens
 from stages.core.grid import Quantized
 from stages.core.schema import NoData, Recipe
 from stages.core.statistics import Statistic
@@ -36,7 +36,7 @@ class WeightMethod(Recipe):
     """What it does with weights whose input was zero on every token, as told in the log."""
     prepares: ClassVar[bool] = False
     """Whether it changes a block as a whole before its weights are replaced; needs `sequential: block`."""
-    calibration: Calibration | NoData
+    calibration: Tokens | NoData
     """The text its statistic is taken on."""
 
     def plan(self, look: "Callable[[], Empty]") -> Any:
@@ -68,7 +68,7 @@ class WeightMethod(Recipe):
         from stages.core.artifact import load_tokenizer
         from stages.core.generation import model_windows
 
-        assert isinstance(self.calibration, Calibration)
+        assert isinstance(self.calibration, Tokens)
         return model_windows(load_tokenizer(self.source), self.calibration, whole)
 
     def replace(self, linear: "Linear", statistic: Any, plan: Any) -> "Tensor | Quantized":

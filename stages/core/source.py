@@ -5,7 +5,8 @@ read from the checkpoint's safetensors when asked for and given up again after. 
 every tensor, as pages of an open one count as memory in use.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,37 +17,64 @@ from torch import Tensor, nn
 
 from stages.core.artifact import MODELS, load_model
 from stages.core.blocks import blocks
+from stages.core.errors import Refusal
+from stages.core.packed import weight_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.core.run import Run
 
+log = logging.getLogger(__name__)
+
 
 class Files:
-    """The parameters of a model in a plain safetensors checkpoint, read when asked for; no file stays open.
+    """The parameters of a model in its safetensors, read when asked for; no file stays open.
 
-    Some families name a tensor otherwise on disk than in the model (GPT-NeoX's `embed_out`).
+    Some families name a tensor otherwise on disk than in the model (GPT-NeoX's `embed_out`). Weights stored
+    packed are dequantized as they are read.
+
+    Args:
+        scheme: how packed weights are stored, None where none are; see `stages.core.packed`.
     """
 
-    def __init__(self, folder: Path, model: "PreTrainedModel") -> None:
+    def __init__(self, folder: Path, model: "PreTrainedModel", scheme: Mapping[str, Any] | None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         renamings = get_model_conversion_mapping(model)
+        self._scheme = scheme
         self._where: dict[str, tuple[Path, str]] = {}
+        self._shapes: dict[str, list[int]] = {}
+        self._parts: dict[str, list[str]] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as handle:
                 for key in handle.keys():  # noqa: SIM118
                     name = key
                     for renaming in renamings:
                         name, _ = renaming.rename_source_key(name)
-                    self._where[name] = (file, key)
+                    # Tensors that are put together into one (a mixture's experts) land on one name.
+                    shape = [] if name in self._where else handle.get_slice(key).get_shape()
+                    self._where[name], self._shapes[name] = (file, key), shape
+        for name in self._where:
+            head, _, leaf = name.rpartition(".")
+            self._parts.setdefault(f"{head}.{leaf.split('_')[0]}", []).append(name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._where or self._packed(name)
+
+    def holds(self, name: str, shape: torch.Size) -> bool:
+        """Whether the files have the parameter `name` in this shape, as one tensor or packed."""
+        return self._packed(name) or self._shapes.get(name) == list(shape)
 
     def read(self, name: str) -> Tensor:
         """The parameter of this name."""
+        wanted = self._parts[name] if self._packed(name) else [name]
+        return weight_from({part: self._tensor(part) for part in wanted}, name, self._scheme)
+
+    def _packed(self, name: str) -> bool:
+        return self._scheme is not None and f"{name}_scale" in self._where
+
+    def _tensor(self, name: str) -> Tensor:
         file, key = self._where[name]
         with safe_open(file, "pt") as handle:
             tensor: Tensor = handle.get_tensor(key)
@@ -54,16 +82,19 @@ class Files:
 
 
 class Loaded:
-    """The same of a model in memory; for sources whose plain weights no file holds as they are."""
+    """The same of a model in memory, loaded when first read; for files that hold parameters otherwise."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._tensors = model.state_dict()
+    def __init__(self, names: Iterable[str], load: "Callable[[], PreTrainedModel]") -> None:
+        self._names, self._load = set(names), load
+        self._tensors: Mapping[str, Tensor] | None = None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._names
 
     def read(self, name: str) -> Tensor:
         """A copy of the parameter of this name."""
+        if self._tensors is None:
+            self._tensors = self._load().state_dict()
         return self._tensors[name].clone()
 
 
@@ -76,19 +107,23 @@ class Empty:
 
     def __init__(self, artifact: str, run: "Run") -> None:
         from accelerate import init_empty_weights  # type: ignore[import-untyped]
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         self.name, self._run = artifact, run
         config: Any = AutoConfig.from_pretrained(MODELS / artifact, local_files_only=True)
-        packed = config.__dict__.pop("quantization_config", None)
+        stored = config.__dict__.pop("quantization_config", None)
+        scheme = stored and {**stored["config_groups"]["group_0"], "format": stored["format"]}
         with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=run.torch_dtype, attn_implementation="sdpa"
-            ).eval()
+            self.model: PreTrainedModel = _plain(config, run.torch_dtype)
         self.model.tie_weights()
-        self._source: Files | Loaded = Files(MODELS / artifact, self.model)
-        if packed or any(name not in self._source for name, _ in self.model.named_parameters()):
-            self._source = Loaded(self.whole())
+        files = Files(MODELS / artifact, self.model, scheme)
+        self._source: Files | Loaded = files
+        if other := [n for n, p in self.model.named_parameters() if not files.holds(n, p.shape)]:
+            log.info(
+                "%s: its files hold %d parameters (%s) otherwise than the model does, so it is loaded whole",
+                artifact, len(other), ", ".join(other[:3]),
+            )  # fmt: skip
+            self._source = Loaded(self.model.state_dict(), self.whole)
         self._device, self._dtype = run.resolved_device(), run.torch_dtype
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -122,6 +157,9 @@ class Empty:
         for name in [name for name, _ in module.named_parameters(recurse=recurse)]:
             tensor = self._source.read(f"{prefix}.{name}".lstrip("."))
             put(module, name, tensor.to(self._device, self._dtype))
+        parameters = module.named_parameters(recurse=recurse)
+        if broken := [f"{prefix}.{name}" for name, tensor in parameters if not tensor.isfinite().all()]:
+            raise Refusal(f"{self.name}: NaN or infinite values in {', '.join(broken)}; nothing was written.")
         for name, buffer in module.named_buffers(recurse=recurse):
             if (full := f"{prefix}.{name}".lstrip(".")) in self._source:
                 buffer.copy_(self._source.read(full))
@@ -129,6 +167,20 @@ class Empty:
     def _drop(self, module: nn.Module) -> None:
         for name, parameter in list(module.named_parameters()):
             put(module, name, torch.empty_like(parameter, device="meta"))
+
+
+def _plain(config: Any, dtype: torch.dtype) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        raise Refusal(
+            f"{config.model_type} has no attention by torch's scaled_dot_product_attention, which all "
+            "models are run with; it is not served."
+        ) from None
 
 
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -107,7 +107,12 @@ class Hessian(Statistic):
                 )
 
     def matrix(self) -> Tensor:
-        """`[in, in]` fp32."""
+        """`[in, in]` fp32.
+
+        Raises:
+            Refusal: it is not finite.
+        """
+        _check_finite(self._sum)
         upper = self._sum.triu() * (2 / self.num_tokens)
         return upper + upper.triu(1).T
 

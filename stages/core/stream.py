@@ -11,6 +11,7 @@ from, and the next run takes them as they are. When all are there they become th
 """
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from stages.core.blocks import linears
 from stages.core.checkpoint import Sizes, check_zeros, lineage, zero_masks
 from stages.core.grid import Quantized
 from stages.core.packed import described, packable, tensors_of, weight_from
+from stages.core.run import RECORDED
 from stages.core.source import Empty, put
 
 if TYPE_CHECKING:
@@ -143,6 +145,8 @@ class Streamed(Empty):
         if len({json.dumps([fact["scheme"], fact["fake"]], sort_keys=True) for fact in facts}) > 1:
             raise ValueError("blocks on unlike grids make no one checkpoint")
         quantized = {name for fact in facts for name in fact["quantized"]}
+        if quantized and quantized != {one.name for one in self._linears}:
+            raise AssertionError(f"{len(quantized)} of {len(self._linears)} linears were quantized")
         joined: dict[str, list[str]] = {}
         for key, found in [noted for fact in facts for noted in fact["noted"].items()]:
             joined.setdefault(key, []).extend(found)
@@ -209,11 +213,19 @@ class Streamed(Empty):
             tensors = named(part)
             index |= dict.fromkeys(tensors, target.name)
             if isinstance(part, Path) and tensors.keys() == _names(part):
-                os.link(part, target)  # the scratch copy stays until the artifact is whole
+                _link(part, target)  # the scratch copy stays until the artifact is whole
             else:
                 save_file(tensors, target, metadata={"format": "pt"})
         told = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _link(file: Path, target: Path) -> None:
+    """The same bytes under another name: a link, or a copy where the file system has none."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def _names(file: Path) -> set[str]:
@@ -229,9 +241,11 @@ def _key(recipe: Mapping[str, Any], run: "Run") -> str:
         for folder in data
         for file in sorted(folder.glob("*"))
     ]
-    code = [file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    root = Path(__file__).parents[2]
+    code = [file.read_bytes() for file in sorted((root / "stages").rglob("*.py"))]
+    versions = {name: importlib.metadata.version(name) for name in RECORDED}
     digest = hashlib.sha256(b"".join(code))
-    digest.update(json.dumps([recipe, run.numerics(), run.seed, files], sort_keys=True).encode())
+    digest.update(json.dumps([recipe, run.numerics(), run.seed, files, versions], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

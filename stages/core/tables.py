@@ -72,7 +72,9 @@ def describe(record: dict[str, Any]) -> dict[str, Any]:
         if grid and record["layout"] != "dense":  # later steps may have left the grid
             row |= {"bits": grid["bits"], "group_size": grid["group_size"]}
         text = recipe.get("calibration") or recipe.get("train")
-        if "num_samples" in text:
+        if "shots" in text:
+            read.append(f"{stage}: {text['dataset']} ({record['texts'][text['dataset']]}) graded items")
+        elif "num_samples" in text:
             kind = text.get("tokens", "text")
             what = {"text": "", "generated": "generated from ", "random": "random tokens "}[kind]
             if kind != "random":

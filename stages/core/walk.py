@@ -1,4 +1,4 @@
-"""The walk over a decoder's blocks; the only code that knows hooks.
+"""The walk over a decoder's blocks.
 
 A calibrated method needs, for each linear, what flows into it. Replaying a block by hand means guessing
 the arguments its model passes it, which differ by family and by layer. Here the model's own forward runs

@@ -7,10 +7,10 @@ block's share, except under ERK, which looks at the shape of every matrix by its
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.core.blocks import Linear, blocks, linears
@@ -27,9 +27,19 @@ class _Allocation(Strict):
     reads_text: ClassVar[bool] = False
 
     def shares(
-        self, source: "Empty", ignore: tuple[str, ...], sparsity: float, windows: Tensor | None
+        self,
+        source: "Empty",
+        ignore: tuple[str, ...],
+        sparsity: float,
+        windows: Tensor | None,
+        batch_size: int | None = None,
     ) -> dict[str, float]:
-        """The share of zeros of each linear that is not ignored, by full name, in [0, 1]."""
+        """The share of zeros of each linear that is not ignored, by full name, in [0, 1].
+
+        Args:
+            windows: `[num_samples, sequence_length]` token ids, where it reads text.
+            batch_size: windows a block takes at a time; None is all.
+        """
         raise NotImplementedError
 
 
@@ -45,7 +55,12 @@ class ERK(_Allocation):
     kind: Literal["erk"]
 
     def shares(
-        self, source: "Empty", ignore: tuple[str, ...], sparsity: float, windows: Tensor | None
+        self,
+        source: "Empty",
+        ignore: tuple[str, ...],
+        sparsity: float,
+        windows: Tensor | None,
+        batch_size: int | None = None,
     ) -> dict[str, float]:
         """Matrices that would keep more than everything keep everything, the others less for it."""
         found = linears(source.model, ignore)
@@ -76,7 +91,12 @@ class OWL(_Allocation):
     """The paper's lambda: no block is further than twice this from another."""
 
     def shares(
-        self, source: "Empty", ignore: tuple[str, ...], sparsity: float, windows: Tensor | None
+        self,
+        source: "Empty",
+        ignore: tuple[str, ...],
+        sparsity: float,
+        windows: Tensor | None,
+        batch_size: int | None = None,
     ) -> dict[str, float]:
         """One forward through the dense model."""
         found = linears(source.model, ignore)
@@ -93,7 +113,7 @@ class OWL(_Allocation):
         source.bring_rest()
         walk(
             source.model, look, windows=windows, statistic=ColumnNorm, sequential="none", ignore=ignore,
-            label="owl", home=source,
+            batch_size=batch_size, label="owl", home=source,
         )  # fmt: skip
         low, width = min(scores.values()), (max(scores.values()) - min(scores.values())) or 1.0
         offsets = {block: -2 * self.spread * (score - low) / width for block, score in scores.items()}
@@ -112,7 +132,12 @@ class Alpha(_Allocation):
     """The paper's epsilon."""
 
     def shares(
-        self, source: "Empty", ignore: tuple[str, ...], sparsity: float, windows: Tensor | None
+        self,
+        source: "Empty",
+        ignore: tuple[str, ...],
+        sparsity: float,
+        windows: Tensor | None,
+        batch_size: int | None = None,
     ) -> dict[str, float]:
         """The singular values of every weight."""
         found = linears(source.model, ignore)
@@ -145,8 +170,19 @@ class LayerIF(_Allocation):
     high: Annotated[float, Field(gt=0, lt=1)] = 0.40
     """That of the least influential one."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high; {self.low:g} and {self.high:g} given")
+        return self
+
     def shares(
-        self, source: "Empty", ignore: tuple[str, ...], sparsity: float, windows: Tensor | None
+        self,
+        source: "Empty",
+        ignore: tuple[str, ...],
+        sparsity: float,
+        windows: Tensor | None,
+        batch_size: int | None = None,
     ) -> dict[str, float]:
         """One forward and backward a window, the whole model in memory."""
         from scipy.signal import savgol_filter

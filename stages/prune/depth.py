@@ -32,7 +32,7 @@ class Text(Tokens):
 
 
 def _kind(value: Any) -> str:
-    given = value if isinstance(value, dict) else vars(value)
+    given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
     if "shots" in given:
         return "items"
     none = given.get("dataset") == "none" and given.get("tokens", "text") == "text"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.core.blocks import blocks, check_length
 from stages.core.errors import Refusal
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def loss_gradients(
     Raises:
         Refusal: the loss or a gradient is not finite.
     """
+    check_length(model, windows, label)
     model.requires_grad_(False)
     weights = {one.name: one.module.get_parameter("weight").requires_grad_(True) for one in found}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
@@ -89,8 +91,7 @@ def sketches(model: "PreTrainedModel", windows: Tensor, names: list[str]) -> dic
         windows: `[num_samples, sequence_length]` token ids.
         names: full names of blocks.
     """
-    from stages.core.blocks import blocks
-
+    check_length(model, windows, "gradients")
     found = {name: block for name, block in blocks(model) if name in names}
     out = {name: torch.zeros(len(windows), WIDTH, device=model.device) for name in found}
     model.requires_grad_(False)

@@ -27,8 +27,7 @@ from stages.core.errors import Refusal
 from stages.prune.anatomy import Part, attentions
 from stages.prune.attention import Shape, check_family, numbers, shape_of
 from stages.prune.shrink import Cuts, columns, misfits, rows
-from stages.prune.structured import Shrinker, drawn, most_important, remaining
-from stages.prune.width import change_bound
+from stages.prune.structured import Shrinker, change_bound, drawn, most_important, remaining
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from stages.core.calibration import OptionalCalibration
+from stages.core.calibration import OptionalTokens
 from stages.prune.allocation import Uniform
 from stages.prune.options import Pruner
 
@@ -28,7 +28,7 @@ class Magnitude(Pruner):
 
     method: Literal["magnitude"]
     scope: Literal["global", "matrix", "row"]
-    calibration: OptionalCalibration
+    calibration: OptionalTokens
     """Read by an allocation that is measured on text, by nothing else."""
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages.core.calibration import OptionalCalibration
+from stages.core.calibration import OptionalTokens
 from stages.prune.options import Pruner
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ class Random(Pruner):
 
     method: Literal["random"]
     seed: Annotated[int, Field(ge=0)]
-    calibration: OptionalCalibration
+    calibration: OptionalTokens
     """Read by an allocation that is measured on text, by nothing else."""
 
     def replace(self, linear: "Linear", statistic: None, plan: dict[str, int]) -> Tensor:

@@ -52,6 +52,7 @@ def _shorten(config: Any, kept: list[int]) -> None:
 
 def _check(model: "PreTrainedModel") -> None:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     family, config = type(model).__name__, model.config
@@ -61,7 +62,7 @@ def _check(model: "PreTrainedModel") -> None:
             plain = AutoModelForCausalLM.from_config(
                 written, attn_implementation=config._attn_implementation
             ).eval()
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, StrictDataclassError) as error:
         raise Refusal(f"{family}: its config cannot say a model without these blocks: {error}") from error
     for (name, ours), (_, theirs) in zip(blocks(model), blocks(plain), strict=True):
         if different := _differences(ours, theirs):

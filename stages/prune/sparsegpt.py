@@ -56,14 +56,15 @@ class SparseGPT(Pruner):
         """
         from stages.core.blocks import linears
 
+        source = look()
         size = (self.grid.group_size if self.grid else None) or 1
-        found = linears(look().model, self.ignore)
+        found = linears(source.model, self.ignore)
         if uneven := [one.name for one in found if one.weight.shape[1] % size]:
             raise Refusal(
                 f"the grid's group_size {size} does not divide the input of {len(uneven)} linears: "
                 f"{', '.join(uneven[:8])}; take a divisor of every input width, or null for one scale a row."
             )
-        return super().plan(look)
+        return super().plan(lambda: source)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:
         """With a grid also how many linears were quantized, for whoever counts them in the file."""

@@ -144,3 +144,12 @@ def drawn(seed: int, name: str, count: int) -> Tensor:
 
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+
+
+def change_bound(writer: Tensor, loudness: Tensor) -> Tensor:
+    """Per input feature of `writer` `[out, in]`, how much its output changes without it (LLM-BIP): `[in]`.
+
+    Args:
+        loudness: `[in]` fp32, the root mean square of the feature over tokens.
+    """
+    return loudness * writer.float().square().sum(0).sqrt()

@@ -27,7 +27,7 @@ from torch import Tensor
 from stages.core.errors import Refusal
 from stages.prune.anatomy import Part, mlps
 from stages.prune.shrink import Cuts, columns, misfits, rows
-from stages.prune.structured import Shrinker, drawn, most_important, remaining
+from stages.prune.structured import Shrinker, change_bound, drawn, most_important, remaining
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,15 +131,6 @@ def l2_norm(weights: list[Tensor]) -> Tensor:
 BY_WEIGHT: dict[str, Callable[[list[Tensor]], Tensor]] = {
     "ppm": peak_to_peak, "vow": variance, "pon": norm_product, "l2": l2_norm,
 }  # fmt: skip
-
-
-def change_bound(writer: Tensor, loudness: Tensor) -> Tensor:
-    """Per input feature of `writer` `[out, in]`, how much its output changes without it (LLM-BIP): `[in]`.
-
-    Args:
-        loudness: `[in]` fp32, the root mean square of the feature over tokens.
-    """
-    return loudness * writer.float().square().sum(0).sqrt()
 
 
 def ruling(model: "PreTrainedModel", cuts: Cuts, width: int, count: int) -> dict[str, int]:

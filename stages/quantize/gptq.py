@@ -48,6 +48,8 @@ class GPTQ(IntegerQuantizer):
                 "act_order mixes the columns of all groups, so their scales must be known before the first; "
                 "add static_groups: true, or group_size: null"
             )
+        if self.static_groups and self.group_size is None:
+            raise ValueError("static_groups means nothing with group_size: null; leave it out")
         return self
 
     def weights(self, weight: Tensor, statistic: Hessian) -> Codes:
