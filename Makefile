@@ -42,6 +42,9 @@ $(READY): requirements.lock requirements-dev.lock pyproject.toml
 
 # llm-compressor, which the benchmark compares with, pins other versions than ours.
 bench: $(READY) .venv-llmcompressor/ready
+	dvc repro model@smollm2 dataset@news dataset@speeches
+	python -m benchmarks.compression
+	python -m benchmarks.memory
 
 .venv-llmcompressor/ready: benchmarks/requirements-llmcompressor.lock
 	$(PYTHON) -m venv .venv-llmcompressor

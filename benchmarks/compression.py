@@ -1,7 +1,7 @@
 """Compression against llm-compressor: time over one forward pass, speed, perplexity, all in one run.
 
-    make bench
-    python -m benchmarks.compression          # data/models/base/smollm2 and the two texts must be there
+    make bench                                # the environment, the data, this and benchmarks.memory
+    python -m benchmarks.compression          # once the first two are there
 
 Both sides compress the same model in memory with the same settings from the same calibration tokens on
 the same number of threads; loading and saving are outside the clock on both. llm-compressor runs in an
