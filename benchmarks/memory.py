@@ -109,26 +109,26 @@ def project(folder: Path, news: Path, samples: int, length: int) -> None:
 def prune(folder: Path, recipe: str, kill_after: int | None = None) -> tuple[float, float]:
     """Run the stage; returns its VmHWM in GiB and its seconds. `kill_after` that many shards, SIGKILL."""
     start, peak = time.monotonic(), 0.0
-    child = subprocess.Popen(
-        [sys.executable, "-m", "stages.prune", recipe],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    os.set_blocking(child.stderr.fileno(), False)  # type: ignore[union-attr]
-    told = ""
-    while child.poll() is None:
-        told = (told + (child.stderr.read() or ""))[-4000:]  # type: ignore[union-attr]
-        try:
-            status = Path(f"/proc/{child.pid}/status").read_text()
-            peak = max(peak, int(status.split("VmHWM:")[1].split()[0]) / 2**20)
-        except (FileNotFoundError, IndexError, ProcessLookupError):
-            pass  # it has just ended
-        if kill_after and len(list(folder.glob("data/scratch/resume/*/*/*.json"))) >= kill_after:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            return peak, time.monotonic() - start
-        time.sleep(0.2)
-    if child.returncode:
-        raise SystemExit(f"python -m stages.prune {recipe} ended with {child.returncode}:\n{told}")
+    with tempfile.TemporaryFile("w+") as told:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "stages.prune", recipe],
+            cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=told,
+        )  # fmt: skip
+        while child.poll() is None:
+            try:
+                status = Path(f"/proc/{child.pid}/status").read_text()
+                peak = max(peak, int(status.split("VmHWM:")[1].split()[0]) / 2**20)
+            except (FileNotFoundError, IndexError, ProcessLookupError):
+                pass  # it has just ended
+            if kill_after and len(list(folder.glob("data/scratch/resume/*/*/*.json"))) >= kill_after:
+                child.send_signal(signal.SIGKILL)
+                child.wait()
+                return peak, time.monotonic() - start
+            time.sleep(0.2)
+        if child.returncode:
+            told.seek(0)
+            last = told.read()[-4000:]
+            raise SystemExit(f"python -m stages.prune {recipe} ended with {child.returncode}:\n{last}")
     return peak, time.monotonic() - start
 
 
