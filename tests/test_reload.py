@@ -119,7 +119,9 @@ def test_what_is_pruned_after_is_dense_and_keeps_its_zeros(name, workspace):
 def test_four_bit_floats_load_in_any_dtype(name, workspace):
     do(made("llama", RECIPES[name]))
     for dtype in (torch.float32, torch.float16):
-        dense(AutoModelForCausalLM.from_pretrained("data/models/quantize/made", dtype=dtype).eval())
+        loaded = AutoModelForCausalLM.from_pretrained("data/models/quantize/made", dtype=dtype).eval()
+        assert dense(loaded).dtype == dtype  # and its logits are finite
+        assert all(linear.weight.any() for linear in linears(loaded))
 
 
 @pytest.mark.parametrize("name", ["rtn-w3-asymmetric", "fp8-with-inputs", "mxfp4", "nvfp4", "nf4"])
