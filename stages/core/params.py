@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from stages.core import problems
 from stages.core.errors import Refusal
+from stages.core.problems import entries
 from stages.core.run import Dtype, Run
 from stages.core.schema import Base, Candidate, Recipe, Slug, Source, Strict
 from stages.core.sentences import sentence, tag
@@ -94,7 +95,9 @@ class Floor(Strict):
 
     source: Base
     """The model whose tokenizer and chat template it is asked with."""
-    responder: Literal["uniform", "longest-choice", "empty", "dot", "repeat", "echo", "random-words"]
+    responder: Literal[
+        "uniform", "longest-choice", "empty", "dot", "repeat", "echo", "shuffled", "random-words"
+    ]
 
 
 class Suites(Strict):
@@ -242,9 +245,9 @@ def validate(raw: dict[str, Any], where: str = "params.yaml") -> Params:
         params = _parsed(raw)
     except ValidationError as error:
         offenders += [sentence(details, Params) for details in error.errors()]
-        rest, broken = problems.sound(raw, [details["loc"] for details in error.errors()])
+        rest, broken = entries.sound(raw, [details["loc"] for details in error.errors()])
         params = _parsed(rest)
-    offenders += [*problems.of_lineage(raw), *problems.between(params, broken)]
+    offenders += [*entries.of_lineage(raw), *problems.between(params, broken)]
     if offenders:
         lines = "\n".join(f"  - {line}" for line in dict.fromkeys(offenders))
         raise Refusal(f"{where} has {len(set(offenders))} problem(s), nothing was run:\n{lines}")
