@@ -28,6 +28,7 @@ from pydantic import AfterValidator, Field
 
 from stages.core.atomic import write_json
 from stages.core.errors import Refusal
+from stages.core.memory import keep_freed
 from stages.core.schema import Seed, Strict
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Run(Strict):
 
     def start(self) -> torch.device:
         """Fix threads, seeds and every switch that changes results, and return the device."""
+        keep_freed()
         # cuBLAS reads this when it starts: without it deterministic algorithms are refused on CUDA.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         device = self.resolved_device()
