@@ -4,7 +4,8 @@
     python -m benchmarks.recovered
 
 A row is a recipe, with its source's scores before the arrows. Zeros are counted in the files as they are on
-disk, position by position: how many weights of block linears are zero in the source and not in the result.
+disk, position by position: how many weights of block linears are zero in the source and not in the result. Of
+a quantized source it is told how many weights lie on another point of its grid.
 """
 
 from pathlib import Path
@@ -12,7 +13,10 @@ from pathlib import Path
 import pandas as pd
 from safetensors import safe_open
 
+from stages.core.artifact import load_model, load_record
+from stages.core.blocks import linears
 from stages.core.params import Params, load
+from stages.core.run import Run
 
 MODELS, RESULTS, CURVES = Path("data/models"), Path("data/results"), Path("data/curves")
 MEASURES = (
@@ -38,9 +42,10 @@ def before_after(source: str, candidate: str, suite: str, metric: str, form: str
 
 
 def learned(recipe: str) -> str:
-    """The held-out loss at the start and the end of a recipe's curve."""
-    losses = pd.read_csv(CURVES / f"{recipe}.csv")["heldout_loss"].dropna()
-    return f"{losses.iloc[0]:.3f} → {losses.iloc[-1]:.3f}"
+    """The held-out loss at the start of a recipe's curve, and that of the model it has written."""
+    before = pd.read_csv(CURVES / f"{recipe}.csv")["heldout_loss"].iloc[0]
+    written = load_record(f"finetune/{recipe}")["notes"][f"finetune/{recipe}"]["held_out_loss"]
+    return f"{before:.3f} → {written:.3f}"
 
 
 def lost(source: str, candidate: str) -> str:
@@ -56,11 +61,22 @@ def lost(source: str, candidate: str) -> str:
     return f"{gone:,} of {zeros:,}"
 
 
+def moved(source: str, candidate: str) -> str:
+    """The share of the weights of the source's block linears that are another number in the candidate."""
+    run = Run(device="cpu", dtype="bfloat16", threads=1, seed=0)
+    before, after = (load_model(name, run, dequantize=True) for name in (source, candidate))
+    changed = total = 0
+    for one in linears(before):
+        changed += int((one.weight != after.get_submodule(one.name).weight).sum())
+        total += one.weight.numel()
+    return f"{changed / total:.2%} of {total:,}"
+
+
 def table(params: Params) -> list[str]:
     """Its lines, for every recipe that has been run."""
     suites = {kind: next(iter(getattr(params.suites, kind))) for kind in ("perplexity", "graded")}
     heads = ["recipe", "held-out loss", *(f"{suites[kind]}, {metric}" for kind, metric, _ in MEASURES)]
-    lines = [f"| {' | '.join([*heads, 'zeros lost'])} |", "|---" * (len(heads) + 1) + "|"]
+    lines = [f"| {' | '.join([*heads, 'zeros lost, codes moved'])} |", "|---" * (len(heads) + 1) + "|"]
     for name, recipe in params.finetune.items():
         candidate = f"finetune/{name}"
         if not (MODELS / candidate).exists():
@@ -69,8 +85,9 @@ def table(params: Params) -> list[str]:
             before_after(recipe.source, candidate, suites[kind], metric, form)
             for kind, metric, form in MEASURES
         ]
-        zeros = lost(recipe.source, candidate) if recipe.source.startswith("prune/") else "–"
-        lines.append(f"| {' | '.join([f'`{name}`', learned(name), *scores, zeros])} |")
+        kept = {"prune": lost, "quantize": moved}.get(recipe.source.split("/")[0], lambda *_: "–")
+        cells = [f"`{name}`", learned(name), *scores, kept(recipe.source, candidate)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

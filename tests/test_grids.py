@@ -1,5 +1,6 @@
 """A quantized source's own grid: read back, rounded to again, trained on, and written packed."""
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from stages.core.blocks import linears
 from stages.core.errors import Refusal
 from stages.core.floats import MXFP4, NVFP4, Float8
 from stages.core.grid import Codes, Int8, Integers, Quantized, bounds
+from stages.finetune import examples
 from stages.finetune.eco import BETAS, ECO, returned
+from stages.finetune.examples import Train
 from stages.finetune.grids import put_on
 from stages.finetune.qat import QAT
+from stages.finetune.training import held_out_loss
 from tests import families
 from tests.pipeline import NONE, STAGES, TEXT, dense, do, load, params, record
 
@@ -310,6 +314,20 @@ def test_the_result_is_packed_on_the_grid_of_its_source(family, quantizer, tunin
         assert last.isfinite().all()
         if tuning.get("keep", "mask") == "mask":
             assert not last[first == 0].any()
+
+
+def test_the_loss_it_is_recorded_with_is_that_of_the_file(workspace):
+    tuning = LORA | {"keep": "none", "requantize": True}
+    made("rtn", tuning)
+    model = dense(load("finetune/result"))
+    chosen = Train.model_validate(tuning["train"])
+    rows = examples.load(chosen, artifact.load_tokenizer("finetune/result"), model.config).held_out
+    expected = held_out_loss(model, rows, 2)
+    told = record("finetune/result")["notes"]["finetune/result"]["held_out_loss"]
+    assert told == pytest.approx(expected, rel=1e-3)  # the stage computes in bf16
+    with Path("data/curves/result.csv").open() as file:
+        trained = float(list(csv.DictReader(file))[-1]["heldout_loss"])
+    assert abs(trained - told) > 10 * abs(expected - told)  # before the rounding it was another
 
 
 def test_a_dense_result_of_a_quantized_source_says_so(workspace):

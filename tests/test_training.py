@@ -245,7 +245,7 @@ def in_python(*_):
     raise MemoryError
 
 
-def on_a_cpu(*_):
+def on_a_cpu(*_, **__):
     return torch.empty(2**46)
 
 
@@ -418,3 +418,13 @@ def test_the_curve_has_a_row_a_step_and_the_artifact_says_how_far_it_went(worksp
     assert [bool(row["heldout_loss"]) for row in told] == [True, *[False] * 4, True]
     assert [bool(row["train_loss"]) for row in told] == [False, *[True] * 5]
     assert float(told[-1]["heldout_loss"]) < float(told[0]["heldout_loss"])
+
+
+@pytest.mark.parametrize("where", ["artifact.load_model", "checkpoint.save"])
+def test_too_little_memory_outside_the_loop_is_told_too(where, workspace, monkeypatch):
+    chosen = stage("full")
+    do(chosen, ["prune/half"])
+    monkeypatch.setattr(f"stages.core.{where}", on_a_cpu)
+    with pytest.raises(Refusal, match=r"not enough memory; lower batch_size \(now 2"):
+        finetune(chosen, "it")
+    assert not Path("data/models/finetune").exists()

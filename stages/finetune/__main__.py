@@ -16,27 +16,30 @@ def finetune(params: Params, name: str) -> None:
     told = recipe.model_dump(mode="json")
     folder = resume.place(SCRATCH / "finetune" / name, told, recipe.train.dataset, params.run)
     checkpoints = Checkpoints(folder, recipe.checkpoint_every)
-    model = artifact.load_model(recipe.source, params.run, dequantize=True)
-    found = examples.load(recipe.train, artifact.load_tokenizer(recipe.source), model.config)
-    arm = recipe.arm(model, grids.source_grid(recipe.source, model))
-    points = training.train(f"finetune {name}", recipe, arm, found, checkpoints)
-    finished = arm.finish()
-    curve.write(points, name)
-    notes = {
-        **finished.notes,
-        "steps": points[-1].step,
-        "tokens": points[-1].tokens,
-        "trained_parameters": sum(parameter.numel() for parameter in arm.trained().values()),
-    }
-    checkpoint.save(
-        f"finetune/{name}",
-        finished.model,
-        told,
-        params.run,
-        keep=finished.keep,
-        quantized=finished.codes,
-        notes=notes,
-    )
+    with training.memory(recipe):
+        model = artifact.load_model(recipe.source, params.run, dequantize=True)
+        found = examples.load(recipe.train, artifact.load_tokenizer(recipe.source), model.config)
+        arm = recipe.arm(model, grids.source_grid(recipe.source, model))
+        points = training.train(f"finetune {name}", recipe, arm, found, checkpoints)
+        finished = arm.finish()
+        curve.write(points, name)
+        notes = {
+            **finished.notes,
+            "steps": points[-1].step,
+            "tokens": points[-1].tokens,
+            "trained_parameters": sum(parameter.numel() for parameter in arm.trained().values()),
+            # Of the model as it is written: after a merge or a rounding on the source's grid.
+            "held_out_loss": training.held_out_loss(finished.model, found.held_out, recipe.batch_size),
+        }
+        checkpoint.save(
+            f"finetune/{name}",
+            finished.model,
+            told,
+            params.run,
+            keep=finished.keep,
+            quantized=finished.codes,
+            notes=notes,
+        )
     checkpoints.clear()
 
 

@@ -3,12 +3,15 @@
 A step of 1e-5 is lost in a bf16 weight, whose neighbours lie 1/256 of it apart. So each weight has an fp32
 master that takes the steps, and the weight is what `publish` makes of it: the nearest number of its dtype,
 the master under a mask, the master rounded to a grid. Every promise about weights is kept in that one place.
+`ByAdam` is what the arms that are trained so have in common.
 """
 
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from stages.finetune.arm import Arm
 
 EPSILON = 1e-8
 Publish = Callable[[Tensor, Tensor], Tensor]
@@ -83,3 +86,38 @@ class Adam:
         for name, weight in self._weights.items():
             master = self._masters[name]
             weight.copy_(self._publish[name](master, weight) if name in self._publish else master)
+
+
+class ByAdam(Arm):
+    """An arm whose weights take AdamW's steps; what else it is, its class says.
+
+    Args:
+        weights: what is trained, by name.
+        weight_decay, publish: see `Adam`.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        *,
+        weight_decay: float,
+        publish: Mapping[str, Publish] | None = None,
+    ) -> None:
+        self._trained = dict(weights)
+        self._adam = Adam(weights, weight_decay=weight_decay, publish=publish)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """See `Arm`."""
+        return self._trained
+
+    def step(self, learning_rate: float) -> None:
+        """AdamW on the masters, which are then published."""
+        self._adam.step(learning_rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments; the weights follow from them."""
+        return self._adam.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Masters and moments of an earlier run, and the weights they stand for."""
+        self._adam.load(state)

@@ -5,13 +5,13 @@ anything but zero, AdamW moves them by exactly nothing, and a mask is not lost i
 Weight decay would move them where they are not zero; there they get back the very numbers they had.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stages.finetune.adam import Adam, Publish
+from stages.finetune.adam import ByAdam, Publish
 from stages.finetune.arm import Arm, Finished
 from stages.finetune.keep import Keeping, moving
 
@@ -31,7 +31,7 @@ class Full(Keeping):
         return _Full(model, self, grid)
 
 
-class _Full(Arm):
+class _Full(ByAdam):
     def __init__(self, model: "PreTrainedModel", recipe: Full, grid: "SourceGrid | None") -> None:
         from stages.core.blocks import blocks, linears
 
@@ -40,24 +40,15 @@ class _Full(Arm):
         left = tuple(f"{block}.{name}." for block, _ in blocks(model) for name in recipe.ignore)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not f"{name}.".startswith(left))
-        self._trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
         decays = recipe.weight_decay > 0 and recipe.keep != "mask"
         publish = {f"{name}.weight": _holding(mask) for name, mask in self._frozen.items() if decays}
-        self._adam = Adam(self._trained, weight_decay=recipe.weight_decay, publish=publish)
+        super().__init__(trained, weight_decay=recipe.weight_decay, publish=publish)
+        scratch = trained[next(iter(trained))].new_empty(
+            max((mask.numel() for mask in self._frozen.values()), default=0), dtype=torch.float32
+        )
         for name, mask in self._frozen.items():
-            self._trained[f"{name}.weight"].register_post_accumulate_grad_hook(_without(mask))
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        return self._trained
-
-    def step(self, learning_rate: float) -> None:
-        self._adam.step(learning_rate)
-
-    def state(self) -> dict[str, Tensor]:
-        return self._adam.state()
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self._adam.load(state)
+            trained[f"{name}.weight"].register_post_accumulate_grad_hook(_without(mask, scratch))
 
     def finish(self) -> Finished:
         return self._recipe.finished(self.model, self._frozen, self._grid)
@@ -68,12 +59,17 @@ def _holding(frozen: Tensor) -> Publish:
     return lambda master, weight: torch.where(frozen, weight, master.to(weight.dtype))
 
 
-def _without(frozen: Tensor) -> Callable[[Tensor], None]:
-    """Takes the frozen weights' gradient away, as a hook of the parameter."""
-    kept = moving(frozen)
+def _without(frozen: Tensor, scratch: Tensor) -> Callable[[Tensor], None]:
+    """Takes the frozen weights' gradient away, as a hook of the parameter.
+
+    Args:
+        scratch: fp32, at least as many as `frozen`; a product with one dtype in memory that is there already
+            takes a quarter of the time.
+    """
+    kept, ones = moving(frozen), scratch[: frozen.numel()].view(frozen.shape)
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        parameter.grad.mul_(kept)
+        parameter.grad.mul_(ones.copy_(kept))
 
     return hook

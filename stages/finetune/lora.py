@@ -9,14 +9,13 @@ there is nothing to mask, and peft's own layer does what it does anywhere.
 On a quantized source these are adapters over its dequantized weights (QLoRA, 2305.14314, without its grid).
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from stages.finetune.adam import Adam
+from stages.finetune.adam import ByAdam
 from stages.finetune.arm import Arm, Finished
 from stages.finetune.keep import Keeping, moving
 
@@ -39,7 +38,7 @@ class LoRA(Keeping):
         return _LoRA(model, self, grid)
 
 
-class _LoRA(Arm):
+class _LoRA(ByAdam):
     def __init__(self, model: "PreTrainedModel", recipe: LoRA, grid: "SourceGrid | None") -> None:
         import peft
         from transformers.pytorch_utils import Conv1D
@@ -66,20 +65,8 @@ class _LoRA(Arm):
             layer = self.model.get_submodule(name)
             assert isinstance(layer, MaskedLinear)
             layer.moving = moving(mask)
-        self._trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
-        self._adam = Adam(self._trained, weight_decay=recipe.weight_decay)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        return self._trained
-
-    def step(self, learning_rate: float) -> None:
-        self._adam.step(learning_rate)
-
-    def state(self) -> dict[str, Tensor]:
-        return self._adam.state()
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self._adam.load(state)
+        trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        super().__init__(trained, weight_decay=recipe.weight_decay)
 
     def finish(self) -> Finished:
         return self._recipe.finished(self._adapted.eval().merge_and_unload(), self._frozen, self._grid)

@@ -14,9 +14,9 @@ them for pruned, as everything else in the project does; `keep: none` trains the
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from stages.finetune.adam import Adam, Publish
+from stages.finetune.adam import ByAdam, Publish
 from stages.finetune.arm import Arm, Finished
 from stages.finetune.grids import SourceGrid, integers, unfrozen
 from stages.finetune.options import Tuning
@@ -45,21 +45,21 @@ class QAT(Tuning):
         return Rounded(self, model, integers(grid))
 
 
-class Rounded(Arm):
+class Rounded(ByAdam):
     """Weights that are their masters rounded to the grid after every step."""
 
     def __init__(self, recipe: QAT, model: "PreTrainedModel", grid: "Mapping[str, Codes]") -> None:
         self.model = model
         self._codes = dict(grid)
-        self._weights = unfrozen(model, grid, recipe.ignore)
+        weights = unfrozen(model, grid, recipe.ignore)
         self._zeros: dict[str, Tensor] = {}
         if recipe.keep == "mask":
-            self._zeros = {name: weight == 0 for name, weight in self._weights.items()}
+            self._zeros = {name: weight == 0 for name, weight in weights.items()}
         self._open: dict[str, Tensor] = {name: ~zeros for name, zeros in self._zeros.items()}
-        for name, weight in self._weights.items():
+        for name, weight in weights.items():
             weight.register_post_accumulate_grad_hook(self._straight_through(name))
-        publish = {name: self._publish(name) for name in self._weights}
-        self._adam = Adam(self._weights, weight_decay=recipe.weight_decay, publish=publish)
+        publish = {name: self._publish(name) for name in weights}
+        super().__init__(weights, weight_decay=recipe.weight_decay, publish=publish)
 
     def _straight_through(self, name: str) -> Callable[[Tensor], None]:
         """The master's gradient from the weight's: none where it is pruned or beyond the codes; a hook."""
@@ -79,22 +79,6 @@ class Rounded(Arm):
             return self._codes[name].dequantize().to(weight.dtype)
 
         return publish
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The weights on the grid."""
-        return self._weights
-
-    def step(self, learning_rate: float) -> None:
-        """AdamW on the masters, then rounding."""
-        self._adam.step(learning_rate)
-
-    def state(self) -> dict[str, Tensor]:
-        """Masters and moments; the weights follow from them."""
-        return self._adam.state()
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Masters and moments of an earlier run, and the weights and codes they stand for."""
-        self._adam.load(state)
 
     def finish(self) -> Finished:
         """The weights and their codes."""

@@ -97,7 +97,7 @@ def train(
     plan = Plan(recipe, [sum(len(one.input_ids) for one in row) for row in examples.train])
     _prepare(arm.model, recipe)
     try:
-        with _memory(recipe):
+        with memory(recipe):
             return _train(label, recipe, arm, examples, checkpoints, plan)
     except Refusal:
         checkpoints.clear()
@@ -151,8 +151,10 @@ def _step(recipe: "Tuning", arm: Arm, parts: Sequence[Sequence[Row]], step: int,
         _check(total, "loss", recipe, step)
         (mean * (count / predicted)).backward()
     trained = list(arm.trained().values())
-    norm = nn.utils.clip_grad_norm_(trained, recipe.clip)
+    norm = nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None])
     _check(norm.item(), "gradient", recipe, step)
+    if norm > recipe.clip:
+        nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
     arm.step(rate)
     for parameter in trained:
         parameter.grad = None
@@ -181,8 +183,12 @@ def held_out_loss(model: "PreTrainedModel", rows: Sequence[Row], batch_size: int
 
 
 @contextmanager
-def _memory(recipe: "Tuning") -> Iterator[None]:
-    """Tell of memory that does not suffice as what it is, on whatever device."""
+def memory(recipe: "Tuning") -> Iterator[None]:
+    """Tell of memory that does not suffice as what it is, on whatever device.
+
+    Raises:
+        Refusal: the body ran out of it.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # on a CPU torch raises nothing more particular
