@@ -121,6 +121,19 @@ ROWS: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
         "wikitext-2-raw-v1",
         {"test": [{"page": f" = Cats = \n \n The cat number {i} sat on the mat . \n"} for i in range(3)]},
     ),
+    "wikitext_lines": (
+        "wikitext-2-v1",
+        {
+            "test": [
+                {"text": line}
+                for i in range(3)
+                for line in (
+                    "", f" = Cats {i} = \n", "", " The cat sat . \n", "", " = = Food = = \n", "",
+                    " = milk = \n", " and fish . \n",
+                )
+            ]
+        },
+    ),
     "hendrycks_math500": (
         "default",
         {
@@ -268,6 +281,7 @@ def mirrored(
         ("boolq", {}, ["acc"]),
         ("lambada_openai", {}, ["perplexity", "acc"]),
         ("wikitext", {}, ["word_perplexity", "byte_perplexity", "bits_per_byte"]),
+        ("wikitext_lines", {}, ["word_perplexity", "byte_perplexity", "bits_per_byte"]),
         ("hendrycks_math500", {"max_gen_toks": 8}, ["exact_match"]),
         ("aime24", {"max_gen_toks": 8}, ["exact_match"]),
         ("amc23", {"max_gen_toks": 8}, ["exact_match"]),

@@ -4,6 +4,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +351,10 @@ def test_good_params_are_good(raw):
 
 
 @pytest.mark.parametrize("path", sorted((project.ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_projects_sweeps_are_good(path):
+def test_the_projects_sweeps_are_good(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in re.findall(r"source: path:(\S+)", path.read_text()):
+        Path(source).mkdir(parents=True, exist_ok=True)
     assert load(path).evaluations()
 
 
@@ -461,7 +465,7 @@ def test_all_offenders_at_once(raw):
         "prune.five.source: a cycle", "prune.six.sparsity:", "prune.seven.sparsity:", "prune.ei.ght: bad name",
         "quantize.nine.bits:", "quantize.ten.group_size:", "quantize.x; touch y: bad name",
         "evaluate.candidates: there is no 'prune/eleven'", "suites.perplexity.twelve:",
-        "datasets.speeches.documents: 'pages' given; it must be 'lines', 'paragraphs' or 'csv'", "run.device:", "noise:",
+        "datasets.speeches.documents: 'pages' given; it must be 'lines', 'paragraphs', 'csv' or 'parquet'", "run.device:", "noise:",
         "evaluate.candidates: there is no 'noise/tiny-batch-3'",
     ]  # fmt: skip
     for start in starts:

@@ -74,7 +74,13 @@ def test_a_share_of_zero_keeps_all_for_evaluation():
     ],
 )
 def test_documents(how, text, documents):
-    assert split_documents(text, how) == documents
+    assert split_documents(text.encode(), how) == documents
+
+
+def test_documents_of_a_parquet_are_its_texts(tmp_path):
+    frame = pd.DataFrame({"text": ["", " = A = \n", "b  c\n", None, "b c"], "other": range(5)})
+    frame.to_parquet(tmp_path / "t.parquet")
+    assert split_documents((tmp_path / "t.parquet").read_bytes(), "parquet") == ["= A =", "b c"]
 
 
 def made(folder: Path, text: bytes, **options) -> Text:
@@ -102,6 +108,7 @@ def test_both_splits_are_written(tmp_path):
         (b" \n\n", {}, "holds no lines"),
         (b"\xff\xfe", {}, "is not UTF-8 text"),
         (b"a,b\n1,2\n", {"documents": "csv"}, "has no column text; it has a, b"),
+        (b"a,b\n1,2\n", {"documents": "parquet"}, "is not parquet"),
     ],
 )
 def test_what_is_no_text_is_refused(text, options, sentence, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
+import pyarrow as pa
 from pydantic import Field
 
 from stages.core.errors import Refusal
@@ -29,8 +30,8 @@ class Text(Dataset):
     source: Origin
     file: InnerPath
     sha256: Sha256
-    documents: Literal["lines", "paragraphs", "csv"]
-    """What a document is: a line, a run of lines between blank ones, or the csv column `text`."""
+    documents: Literal["lines", "paragraphs", "csv", "parquet"]
+    """What a document is: a line, a run of lines between blank ones, or a row's text in a csv or parquet."""
     calibration: Annotated[float, Field(ge=0, lt=1)]
     """Share of the characters that may be calibrated or trained on; the rest evaluates."""
 
@@ -38,10 +39,10 @@ class Text(Dataset):
         """Write `calibration.parquet` and `evaluation.parquet`, each with one column `text`."""
         with fetched(self.source, self.file, self.sha256, data=True) as path:
             try:
-                text = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise Refusal(f"{self.source} {self.file} is not UTF-8 text.") from None
-        found = split_documents(text, self.documents)
+                found = split_documents(path.read_bytes(), self.documents)
+            except (UnicodeDecodeError, pa.ArrowInvalid) as error:
+                expected = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "parquet"
+                raise Refusal(f"{self.source} {self.file} is not {expected}.") from None
         if not found:
             raise Refusal(f"{self.source} {self.file} holds no {self.documents}.")
         seen, evaluation, dropped = split(found, self.calibration)
@@ -53,21 +54,26 @@ class Text(Dataset):
         }
 
 
-def split_documents(text: str, how: str) -> list[str]:
-    """The documents of `text` in order, white space folded, empty and repeated ones dropped.
+def split_documents(content: bytes, how: str) -> list[str]:
+    """The documents of a file in order, white space folded, empty and repeated ones dropped.
 
     Raises:
-        Refusal: csv without a column `text`.
+        Refusal: csv or parquet without a column `text`.
+        UnicodeDecodeError, pyarrow.ArrowInvalid: it is no UTF-8, no parquet.
     """
-    if how == "csv":
-        rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    if how in ("csv", "parquet"):
+        rows = (
+            pd.read_parquet(io.BytesIO(content))
+            if how == "parquet"
+            else pd.read_csv(io.StringIO(content.decode()), dtype=str, keep_default_na=False)
+        )
         if "text" not in rows:
-            raise Refusal(f"the csv has no column text; it has {', '.join(map(str, rows.columns))}.")
-        pieces = rows["text"].tolist()
+            raise Refusal(f"the {how} has no column text; it has {', '.join(map(str, rows.columns))}.")
+        pieces = [str(piece) for piece in rows["text"].dropna()]
     elif how == "lines":
-        pieces = text.splitlines()
+        pieces = content.decode().splitlines()
     else:
-        pieces = re.split(r"\n\s*\n", text)
+        pieces = re.split(r"\n\s*\n", content.decode())
     return list(dict.fromkeys(folded for piece in pieces if (folded := " ".join(piece.split()))))
 
 
