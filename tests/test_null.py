@@ -1,5 +1,6 @@
 """Null responders: what they answer, and the floors that scores carry because of them."""
 
+import itertools
 import json
 import math
 import random
@@ -81,6 +82,11 @@ def test_what_speakers_say():
     said = {name: made(name).generate_until(asked("Say it twice."))[0] for name in RESPONDERS}
     assert said["uniform"] == said["longest-choice"] == said["empty"] == ""
     assert said["dot"] == "." and said["echo"] == "Say it twice."
+    sort = [
+        made("shuffled", seed).generate_until(asked("Sort a, b:\na, b\nSort x, z, y:\n"))[0]
+        for seed in range(60)
+    ]
+    assert {"".join(one.split()) for one in sort} == set(map("".join, itertools.permutations("xyz")))
     long = {"max_gen_toks": 10**6}
     assert made("repeat").generate_until(asked("", **long)) == [" ".join(["the"] * 300)]
     words = made("random-words").generate_until(asked("", **long))[0].split()

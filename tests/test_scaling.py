@@ -14,8 +14,9 @@ from stages.core.answers import READINGS, read, right
 from stages.core.errors import Refusal
 from stages.download.__main__ import download
 from stages.evaluate import budget as forcing
-from stages.evaluate.budget import BudgetLM, Thinking
+from stages.evaluate.budget import BudgetLM
 from stages.evaluate.scaling import majority, pass_at_k, repetition, self_bleu
+from stages.evaluate.thinking import Thinking
 from tests import families
 from tests.pipeline import do, params
 from tests.test_benchmark import few_stock_tasks, mirrored  # noqa: F401

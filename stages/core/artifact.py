@@ -4,14 +4,14 @@ Every model the project makes is a folder `data/models/<stage>/<recipe>` with a 
 tokenizer, and `artifact.json`: its lineage, the recipes that made it, where the base came from, the
 number grid its weights already lie on, and its exact size (see `stages.core.checkpoint`, which writes
 them). Nothing in it varies from run to run.
+
+Imported wherever params are read, so transformers, which takes seconds, is imported only when it is used.
 """
 
 import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages.core.errors import Refusal
 
@@ -46,11 +46,15 @@ def check_family(recipe: "Recipe") -> None:
 
 def load_tokenizer(artifact: str) -> "PreTrainedTokenizerBase":
     """The artifact's tokenizer."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(MODELS / artifact, local_files_only=True)
 
 
 def attention(config: Any) -> str:
     """How attention of the config's family is computed: `sdpa`, or `eager` where its class has no such."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if getattr(family, "_supports_sdpa", True):
         return "sdpa"
@@ -65,6 +69,8 @@ def load_model(artifact: str, run: "Run", *, dequantize: bool) -> "PreTrainedMod
         dequantize: give plain weights where they are stored packed, to be compressed or trained further.
             False loads it exactly as any user of the checkpoint would.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     path = MODELS / artifact
     config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
     if dequantize and getattr(config, "quantization_config", None):

@@ -19,9 +19,9 @@ from pydantic import Field
 from stages.core.calibration import DATASETS
 from stages.core.errors import Refusal
 from stages.core.schema import Strict
-from stages.evaluate import execution, scaling
-from stages.evaluate.budget import Thinking
+from stages.evaluate import execution
 from stages.evaluate.lm_tasks import Rows, load_tasks, rows, run_tasks, with_floors
+from stages.evaluate.thinking import Thinking
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -67,6 +67,8 @@ class BenchmarkSuite(Strict):
 
         def answered(lm: "LM") -> tuple[Rows, Rows]:
             if self.thinking:
+                from stages.evaluate import scaling  # imports lm-eval, which takes seconds
+
                 return scaling.evaluate(
                     lm,
                     self.thinking,

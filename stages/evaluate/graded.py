@@ -13,9 +13,8 @@ from pydantic import Field
 from stages.core.answers import read, right
 from stages.core.calibration import DATASETS
 from stages.core.schema import Strict
-from stages.evaluate import scaling
-from stages.evaluate.budget import Thinking
 from stages.evaluate.lm_tasks import Rows, load_tasks, rows, run_tasks, with_floors
+from stages.evaluate.thinking import Thinking
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -38,6 +37,8 @@ class GradedSuite(Strict):
 
         def answered(lm: "LM") -> tuple[Rows, Rows]:
             if self.thinking:
+                from stages.evaluate import scaling  # imports lm-eval, which takes seconds
+
                 reading = _answer(name)["reading"]
                 return scaling.evaluate(
                     lm,

@@ -8,7 +8,9 @@ A scorer answers likelihoods: `uniform` gives all choices of an item the same od
 the longest. Equal odds are parted by a drawn order, for lm-eval takes the first of equal choices and some
 tasks have the right one there. Text that is not one choice of several has a uniform scorer's likelihood of
 its tokens, the vocabulary's size the odds of each. A speaker answers in words: nothing, a full stop, `the`
-300 times, the prompt again, 300 words drawn at random. Scorers are silent, speakers score as `uniform` does.
+300 times, the prompt again, the question's own words but the first in a drawn order (of "Sort b, a:" the a
+and the b, as who knows what to work on and not how), 300 words drawn at random. Scorers are silent, speakers
+score as `uniform` does.
 """
 
 import math
@@ -18,6 +20,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import LM
+
+from stages.core.answers import words
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -38,11 +42,21 @@ WORDS = (
 )  # fmt: skip
 
 Say = Callable[[str, random.Random], str]
+
+
+def _shuffled(prompt: str, draw: random.Random) -> list[str]:
+    """The words of the prompt's last line that has any, but the first, in a drawn order."""
+    lines = [found for line in prompt.splitlines() if (found := words(line))]
+    mentioned = lines[-1][1:] if lines else []
+    return draw.sample(mentioned, len(mentioned))
+
+
 SPEAKERS: dict[str, Say] = {
     "empty": lambda prompt, draw: "",
     "dot": lambda prompt, draw: ".",
     "repeat": lambda prompt, draw: " ".join(["the"] * LENGTH),
     "echo": lambda prompt, draw: prompt.strip(),
+    "shuffled": lambda prompt, draw: " ".join(_shuffled(prompt, draw)),
     "random-words": lambda prompt, draw: " ".join(draw.choices(WORDS, k=LENGTH)),
 }
 SCORERS = ("uniform", "longest-choice")

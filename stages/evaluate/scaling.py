@@ -21,9 +21,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
-from stages.evaluate.budget import BudgetLM, Reply, Thinking
+from stages.evaluate.budget import BudgetLM, Reply
 from stages.evaluate.lm_tasks import Rows, rows, run_tasks
 from stages.evaluate.model import SharedPrefixLM
+from stages.evaluate.thinking import Thinking
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
