@@ -10,6 +10,7 @@ from stages.core.blocks import Linear, blocks, linears
 from stages.core.errors import Refusal
 from stages.core.statistics import ColumnNorm, Hessian, Statistic
 from stages.core.walk import Group, walk
+from stages.prune.sparsegpt import SparseGPT
 from tests import families
 from tests.test_blocks import mixture
 
@@ -346,6 +347,38 @@ def test_inputs_too_large_to_square_are_refused_by_name(kind):
     read = {ColumnNorm: lambda s: s.norm(), Hessian: lambda s: s.inverse_factor(0.01)}[kind]
     with pytest.raises(Refusal, match=r"1\.mlp\.gate_proj: the squares of its inputs are more than fp32"):
         walk(model, lambda linear, taken: (read(taken), None)[1], windows=windows(), statistic=kind)
+
+
+@pytest.mark.parametrize("made", [1e39, float("nan"), float("-inf")])
+@pytest.mark.parametrize("statistic", [None, ColumnNorm])
+def test_new_weights_the_dtype_does_not_hold_are_refused_by_name(made, statistic):
+    model = families.model("llama")
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+
+    def grow(linear: Linear, taken: Statistic | None) -> torch.Tensor:
+        return torch.full(linear.weight.shape, made, dtype=torch.float64)
+
+    said = r"^x: model\.layers\.0\.self_attn\.q_proj: the new weights leave the range of torch\.bfloat16;"
+    with pytest.raises(Refusal, match=said):
+        walk(model, grow, windows=windows() if statistic else None, statistic=statistic, label="x")
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6e4), (torch.bfloat16, 3e38)])
+def test_what_sparsegpt_makes_of_weights_at_the_end_of_their_range_is_refused(dtype, size):
+    model = families.model("llama").to(dtype)
+    last = model.model.layers[-1].mlp.down_proj.weight.data
+    last.copy_((torch.rand(last.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1) * size)
+    method = SparseGPT(
+        source="base/m", method="sparsegpt", sparsity=0.5,
+        calibration={"dataset": "news", "num_samples": 8, "sequence_length": 64},
+    )  # fmt: skip
+
+    def prune(linear: Linear, taken: Statistic | None) -> torch.Tensor:
+        return method.weights(linear.weight, taken, linear.weight.numel() // 2)
+
+    with pytest.raises(Refusal, match=r"layers\.1\.mlp\.down_proj: the new weights leave the range of"):
+        walk(model, prune, windows=windows(), statistic=Hessian)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -178,6 +178,11 @@ class _Walk:
             if statistic is not None and not statistic.num_tokens:
                 raise Refusal("no token of the calibration text reached it; calibrate on more text.")
             made = self.compress(linear, statistic)
+            if made is not None and not finite(made.to(linear.weight.dtype)):
+                raise Refusal(
+                    f"the new weights leave the range of {linear.weight.dtype}; nothing was written. Run in "
+                    "float32, take a lower sparsity or more damping, or list the matrix in ignore."
+                )
         if made is not None:
             linear.weight.copy_(made)
 
@@ -211,8 +216,8 @@ def walk(
         The number of linears there are to compress.
 
     Raises:
-        Refusal: unserved architectures (see `blocks`, `linears`), NaN or infinite weights or inputs, a
-            linear that the forward never reaches.
+        Refusal: unserved architectures (see `blocks`, `linears`), NaN or infinite weights or inputs, new
+            weights that the dtype does not hold, a linear that the forward never reaches.
     """
     size = batch_size or max(1, TOKENS // (1 if windows is None else windows.shape[1]))
     found, named = linears(model, ignore), blocks(model)
