@@ -1,13 +1,18 @@
 """What a file holds of a weight on a grid is what was computed, in every format and at every width."""
 
+import copy
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stages.core.blocks import linears
 from stages.core.grid import Codes, Int8, Integers, Quantized, bounds
 from stages.core.packed import FORMATS, code_from, tensors_of, weight_from
+from tests import families
+from tests.pipeline import NONE, dense, do, load, params, record
 
 NAME = "model.layers.0.mlp.up_proj"
 
@@ -50,6 +55,40 @@ def test_integer_codes_come_back(bits, group_size, symmetric, tmp_path):
     assert (
         0 <= size * 8 - code.stored_bits() < 32 * len(code.codes) + 32 * code.scale.shape[1] * (not symmetric)
     )
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_points_of_few_outputs_come_back(rows, bits, tmp_path):
+    code = Integers(bits, 8, symmetric=False).nearest(weight(0)[:rows])
+    again = code_from(written(code, tmp_path), f"{NAME}.weight", code.scheme())
+    assert torch.equal(again.zero_point, code.zero_point)
+    assert torch.equal(again.dequantize(), code.dequantize())
+
+
+@pytest.mark.parametrize("group_size", [16, None])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_plain_transformers_loads_what_is_packed_of_few_outputs(shared, group_size, workspace, monkeypatch):
+    """Keys and values of 8 outputs: with several groups, 4-bit zero points the library would fail on."""
+    config = copy.deepcopy(families.CONFIGS["llama"])
+    config.num_key_value_heads = shared
+    monkeypatch.setitem(families.CONFIGS, "few", config)
+    monkeypatch.setitem(families.IN_FEATURES, "few", families.IN_FEATURES["llama"])
+    shutil.copytree(workspace / "inputs", workspace / "own", symlinks=True)
+    (workspace / "inputs").unlink()
+    (workspace / "own").rename(workspace / "inputs")
+    families.save("few", workspace / "inputs" / "few")
+    recipe = {
+        "source": "base/tiny", "method": "rtn", "bits": 4, "group_size": group_size, "symmetric": False,
+        "calibration": NONE,
+    }  # fmt: skip
+    do(params("few", {"quantize/rtn": recipe}))
+    packed = shared == 2 or group_size is None
+    assert record("quantize/rtn")["layout"] == ("pack-quantized" if packed else "fake_quantized")
+    base, grid = load("base/tiny"), Integers(4, group_size, symmetric=False)
+    found = dict(dense(load("quantize/rtn")).named_modules())
+    for one in linears(base):
+        assert torch.equal(found[one.name].weight, grid.nearest(one.weight).dequantize()), one.name
 
 
 def test_eight_bit_codes_of_linears_whose_inputs_are_rounded_come_back(tmp_path):

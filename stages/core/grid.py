@@ -166,7 +166,9 @@ class Codes(Quantized):
         codes = unpack_from_int32(stored[f"{name}_packed"], bits, shape)
         zero = stored.get(f"{name}_zero_point")
         if zero is not None:
-            zero = unpack_from_int32(zero, bits, scale.shape, packed_dim=0)
+            # The library's packed_dim=0 fails on one row of 4-bit words, whose transpose keeps its strides.
+            turned = zero.T.clone(memory_format=torch.contiguous_format)
+            zero = unpack_from_int32(turned, bits, scale.T.shape).T
         return cls(codes, scale, bits, args["group_size"], zero)
 
 
