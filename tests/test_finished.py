@@ -65,7 +65,8 @@ def test_what_answers_depend_on_is_asked_again(change, workspace):
     draw(Finished("base/tiny", "news", 4, RUN), ["a"])
     run = RUN.model_copy(update={"seed": 1}) if change == "seed" else RUN
     if change == "model":
-        Path("data/models/base/tiny/config.json").touch()
+        with Path("data/models/base/tiny/config.json").open("a") as config:
+            config.write("\n")
     torch.manual_seed(6 if change == "draws" else 5)
     asked = []
     Finished("base/tiny", "news", 5 if change == "batch" else 4, run).take(

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, BloomConfig, Lfm2Config
 
-from stages.finetune.objective import divergence, loss, predictions
+from stages.core.errors import Refusal
+from stages.finetune.objective import check_packing, divergence, loss, predictions
 from stages.finetune.options import Distillation
 from stages.finetune.rows import IGNORED, Example, TopLogits, collate, example, pack
 from stages.teach.logits import likeliest
@@ -43,6 +45,29 @@ def test_an_example_has_the_loss_it_has_alone_where_it_is_packed(family):
     for row in rows:
         for one, packed in zip(row, losses(model, row), strict=True):
             torch.testing.assert_close(packed, *losses(model, (one,)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_a_family_that_keeps_packed_examples_apart_is_served(family):
+    check_packing(families.model(family), pack(short(family), 48))
+
+
+@pytest.mark.parametrize("config", [Lfm2Config, BloomConfig])
+def test_a_family_that_mixes_packed_examples_is_refused(config):
+    """Convolutions that run over the end of a text, and attention that takes no such mask."""
+    sizes = {
+        Lfm2Config: {
+            "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"],
+        },
+        BloomConfig: {"n_layer": 2, "n_head": 4},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    made = config(vocab_size=families.VOCAB, hidden_size=32, **sizes[config])
+    model = AutoModelForCausalLM.from_config(made)
+    with pytest.raises(Refusal, match=f"{type(model).__name__} does not keep .*; say packing: false"):
+        check_packing(model, pack(examples(), 64))
+    check_packing(model, [(one,) for one in examples()])  # rows of one example are served
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
@@ -132,6 +157,19 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(top):
     apart = divergence(logits, likeliest(logits.detach(), top), 1.5)
     apart.backward()
     assert abs(float(apart.detach())) < 1e-6 and logits.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("top", [4, None])
+def test_a_student_may_have_more_outputs_than_its_teacher(top):
+    """Padding of its last layer: outcomes of no probability, which it is drawn away from."""
+    torch.manual_seed(0)
+    teacher, student = torch.randn(5, 30), torch.randn(5, 34)
+    kept = likeliest(teacher, top)
+    wide = torch.cat([teacher, torch.full((5, 4), -1e4)], 1)
+    torch.testing.assert_close(divergence(student, kept, 1.0), divergence(student, likeliest(wide, top), 1.0))
+    tighter = student.clone()
+    tighter[:, 30:] -= 5
+    assert divergence(tighter, kept, 1.0) < divergence(student, kept, 1.0)
 
 
 def test_a_token_of_almost_no_probability_leaves_the_divergence_a_number():

@@ -36,9 +36,10 @@ def place(at: Path, recipe: Mapping[str, Any], dataset: str, run: "Run") -> Path
 def _fingerprint(recipe: Mapping[str, Any], inputs: list[Path], run: "Run") -> str:
     """A name for everything a result is computed from: recipe, code, machine, inputs."""
     files = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        (str(file), _digest(file))
         for folder in inputs
-        for file in sorted(folder.glob("*"))
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
     ]
     root = Path(__file__).parents[2]
     code = [file.read_bytes() for file in sorted((root / "stages").rglob("*.py"))]
@@ -46,3 +47,8 @@ def _fingerprint(recipe: Mapping[str, Any], inputs: list[Path], run: "Run") -> s
     digest = hashlib.sha256(b"".join(code))
     digest.update(json.dumps([recipe, run.numerics(), run.seed, files, versions], sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -3,7 +3,7 @@
 from stages.core import artifact, checkpoint, resume, run
 from stages.core.atomic import SCRATCH
 from stages.core.params import Params
-from stages.finetune import curve, examples, grids, training
+from stages.finetune import curve, examples, grids, objective, training
 from stages.finetune.checkpoints import Checkpoints
 
 
@@ -19,6 +19,7 @@ def finetune(params: Params, name: str) -> None:
     with training.memory(recipe):
         model = artifact.load_model(recipe.source, params.run, dequantize=True)
         found = examples.load(recipe.train, artifact.load_tokenizer(recipe.source), model.config)
+        objective.check_packing(model, found.train)
         arm = recipe.arm(model, grids.source_grid(recipe.source, model))
         points = training.train(f"finetune {name}", recipe, arm, found, checkpoints)
         finished = arm.finish()

@@ -5,15 +5,19 @@ named after all the training is computed from. The JSON is written last: where i
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.core.atomic import write_json
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -23,12 +27,17 @@ class Checkpoints:
         self._folder, self.every = folder, every
 
     def last(self) -> tuple[dict[str, Tensor], Any] | None:
-        """An arm's state and what else was saved; None where there is no checkpoint."""
+        """An arm's state and what else was saved; None where there is no checkpoint that can be read."""
         whole = [int(file.stem.removeprefix("step-")) for file in self._folder.glob("step-*.json")]
         if not whole:
             return None
         file = self._file(max(whole))
-        return load_file(file), json.loads(file.with_suffix(".json").read_text())
+        try:
+            return load_file(file), json.loads(file.with_suffix(".json").read_text())
+        except (OSError, SafetensorError, ValueError) as error:  # a machine that went down as it was written
+            log.warning("%s cannot be read (%s): training begins again", file, error)
+            self.clear()
+            return None
 
     def save(self, step: int, state: Mapping[str, Tensor], told: Any) -> None:
         """Keep what there is after `step` steps; older checkpoints go.

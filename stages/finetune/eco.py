@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from stages.finetune.adam import EPSILON
 from stages.finetune.arm import Arm, Finished
-from stages.finetune.grids import SourceGrid, integers, unfrozen
+from stages.finetune.grids import SourceGrid, integers, rounded, unfrozen
 from stages.finetune.options import Tuning
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class ErrorCompensating(Arm):
             moment = self._first[name].mul_(BETAS[0]).add_(weight.grad, alpha=(1 - BETAS[0]) * learning_rate)
             scale, back = self._scale(name, weight.grad)
             wanted = weight.float() * (1 - learning_rate * self._recipe.weight_decay) - moment / scale
-            self._codes[name] = code = self._codes[name].requantize(wanted)
+            self._codes[name] = code = rounded(name, self._codes[name], wanted)
             weight.copy_(code.dequantize())
             if self._recipe.feedback:
                 error = (wanted - weight) * code.inside(wanted)

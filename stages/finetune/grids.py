@@ -7,7 +7,7 @@ source's files, so a source whose codes no format holds (`fake_quantized`) has n
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from stages.finetune.options import Tuning
 
+Code = TypeVar("Code", bound=Quantized)
 SourceGrid = Mapping[str, Quantized]
 """What each quantized linear of a source is stored as, by the linear's full name."""
 
@@ -101,12 +102,28 @@ def _moved(code: Any, device: torch.device) -> Any:
     return replace(code, **tensors)
 
 
+def rounded(name: str, code: Code, weight: Tensor) -> Code:
+    """`weight` on the grid of `code`.
+
+    Raises:
+        Refusal: it is not all numbers; rounding would make some of what is none.
+    """
+    if not weight.isfinite().all():
+        raise Refusal(f"the trained weights of {name} became NaN or infinite; lower learning_rate.")
+    made: Code = code.requantize(weight)
+    return made
+
+
 @torch.no_grad()
 def put_on(grid: SourceGrid, model: "PreTrainedModel") -> dict[str, Quantized]:
-    """Round the linears of `model` to `grid`, in place, and return their codes by name. Zeros stay zero."""
+    """Round the linears of `model` to `grid`, in place, and return their codes by name. Zeros stay zero.
+
+    Raises:
+        Refusal: see `rounded`.
+    """
     codes = {}
     for name, code in grid.items():
         weight = model.get_parameter(f"{name}.weight")
-        codes[name] = code.requantize(weight)
+        codes[name] = rounded(name, code, weight)
         weight.copy_(codes[name].dequantize())
     return codes

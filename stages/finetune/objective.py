@@ -10,17 +10,23 @@ k tokens alone it does not leave the student free to put what it likes on the ot
 size when T grows (Hinton et al. 2015, 1503.02531).
 """
 
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.core.errors import Refusal
 from stages.finetune.options import Distillation
-from stages.finetune.rows import IGNORED, Batch, TopLogits
+from stages.finetune.rows import IGNORED, Batch, Row, TopLogits, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 def loss(model: "PreTrainedModel", batch: Batch, distillation: Distillation | None) -> tuple[Tensor, int]:
@@ -77,6 +83,39 @@ def own_text(positions: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+@torch.no_grad()
+def check_packing(model: "PreTrainedModel", rows: Sequence[Row]) -> None:
+    """See that packed texts are apart for this model: what stands first in a row changes nothing behind it.
+
+    Layers that carry a state along (recurrent ones, convolutions) take no notice of the mask, and others take
+    none of its shape.
+
+    Raises:
+        Refusal: they are not.
+    """
+    row = next((row for row in rows if len(row) > 1), None)
+    if row is None:
+        return
+    first, *others = row
+    turned = replace(first, input_ids=first.input_ids.flip(0))
+    behind = sum(int((one.labels != IGNORED).sum()) for one in others)
+    was = model.training
+    model.eval()
+    try:
+        found = [predictions(model, collate([(one, *others)]))[0][-behind:] for one in (first, turned)]
+        apart = torch.equal(*found)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CPUAllocator" in str(error):
+            raise
+        log.info("a packed row: %s", error)
+        apart = False
+    model.train(was)
+    if not apart:
+        raise Refusal(
+            f"{type(model).__name__} does not keep the examples of a packed row apart; say packing: false."
+        )
+
+
 def divergence(logits: Tensor, teacher: TopLogits, temperature: float) -> Tensor:
     """Mean KL(teacher || student) in nats at `temperature`, over the outcomes the teacher tells apart.
 
@@ -84,12 +123,13 @@ def divergence(logits: Tensor, teacher: TopLogits, temperature: float) -> Tensor
         logits: the student's, `[n, vocabulary]` fp32.
         teacher: of the same n tokens.
     """
-    tokens = teacher.tokens.to(logits.device)
+    tokens, kept = teacher.tokens.to(logits.device), teacher.log_probabilities.to(logits.device)
     student = logits.gather(1, tokens)
-    if teacher.log_probabilities.shape[1] > tokens.shape[1]:
+    if logits.shape[1] > tokens.shape[1]:
         # The rest by its own sum, not as one minus the others: that has no digits left where it is small.
         rest = logits.scatter(1, tokens, -torch.inf).logsumexp(1, keepdim=True)
         student = torch.cat([student, rest], 1)
-    log_p = (teacher.log_probabilities.to(logits.device) / temperature).log_softmax(1)
-    log_q = (student / temperature).log_softmax(1)
+    log_p = (kept / temperature).log_softmax(1)
+    # A student may have outcomes that its teacher, whose vocabulary is all kept, has not: of no probability.
+    log_q = (student / temperature).log_softmax(1)[:, : kept.shape[1]]
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -42,7 +42,7 @@ class Tuning(Recipe):
     """Rows a micro-batch, of training and of held-out loss."""
     accumulation: Count = 1
     """Micro-batches a step."""
-    learning_rate: Positive
+    learning_rate: Annotated[float, Field(gt=0, le=1000)]
     """The highest."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the steps in which the learning rate rises, the first step at least."""
@@ -57,7 +57,7 @@ class Tuning(Recipe):
     distillation: Distillation | None = None
     """Only where the data set holds a teacher's logits."""
     evaluate_at: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    """After which steps the held-out loss is taken; left out: start, quarters and end."""
+    """After which steps the held-out loss is taken, beside the last; left out: start and quarters."""
     checkpoint_every: Count = 50
     """Steps between two checkpoints that a killed run goes on from."""
     seed: Seed = 0

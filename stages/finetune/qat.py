@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.finetune.adam import ByAdam, Publish
 from stages.finetune.arm import Arm, Finished
-from stages.finetune.grids import SourceGrid, integers, unfrozen
+from stages.finetune.grids import SourceGrid, integers, rounded, unfrozen
 from stages.finetune.options import Tuning
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Rounded(ByAdam):
 
     def _publish(self, name: str) -> Publish:
         def publish(master: Tensor, weight: Tensor) -> Tensor:
-            self._codes[name] = self._codes[name].requantize(master)
+            self._codes[name] = rounded(name, self._codes[name], master)
             inside = self._codes[name].inside(master)
             self._open[name] = inside & ~self._zeros[name] if name in self._zeros else inside
             return self._codes[name].dequantize().to(weight.dtype)

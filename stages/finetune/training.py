@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from stages.finetune.options import Tuning
 
 
+class Diverged(Refusal):
+    """A number of the training is none any more; the same steps would lead there again."""
+
+
 class Plan:
     """The rows of every step: each row once, in a drawn order, before any comes again.
 
@@ -48,8 +52,8 @@ class Plan:
                 "lower it, raise tokens, or leave evaluate_at out."
             )
         quarters = {round(self.steps * quarter / 4) for quarter in range(5)}
-        self.evaluated = set(recipe.evaluate_at or quarters)
-        """After which steps the held-out loss is taken."""
+        self.evaluated = {*(recipe.evaluate_at or quarters), self.steps}
+        """After which steps the held-out loss is taken; always after the last, whose damage went unseen else."""
 
     def rows(self, step: int) -> list[list[int]]:
         """The numbers of the rows of each micro-batch of `step`, counted from 0."""
@@ -91,15 +95,15 @@ def train(
         The learning curve, with a point for the start and one for each step.
 
     Raises:
-        Refusal: the loss or its gradient is no number any more, or memory does not suffice; then no
-            checkpoint is left.
+        Refusal: memory does not suffice, or (`Diverged`, and then no checkpoint is left) the loss or its
+            gradient is no number any more.
     """
     plan = Plan(recipe, [sum(len(one.input_ids) for one in row) for row in examples.train])
     _prepare(arm.model, recipe)
     try:
         with memory(recipe):
             return _train(label, recipe, arm, examples, checkpoints, plan)
-    except Refusal:
+    except Diverged:
         checkpoints.clear()
         raise
 
@@ -114,9 +118,11 @@ def _train(
     label: str, recipe: "Tuning", arm: Arm, examples: "Examples", checkpoints: Checkpoints, plan: Plan
 ) -> list[Point]:
     def held_out(step: int) -> float | None:
-        return (
-            held_out_loss(arm.model, examples.held_out, recipe.batch_size) if step in plan.evaluated else None
-        )
+        if step not in plan.evaluated:
+            return None
+        found = held_out_loss(arm.model, examples.held_out, recipe.batch_size)
+        _check(found, "held-out loss", recipe, step)
+        return found
 
     if found := checkpoints.last():
         state, told = found
@@ -148,11 +154,11 @@ def _step(recipe: "Tuning", arm: Arm, parts: Sequence[Sequence[Row]], step: int,
     for batch in batches:
         mean, count = objective.loss(arm.model, batch, recipe.distillation)
         total += mean.item() * count / predicted
-        _check(total, "loss", recipe, step)
+        _check(total, "training loss", recipe, step)
         (mean * (count / predicted)).backward()
     trained = list(arm.trained().values())
     norm = nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None])
-    _check(norm.item(), "gradient", recipe, step)
+    _check(norm.item(), "training gradient", recipe, step)
     if norm > recipe.clip:
         nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
     arm.step(rate)
@@ -163,8 +169,8 @@ def _step(recipe: "Tuning", arm: Arm, parts: Sequence[Sequence[Row]], step: int,
 
 def _check(value: float, what: str, recipe: "Tuning", step: int) -> None:
     if not -torch.inf < value < torch.inf:
-        raise Refusal(
-            f"the training {what} became {value} at step {step}; lower learning_rate "
+        raise Diverged(
+            f"the {what} became {value} at step {step}; lower learning_rate "
             f"(now {recipe.learning_rate}) or clip (now {recipe.clip}), or raise warmup "
             f"(now {recipe.warmup})."
         )

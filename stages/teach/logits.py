@@ -49,6 +49,7 @@ class Logits(Teaching):
             logits, _ = predictions(model, collate([(one.example,) for one in part]))
             if not logits.isfinite().all():
                 raise Refusal(f"the logits of {self.source} are not finite numbers; take another teacher.")
+            logits = logits[:, : len(tokenizer)]  # rows beyond, which fill a layer up, are no tokens
             sizes = [one.predicted for one in batches]
             for one, rows in zip(part, logits.split(sizes), strict=True):
                 taught.append(replace(one, example=replace(one.example, teacher=likeliest(rows, self.top))))
