@@ -9,8 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitNetConfig,
+    DiffLlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from stages.core import artifact as artifacts
 from stages.core.blocks import linears
 from stages.core.errors import Refusal
 from stages.prune import anatomy
@@ -209,6 +217,49 @@ def test_fused_heads_are_refused_by_name():
     fused = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(Refusal, match=r"Phi3ForCausalLM cannot lose heads: .*qkv_proj holds more than"):
         heads(keep=2).plan(fused, {})
+
+
+def paired(kind: type[PreTrainedConfig]) -> PreTrainedModel:
+    """Eight query heads in four groups, in a family whose heads are not apart."""
+    config = kind(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, pad_token_id=0, head_dim=4,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("unit", ["groups", "queries"])
+@pytest.mark.parametrize(("kind", "linear"), [(BitNetConfig, "[qkv]"), (DiffLlamaConfig, "[qv]")])
+def test_heads_that_reach_each_other_are_refused_by_name(kind, linear, unit):
+    family = kind.__name__.removesuffix("Config")
+    said = rf"^{family}ForCausalLM cannot lose heads: what .*layers\.0\.self_attn\.{linear}_proj puts out"
+    with pytest.raises(Refusal, match=said):
+        heads(keep=4, unit=unit).plan(paired(kind), {})
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_heads_that_are_apart_reach_the_heads_of_their_group(family):
+    model = grouped(family)
+    far = anatomy.reach(model, anatomy.attentions(model), 4)
+    reached = {"q_proj": 4, "k_proj": 8, "v_proj": 8}
+    assert far == {
+        f"model.layers.{number}.self_attn.{name}": reached[name] for number in range(2) for name in reached
+    }
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("method", ["heads", "width"])
+def test_what_is_no_number_outside_the_linears_is_refused_by_name(method, name, workspace, monkeypatch):
+    recipe = {"source": "base/tiny", "method": method, "importance": "magnitude", "remove": 0.5}
+    if method == "width":
+        recipe["importance"] = "ppm"
+    chosen = params("llama", {f"prune/{method}": recipe | {"calibration": NONE}})
+    do(chosen, [])
+    broken = families.model("llama")
+    broken.get_parameter(name).data[0] = float("nan")
+    monkeypatch.setattr(artifacts, "load_model", lambda *_, **__: broken)
+    with pytest.raises(Refusal, match=f"^prune {method}: NaN or infinite values in {name}; nothing was"):
+        pipeline.STAGES["prune"](chosen, method)
 
 
 def test_zeros_sizes_and_bytes(workspace):

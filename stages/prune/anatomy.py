@@ -11,7 +11,7 @@ between:
 - every feature of that token: a norm, so they have nothing to do with each other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,30 @@ def attentions(model: nn.Module) -> dict[str, Part]:
     return _one_each(model, "attentions", lambda found: found[1])
 
 
+def reach(model: nn.Module, parts: Mapping[str, Part], size: int) -> dict[str, int]:
+    """How far the first `size` features of each reader reach, by its full name.
+
+    Told is after how many features of the writer's input, counted from the first, nothing changes any more.
+
+    Args:
+        parts: by the full name of the block they are of.
+    """
+    found, calls = linears(model), _calls(model)
+    told: dict[str, int] = {}
+    for name, block in blocks(model):
+        inside = [one for one in found if one.block == name]
+        drawn = _drawn(inside)
+        writer = parts[name].writer.name
+        still = _inputs(block, inside, calls[name], drawn)[writer]
+        for one in parts[name].readers:
+            moved = drawn[one.name].clone()
+            moved[TOUCHED, :size] = moved[0, :size]
+            inputs = _inputs(block, inside, calls[name], drawn | {one.name: moved})[writer]
+            changed = (inputs != still).any(0).nonzero()
+            told[one.name] = int(changed.max()) + 1 if len(changed) else 0
+    return told
+
+
 def _one_each(
     model: nn.Module, what: str, pick: Callable[[tuple[list[Part], list[Part]]], list[Part]]
 ) -> dict[str, Part]:
@@ -100,10 +124,7 @@ def _calls(model: nn.Module) -> dict[str, tuple[Any, Any]]:
 
 def _parts(block: nn.Module, found: list[Linear], call: tuple[Any, Any]) -> tuple[list[Part], list[Part]]:
     """The MLPs and the attentions of a block."""
-    draw = torch.Generator().manual_seed(0)
-    drawn = {
-        one.name: torch.randn(TOKENS, one.weight.shape[0], generator=draw).to(one.weight) for one in found
-    }
+    drawn = _drawn(found)
     still = _inputs(block, found, call, drawn)
     readers: dict[str, list[Linear]] = {one.name: [] for one in found}
     mixed: set[str] = set()
@@ -126,6 +147,14 @@ def _parts(block: nn.Module, found: list[Linear], call: tuple[Any, Any]) -> tupl
         [part for part in parts if part.writer.name not in mixed | blurred],
         [part for part in parts if part.writer.name in mixed],
     )
+
+
+def _drawn(found: list[Linear]) -> dict[str, Tensor]:
+    """What stands in for the outputs of linears, `[tokens, out]` by full name."""
+    draw = torch.Generator().manual_seed(0)
+    return {
+        one.name: torch.randn(TOKENS, one.weight.shape[0], generator=draw).to(one.weight) for one in found
+    }
 
 
 def _inputs(

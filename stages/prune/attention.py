@@ -1,5 +1,6 @@
-"""The heads of an attention: how many, how they share keys and values, and whether a config can say fewer."""
+"""The heads of an attention: how many, how they share keys and values, and whether there can be fewer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.core.errors import Refusal
-from stages.prune.anatomy import Part
+from stages.prune.anatomy import Part, reach
 from stages.prune.shrink import CONFIG, columns, misfits
 
 if TYPE_CHECKING:
@@ -86,3 +87,23 @@ def check_family(
             f"{family} cannot lose heads: {', '.join(fused)} holds more than the heads of one of query, key "
             "and value, in an order of its own."
         )
+
+
+def check_apart(model: "PreTrainedModel", parts: Mapping[str, Part], shape: Shape) -> None:
+    """Refuse a model whose heads reach each other before o, as without one the others would change.
+
+    Args:
+        parts: the attentions, by the full name of their block.
+
+    Raises:
+        Refusal: by the name of the family and of the linear whose heads are not apart.
+    """
+    far = reach(model, parts, shape.size)
+    for one in (one for part in parts.values() for one in part.readers):
+        # query heads reach themselves, keys and values all heads of their group
+        if far[one.name] > shape.queries * shape.size**2 // one.weight.shape[0]:
+            raise Refusal(
+                f"{type(model).__name__} cannot lose heads: what {one.name} puts out for the first of them "
+                "reaches others, as under a norm over all heads or with heads in pairs; remove neurons or "
+                "blocks instead."
+            )

@@ -13,7 +13,8 @@ important a unit is (see `stages.prune.width` for the last two):
 - `random`, the control.
 
 Only a family whose config gives `head_dim` a say of its own can have fewer heads: in OPT, GPT-NeoX and GPT-2
-a head is the hidden size over the number of heads, so they are refused.
+a head is the hidden size over the number of heads, so they are refused. So is a family whose heads reach each
+other before o, through a norm over all of them (BitNet) or in pairs (DiffLlama).
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from torch import Tensor
 from stages.core.errors import Refusal
 from stages.core.schema import Seed
 from stages.prune.anatomy import Part, attentions
-from stages.prune.attention import NO_FEWER, Shape, check_family, numbers, shape_of
+from stages.prune.attention import NO_FEWER, Shape, check_apart, check_family, numbers, shape_of
 from stages.prune.exact import drawn
 from stages.prune.shrink import Cuts, columns, misfits, rows
 from stages.prune.structured import Shrinker, change_bound, most_important, remaining
@@ -95,6 +96,7 @@ class Heads(Shrinker):
         if after == before:
             return {}, {}, notes
         check_family(model, next(iter(parts.values())), before, after, self._fewer(before))
+        check_apart(model, parts, before)
         cuts: Cuts = {}
         told: dict[str, list[int]] = {}
         for name, part in parts.items():

@@ -78,6 +78,7 @@ class Shrinker(Recipe):
         if isinstance(self.calibration, Tokens):
             windows = model_windows(load_tokenizer(self.source), self.calibration, lambda: model)
         label = artifact.replace("/", " ", 1)
+        check_rest(model, label)
         loudness = measure_inputs(model, windows, getattr(self.calibration, "batch_size", None), label)
         try:
             cuts, changes, notes = self.plan(model, loudness)
@@ -87,6 +88,20 @@ class Shrinker(Recipe):
         shrink(model, cuts, changes)
         keep = {name: kept(mask, f"{name}.weight", cuts) for name, mask in zeros.items()}
         save(artifact, model, self.model_dump(mode="json"), run, keep=keep, notes=notes)
+
+
+def check_rest(model: nn.Module, label: str) -> None:
+    """Look at all parameters but the weights of linears, which are looked at when these are measured.
+
+    Raises:
+        Refusal: some are NaN or infinite.
+    """
+    from stages.core.blocks import linears
+    from stages.core.statistics import finite
+
+    inside = {f"{one.name}.weight" for one in linears(model)}
+    if broken := [n for n, p in model.named_parameters() if n not in inside and not finite(p.detach())]:
+        raise Refusal(f"{label}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
 
 
 def measure_inputs(
