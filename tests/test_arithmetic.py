@@ -97,6 +97,13 @@ def test_more_items_than_a_level_has_is_refused(monkeypatch):
         dataset.items(level, 31, 0)
 
 
+def test_what_is_taken_away_in_another_order_is_one_item():
+    level = Level(name="less", operator="-", digits=1, terms=3, carries=False)
+    made = Arithmetic(kind="arithmetic", levels=(level,), test=95, fewshot=0, seed=0).items(level, 95, 0)
+    terms = [row["question"].split()[:5:2] for row in made]
+    assert len({(first, *sorted(rest)) for first, *rest in terms}) == 95
+
+
 def test_the_projects_own_levels_have_their_items(tmp_path):
     dataset = load(project.ROOT / "params.yaml").datasets["arithmetic"]
     facts = dataset.write(tmp_path)

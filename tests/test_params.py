@@ -175,6 +175,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "evaluate//candidates", ["base/tiny", "base/tiny"],
         "evaluate.candidates: base/tiny is listed twice; list it once.",
     ),
+    "candidates of which none competes": (
+        "evaluate//candidates", ["noise/tiny-batch-3"],
+        "evaluate.candidates: there is no model to compare, as noise/ and floor/ only tell what scores mean; add one, "
+        "such as base/tiny.",
+    ),
     "candidates that are no list": (
         "evaluate//candidates", "base/tiny", "evaluate.candidates: 'base/tiny' given; it must be a list.",
     ),
@@ -313,6 +318,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "datasets//arithmetic//levels",
         [{"name": "a", "operator": "+", "digits": n, "carries": True} for n in (1, 2)],
         "datasets.arithmetic.levels: a list given; two levels are named a.",
+    ),
+    "a level named as the whole": (
+        "datasets//arithmetic//levels",
+        [{"name": n, "operator": "+", "digits": 1, "carries": n == "all"} for n in ("a", "all")],
+        "datasets.arithmetic.levels: a list given; a level is named all, as is the score over all levels; rename it.",
     ),
     "two levels of the same items": (
         "datasets//arithmetic//levels",

@@ -52,8 +52,9 @@ class Arithmetic(Graded):
             if set(expression.split()[1::2]) != {level.operator} or int(entry["answer"]) < 0:
                 continue
             if carries(terms, level.operator) == level.carries:
-                # 3 + 4 and 4 + 3 are one item.
-                key = " ".join(map(str, sorted(terms))) if level.operator == "+" else expression
+                # 3 + 4 and 4 + 3 are one item, and so are 8 - 5 - 3 and 8 - 3 - 5.
+                kept = terms[:1] if level.operator == "-" else []
+                key = " ".join(map(str, [*kept, *sorted(terms[len(kept) :])]))
                 yield key, item(level.name, expression, int(entry["answer"]))
 
 

@@ -65,8 +65,13 @@ class Graded(Dataset):
     @field_validator("levels")
     @classmethod
     def _distinct(cls, levels: tuple[Level, ...]) -> tuple[Level, ...]:
-        """Levels of one name would share a score, levels of the same settings their items."""
+        """Levels of one name would share a score, levels of the same settings their items.
+
+        `all` is the name of the score over all levels.
+        """
         for number, level in enumerate(levels):
+            if level.name == "all":
+                raise ValueError("a level is named all, as is the score over all levels; rename it")
             for other in levels[:number]:
                 if level.name == other.name:
                     raise ValueError(f"two levels are named {level.name}")

@@ -52,7 +52,7 @@ def _without(entries: dict[Any, Any], name: Any) -> dict[Any, Any]:
 
 
 def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Sources that are not there, cycles, and candidates that are not there or listed twice."""
+    """Sources that are not there, cycles, and candidates that are not there, listed twice or uncompared."""
 
     def entries(section: str) -> dict[str, Any]:
         found = raw.get(section)
@@ -90,3 +90,8 @@ def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{section}.candidates: there is no {candidate!r}; {allowed(known, candidate)}."
             if listed.count(candidate) > 1:
                 yield f"{section}.candidates: {candidate} is listed twice; list it once."
+        if listed and all(name.startswith(("noise/", "floor/")) for name in listed):
+            yield (
+                f"{section}.candidates: there is no model to compare, as noise/ and floor/ only tell what "
+                f"scores mean; add one, such as {known[0] if known else 'a base'}."
+            )
