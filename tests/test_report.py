@@ -247,6 +247,67 @@ def test_works_where_a_kind_is_absent(candidates, absent, tmp_path, monkeypatch)
         assert "v-worse" not in page.split("</style>")[1]
 
 
+def _broken(root: Path, candidate: str, value: float) -> None:
+    """Give made-up results another perplexity on the news, and its windows that loss."""
+    loss = math.log(value) if math.isfinite(value) else value
+    for file, column, broken in (("scores", "value", value), ("samples", "score", loss)):
+        path = root / "data/results" / candidate / "news" / f"{file}.parquet"
+        table = pd.read_parquet(path)
+        table.loc[table["metric"].isin(["perplexity", "nats_per_token"]), column] = broken
+        table.to_parquet(path, index=False)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200, 1e308])
+@pytest.mark.parametrize("candidate", ["prune/wanda-50", "base/smollm2"])
+def test_a_perplexity_that_is_no_finite_number_is_told_and_not_drawn(candidate, value, tmp_path, monkeypatch):
+    wanted = results.params(evaluate=FEW, suites=results.without(SUITES, "graded"))
+    results.write(tmp_path / "data/results", wanted)
+    _broken(tmp_path, candidate, value)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    assert (tmp_path / "data/report/quality.svg").exists()
+    plain = " ".join(html.unescape(BOLD.sub("", Path("data/report/index.html").read_text())).split())
+    said = f"Left out, as their perplexity is no finite number: {candidate.split('/')[1]} on news ("
+    drawn = pd.read_csv("data/report/quality_ideal.csv").set_index(["candidate", "suite"]).index
+    assert ((candidate, "news") in drawn) == math.isfinite(value)
+    assert (candidate, "speeches") in drawn
+    if math.isfinite(value):
+        assert "Left out" not in plain
+    else:
+        assert f"{said}{words.score(None if math.isnan(value) else value)})." in plain
+    assert ("its score is no number" in plain) == (math.isnan(value))
+    assert ("its base has no number" in plain) == (math.isnan(value) and candidate == "base/smollm2")
+    assert "its base was not evaluated" not in plain
+
+
+def test_a_loss_too_large_for_a_perplexity_is_still_compared(tmp_path, monkeypatch):
+    wanted = results.params(evaluate=FEW, suites=results.without(SUITES, "graded"))
+    results.write(tmp_path / "data/results", wanted)
+    _broken(tmp_path, "prune/wanda-50", math.inf)
+    path = tmp_path / "data/results/prune/wanda-50/news/samples.parquet"
+    table = pd.read_parquet(path)
+    table["score"] = 800.0
+    table.to_parquet(path, index=False)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    row = pd.read_parquet("data/report/results.parquet").set_index(["candidate", "suite"])
+    assert row.loc[("prune/wanda-50", "news"), "verdict"] == "worse"
+    assert "inf to inf" in Path("data/report/index.html").read_text()
+
+
+def test_no_perplexity_to_draw_is_told_without_a_figure(tmp_path, monkeypatch):
+    suites = results.without(SUITES, "graded")
+    suites["perplexity"] = {"news": suites["perplexity"]["news"]}
+    wanted = results.params(evaluate={"candidates": ["base/smollm2"]}, suites=suites)
+    results.write(tmp_path / "data/results", wanted)
+    _broken(tmp_path, "base/smollm2", math.inf)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    page = Path("data/report/index.html").read_text()
+    assert "no finite number: smollm2 on news (inf)." in page
+    assert "<figure" not in page
+
+
 def test_works_with_nothing_but_a_benchmark(tmp_path, monkeypatch):
     raw = yaml.safe_load((results.ROOT / "params.yaml").read_text())
     arc = {"kind": "benchmark", "source": f"hub:allenai/ai2_arc@{'0' * 40}", "config": "ARC-Easy"}

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from stages.report import paired
@@ -37,6 +38,14 @@ class Comparison:
     def competitors(self) -> pd.DataFrame:
         """Rows of candidates that compete (see `stages.report.collect.competes`)."""
         return self.rows[competes(self.rows)]
+
+    @property
+    def perplexities(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Competitors' overall perplexities: those to draw, and those that are no finite number."""
+        rows = self.competitors
+        rows = rows[(rows["metric"] == "perplexity") & (rows["difficulty"] == "all")]
+        drawn = np.isfinite(rows["value"].astype("float64"))
+        return rows[drawn], rows[~drawn]
 
     def headlines(self) -> list[Measure]:
         """The measures (`suite`, `readout`, `metric`) that stand for each suite, in order."""

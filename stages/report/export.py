@@ -56,9 +56,11 @@ def metrics(scores: pd.DataFrame) -> dict[str, Any]:
 
 
 def quality(comparison: Comparison, size: str) -> pd.DataFrame:
-    """Perplexity of each text suite against `size` in megabytes (10^6 bytes), a row a candidate and suite."""
-    rows = comparison.competitors
-    rows = rows[(rows["metric"] == "perplexity") & (rows["difficulty"] == "all")]
+    """Perplexity of each text suite against `size` in megabytes (10^6 bytes), a row a candidate and suite.
+
+    A perplexity that is no finite number has no place on a plot.
+    """
+    rows, _ = comparison.perplexities
     made = rows[["candidate", "suite"]].copy()
     made["family"] = [family(row) for row in records(rows)]
     made["megabytes"] = rows[size].astype("float64") / 1e6

@@ -8,6 +8,7 @@ file not at all. The same rows give the same bytes: no date, no random ids.
 import io
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,11 @@ OFFSETS = [(dx, dy) for dy in (0, 12, -12, 24, -24, 36, -36, 48, -48, 64, -64) f
 
 
 def quality(comparison: Comparison) -> Figure | None:
-    """Perplexity (log axis) against size on disk and ideal size, a row a text suite; None without one."""
-    rows = comparison.competitors
-    rows = rows[(rows["metric"] == "perplexity") & (rows["difficulty"] == "all")]
+    """Perplexity (log axis) against size on disk and ideal size, a row a text suite; None without one.
+
+    A perplexity that is no finite number has no place on it.
+    """
+    rows, _ = comparison.perplexities
     suites = list(dict.fromkeys(rows["suite"]))
     if not suites:
         return None
@@ -86,10 +89,10 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
             markerfacecolor=COLOURS[kind] if chosen else "white",
             markeredgecolor="white" if chosen else COLOURS[kind], markeredgewidth=0.7 if chosen else 1.2,
         )  # fmt: skip
-    axis.margins(x=0.22)
+    axis.margins(x=0.22, y=0)
     low, high = rows["value"].min(), rows["value"].max()
     room = max((high / low) ** 0.16, 1.02)
-    axis.set_ylim(low / room, high * room)
+    axis.set_ylim(low / room, min(float(high) * float(room), sys.float_info.max))
     # A log axis labels decades; a narrow one has none, and takes the round numbers of a linear axis.
     steps = range(1, 10) if high < 8 * low else (1, 2, 5)
     axis.yaxis.set_major_locator(MaxNLocator(5) if high < 2 * low else LogLocator(subs=steps))
@@ -102,7 +105,7 @@ def _nats(row: Mapping[str, Any]) -> tuple[float, float]:
     if row["reference"] is None:
         known = row["candidate"] == f"base/{row['base']}"
         return (math.log(row["value"]),) * 2 if known else (-math.inf, math.inf)
-    if row["low"] is None:
+    if row["low"] is None or not math.isfinite(row["reference_value"]):
         return -math.inf, math.inf
     start = math.log(row["reference_value"])
     return start + row["low"], start + row["high"]

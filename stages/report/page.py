@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {
-        name: getattr(words, name) for name in ("number", "signed", "chance", "size", "short", "share")
+        name: getattr(words, name)
+        for name in ("number", "score", "signed", "chance", "size", "short", "share")
     }
     rows = comparison.rows
     competing = comparison.competitors
@@ -65,6 +67,7 @@ def render(
             for part in (competing["difficulty"] == "all", competing["difficulty"] != "all")
             if part.any()
         ],
+        undrawn=records(comparison.perplexities[1]),
         figures={stem: _inline(picture) for stem, picture in pictures.items()},
         facts={name: _distinct(rows, name) for name in ("dtype", "device", "threads", "seed")},
         shown=(FLIPS_SHOWN, ANSWER_SHOWN),
@@ -136,7 +139,7 @@ def _measure(rows: pd.DataFrame, suite: str, readout: str, metric: str) -> dict[
     chosen = [row | _marks(row) for row in records(of_measure(rows, suite, readout, metric))]
     for row in chosen:
         nats = metric == "perplexity" and row["low"] is not None
-        row["ratio"] = (math.exp(row["low"]), math.exp(row["high"])) if nats else None
+        row["ratio"] = (_exp(row["low"]), _exp(row["high"])) if nats else None
     return {
         "suite": suite,
         "readout": readout,
@@ -146,6 +149,10 @@ def _measure(rows: pd.DataFrame, suite: str, readout: str, metric: str) -> dict[
         "rows": chosen,
         "by_candidate": {row["candidate"]: row for row in chosen},
     }
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 def _marks(row: Mapping[str, Any]) -> dict[str, bool]:

@@ -17,7 +17,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
+
+from stages.core.errors import Refusal
 
 LEVEL = 0.05
 """At or below this p-value a difference is more than luck."""
@@ -32,6 +36,19 @@ class Interval:
     low: float
     high: float
     p: float
+
+
+def refuse_missing(what: str, *found: ArrayLike) -> None:
+    """Hold that every value is a finite number, as one that is missing would pass for a small p-value.
+
+    Raises:
+        Refusal: some are NaN or infinite.
+    """
+    values = [np.asarray(one, dtype=np.float64) for one in found]
+    if broken := sum(int((~np.isfinite(one)).sum()) for one in values):
+        raise Refusal(
+            f"{broken} of {sum(one.size for one in values)} {what} are NaN or infinite; leave them out."
+        )
 
 
 def discordant(
@@ -51,12 +68,16 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def interval(differences: Sequence[float]) -> Interval | None:
-    """Paired t statistics of per-item differences, in their unit; None for fewer than two items."""
+    """Paired t statistics of per-item differences, in their unit.
+
+    Returns:
+        None for fewer than two items, or where a difference is no finite number.
+    """
     count = len(differences)
-    if count < 2:
+    if count < 2 or not all(map(math.isfinite, differences)):
         return None
     mean = math.fsum(differences) / count
-    spread = math.fsum((value - mean) ** 2 for value in differences)
+    spread = math.fsum((value - mean) * (value - mean) for value in differences)  # a power would overflow
     stderr = math.sqrt(spread / (count - 1) / count)
     if stderr == 0:
         return Interval(mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0)
@@ -73,7 +94,7 @@ def equivalence(differences: Sequence[float], low: float, high: float) -> float 
         high: infinity asks for non-inferiority only, that is a mean above `low`.
 
     Returns:
-        The larger of the two one-sided p-values; None for fewer than two items.
+        The larger of the two one-sided p-values; None where `interval` is.
     """
     found = interval(differences)
     if found is None:

@@ -44,6 +44,11 @@ def number(value: float | None, metric: str = "") -> str:
     return said.replace("-", MINUS) if float(said.replace(",", "")) else said.removeprefix("-")
 
 
+def score(value: float | None, metric: str = "") -> str:
+    """A score that was measured, as `number` says it, where a missing one came out as no number."""
+    return "NaN" if value is None else number(value, metric)
+
+
 def signed(value: float, metric: str = "") -> str:
     """A difference with its sign, rounded as `number` does."""
     said = number(value, metric)
