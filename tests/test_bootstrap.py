@@ -108,6 +108,15 @@ def test_too_few_items_are_refused():
         difference_in_differences([1, 0, 1], [1, 0, 1], [True, False, False], seed=0)
 
 
+def test_what_is_missing_is_no_score():
+    with pytest.raises(Refusal, match="no items given"):
+        mean_difference([], [], seed=0)
+    with pytest.raises(Refusal, match="1 of 8 scores are NaN or infinite"):
+        mean_difference([1, 0, np.nan, 1], [0, 1, 1, 0], seed=0)
+    with pytest.raises(Refusal, match="2 of 8 scores are NaN or infinite"):
+        difference_in_differences([1, np.nan, 0, 1], [0, 0, np.inf, 1], [1, 1, 0, 0], seed=0)
+
+
 def lossy(hard_loss, easy_loss, random, count):
     """Which tests find a difference between 60 hard and 60 easy items that lose these shares."""
     hard = np.repeat([True, False], 60)

@@ -194,6 +194,11 @@ def test_retention_of_the_dense_model_itself_is_one_and_of_too_little_undefined(
     assert retention([1.0] * 30 + [0.0] * 70, dense, 0.25) is None  # .30 of 100 is not clearly above .25
     assert retention([0.0] * 50, dense[:50], 0.25) is None
     assert retention([1.0], [1.0], 0.0) is None
+    for odd in (math.nan, math.inf):
+        assert retention([*dense, odd], [*dense, 1.0], 0.25) is None
+        assert retention([*dense, 1.0], [*dense, odd], 0.25) is None
+        assert retention(dense, dense, odd) is None
+        assert paired.interval([1.0, odd]) is None
 
 
 def test_retention_covers_the_truth_and_is_seldom_told_of_a_guesser():

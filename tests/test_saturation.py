@@ -83,6 +83,23 @@ def test_lines_seldom_bend_curves_mostly_do_and_intervals_hold_the_end():
     assert is_at_most([not curve.end[0] <= 0.7 <= curve.end[1] for curve in curves if curve.bends], 0.05)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.3])
+def test_scores_that_do_not_change_have_no_bend(share):
+    random = np.random.default_rng(3)
+    items = np.repeat(random.random((50, 1)) if share == 0.3 else np.full((50, 1), share), 6, axis=1)
+    found = saturation(BUDGETS, items, seed=0)
+    assert (found.bends, found.end, found.scale) == (False, None, None)
+    assert found.at(BUDGETS) == pytest.approx(items.mean(axis=0))
+
+
+def test_what_is_missing_is_refused():
+    scores = np.where(np.eye(50, 6) > 0, np.nan, 0.5)
+    with pytest.raises(Refusal, match="6 of 300 scores are NaN or infinite"):
+        saturation(BUDGETS, scores, seed=0)
+    with pytest.raises(Refusal, match="values are NaN or infinite"):
+        fit([1, 2, 3, np.inf], [0.1, 0.2, 0.3, 0.3])
+
+
 def test_too_few_points_or_items_are_refused():
     with pytest.raises(Refusal, match="3 distinct x"):
         fit([1, 2, 3, 3], [0.1, 0.2, 0.3, 0.3])
@@ -106,6 +123,14 @@ def test_the_frontier_is_its_definition(models):
     for i, (size, loss, wide) in enumerate(models):
         assert likely[i] == (not any(s <= size and x + w / 2 < loss - wide / 2 for s, x, w in models))
     assert (contenders(sizes, losses, losses) >= on).all()
+
+
+def test_a_model_of_unknown_size_or_loss_is_left_out():
+    assert frontier([1, 2, 3, np.nan], [3, np.nan, 1, 0]).tolist() == [True, False, True, False]
+    assert frontier([1, 2, 3], [np.inf, 2, -np.inf]).tolist() == [False, True, False]
+    unknown = contenders([1, 2, 3, 4], [1, np.nan, -np.inf, 3], [2, 1, np.inf, 4])
+    assert unknown.tolist() == [True, False, True, False]
+    assert frontier([], []).tolist() == contenders([], [], []).tolist() == []
 
 
 def test_equal_models_are_all_on_the_frontier():

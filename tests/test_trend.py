@@ -154,6 +154,10 @@ def test_many_pairs_are_drawn_and_agree_with_the_t_distribution():
         (lambda: page([[1, 2], [1, 2]]), r"\(2, 2\)"),
         (lambda: correlation([1, 2, 3], [1, 1, 1]), "not all the same"),
         (lambda: correlation([1, 2, 3], [1, 2]), "3 and 2 values"),
+        (lambda: correlation([1, 2, np.nan, 4], [1, 2, 3, 4]), "1 of 8 values are NaN or inf"),
+        (lambda: correlation([1, 2, 3, 4], [1, np.inf, 3, 4], "pearson"), "1 of 8 values are NaN"),
+        (lambda: jonckheere([[1, 2, np.nan], [2, 3, 4]]), "1 of 6 values are NaN"),
+        (lambda: page([[1, 2, np.nan], [1, 2, 3]]), "1 of 6 values are NaN"),
     ],
 )
 def test_what_has_no_trend_or_correlation_is_refused(asked, said):

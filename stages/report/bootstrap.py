@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from stages.core.errors import Refusal
-from stages.report.paired import LEVEL
+from stages.report.paired import LEVEL, refuse_missing
 
 DRAWS = 9999
 CHUNK = 2**22
@@ -57,9 +57,13 @@ def bootstrap(
         level: the share of intervals that may miss, 0.05 for one of 95 %.
 
     Raises:
-        Refusal: a stratum has a single item, whose spread cannot be known.
+        Refusal: there are no items, a stratum has a single one, whose spread cannot be known, or a score is
+            no finite number.
     """
     scores = np.asarray(values, dtype=np.float64)
+    if not len(scores):
+        raise Refusal("no items given; a bootstrap needs at least two.")
+    refuse_missing("scores", scores)
     _, stratum = np.unique(
         np.zeros(len(scores)) if strata is None else np.asarray(strata), return_inverse=True
     )

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from stages.core.errors import Refusal
+from stages.report.paired import refuse_missing
 
 EXACT_PAIRS = 9
 DRAWS = 99_999
@@ -38,8 +39,9 @@ def correlation(
         seed: of the pairings drawn where there are too many to count.
 
     Raises:
-        Refusal: fewer than three pairs, or one of the two does not vary.
+        Refusal: fewer than three pairs, one of the two does not vary, or a value is no finite number.
     """
+    refuse_missing("values", x, y)
     sides = [np.asarray(side, dtype=np.float64) for side in (x, y)]
     if len(sides[0]) != len(sides[1]) or len(sides[0]) < 3 or any(np.ptp(side) == 0 for side in sides):
         raise Refusal(

@@ -36,12 +36,12 @@ def retention(dense: Sequence[float], ours: Sequence[float], floor: float) -> Re
         floor: the mean score that needs no ability, taken as known.
 
     Returns:
-        None where the dense model is not clearly above the floor (one-sided t test, p > 0.025), or for fewer
-        than two items.
+        None where the dense model is not clearly above the floor (one-sided t test, p > 0.025), for fewer
+        than two items, or where a score or the floor is no finite number.
     """
     count = len(dense)
     scores = np.array([ours, dense], dtype=np.float64)
-    if count < 2:
+    if count < 2 or not (np.isfinite(scores).all() and math.isfinite(floor)):
         return None
     kept, whole = scores.mean(axis=1) - floor
     (kept_var, both_var), (_, whole_var) = np.cov(scores) / count

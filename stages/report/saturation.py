@@ -8,7 +8,7 @@ Regression Analysis, appendix A). For a given c the best a and b are a line's, s
 
 A curve that has not begun to bend says nothing of where it ends: a straight line fits it with any a. So the
 items are drawn again (see `stages.report.bootstrap`), and where more than 2.5 % of the draws are fitted best
-by a line, or b may be of either sign, no end is told.
+by a line, or fewer than 97.5 % have a b of one sign, no end is told.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stages.core.errors import Refusal
-from stages.report.paired import LEVEL
+from stages.report.paired import LEVEL, refuse_missing
 
 DRAWS = 1999
 SCALES = 240
@@ -51,8 +51,10 @@ def fit(x: ArrayLike, y: ArrayLike, weights: ArrayLike | None = None) -> tuple[F
         weights: `[points]`, of the squared errors; None for equal ones.
 
     Raises:
-        Refusal: there are fewer than four distinct x, which three parameters would fit without an error.
+        Refusal: there are fewer than four distinct x, which three parameters would fit without an error, or a
+            value is no finite number.
     """
+    refuse_missing("values", x, y)
     points, curves = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if (distinct := len(np.unique(points))) < 4:
         raise Refusal(f"{distinct} distinct x given; a saturating curve has three parameters and needs four.")
@@ -91,11 +93,12 @@ def saturation(x: ArrayLike, scores: ArrayLike, *, seed: int, draws: int = DRAWS
     """The curve through the means of per-item `scores` `[items, points]` over `x` `[points]`.
 
     Raises:
-        Refusal: fewer than four distinct x, or fewer than two items.
+        Refusal: fewer than four distinct x, fewer than two items, or a score is no finite number.
     """
     items = np.asarray(scores, dtype=np.float64)
     if len(items) < 2:
         raise Refusal(f"{len(items)} items given; drawing items again needs at least two.")
+    refuse_missing("scores", items)
     count = len(items)
     random = np.random.default_rng(seed)
     drawn = random.multinomial(count, np.full(count, 1 / count), draws) @ items / count
@@ -103,7 +106,9 @@ def saturation(x: ArrayLike, scores: ArrayLike, *, seed: int, draws: int = DRAWS
     ends, rises, scales = fit(x, drawn)
     straight = scales > 0.99 * STRAIGHT * np.ptp(np.asarray(x, np.float64))
     tail = LEVEL / 2
-    one_sided = min((rises > 0).mean(), (rises < 0).mean()) <= tail
+    # Scores that are the same at every x rise by what rounding leaves, whose sign says nothing.
+    flat = np.ptp(drawn, axis=1) <= 1e-12 * np.abs(items).max()
+    one_sided = max((~flat & (rises > 0)).mean(), (~flat & (rises < 0)).mean()) >= 1 - tail
     bends = bool(straight.mean() <= tail and one_sided)
 
     def middle(values: Floats) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from stages.core.errors import Refusal
+from stages.report.paired import refuse_missing
 
 EXACT_ITEMS = 60
 """Up to this many items, none tied, Jonckheere's distribution is counted out."""
@@ -37,12 +38,13 @@ def jonckheere(groups: Sequence[ArrayLike]) -> Trend:
     """Whether values `[items]` rise from group to group; exact for few items without ties, else normal.
 
     Raises:
-        Refusal: there are fewer than two groups, or one is empty.
+        Refusal: there are fewer than two groups, one is empty, or a value is no finite number.
     """
     values = [np.asarray(group, dtype=np.float64) for group in groups]
     sizes = [len(group) for group in values]
     if len(values) < 2 or not all(sizes):
         raise Refusal(f"groups of {sizes} items given; a trend needs at least two groups, none empty.")
+    refuse_missing("values", *values)
     statistic = 0.0
     for place, later in enumerate(values[1:], 1):
         earlier = np.sort(np.concatenate(values[:place]))
@@ -96,13 +98,14 @@ def page(blocks: ArrayLike) -> Trend:
     is that of the ranks as tied.
 
     Raises:
-        Refusal: there are fewer than three conditions or two blocks.
+        Refusal: there are fewer than three conditions or two blocks, or a value is no finite number.
     """
     values = np.asarray(blocks, dtype=np.float64)
     if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 3:
         raise Refusal(
             f"values of shape {values.shape} given; Page's test needs two blocks, three conditions."
         )
+    refuse_missing("values", values)
     ranks = stats.rankdata(values, axis=1)
     if (np.diff(np.sort(values, axis=1), axis=1) > 0).all():
         found = stats.page_trend_test(ranks, ranked=True)
