@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from stages.core.blocks import blocks, linears
 from stages.core.errors import Refusal
 from stages.prune import gradients
-from stages.prune.allocation import Allocation, hill, influence, scaled, solved
+from stages.prune.allocation import Allocation, hill, influence, scaled, solved, spectrum
 from stages.prune.options import budget
 from tests import families
 from tests.pipeline import NONE, TEXT, do, load, params, record
@@ -257,6 +258,58 @@ def test_alpha_takes_weights_whose_squares_fp32_does_not_hold(model):
     assert by_block(large, shares("alpha", large, 0.5)) == pytest.approx(found, rel=1e-4)
 
 
+def test_alpha_looks_at_what_a_matrix_has_beside_zero(model, caplog):
+    """A matrix of low rank has the exponent of its rank, one of zeros or of rank one has none."""
+    draw = torch.Generator().manual_seed(0)
+    tall, wide = torch.randn(48, 12, generator=draw).double(), torch.randn(12, 64, generator=draw).double()
+    found = spectrum((tall @ wide).float())
+    exact = torch.linalg.svdvals(tall @ wide)[:12] ** 2
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)
+    assert hill(found) == pytest.approx(slow_hill(exact.tolist()), rel=1e-4)
+    assert [len(spectrum(w)) for w in (torch.zeros(4, 8), torch.ones(4, 8), torch.eye(4, 8))] == [0, 1, 4]
+    assert spectrum(torch.tensor([[1.0, math.nan], [1, 1]])).isnan().all()
+    broken = copy.deepcopy(model)
+    broken.model.layers[2].mlp.gate_proj.weight.data.zero_()
+    broken.model.layers[2].mlp.up_proj.weight.data.fill_(0.1)
+    logging.disable(logging.NOTSET)
+    with caplog.at_level(logging.WARNING):
+        shared = by_block(broken, shares("alpha", broken, 0.5))
+    exponents = []
+    for name, _ in blocks(broken):
+        spectra = [spectrum(one.weight) for one in linears(broken) if one.block == name]
+        each = [slow_hill(one.tolist()) for one in spectra if len(one) > 1]
+        exponents.append(sum(each) / len(each))
+    low, high = min(exponents), max(exponents)
+    raw = [0.7 + 0.6 * (one - low) / (high - low) for one in exponents]
+    assert shared == pytest.approx([one * 0.5 * DEPTH / sum(raw) for one in raw], rel=1e-3)
+    for name, rank in (("gate", 0), ("up", 1)):
+        assert f"alpha: model.layers.2.mlp.{name}_proj has rank {rank}, no exponent" in caplog.text
+    for one in linears(broken):
+        if one.block == "model.layers.2":
+            one.weight.zero_()
+    with pytest.raises(Refusal, match=r"alpha: no matrix of model\.layers\.2 has two singular values"):
+        shares("alpha", broken, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sparsity", "change"),
+    [
+        ("layer-if", {"low": 0.0}, 0.9, "a larger low"),
+        ("alpha", {"spread": 0.9999}, 0.99, "a smaller spread"),
+    ],
+)
+def test_a_sparsity_out_of_reach_is_refused(method, options, sparsity, change, model):
+    if method == "layer-if":  # of few blocks, whose scores are not smoothed
+        model = families.model("llama").float()
+    others = 1 - 1 / len(blocks(model))
+    said = rf"^sparsity {sparsity} cannot .* at most together; take {change} or"
+    with pytest.raises(Refusal, match=said) as told:
+        shares(method, model, sparsity, **options)
+    most = float(re.search(r"lose ([\d.]+) at most", str(told.value))[1])
+    assert others - 1e-4 < most < sparsity
+    shares(method, model, most, **options)
+
+
 def test_scores_that_are_all_alike_are_told(caplog):
     logging.disable(logging.NOTSET)
     with caplog.at_level(logging.WARNING):
@@ -358,7 +411,7 @@ def test_zeros_that_are_there_are_made_up_for_by_the_others(data, count):
 def test_shares_are_clamped_and_the_rest_makes_up_for_it():
     found = linears(families.model("llama"))
     names = sorted({one.block for one in found})
-    made = solved(lambda shift: dict(zip(names, (-0.5 + shift, 0.9 + shift), strict=True)), found, 0.5)
+    made = solved(lambda shift: dict(zip(names, (-0.5 + shift, 0.9 + shift), strict=True)), found, 0.5, "")
     assert {made[one.name] for one in found if one.block == names[0]} == {0.0}
     assert {made[one.name] for one in found if one.block == names[1]} == {1.0}
 

@@ -8,7 +8,7 @@ block's share, except under ERK, which looks at the shape of every matrix by its
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from math import isfinite, nan
+from math import floor, isfinite, nan
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import torch
@@ -122,7 +122,12 @@ class OWL(_Allocation):
             batch_size=batch_size, label="owl", home=source,
         )  # fmt: skip
         offsets = scaled(self.kind, scores, 0, -2 * self.spread)
-        return solved(lambda shift: {b: offset + shift for b, offset in offsets.items()}, found, sparsity)
+        return solved(
+            lambda shift: {b: offset + shift for b, offset in offsets.items()},
+            found,
+            sparsity,
+            "a smaller spread",
+        )
 
 
 class Alpha(_Allocation):
@@ -150,10 +155,20 @@ class Alpha(_Allocation):
         for name, block in blocks(source.model):
             with source.block(name, block):
                 for one in (one for one in found if one.block == name):
-                    exponents[name].append(hill(torch.linalg.svdvals(one.weight.float()).double() ** 2))
+                    if len(values := spectrum(one.weight)) > 1:
+                        exponents[name].append(hill(values))
+                    else:
+                        log.warning("allocation alpha: %s has rank %d, no exponent", one.name, len(values))
+        if none := sorted({one.block for one in found} - exponents.keys()):
+            raise Refusal(
+                f"allocation alpha: no matrix of {', '.join(none[:8])} has two singular values beside zero, "
+                "so there is nothing to fit; take kind erk or uniform, or list these matrices in ignore."
+            )
         mean = {block: sum(values) / len(values) for block, values in exponents.items()}
         factor = scaled(self.kind, mean, 1 - self.spread, 1 + self.spread)
-        return solved(lambda scale: {b: f * scale for b, f in factor.items()}, found, sparsity)
+        return solved(
+            lambda scale: {b: f * scale for b, f in factor.items()}, found, sparsity, "a smaller spread"
+        )
 
 
 class LayerIF(_Allocation):
@@ -206,7 +221,9 @@ class LayerIF(_Allocation):
             values = torch.from_numpy(savgol_filter(values.numpy(), 5, 2)).clamp(0, 1)
         raw = (1 - values) * (self.high - self.low) + self.low
         factor = dict(zip(order, raw.tolist(), strict=True))
-        return solved(lambda scale: {b: f * scale for b, f in factor.items()}, found, sparsity)
+        return solved(
+            lambda scale: {b: f * scale for b, f in factor.items()}, found, sparsity, "a larger low"
+        )
 
 
 Allocation = Annotated[Uniform | ERK | OWL | Alpha | LayerIF, Field(discriminator="kind")]
@@ -231,6 +248,18 @@ def scaled(kind: str, scores: dict[str, float], low: float, high: float) -> dict
         )  # fmt: skip
     width = (max(scores.values()) - least) or 1.0
     return {block: low + (high - low) * ((score - least) / width) for block, score in scores.items()}
+
+
+def spectrum(weight: Tensor) -> Tensor:
+    """The eigenvalues of W WT that fp32 can tell from zero, of `weight` `[out, in]`: `[rank]` fp64.
+
+    NaN where a weight is not finite.
+    """
+    if not finite(weight):
+        return torch.full((2,), nan, dtype=torch.float64)
+    values = torch.linalg.svdvals(weight.float()).double()
+    least = torch.finfo(torch.float32).eps * max(weight.shape) ** 0.5 * values.amax()
+    return values[values > least] ** 2
 
 
 def hill(eigenvalues: Tensor) -> float:
@@ -262,12 +291,18 @@ def influence(vectors: Tensor, size: int) -> float:
     return float(each.clamp(min=0).sum())
 
 
-def solved(of: Callable[[float], dict[str, float]], found: list[Linear], sparsity: float) -> dict[str, float]:
+def solved(
+    of: Callable[[float], dict[str, float]], found: list[Linear], sparsity: float, change: str
+) -> dict[str, float]:
     """Each linear's share from shares of blocks that grow with one number, which is set by bisection.
 
     Args:
         of: the number -> share of every block, before it is clamped to [0, 1].
         found: the linears; their mean share by parameters is `sparsity`.
+        change: what to take where that cannot be, as some blocks would not even then lose enough.
+
+    Raises:
+        Refusal: it cannot be.
     """
     sizes: Counter[str] = Counter()
     for one in found:
@@ -276,11 +311,18 @@ def solved(of: Callable[[float], dict[str, float]], found: list[Linear], sparsit
     def clamped(number: float) -> dict[str, float]:
         return {block: min(max(share, 0.0), 1.0) for block, share in of(number).items()}
 
+    def reached(number: float) -> float:
+        shares = clamped(number)
+        return sum(shares[block] * size for block, size in sizes.items()) / sizes.total()
+
     low, high = -1e3, 1e3
+    if (most := reached(high)) < sparsity - 1 / sizes.total():
+        raise Refusal(
+            f"sparsity {sparsity:g} cannot be reached under this allocation, whose blocks lose "
+            f"{floor(most * 1e4) / 1e4:g} at most together; take {change} or a lower sparsity."
+        )
     for _ in range(200):
         middle = (low + high) / 2
-        shares = clamped(middle)
-        reached = sum(shares[block] * size for block, size in sizes.items()) / sizes.total()
-        low, high = (middle, high) if reached < sparsity else (low, middle)
+        low, high = (middle, high) if reached(middle) < sparsity else (low, middle)
     shares = clamped(high)
     return {one.name: shares[one.block] for one in found}
