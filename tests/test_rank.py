@@ -114,6 +114,22 @@ def test_block_influence_and_angles_are_the_papers_formulas():
             assert found[start] == pytest.approx(expected, abs=1e-5)
 
 
+def test_block_influence_is_of_angles_whatever_the_stream_is_multiplied_by(monkeypatch):
+    model = deep("llama", 4)
+    plain = rank.block_influence(model, WINDOWS, 2, "block")
+    seen = rank.observe
+
+    def loud(model, windows, batch_size, target, see, label):
+        seen(
+            model, windows, batch_size, target,
+            lambda number, before, after: see(number, before * 2.0**100, after * 2.0**100), label,
+        )  # fmt: skip
+
+    monkeypatch.setattr(rank, "observe", loud)
+    assert rank.block_influence(model, WINDOWS, 2, "block") == plain
+    assert 0 < max(plain.values()) < 1
+
+
 @pytest.mark.parametrize(
     ("family", "added"),
     [

@@ -61,7 +61,7 @@ def block_influence(
     sums: dict[int, float] = dict.fromkeys(range(len(blocks(model))), 0.0)
 
     def see(number: int, before: Tensor, after: Tensor) -> None:
-        sums[number] += float(cosine_similarity(before.float(), after.float(), dim=-1).double().sum())
+        sums[number] += float(cosine_similarity(before.double(), after.double(), dim=-1).sum())
 
     observe(model, windows, batch_size, target, see, "block influence")
     return {number: 1 - total / windows.numel() for number, total in sums.items()}
