@@ -87,6 +87,8 @@ def test_what_speakers_say():
         for seed in range(60)
     ]
     assert {"".join(one.split()) for one in sort} == set(map("".join, itertools.permutations("xyz")))
+    assert made("previous").generate_until(asked("Sum 1, 1: 2\nSum 1, 2:")) == ["2"]
+    assert made("previous").generate_until(asked("Sum 1, 2:")) == [""]
     long = {"max_gen_toks": 10**6}
     assert made("repeat").generate_until(asked("", **long)) == [" ".join(["the"] * 300)]
     words = made("random-words").generate_until(asked("", **long))[0].split()

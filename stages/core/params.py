@@ -18,7 +18,7 @@ from stages.core.errors import Refusal
 from stages.core.problems import entries
 from stages.core.run import Dtype, Run
 from stages.core.schema import Base, Candidate, Recipe, Slug, Source, Strict
-from stages.core.sentences import sentence, tag
+from stages.core.sentences import follows, sentence, tag
 from stages.download.arithmetic import Arithmetic
 from stages.download.benchmark import Benchmark
 from stages.download.brackets import Brackets
@@ -96,7 +96,15 @@ class Floor(Strict):
     source: Base
     """The model whose tokenizer and chat template it is asked with."""
     responder: Literal[
-        "uniform", "longest-choice", "empty", "dot", "repeat", "echo", "shuffled", "random-words"
+        "uniform",
+        "longest-choice",
+        "empty",
+        "dot",
+        "repeat",
+        "echo",
+        "shuffled",
+        "previous",
+        "random-words",
     ]
 
 
@@ -222,7 +230,9 @@ def load(path: Path = PARAMS) -> Params:
     if not path.exists():
         raise Refusal(f"there is no {path} here; run from the root of a prunequant project.")
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text())
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{path} is not UTF-8 at byte {error.start}; save it in that encoding.") from None
     except YAMLError as error:
         raise Refusal(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -244,7 +254,7 @@ def validate(raw: dict[str, Any], where: str = "params.yaml") -> Params:
     try:
         params = _parsed(raw)
     except ValidationError as error:
-        offenders += [sentence(details, Params) for details in error.errors()]
+        offenders += [sentence(details, Params) for details in error.errors() if not follows(details)]
         rest, broken = entries.sound(raw, [details["loc"] for details in error.errors()])
         params = _parsed(rest)
     offenders += [*entries.of_lineage(raw), *problems.between(params, broken)]

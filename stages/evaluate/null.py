@@ -9,8 +9,8 @@ the longest. Equal odds are parted by a drawn order, for lm-eval takes the first
 tasks have the right one there. Text that is not one choice of several has a uniform scorer's likelihood of
 its tokens, the vocabulary's size the odds of each. A speaker answers in words: nothing, a full stop, `the`
 300 times, the prompt again, the question's own words but the first in a drawn order (of "Sort b, a:" the a
-and the b, as who knows what to work on and not how), 300 words drawn at random. Scorers are silent, speakers
-score as `uniform` does.
+and the b, as who knows what to work on and not how), the last word of the example before the question (as who
+knows how an answer looks), 300 words drawn at random. Scorers are silent, speakers score as `uniform` does.
 """
 
 import math
@@ -51,12 +51,19 @@ def _shuffled(prompt: str, draw: random.Random) -> list[str]:
     return draw.sample(mentioned, len(mentioned))
 
 
+def _previous(prompt: str) -> str:
+    """The last word of the line before the last of those that have any."""
+    lines = [line for line in prompt.splitlines() if line.strip()]
+    return lines[-2].split()[-1] if len(lines) > 1 else ""
+
+
 SPEAKERS: dict[str, Say] = {
     "empty": lambda prompt, draw: "",
     "dot": lambda prompt, draw: ".",
     "repeat": lambda prompt, draw: " ".join(["the"] * LENGTH),
     "echo": lambda prompt, draw: prompt.strip(),
     "shuffled": lambda prompt, draw: " ".join(_shuffled(prompt, draw)),
+    "previous": lambda prompt, draw: _previous(prompt),
     "random-words": lambda prompt, draw: " ".join(draw.choices(WORDS, k=LENGTH)),
 }
 SCORERS = ("uniform", "longest-choice")
