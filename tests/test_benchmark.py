@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,19 @@ ROWS: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
             ]
         },
     ),
+    "ifeval": (
+        "default",
+        {
+            "train": [
+                {
+                    "key": i, "prompt": "Write, in English, with neither comma nor a star.",
+                    "instruction_id_list": ["punctuation:no_comma", "detectable_format:number_bullet_lists"],
+                    "kwargs": [{"num_bullets": None}, {"num_bullets": 1}],
+                }
+                for i in range(3)
+            ]
+        },
+    ),
     "xsum_rouge": (
         "default",
         {
@@ -209,7 +223,7 @@ GENERATED = ("gsm8k", "hendrycks_math500", "aime24", "amc23", "xsum_rouge", "hum
 FOLDERS = (
     "gsm8k", "arc", "winogrande", "truthfulqa", "hellaswag", "piqa", "super_glue/boolq", "lambada",
     "wikitext", "hendrycks_math", "aime", "gpqa/zeroshot", "humaneval", "mbpp", "mmlu/default",
-    "leaderboard/musr",
+    "leaderboard/musr", "ifeval",
 )  # fmt: skip
 
 
@@ -456,11 +470,44 @@ def test_right_programs_pass(workspace, few_stock_tasks, monkeypatch):
         ("import os; assert not os.listdir('.')", True),
         ("b = bytearray(8 * 2**30)", False),
         ("x = 1\0", False),
+        ("x = '\ud800'", False),
+        ("x =", False),
         ("exit(3)", False),
+        ("exit()\nassert False", False),
+        ("import sys\nsys.exit(0)\nassert False", False),
+        ("import os\nos._exit(0)", False),
+        ("if __name__ == '__main__': raise ValueError", True),
+        ("assert input() == 1", False),
+        ("def f(n): return n and f(n - 1)\nassert f(9) == 0", True),
+        (
+            "from __future__ import annotations\n"
+            "from dataclasses import dataclass\n@dataclass\nclass A: x: int",
+            True,
+        ),
+        ("x = 1\n" * 10**5, True),
     ],
 )
 def test_a_program_passes_if_it_ends_well(program, passed):
     assert execution.passes(program) == passed
+
+
+@pytest.mark.parametrize(("end", "passed"), [("", True), ("time.sleep(99)", False)])
+def test_what_a_program_starts_ends_with_it(end, passed, tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "SECONDS", 1)
+    file = tmp_path / "child"
+    program = f"""
+import os, pathlib, time
+if (child := os.fork()) == 0:
+    time.sleep(99)
+pathlib.Path({str(file)!r}).write_text(str(child))
+{end}"""
+    assert execution.passes(program) == passed
+    stat = Path(f"/proc/{file.read_text()}/stat")
+    for _ in range(50):
+        if not stat.exists() or ") Z " in stat.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("it lives on")
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])

@@ -2,15 +2,20 @@
 
 lm-eval's HumanEval and MBPP have their programs run by a script that the `evaluate` package fetches from the
 hub. Nothing fetched is executed here: this module takes that script's place. A program runs in a process of
-its own, in an empty folder that is deleted, without our environment, for a bounded time and memory. That
-keeps accidents small; it is no sandbox, and a hostile program can do what its user can.
+its own, in an empty folder that is deleted, without our environment, for a bounded time and memory, and
+what it starts ends with it. That keeps accidents small; it is no sandbox, and a hostile program can do what
+its user can.
 
 pass@k is the unbiased estimate of Chen et al. (2107.03374): 1 - C(n - c, k) / C(n, k) for n programs of
 which c pass.
 """
 
+import contextlib
 import math
+import os
 import resource
+import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +30,16 @@ SECONDS = 5
 """Of processor time a program has; twice that by the clock."""
 BYTES = 4 * 2**30
 """Of memory a program has, and a hundredth of it of each file it writes."""
+CHILD = """
+import os, sys, types
+word, program = sys.stdin.buffer.read(32), sys.stdin.buffer.read()
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+module = sys.modules["program"] = types.ModuleType("program")
+exec(compile(program, "program.py", "exec"), module.__dict__)
+os.write(int(sys.argv[1]), word)
+os._exit(0)
+"""
+"""Reads a word and a program, runs the program, and says the word after its end."""
 
 
 class CodeEval:
@@ -53,23 +68,44 @@ def pass_at(k: int, passed: Sequence[bool]) -> float:
 
 
 def passes(program: str) -> bool:
-    """Whether a Python program ends by itself, in time and without an error."""
-    with tempfile.TemporaryDirectory(prefix="prunequant-") as folder:
+    """Whether a Python program comes to its end, in time and without an error.
+
+    One that leaves before its end, as by `exit()`, has not been tested. It runs as a module that is imported
+    does, so what it keeps for being run by itself is left out.
+    """
+    word = secrets.token_hex(16).encode()
+    told, telling = os.pipe()
+    os.set_blocking(told, False)
+    with tempfile.TemporaryDirectory(prefix="prunequant-", ignore_cleanup_errors=True) as folder:
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-c", program],
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-c", CHILD, str(telling)],
                 cwd=folder,
                 env={},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                timeout=2 * SECONDS,
                 preexec_fn=_bounded,
+                pass_fds=(telling,),
                 start_new_session=True,
             )
-        except (subprocess.TimeoutExpired, ValueError, OSError):  # also a NUL in it, or too long a text
+            try:
+                child.communicate(word + program.encode(), timeout=2 * SECONDS)
+            finally:
+                _end(child)
+            return os.read(told, len(word)) == word
+        except (subprocess.TimeoutExpired, ValueError, OSError):  # also a lone surrogate in it, or no word
             return False
-    return done.returncode == 0
+        finally:
+            os.close(told)
+            os.close(telling)
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """End it and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
 
 
 def _bounded() -> None:
