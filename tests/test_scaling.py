@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,3 +276,71 @@ def test_a_task_of_choices_is_not_thought_about(workspace, few_stock_tasks):  # 
     chosen = mirrored("arc_easy", {"thinking": {**RULES, "budgets": [4]}})
     with pytest.raises(Refusal, match=r"arc_easy is answered by likelihood, .* leave thinking out"):
         scored(chosen, "base/tiny", "arc-easy")
+
+
+def said(monkeypatch, answers: list[str]) -> None:
+    """Let a thinking model answer these, one a draw, to every item."""
+
+    def answer(self: BudgetLM, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        self.replies = {
+            request.args[0]: forcing.Reply("", 0, True, answers[self.draw], 3) for request in requests
+        }
+        return [answers[self.draw]] * len(requests)
+
+    monkeypatch.setattr(BudgetLM, "generate_until", answer)
+
+
+@pytest.mark.parametrize(
+    ("task", "answers", "expected"),
+    [
+        (
+            "aime24",
+            ["so \\boxed{2}", "\\boxed{3}", "it is \\boxed{2}.", "\\boxed{3}", "$1$: \\boxed{ 2 }"],
+            1,
+        ),
+        ("amc23", ["\\boxed{3}", "\\boxed{3}!", "\\boxed{2.0}"], 0),
+        ("hendrycks_math500", ["It is $2$.", "$3$", "so $ 2$"], 1),
+        ("hendrycks_math500", ["\\boxed{2}", "$3$", "$3$!", "$2$"], 0),  # it reads dollars only
+        ("gsm8k", ["dunno", "no idea", "hm", "#### 2", "So #### 2."], 1),
+    ],
+)
+def test_votes_are_on_what_the_task_compares(
+    task,
+    answers,
+    expected,
+    workspace,
+    few_stock_tasks,  # noqa: F811
+    monkeypatch,
+):
+    said(monkeypatch, answers)
+    thinking = {"budgets": [0], "draws": len(answers), "temperature": 1.0}
+    options = {"shots": 0, "limit": 1, "max_gen_toks": 8, "thinking": thinking}
+    scores, _ = scored(mirrored(task, options), "base/tiny", task.replace("_", "-"))
+    found = scores[scores.metric.str.startswith(f"maj@{len(answers)}")]
+    assert len(found) and (found.value == expected).all()
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "a, * b", "* one, two", "* one two", "* one\n* two, three", "one two three"]
+)
+def test_which_metrics_are_counted_does_not_depend_on_the_answers(
+    answer,
+    workspace,
+    few_stock_tasks,  # noqa: F811
+    monkeypatch,
+):
+    said(monkeypatch, [answer])
+    options = {"limit": 1, "max_gen_toks": 8, "thinking": {"budgets": [0], "temperature": 0.0}}
+    chosen = mirrored("ifeval", options)
+    Path("data/datasets/ifeval/nltk_data/tokenizers/punkt_tab").mkdir(parents=True)
+    scores, _ = scored(chosen, "base/tiny", "ifeval")
+    counted = scores[scores.metric.str.startswith("pass@1")].metric.tolist()
+    assert counted == [f"pass@1 (prompt_level_{kind}_acc, budget 0)" for kind in ("strict", "loose")]
+    assert scores[scores.metric.isin(counted)].floor.notna().all()
+
+
+def test_what_is_scored_by_degrees_is_not_counted(workspace, few_stock_tasks, monkeypatch):  # noqa: F811
+    said(monkeypatch, [""])  # none of whose words is right
+    chosen = mirrored("xsum_rouge", {"limit": 1, "thinking": {"budgets": [0], "temperature": 0.0}})
+    with pytest.raises(Refusal, match="xsum_rouge has no metric that is right or wrong"):
+        scored(chosen, "base/tiny", "xsum-rouge")

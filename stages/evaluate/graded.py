@@ -48,7 +48,7 @@ class GradedSuite(Strict):
                     limit=None,
                     chat_template=self.chat_template,
                     seed=seed,
-                    read=lambda response: read(reading, response),
+                    read=lambda _, response: read(reading, response),
                 )
             result = run_tasks(lm, tasks, limit=None, chat_template=self.chat_template, seed=seed)
             scores: Rows = []

@@ -12,7 +12,9 @@ By budget (see `stages.evaluate.budget`), and for each item from its n draws of 
   all alike bring nothing, and pass@k cannot grow.
 - ended: the share of thinking that ended by itself.
 
-A sample row is a draw (metric `draw`) or an item's score; the item is the unit of every error bar.
+Only metrics that are right or wrong are counted, and votes are on what the task compares; which and what,
+`stages.evaluate.judged` tells, the same for every model. A sample row is a draw (metric `draw`) or an item's
+score; the item is the unit of every error bar.
 """
 
 import math
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
 from stages.evaluate.budget import BudgetLM, Reply
+from stages.evaluate.judged import Reading, compared, right_or_wrong
 from stages.evaluate.lm_tasks import Rows, rows, run_tasks
 from stages.evaluate.model import SharedPrefixLM
 from stages.evaluate.thinking import Thinking
@@ -45,7 +48,7 @@ def evaluate(
     chat_template: bool,
     seed: int,
     execute_code: bool = False,
-    read: Callable[[str], str] = str.strip,
+    read: Reading | None = None,
 ) -> tuple[Rows, Rows]:
     """Score rows, the largest budget first, overall and by difficulty; sample rows of draws and of items.
 
@@ -53,7 +56,7 @@ def evaluate(
         lm: a model; a null responder is asked once, as it answers without thinking and always alike.
         tasks: lm-eval's, one or those of a group, answered by generation, scored right or wrong.
         name: the task's name in our tables.
-        read: what of an answer, after the task's own filters, is voted on.
+        read: what of an answer, after the task's own filters, is voted on; None: what the task compares.
 
     Raises:
         Refusal: the task is answered by likelihood, none of its metrics is right or wrong, or a prompt and
@@ -61,7 +64,11 @@ def evaluate(
     """
     if any(task.OUTPUT_TYPE != "generate_until" for task in tasks):
         raise Refusal(f"{name} is answered by likelihood, before which no model thinks; leave thinking out.")
-    names = [task.task_name for task in tasks]
+    readings = {task.task_name: read or compared(task) for task in tasks}
+    names = list(readings)
+    metrics = right_or_wrong(tasks)
+    if not metrics:
+        raise Refusal(f"{name} has no metric that is right or wrong; draws are not counted by others.")
 
     def ask(lm: "LM", replies: Callable[[str, str], Reply]) -> _Asked:
         result = run_tasks(
@@ -80,13 +87,14 @@ def evaluate(
             readout="generation",
             chat_template=chat_template,
             seed=seed,
+            metrics=metrics,
         )
         items = [
-            item
+            {**item, "vote": readings[task](item["doc"], str(item["filtered_resps"][0]))}
             for task in names
             for item in sorted(result["samples"][task], key=lambda item: item["doc_id"])
         ]
-        return _Asked(scores, samples, items, replies, read)
+        return _Asked(scores, samples, items, replies)
 
     asked: dict[int, list[_Asked]] = {budget: [] for budget in thinking.budgets}
     if isinstance(lm, SharedPrefixLM):
@@ -108,17 +116,15 @@ def evaluate(
     scored: Rows = []
     sampled: Rows = []
     for budget in reversed(thinking.budgets):
-        metrics = [
-            metric
-            for metric in dict.fromkeys(row["metric"] for row in asked[budget][0].samples)
-            if all(value in (0, 1) for draw in asked[budget] for value in draw.column(metric, "score"))
-        ]
-        if not metrics:
-            raise Refusal(f"{name} has no metric that is right or wrong; draws are not counted by others.")
+        labels = list(dict.fromkeys(row["metric"] for row in asked[budget][0].samples))
         about = {"budget": budget, "draws": thinking.draws, "temperature": thinking.temperature}
-        for metric in metrics:
-            tag = f"budget {budget}" if len(metrics) == 1 else f"{metric}, budget {budget}"
-            traced = isinstance(lm, SharedPrefixLM) and metric == metrics[0]
+        for metric in labels:
+            if any(value not in (0, 1) for draw in asked[budget] for value in draw.column(metric, "score")):
+                raise Refusal(
+                    f"{name} gives {metric} by degrees, and only what is right or wrong is counted."
+                )
+            tag = f"budget {budget}" if len(labels) == 1 else f"{metric}, budget {budget}"
+            traced = isinstance(lm, SharedPrefixLM) and metric == labels[0]
             by_item = _by_item(asked[budget], metric, lengths=traced, thought=budget > 0)
             found = _rows(asked[budget], metric, by_item, about, tag)
             scored += found[0]
@@ -130,27 +136,19 @@ class _Asked:
     """What one draw at one budget gave.
 
     Args:
-        items: lm-eval's, one a filter and document, those of a filter in the order of the rows.
+        items: lm-eval's, one a filter and document, those of a filter in the order of the rows, each with
+            its `vote`.
         replies: what was generated, from the prompt and the answer.
-        read: what of an answer is voted on.
     """
 
     def __init__(
-        self,
-        scores: Rows,
-        samples: Rows,
-        items: Rows,
-        replies: Callable[[str, str], Reply],
-        read: Callable[[str], str],
+        self, scores: Rows, samples: Rows, items: Rows, replies: Callable[[str, str], Reply]
     ) -> None:
         self.scores, self.samples = scores, samples
         by_filter: dict[str, Rows] = {}
         for item in items:
             by_filter.setdefault(item["filter"], []).append(item)
-        self._votes = {
-            kept: [read(str(item["filtered_resps"][0])) for item in found]
-            for kept, found in by_filter.items()
-        }
+        self._votes = {kept: [str(item["vote"]) for item in found] for kept, found in by_filter.items()}
         first = next(iter(by_filter.values()))
         self.replies = [replies(item["arguments"][0][0], str(item["resps"][0][0])) for item in first]
 
