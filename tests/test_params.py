@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 WANDA = {"source": "base/tiny", "method": "wanda", "sparsity": 0.5, "calibration": TEXT}
 RTN = {"source": "base/tiny", "method": "rtn", "bits": 4, "group_size": 32, "calibration": NONE}
 
+WORDS = {"kind": "benchmark", "source": "hub:org/words@" + "0" * 40, "config": "main"}
 LOGITS = {"source": "base/tiny", "method": "logits", "dataset": "news", "batch_size": 2}
 ANSWERS = {
     "source": "base/tiny",
@@ -319,6 +320,40 @@ CASES: dict[str, tuple[str, Any, str]] = {
         [{"name": "a", "operator": "+", "digits": n, "carries": True} for n in (1, 2)],
         "datasets.arithmetic.levels: a list given; two levels are named a.",
     ),
+    "a benchmark outside its source": (
+        "datasets//words", WORDS | {"config": "../x"},
+        "datasets.words.config: '../x' given; allowed: a path inside the source, without ...",
+    ),
+    "an absolute benchmark in a list": (
+        "datasets//words", WORDS | {"config": ["main", "/x"]},
+        "datasets.words.config.1: '/x' given; allowed: a path inside the source, without ...",
+    ),
+    "a benchmark of nothing": (
+        "datasets//words", WORDS | {"config": None}, "datasets.words.config: null given; it must be a valid string.",
+    ),
+    "a benchmark of no config": (
+        "datasets//words", WORDS | {"config": []}, "datasets.words.config: a list given; it must not be empty.",
+    ),
+    "a config twice": (
+        "datasets//words", WORDS | {"config": ["main", "./main"]},
+        "datasets.words.config: a list given; main and main are not folders apart; leave one out.",
+    ),
+    "a config in another": (
+        "datasets//words", WORDS | {"config": ["a/b", "c", "a"]},
+        "datasets.words.config: a list given; a/b and a are not folders apart; leave one out.",
+    ),
+    "a whole source in a list": (
+        "datasets//words", WORDS | {"config": ["."]},
+        "datasets.words.config: a list given; '.' is the whole source; give that alone, not in a list.",
+    ),
+    "a bad item in a list": (
+        "evaluate//candidates", [["base/tiny"]], "evaluate.candidates.0: a list given; it must be a valid string.",
+    ),
+    "a bad setting of the only level": (
+        "datasets//arithmetic//levels", [{"name": "a", "operator": "+", "digits": 99, "carries": True}],
+        "datasets.arithmetic.levels.0.digits: 99 given; it must be less than or equal to 12.",
+    ),
+    "no levels": ("datasets//arithmetic//levels", [], "datasets.arithmetic.levels: a list given; it must not be empty."),
     "a level named as the whole": (
         "datasets//arithmetic//levels",
         [{"name": n, "operator": "+", "digits": 1, "carries": n == "all"} for n in ("a", "all")],
@@ -502,6 +537,13 @@ def test_a_file_that_holds_no_sections(text, sentence, tmp_path):
         load(file)
     assert sentence in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_not_utf_8(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_bytes("run: {}  # schön\n".encode("latin-1"))
+    with pytest.raises(Refusal, match="is not UTF-8 at byte 14; save it in that encoding"):
+        load(file)
 
 
 def test_no_file(tmp_path):

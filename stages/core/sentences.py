@@ -70,6 +70,11 @@ def _follow(root: type[Strict], loc: tuple[Any, ...]) -> tuple[Any, list[str]]:
     return _bare(at), words
 
 
+def follows(details: Any) -> bool:
+    """Whether an error is only what another leaves: a list too short without its bad items."""
+    return details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]
+
+
 def sentence(details: Any, root: type[Strict]) -> str:
     """One of pydantic's errors as: where, what was given, what is allowed."""
     kind, given, loc, context = details["type"], details["input"], details["loc"], details.get("ctx", {})

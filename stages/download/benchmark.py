@@ -8,11 +8,11 @@ config a task; each is then written to a folder of its own.
 import re
 import shutil
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import Field
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from stages.core.errors import Refusal
 from stages.core.schema import Sha256, Strict
@@ -28,12 +28,28 @@ class NltkData(Strict):
     sha256: Sha256
 
 
+def _apart(configs: tuple[str, ...]) -> tuple[str, ...]:
+    """Each config is written to a folder of its own, so none may be another or hold it."""
+    for number, config in enumerate(configs):
+        path = PurePosixPath(config)
+        if not path.parts:
+            raise ValueError(f"{config!r} is the whole source; give that alone, not in a list")
+        for other in map(PurePosixPath, configs[:number]):
+            if path.is_relative_to(other) or other.is_relative_to(path):
+                raise ValueError(f"{other} and {path} are not folders apart; leave one out")
+    return configs
+
+
 class Benchmark(Dataset):
     """One config of a data set's repository, or several."""
 
     kind: Literal["benchmark"]
     source: Origin
-    config: InnerPath | Annotated[tuple[InnerPath, ...], Field(min_length=1)]
+    config: Annotated[
+        Annotated[InnerPath, Tag("one")]
+        | Annotated[tuple[InnerPath, ...], Field(min_length=1), AfterValidator(_apart), Tag("several")],
+        Discriminator(lambda given: "several" if isinstance(given, list | tuple) else "one"),
+    ]
     """Folder of the config's parquet files, such as `main` or `ARC-Easy`, or a list of such folders."""
     sha256: Sha256 | None = None
     """Of that folder, of the whole source for a list; needed for a mirror, a commit pins the hub's."""

@@ -90,7 +90,7 @@ def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{section}.candidates: there is no {candidate!r}; {allowed(known, candidate)}."
             if listed.count(candidate) > 1:
                 yield f"{section}.candidates: {candidate} is listed twice; list it once."
-        if listed and all(name.startswith(("noise/", "floor/")) for name in listed):
+        if section == "evaluate" and listed and all(n.startswith(("noise/", "floor/")) for n in listed):
             yield (
                 f"{section}.candidates: there is no model to compare, as noise/ and floor/ only tell what "
                 f"scores mean; add one, such as {known[0] if known else 'a base'}."
