@@ -13,9 +13,10 @@ from stages.core.errors import Refusal
 from stages.core.grid import Integers
 from stages.core.stream import Streamed
 from stages.quantize.__main__ import quantize
-from stages.quantize.awq import AWQ, Activations, candidate
+from stages.quantize.awq import AWQ, Activations, candidate, unit_of
 from tests.pipeline import TEXT, dense, do, load, params, record
 
+ONE = torch.ones(())
 BLOCK = {**TEXT, "sequential": "block"}
 
 
@@ -69,7 +70,34 @@ def test_the_error_is_exact_at_every_width(width):
     upper = statistic.matrix().triu()
     upper.diagonal().div_(2)
     expected = (inputs.double() @ lost.double().T).square().sum() * 2 / len(inputs)
-    torch.testing.assert_close(awq()._error(weight, scale, upper).double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(awq()._error(weight, scale, upper, ONE).double(), expected, rtol=1e-4, atol=0)
+    eighth = awq()._error(weight, scale, upper, ONE / 8)
+    assert eighth == awq()._error(weight, scale, upper, ONE) / 64
+
+
+@pytest.mark.parametrize("exponent", [-90, -60, 63, 100, 120])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_choice_does_not_depend_on_the_size_of_the_weights(symmetric, exponent):
+    """Errors of weights of 1e19 are more than fp32 holds when squared."""
+    weights, _, statistic = problem(1)
+    weights[0][0, :4] = torch.tensor([9.0, -9, 0.1, 0.2])
+    sized = [weight * 2.0**exponent for weight in weights]
+    method = awq(bits=3, symmetric=symmetric)
+    chosen = method.scale(weights, statistic, same)
+    assert not torch.equal(chosen, torch.ones_like(chosen))
+    assert torch.equal(method.scale(sized, statistic, same), chosen)
+    hessian = statistic.matrix()
+    for weight, large in zip(weights, sized, strict=True):
+        clipped = method.clipped(weight, hessian)
+        assert not torch.equal(clipped, weight)
+        assert torch.equal(method.clipped(large, hessian), clipped * 2.0**exponent)
+
+
+def test_a_unit_is_a_power_of_two():
+    sizes = torch.tensor([0.0, 1e-45, 1e-30, 0.3, 1.0, 5.0, 3e38])
+    units = unit_of(sizes)
+    assert units.tolist() == [1, 2.0**126, 2.0**99, 2, 0.5, 0.125, 2.0**-126]
+    assert torch.equal(unit_of(sizes[3:].bfloat16()), units[3:])
 
 
 @settings(max_examples=30, deadline=None)

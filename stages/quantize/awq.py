@@ -68,10 +68,11 @@ class AWQ(Folding, IntegerQuantizer):
         """The candidate with the least error summed over `weights` `[out, in]`; ties take the lower alpha."""
         magnitude, upper = statistic.magnitude(), statistic.matrix().triu()
         upper.diagonal().div_(2)
+        unit = unit_of(torch.stack([weight.abs().amax() for weight in weights]).amax())
         best, least = torch.ones_like(magnitude), torch.tensor(torch.inf)
         for step in range(self.num_alphas):
             scale = reachable(candidate(magnitude, step / self.num_alphas))
-            error = torch.stack([self._error(weight, scale, upper) for weight in weights]).sum()
+            error = torch.stack([self._error(weight, scale, upper, unit) for weight in weights]).sum()
             if error < least:
                 best, least = scale, error
         return best
@@ -93,27 +94,38 @@ class AWQ(Folding, IntegerQuantizer):
             high = torch.maximum(-low, high)
             low = -high
         within = torch.stack([hessian[at : at + size, at : at + size] for at in range(0, len(hessian), size)])
+        unit = unit_of(torch.maximum(-low, high))
         best = weight
         least = torch.full(groups.shape[:2], torch.inf, device=weight.device)
         for shrink in SHRINKS:
             tried = groups.clamp(low * shrink, high * shrink).view_as(weight).to(weight.dtype)
             lost = (self.grid.nearest(tried).dequantize().float() - weight.float()).view_as(groups)
-            lost = lost.transpose(0, 1)
+            lost = (lost * unit).transpose(0, 1)
             error = ((lost @ within) * lost).sum(2).T
             better = error < least
             best = torch.where(better.repeat_interleave(size, 1), tried, best)
             least = torch.where(better, error, least)
         return best
 
-    def _error(self, weight: Tensor, scale: Tensor, upper: Tensor) -> Tensor:
-        """tr(D H DT) of rounding `weight` `[out, in]` under `scale` `[in]`, H = `upper` + its transpose."""
+    def _error(self, weight: Tensor, scale: Tensor, upper: Tensor, unit: Tensor) -> Tensor:
+        """tr(D H DT) of rounding `weight` `[out, in]` under `scale` `[in]`, H = `upper` + its transpose.
+
+        D is taken times `unit`.
+        """
         scaled = (weight.float() * scale).to(weight.dtype)
         lost = self.grid.nearest(scaled).dequantize().float() / scale - weight.float()
+        lost *= unit
         halves = [
             ((lost[:, :stop] @ upper[:stop, stop - STRIPE : stop]) * lost[:, stop - STRIPE : stop]).sum()
             for stop in range(STRIPE, len(upper) + STRIPE, STRIPE)
         ]
         return 2 * torch.stack(halves).sum()
+
+
+def unit_of(size: Tensor) -> Tensor:
+    """A power of two next to 1 / `size`, fp32: errors times it can be squared, and lose no digit by it."""
+    exponent = torch.frexp(size.float()).exponent.clamp(-126, 126)
+    return torch.ldexp(torch.ones_like(size, dtype=torch.float32), -exponent)
 
 
 def candidate(magnitude: Tensor, alpha: float) -> Tensor:
