@@ -33,7 +33,8 @@ def costs(params: "Params", candidate: str) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(candidate)
     rows = []
     for suite in params.suites.by_name():
-        amounts = cost(calls(params, suite, tokenizer), tokenizer, LONGEST)
+        thinking = getattr(params.suites.by_name()[suite], "thinking", None)
+        amounts = cost(calls(params, suite, tokenizer), tokenizer, LONGEST, thinking)
         record = RUNS / "evaluate" / candidate / f"{suite}.json"
         ran: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"state": "never"}
         minutes = ran["seconds"] / 60 if ran["state"] == "done" else None
@@ -52,30 +53,43 @@ class Trial(NamedTuple):
 def trials(params: "Params", candidate: str, suite: str, items: int, repeats: int = 3) -> list[Trial]:
     """Time the first `items` requests of each call of `suite` at every batch size that they fill.
 
-    The median of `repeats` turns, after one that is not counted.
+    The median of `repeats` turns, after one that is not counted. A suite that thinks does so once an item,
+    at its largest budget.
 
     Raises:
-        Refusal: the candidate or the suite is not there.
+        Refusal: the candidate or the suite is not there, or the candidate is no model.
     """
     import torch
 
-    from stages.core.artifact import load_model, load_tokenizer
+    from stages.core.artifact import load_model, load_record, load_tokenizer
+    from stages.evaluate.budget import BudgetLM
     from stages.evaluate.model import SharedPrefixLM
     from stages.evaluate.requests import calls
     from stages.profile.speed import Peak
 
     _check(params, candidate, [suite])
+    if "responder" in load_record(candidate):
+        raise Refusal(f"{candidate} has no model, and answers as fast at any batch size; name a model.")
+    thinking = getattr(params.suites.by_name()[suite], "thinking", None)
     device = params.run.start()
     tokenizer = load_tokenizer(candidate)
     asked = [(method, requests[:items]) for method, requests in calls(params, suite, tokenizer)]
     model = load_model(candidate, params.run, dequantize=False)
-    options: dict[str, Any] = {"tokenizer": tokenizer, "device": str(device), "softmax_dtype": "float32"}
+    options: dict[str, Any] = {
+        "pretrained": model, "tokenizer": tokenizer, "device": str(device), "softmax_dtype": "float32",
+    }  # fmt: skip
+
+    def asked_in(size: int) -> SharedPrefixLM:
+        if thinking:
+            return BudgetLM(thinking, params.run.seed, batch_size=size, **options)
+        return SharedPrefixLM(batch_size=size, **options)
+
     found = []
     most = max(len(requests) for _, requests in asked)
     for size in [size for size in SIZES if size <= most]:
-        lm = SharedPrefixLM(pretrained=model, batch_size=size, **options)
         peak, seconds = Peak(device), []
         for _ in range(repeats + 1):
+            lm = asked_in(size)  # a new one, as it keeps what it has thought
             torch.manual_seed(params.run.seed)
             start = time.perf_counter()
             for method, requests in asked:

@@ -13,8 +13,10 @@ from stages.core.errors import Refusal
 from stages.download.__main__ import download
 from stages.evaluate import null
 from stages.evaluate.__main__ import evaluate
+from stages.evaluate.budget import BudgetLM
 from tests import families
 from tests.pipeline import do, params
+from tests.test_evaluate import changed
 
 
 def test_costs_are_what_is_asked(workspace, monkeypatch):
@@ -54,6 +56,43 @@ def test_costs_are_what_is_asked(workspace, monkeypatch):
     assert {row["suite"]: row["minutes"] for row in costs.costs(chosen, "base/tiny")} == {
         "news": None, "arithmetic": 1.5,
     }  # fmt: skip
+
+
+THINKING = {"budgets": [0, 3, 20], "draws": 2, "temperature": 1.0, "begin": "\n", "end": "e", "answer": "A:"}
+
+
+@pytest.mark.parametrize("waits", [0, 2])
+def test_thinking_costs_what_it_reads_and_writes(waits, workspace, monkeypatch):
+    rules = {**THINKING, "waits": waits}
+    chosen = params("llama", {})
+    graded = {"arithmetic": {"shots": 1, "batch_size": 4, "thinking": rules}}
+    chosen = changed(chosen, suites={"perplexity": {}, "graded": graded, "benchmark": {}})
+    do(chosen)
+    download(chosen, "datasets/arithmetic")
+    row = costs.costs(chosen, "base/tiny")[0]
+    assert (row["items"], row["requests"], row["written"]) == (4, 4 * 2 * 3, 4 * 2 * (20 + 3 * 12))
+
+    read = []
+
+    def as_long_as_may_be(self, texts, numbers, *_):
+        read.extend(len(self.tok_encode(text)) for text in texts)
+        return [tuple(self.tok_encode("x" * len(row))) for row in numbers]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BudgetLM, "_generate", as_long_as_may_be)
+        evaluate(chosen, "base/tiny/arithmetic")
+    samples = pd.read_parquet("data/results/base/tiny/arithmetic/samples.parquet")
+    draws = samples[samples.metric.str.startswith("draw")]
+    assert draws.generated_tokens.sum() - 4 * 2 * 3 == row["written"]  # of the budget of 3 thinks no one anew
+    assert sum(read) == row["read"] if waits == 0 else sum(read) < row["read"]
+
+    thought = []
+    think = BudgetLM._think
+    monkeypatch.setattr(
+        BudgetLM, "_think", lambda self, *rest: thought.append(self.batch_size) or think(self, *rest)
+    )
+    found = costs.trials(chosen, "base/tiny", "arithmetic", items=2, repeats=1)
+    assert [trial.batch_size for trial in found] == [1, 2] and thought == [1, 1, 2, 2]
 
 
 def test_batch_sizes_are_tried_up_to_what_the_items_fill(workspace):

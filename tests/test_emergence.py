@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from flows import costs
 from stages.core.errors import Refusal
 from stages.evaluate.emergence import mutual_information, states
 from tests import families
@@ -68,6 +69,18 @@ def test_every_block_has_a_row_and_the_same_one_again(workspace):
     assert rows.difficulty.tolist() == ["all", "block-0", "block-1"]
     assert rows.value.iloc[0] == pytest.approx(rows.value.iloc[1:].mean())
     assert (rows.num_items == 32).all()
+
+
+def test_what_is_no_model_has_no_blocks(workspace):
+    floors = {"floor/dot": {"source": "base/tiny", "responder": "dot"}}
+    chosen = changed(params("llama", floors), suites=emergent(steps=5))
+    do(chosen)
+    scores, _ = scored(chosen, "floor/dot", "news")
+    assert scores.metric.tolist() == ["perplexity", "bits_per_byte"]
+    assert [row["suite"] for row in costs.costs(chosen, "base/tiny")] == ["news"]
+    assert costs.trials(chosen, "base/tiny", "news", items=2, repeats=1)
+    with pytest.raises(Refusal, match=r"floor/dot has no model, .* name a model"):
+        costs.trials(chosen, "floor/dot", "news", items=2)
 
 
 def test_more_windows_than_the_text_has_are_refused(workspace):

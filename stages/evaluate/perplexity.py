@@ -95,7 +95,7 @@ class PerplexitySuite(Strict):
                     "stderr": math.sqrt(off * len(bits) / (len(bits) - 1)) / sum(sizes),
                 }
             )
-        if self.emergence:
+        if self.emergence and hasattr(lm, "model"):  # a responder that knows nothing has no blocks
             found += self.emergence.evaluate(lm, name, seed, self.batch_size)
         samples = [
             {

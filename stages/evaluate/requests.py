@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.core.params import Params
+    from stages.evaluate.thinking import Thinking
 
 
 class Call(NamedTuple):
@@ -59,7 +60,7 @@ def calls(params: "Params", suite: str, tokenizer: "PreTrainedTokenizerBase") ->
 
 
 class Cost(NamedTuple):
-    """How much a suite asks: `read` and `written` in tokens, the latter at most."""
+    """How much a suite asks: `read` and `written` in tokens, all thinking and answers as long as may be."""
 
     items: int
     requests: int
@@ -67,11 +68,17 @@ class Cost(NamedTuple):
     written: int
 
 
-def cost(asked: list[Call], tokenizer: "PreTrainedTokenizerBase", longest: int) -> Cost:
+def cost(
+    asked: list[Call],
+    tokenizer: "PreTrainedTokenizerBase",
+    longest: int,
+    thinking: "Thinking | None" = None,
+) -> Cost:
     """What `asked` amounts to, every prompt counted whole as often as it is asked.
 
     Args:
         longest: tokens of an answer where its task sets no bound.
+        thinking: of the suite. Each draw thinks once, at the largest budget, and answers at every budget.
     """
     items: set[Any] = set()
     read = written = 0
@@ -85,7 +92,26 @@ def cost(asked: list[Call], tokenizer: "PreTrainedTokenizerBase", longest: int) 
                 (request.task_name.removesuffix("-generation").removesuffix("-likelihood"), request.doc_id)
             )
             texts = request.args[:1] if method == "generate_until" else request.args
-            read += len(tokenizer("".join(texts), add_special_tokens=False).input_ids)
-            if method == "generate_until":
-                written += request.args[1].get("max_gen_toks", longest)
-    return Cost(len(items), sum(len(requests) for _, requests in asked), read, written)
+            prompt = len(tokenizer("".join(texts), add_special_tokens=False).input_ids)
+            answer = request.args[1].get("max_gen_toks", longest) if method == "generate_until" else 0
+            read += _read(prompt, thinking, tokenizer) if thinking else prompt
+            written += _written(answer, thinking) if thinking else answer
+    times = thinking.draws * len(thinking.budgets) if thinking else 1
+    return Cost(len(items), times * sum(len(requests) for _, requests in asked), read, written)
+
+
+def _written(answer: int, thinking: "Thinking") -> int:
+    return thinking.draws * (thinking.budgets[-1] + len(thinking.budgets) * answer)
+
+
+def _read(prompt: int, thinking: "Thinking", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """A prompt and what is said around thinking, read to think, after each wait, and for each answer."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    budgets, waits = thinking.budgets, thinking.waits
+    start, waited = prompt + count(thinking.begin), waits * count(thinking.wait)
+    thoughts = (waits + 1) * start + waits * (budgets[-1] + waited) if budgets[-1] else 0
+    ends = start + waited + count(thinking.end) + count(thinking.answer)
+    return thinking.draws * (thoughts + len(budgets) * ends + sum(budgets))
