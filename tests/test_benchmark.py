@@ -329,6 +329,13 @@ def test_stock_tasks_on_a_mirror(task, options, metrics, workspace, few_stock_ta
             assert row.score == pytest.approx(sum(weights[:2]) / sum(weights), rel=1e-4)
 
 
+def test_answers_longer_than_what_the_model_reads_are_refused(workspace, few_stock_tasks):
+    chosen = mirrored("aime24", {})
+    told = r"aime24 asks for answers of up to 32768 .* reads 256, .*benchmark\.aime24\.max_gen_toks .* 128\."
+    with pytest.raises(Refusal, match=told):
+        scored(chosen, "base/tiny", "aime24")
+
+
 def test_a_missing_training_split_is_no_matter_without_examples(workspace, few_stock_tasks):
     chosen = mirrored("gsm8k", {"shots": 0, "max_gen_toks": 8}, without="train")
     scores, _ = scored(chosen, "base/tiny", "gsm8k")

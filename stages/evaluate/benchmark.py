@@ -9,7 +9,7 @@ and for the scores, and the two must not differ. The few tasks lm-eval lacks are
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,7 @@ from stages.evaluate.thinking import Thinking
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
     from lm_eval.tasks._index import Entry
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -64,6 +65,7 @@ class BenchmarkSuite(Strict):
         with execution.in_place_of_the_hub():
             stock = dict(self.stock())
             tasks = load_tasks([self._task(task, config, folder, seed) for task, config in stock.items()])
+        _fit(tasks, lm, name)
 
         def answered(lm: "LM") -> tuple[Rows, Rows]:
             if self.thinking:
@@ -183,6 +185,27 @@ class BenchmarkSuite(Strict):
             config.pop(structure, None)
         made = _documents(files, config, seed)
         return config | {"task": task, "custom_dataset": lambda **_: made}
+
+
+def _fit(tasks: "Sequence[Task]", lm: "LM", name: str) -> None:
+    """Refuse answers that are as long as all that `lm` reads.
+
+    Args:
+        name: the suite's.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    reads: int = lm.max_length
+    for task in tasks:
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        longest = normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"]
+        if longest >= reads:
+            raise Refusal(
+                f"{task.task_name} asks for answers of up to {longest} tokens, and the model reads {reads}, "
+                f"the question included; set suites.benchmark.{name}.max_gen_toks to less, such as "
+                f"{reads // 2}."
+            )
 
 
 def _documents(files: dict[str, str], config: dict[str, Any], seed: int) -> dict[str, Any]:
