@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from stages.core.calibration import Calibration, calibration_windows, documents, ordinary, windows
 from stages.core.errors import Refusal
@@ -188,6 +189,14 @@ def test_a_low_temperature_is_greedy(written):
     with torch.no_grad():
         greedy = model(input_ids=made, use_cache=False).logits[:, 7:-1, :256].argmax(2)
     assert torch.equal(made[:, 8:], greedy)
+
+
+def test_a_model_without_a_cache_is_refused_by_name(written):
+    written(project.text(3).splitlines())
+    config = OpenAIGPTConfig(vocab_size=families.VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(Refusal, match=r"^OpenAIGPTLMHeadModel hands out no keys and values of the tokens"):
+        generated(model=model)
 
 
 def test_windows_that_come_out_alike_are_refused(written):

@@ -100,12 +100,17 @@ def continued(
         told: called with the number of tokens drawn.
 
     Raises:
-        Refusal: the model's logits are not finite.
+        Refusal: the model's logits are not finite, or it hands out no keys and values to go on from.
     """
     out, cache, last = [prompts], None, prompts
     for column in uniform.T:
         step = model(input_ids=last.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = step.past_key_values
+        cache = getattr(step, "past_key_values", None)
+        if cache is None:
+            raise Refusal(
+                f"{type(model).__name__} hands out no keys and values of the tokens it has read, which "
+                "generating goes on from; calibrate on tokens: text."
+            )
         logits = step.logits[:, -1].float().cpu()
         drawable = ids[ids < logits.shape[1]]
         if not logits.isfinite().all():
