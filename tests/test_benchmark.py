@@ -4,11 +4,13 @@ import itertools
 import json
 import math
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+import nltk
 import pandas as pd
 import pytest
 
@@ -336,6 +338,82 @@ def test_answers_longer_than_what_the_model_reads_are_refused(workspace, few_sto
         scored(chosen, "base/tiny", "aime24")
 
 
+QUESTIONS = [{"question": f"{i} and 1?", "answer": f"#### {i + 1}"} for i in range(3)]
+CHOICES = {"id": "1", "question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
+
+
+@pytest.mark.parametrize(
+    ("task", "shots", "splits", "told"),
+    [
+        ("gsm8k", 0, {"test": [{"question": "a"}]}, r"gsm8k cannot .* columns are question: .*'answer'"),
+        ("gsm8k", 0, {"test": [{"answer": "#### 2"}]}, r"gsm8k cannot .* columns are answer: .*'question'"),
+        (
+            "gsm8k", 1, {"test": QUESTIONS, "train": [{"question": "a"}] * 3},
+            r"gsm8k cannot .* columns are question, answer: .*'answer'",
+        ),
+        (
+            "gsm8k", 5, {"test": QUESTIONS, "train": QUESTIONS},
+            r"train\.parquet has 3 examples .* takes 5; .* fewer",
+        ),
+        (
+            "arc_easy", 0, {"test": [CHOICES | {"answerKey": "A"}, CHOICES | {"answerKey": "E"}]},
+            r"arc_easy cannot .* 'E' is not in list",
+        ),
+        ("hellaswag", 0, {"validation": [{"ctx": "A man"}]}, r"hellaswag cannot .* columns are ctx: "),
+    ],
+)  # fmt: skip
+def test_data_that_a_task_cannot_use_is_refused(task, shots, splits, told, workspace, few_stock_tasks):
+    chosen = mirrored(task, {"shots": shots, "max_gen_toks": 8}, configs={ROWS[task][0]: splits})
+    with pytest.raises(Refusal, match=told):
+        scored(chosen, "base/tiny", task.replace("_", "-"))
+
+
+def test_examples_of_the_scored_split_are_never_the_item_itself(workspace, few_stock_tasks):
+    chosen = mirrored("aime24", {"shots": 3, "max_gen_toks": 8})
+    with pytest.raises(Refusal, match=r"train\.parquet has 2 examples for an item of aime24, which takes 3"):
+        scored(chosen, "base/tiny", "aime24")
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (
+            lambda file: file.write_bytes(b"PAR1nonsense"),
+            r"test\.parquet cannot be read as parquet: .* again",
+        ),
+        (lambda file: pd.read_parquet(file)[:0].to_parquet(file), r"test\.parquet has no item for gsm8k"),
+    ],
+)
+def test_a_file_without_items_is_refused(broken, told, workspace, few_stock_tasks):
+    chosen = mirrored("gsm8k", {"shots": 0})
+    broken(Path("data/datasets/gsm8k/test.parquet"))
+    with pytest.raises(Refusal, match=told):
+        scored(chosen, "base/tiny", "gsm8k")
+
+
+def test_what_nltk_would_fetch_is_refused(workspace, few_stock_tasks, monkeypatch):
+    chosen = mirrored("ifeval", {"max_gen_toks": 8})
+    for module in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(nltk.data, "path", [])
+    with pytest.raises(Refusal, match=r"ifeval needs nltk's punkt_tab, .* set datasets\.ifeval\.nltk_data"):
+        scored(chosen, "base/tiny", "ifeval")
+
+
+def test_a_chat_template_that_fails_is_no_matter_of_the_data(workspace, few_stock_tasks, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    def fails(*_, **__):
+        raise ValueError("two turns of a user")
+
+    monkeypatch.setattr(HFLM, "apply_chat_template", fails)
+    chosen = mirrored("gsm8k", {"shots": 0, "max_gen_toks": 8, "chat_template": True})
+    with pytest.raises(
+        Refusal, match=r"chat template .* gsm8k: two turns of a user; .* chat_template: false"
+    ):
+        scored(chosen, "base/tiny", "gsm8k")
+
+
 def test_a_missing_training_split_is_no_matter_without_examples(workspace, few_stock_tasks):
     chosen = mirrored("gsm8k", {"shots": 0, "max_gen_toks": 8}, without="train")
     scores, _ = scored(chosen, "base/tiny", "gsm8k")
@@ -461,7 +539,7 @@ def test_right_programs_pass(workspace, few_stock_tasks, monkeypatch):
     said = iter(["    return 1\n", "    return 2\n", "    while True: pass\n"])
     monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
     monkeypatch.setattr(execution, "SECONDS", 1)
-    chosen = mirrored("humaneval", {"allow_code_execution": True})
+    chosen = mirrored("humaneval", {"max_gen_toks": 8, "allow_code_execution": True})
     scores, samples = scored(chosen, "base/tiny", "humaneval")
     assert samples.sort_values("doc_id").score.tolist() == [1, 0, 0]
     assert scores.value.item() == pytest.approx(1 / 3)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from unittest import mock
 
 from pydantic import Field
 
@@ -20,7 +21,7 @@ from stages.core.calibration import DATASETS
 from stages.core.errors import Refusal
 from stages.core.schema import Strict
 from stages.evaluate import execution
-from stages.evaluate.lm_tasks import Rows, load_tasks, rows, run_tasks, with_floors
+from stages.evaluate.lm_tasks import Rows, load_tasks, of_data, rows, run_tasks, with_floors
 from stages.evaluate.thinking import Thinking
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class BenchmarkSuite(Strict):
 
             nltk.data.path.insert(0, str((folder / "nltk_data").resolve()))
         langdetect.DetectorFactory.seed = seed  # IFEval asks it which language an answer is in
-        with execution.in_place_of_the_hub():
+        with execution.in_place_of_the_hub(), _nothing_fetched(name):
             stock = dict(self.stock())
             tasks = load_tasks([self._task(task, config, folder, seed) for task, config in stock.items()])
         _fit(tasks, lm, name)
@@ -183,7 +184,14 @@ class BenchmarkSuite(Strict):
             }
         for structure in ("tag", "group", "task_list"):
             config.pop(structure, None)
-        made = _documents(files, config, seed)
+        made = _documents(task, files, config, seed)
+        if not written and examples and (wanted := config.get("num_fewshot")):
+            spare = len(made[examples]) - (examples == (config["test_split"] or config["validation_split"]))
+            if wanted > spare:
+                raise Refusal(
+                    f"{files[examples]} has {max(spare, 0)} examples for an item of {task}, which takes "
+                    f"{wanted}; bring more in, or set fewer shots."
+                )
         return config | {"task": task, "custom_dataset": lambda **_: made}
 
 
@@ -208,20 +216,57 @@ def _fit(tasks: "Sequence[Task]", lm: "LM", name: str) -> None:
             )
 
 
-def _documents(files: dict[str, str], config: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The splits a task reads, its own `process_docs` (taken out of `config`) done to each."""
+def _documents(task: str, files: dict[str, str], config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The splits a task reads, its own `process_docs` (taken out of `config`) done to each.
+
+    Raises:
+        Refusal: a file is no parquet or has no rows, or `process_docs` cannot do with its columns.
+    """
     import datasets
     import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     process = config.pop("process_docs", None)
     wanted = dict.fromkeys(config[split] for split in SPLITS if config[split])
-    made = {split: datasets.Dataset.from_parquet(files[split]) for split in wanted}
-    if process is None:
-        return made
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    with _uncached():
-        return {split: process(documents) for split, documents in made.items()}
+    made = {}
+    for split in wanted:
+        try:
+            if not pq.read_metadata(files[split]).num_rows:
+                raise Refusal(f"{files[split]} has no item for {task}; bring in a split that has.")
+            made[split] = datasets.Dataset.from_parquet(files[split])
+        except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError) as error:
+            raise Refusal(
+                f"{files[split]} cannot be read as parquet: {error.__cause__ or error}; bring it in again."
+            ) from error
+    if process is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        with _uncached(), of_data(task, made):
+            made = {split: process(documents) for split, documents in made.items()}
+    for split, documents in made.items():
+        if not len(documents):
+            raise Refusal(f"{task} keeps no item of {files[split]}; bring in a split of which it does.")
+    return made
+
+
+@contextlib.contextmanager
+def _nothing_fetched(name: str) -> Iterator[None]:
+    """Refuse what a task would have `nltk` fetch.
+
+    Args:
+        name: the suite's.
+    """
+    import nltk
+
+    def download(resource: str, *_: Any, **__: Any) -> None:
+        raise Refusal(
+            f"{name} needs nltk's {resource}, which is not here; set datasets.{name}.nltk_data to a zip of "
+            "it, as docs/benchmarks.md shows."
+        )
+
+    with mock.patch.object(nltk, "download", download):
+        yield
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from stages.core.errors import Refusal
+
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
@@ -19,23 +21,62 @@ def load_tasks(configs: Sequence[dict[str, Any]]) -> "list[Task]":
     """lm-eval's tasks of whole configs. Their requests are built once, however many models are asked.
 
     A chat template is the model's own, so with one they are built for each.
+
+    Raises:
+        Refusal: a task makes no questions of its data; requests raise it too where they are built.
     """
     from lm_eval.tasks import TaskManager
 
-    # indexing its stock tasks takes ten seconds
-    loaded = TaskManager(include_defaults=False).load(list(configs))["tasks"]
-    for task in loaded.values():
-        task.build_all_requests = _built_once(task)
-    return list(loaded.values())
+    manager = TaskManager(include_defaults=False)  # indexing its stock tasks takes ten seconds
+    tasks = []
+    for config in configs:
+        splits = config["custom_dataset"]()
+        with of_data(config["task"], splits):
+            task = manager.load([config])["tasks"][config["task"]]
+        task.build_all_requests = _built_once(task, splits)
+        tasks.append(task)
+    return tasks
 
 
-def _built_once(task: "Task") -> Callable[..., None]:
+@contextlib.contextmanager
+def of_data(task: str, splits: Mapping[str, Any]) -> Iterator[None]:
+    """What goes wrong in here is refused by name, with the data that `task` was to be asked on."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:
+        columns = dict.fromkeys(column for split in splits.values() for column in split.column_names)
+        raise Refusal(
+            f"{task} cannot be asked on this data, whose columns are {', '.join(columns)}: "
+            f"{type(error).__name__}: {error}; bring in the data set and config that the task is made for."
+        ) from error
+
+
+def _built_once(task: "Task", splits: Mapping[str, Any]) -> Callable[..., None]:
     build, built = task.build_all_requests, False
 
-    def build_or_clear(*, apply_chat_template: bool, **options: Any) -> None:
+    def build_or_clear(*, apply_chat_template: bool, chat_template: Any = None, **options: Any) -> None:
         nonlocal built
+
+        def around(*turns: Any, **asked: Any) -> Any:
+            try:
+                return chat_template(*turns, **asked)
+            except Exception as error:  # which is no matter of the data
+                raise Refusal(
+                    f"the model's chat template cannot be put around {task.task_name}: {error}; set "
+                    "chat_template: false."
+                ) from error
+
         if apply_chat_template or not built:
-            build(apply_chat_template=apply_chat_template, **options)
+            with of_data(task.task_name, splits):
+                build(
+                    apply_chat_template=apply_chat_template,
+                    chat_template=chat_template and around,
+                    **options,
+                )
+                for doc in {request.doc_id: request.doc for request in task.instances}.values():
+                    task.doc_to_target(doc)  # lm-eval asks for it when all is answered
             built = True
         for request in task.instances:
             request.resps, request.filtered_resps = [], {}
