@@ -53,7 +53,7 @@ class Plan:
             )
         quarters = {round(self.steps * quarter / 4) for quarter in range(5)}
         self.evaluated = {*(recipe.evaluate_at or quarters), self.steps}
-        """After which steps the held-out loss is taken; always after the last, whose damage went unseen else."""
+        """After which steps the held-out loss is taken; after the last always, to see what it has done."""
 
     def rows(self, step: int) -> list[list[int]]:
         """The numbers of the rows of each micro-batch of `step`, counted from 0."""
