@@ -10,10 +10,10 @@ of their size.
 import ctypes
 import sys
 
-RETURNED = 64 * 2**20
+RETURNED = 128 * 2**20
 """Bytes from which on a block of memory goes back to the system when it is freed."""
-KEPT = 2**30
-"""Most bytes of free memory that the process keeps at the end of its heap."""
+NEVER = -1
+"""For the free memory at the end of the heap, which would otherwise be returned too."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -22,7 +22,5 @@ def keep_freed() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(
-        mallopt(option, value) == 1
-        for option, value in ((M_MMAP_THRESHOLD, RETURNED), (M_TRIM_THRESHOLD, KEPT))
-    )
+    told = ((M_MMAP_THRESHOLD, RETURNED), (M_TRIM_THRESHOLD, NEVER))
+    return mallopt is not None and all(mallopt(option, value) == 1 for option, value in told)
