@@ -22,11 +22,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tensors are tiny, many processes may share the cores, and sums come out in one order."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project folder to work in, the shared inputs under `inputs/`."""
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)  # tiny tensors; many processes may share the cores
     monkeypatch.chdir(tmp_path)
     (tmp_path / "inputs").symlink_to(inputs)
     return tmp_path

@@ -16,11 +16,12 @@ import torch
 from stages.core.memory import keep_freed
 if sys.argv[1] == "keep":
     assert keep_freed()
-for _ in range(50):
-    torch.ones(8 * 2**20, dtype=torch.uint8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(200):
-    torch.ones(40 * 2**20, dtype=torch.uint8)
+before = 0
+for turn in range(20):
+    if turn == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(24 * 2**20, dtype=torch.uint8) for _ in range(10)]
+    del blocks
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from stages.prune.options import Pruner
 from stages.prune.wanda import Wanda
 from stages.quantize.options import Quantizer
 from tests import families
-from tests.pipeline import NONE, TEXT, do, load, params, record
+from tests.pipeline import NONE, TEXT, altered, do, load, params, record
 from tests.test_lineage import GPTQ, MAGNITUDE, RTN, SPARSEGPT, WANDA
 
 PRUNE = {"magnitude": MAGNITUDE, "wanda": WANDA, "sparsegpt": SPARSEGPT}
@@ -222,7 +221,7 @@ def test_another_recipe_does_not_go_on_with_these_blocks(workspace, monkeypatch)
 def test_another_source_or_text_does_not_go_on_with_these_blocks(changed, workspace, monkeypatch):
     killed_after_a_block(monkeypatch, WANDA)
     chosen = params("llama", {"prune/made": {"source": "base/tiny", **WANDA}})
-    os.utime(Path("data") / changed, (1, 1))
+    altered(Path("data") / changed)
     compressed = counted(monkeypatch)
     chosen.prune["made"].execute("prune/made", chosen.run)
     assert len(compressed) == 14

@@ -3,7 +3,6 @@
 import csv
 import logging
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from stages.finetune.examples import Examples
 from stages.finetune.rows import example
 from stages.finetune.training import Plan, held_out_loss, train
 from tests import families
-from tests.pipeline import NONE, do, params
+from tests.pipeline import NONE, altered, do, params
 from tests.tuned import LORA, TEXT, recipe, rows, tune
 
 
@@ -397,14 +396,7 @@ def test_a_checkpoint_of_other_inputs_is_not_gone_on_from(change, workspace):
             "source": "data/models/prune/half/model.safetensors",
             "text": "data/datasets/news/evaluation.parquet",
         }
-        path = Path(file[change])
-        content = path.read_bytes()
-        before = path.stat()
-        path.unlink()
-        # A byte of the last weight; a letter of the name of the library that wrote the table.
-        at = len(content) - 1 if change == "source" else content.rindex(b"parquet-cpp")
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        altered(Path(file[change]))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_at(4, patch)
         finetune(chosen, "it")

@@ -10,7 +10,7 @@ of their size.
 import ctypes
 import sys
 
-RETURNED = 128 * 2**20
+RETURNED = 32 * 2**20
 """Bytes from which on a block of memory goes back to the system when it is freed."""
 NEVER = -1
 """For the free memory at the end of the heap, which would otherwise be returned too."""
