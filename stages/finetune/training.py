@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
+from stages.core.memory import TRAINED, keep_freed
 from stages.finetune import objective
 from stages.finetune.arm import Arm
 from stages.finetune.checkpoints import Checkpoints
@@ -112,6 +113,7 @@ def _prepare(model: "PreTrainedModel", recipe: "Tuning") -> None:
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
+    keep_freed(below=TRAINED)
 
 
 def _train(
