@@ -7,40 +7,50 @@ import sys
 import pytest
 
 from stages.core import memory
+from stages.core.source import Empty
 from tests import project
+from tests.pipeline import do, params
 
 GLIBC = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 FAULTS = """
 import resource, sys
 import torch
-from stages.core.memory import keep_freed
+from stages.core.memory import TRAINED, keep_freed
 if sys.argv[1] == "keep":
-    assert keep_freed()
-before = 0
-for turn in range(20):
+    assert keep_freed(below=TRAINED)
+for turn in range(110):
     if turn == 10:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [torch.ones(24 * 2**20, dtype=torch.uint8) for _ in range(10)]
-    del blocks
+    torch.ones(40 * 2**20, dtype=torch.uint8)  # more than glibc would ever keep
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(not GLIBC, reason="another C library")
 def test_memory_that_was_freed_is_taken_again_without_the_system():
+    env = {**project.ENV, "PYTHONPATH": str(project.ROOT)}
     found = {
         how: int(
             subprocess.run(
-                [sys.executable, "-c", FAULTS, how],
-                env={**project.ENV, "PYTHONPATH": str(project.ROOT)},
-                capture_output=True, text=True, check=True,
+                [sys.executable, "-c", FAULTS, how], env=env, capture_output=True, text=True, check=True
             ).stdout
         )
         for how in ("keep", "leave")
-    }  # fmt: skip
+    }
     assert 10 * found["keep"] < found["leave"]
 
 
 def test_another_system_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(memory.sys, "platform", "darwin")
     assert memory.keep_freed() is False
+
+
+@pytest.mark.parametrize(("large", "expected"), [(1, [{"trim": 2 * memory.STREAMED}]), (memory.LARGE, [])])
+def test_where_a_large_model_is_streamed_memory_is_returned(large, expected, workspace, monkeypatch):
+    chosen = params("llama", {})
+    do(chosen)
+    told: list[dict[str, int]] = []
+    monkeypatch.setattr(memory, "LARGE", large)
+    monkeypatch.setattr(memory, "keep_freed", lambda **options: told.append(options) or True)
+    Empty("base/tiny", chosen.run)
+    assert told == expected

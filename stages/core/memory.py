@@ -1,10 +1,12 @@
 """Memory that tensors free stays with the process, to be taken again.
 
-glibc returns a large block to the system as soon as it is freed and asks for a new one the next time, of
-which the system must clear every page before it is used. Layers and training steps free and take the same
-megabytes over and over, so that on a CPU this is a good part of their time. Larger blocks are still
-returned: there are few of them, and a model that is streamed block by block must not be left with holes of
-their size. A training holds all of its model, and takes its largest blocks again at every step.
+glibc returns a large block to the system as soon as it is freed, and the free end of its heap too, and asks
+for new memory the next time, of which the system must clear every page before it is used. Layers and training
+steps free and take the same megabytes over and over, so that on a CPU this is a good part of their time.
+
+A training holds all of its model, and takes its largest blocks again at every step. A model of `LARGE` bytes
+that is streamed block by block has few large tensors beside much else to do, and must not be left with holes
+of their size: there freed memory is returned as by default.
 """
 
 import ctypes
@@ -14,15 +16,20 @@ STREAMED = 32 * 2**20
 """Bytes from which on a block goes back to the system, where not all of a model may be in memory."""
 TRAINED = 2**30
 """The same of a training."""
+LARGE = 2 * 2**30
+"""Bytes of a streamed model's weights from which on what is free at the heap's end is returned as well."""
 NEVER = -1
-"""For the free memory at the end of the heap, which would otherwise be returned too."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def keep_freed(below: int = STREAMED) -> bool:
-    """Keep freed blocks of less than `below` bytes; returns whether the C library can be told (glibc can)."""
+def keep_freed(below: int = STREAMED, trim: int = NEVER) -> bool:
+    """Keep freed blocks of less than `below` bytes, and the heap's free end where it has less than `trim`.
+
+    Returns:
+        Whether this machine's C library can be told so; glibc can.
+    """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    told = ((M_MMAP_THRESHOLD, below), (M_TRIM_THRESHOLD, NEVER))
+    told = ((M_MMAP_THRESHOLD, below), (M_TRIM_THRESHOLD, trim))
     return mallopt is not None and all(mallopt(option, value) == 1 for option, value in told)

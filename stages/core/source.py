@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from stages.core import memory
 from stages.core.artifact import MODELS, attention, load_model
 from stages.core.blocks import blocks
 from stages.core.errors import Refusal
@@ -124,6 +125,8 @@ class Empty:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=run.torch_dtype, attn_implementation=attention(config)
             ).eval()
+        if sum(one.numel() * one.element_size() for one in self.model.parameters()) > memory.LARGE:
+            memory.keep_freed(trim=2 * memory.STREAMED)
         self.model.tie_weights()
         files = Files(MODELS / artifact, self.model, scheme)
         self._source: Files | Loaded = files

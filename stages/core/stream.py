@@ -32,6 +32,7 @@ from stages.core.grid import Quantized
 from stages.core.packed import described, loads_packed, packable, tensors_of, weight_from
 from stages.core.resume import place
 from stages.core.source import Empty, put
+from stages.core.statistics import finite
 
 if TYPE_CHECKING:
     from stages.core.run import Run
@@ -199,7 +200,7 @@ class Streamed(Empty):
         Raises:
             Refusal: some of it is no number.
         """
-        if broken := [name for name in self._rest(Sizes()) if not self._read(name).isfinite().all()]:
+        if broken := [name for name in self._rest(Sizes()) if not finite(self._read(name))]:
             raise Refusal(f"{self.name}: NaN or infinite values in {', '.join(broken)}; nothing was written.")
 
     def _assemble(self, folder: Path, rest: Mapping[str, int]) -> None:
