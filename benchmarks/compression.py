@@ -8,10 +8,14 @@ the same number of threads; loading and saving are outside the clock on both. ll
 environment of its own, as its pins clash with ours, and is run several times, as it shuffles its samples.
 Each compressed model is scored by the same windowed perplexity on the held-out half of its text.
 
-A plain forward takes the tokens in batches, which is faster than all at once and what the walk does too.
+A plain forward takes the tokens in batches, which is faster than all at once (both are printed) and what the
+walk does too; its attention is torch's, which `attention.times_faster` compares with that of the walk on the
+same shapes. Wanda takes its norms from dense inputs (`sequential: none`), SparseGPT and GPTQ from those
+compressed upstream, and llm-compressor all, as by default, from those compressed in earlier blocks.
 
 One JSON object a line. The aims: `wanda.forwards` 1.3 at most, the others 2.5; `times_faster` 4 and 3 at
-least; `perplexity_over_llmcompressor`, a ratio of medians, the worst of the texts, 1 at most.
+least; `perplexity_over_llmcompressor`, a ratio of medians, the worst of the texts, 1 at most. `ratio_stderr`
+is the standard error of a text's ratio over the held-out windows, which both models have read.
 """
 
 import argparse
@@ -28,10 +32,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.core.blocks import forward
 from stages.core.calibration import Calibration, calibration_windows, documents, windows
+from stages.core.causal import causal_attention
 from stages.core.grid import Quantized
 from stages.core.method import WeightMethod
 from stages.core.run import Run
@@ -42,15 +48,16 @@ from stages.prune.wanda import Wanda
 from stages.quantize.gptq import GPTQ
 
 MODEL = Path("data/models/base/smollm2")
-EVALUATED = 24
+EVALUATED = 64
 """Windows of 512 tokens a perplexity is taken over."""
 
 
 def methods(calibration: Calibration) -> dict[str, WeightMethod]:
     """What is timed, with the settings `benchmarks.other_side` repeats on the other side."""
     shared: dict[str, Any] = {"source": "base/smollm2", "calibration": calibration}
+    dense = shared | {"calibration": calibration.model_copy(update={"sequential": "none"})}
     return {
-        "wanda": Wanda(method="wanda", sparsity=0.5, **shared),
+        "wanda": Wanda(method="wanda", sparsity=0.5, **dense),
         "sparsegpt": SparseGPT(method="sparsegpt", sparsity=0.5, **shared),
         "gptq": GPTQ(method="gptq", bits=4, group_size=64, **shared),
     }
@@ -75,7 +82,11 @@ def compress(recipe: WeightMethod, model: Any, tokens: Tensor) -> None:
         made = recipe.replace(linear, statistic, {linear.name: zeros})
         return made.dequantize() if isinstance(made, Quantized) else made
 
-    walk(model, replace, windows=tokens, statistic=recipe.statistic, label=recipe.method)
+    assert isinstance(recipe.calibration, Calibration)
+    walk(
+        model, replace, windows=tokens, statistic=recipe.statistic, label=recipe.method,
+        sequential=recipe.calibration.sequential,
+    )  # fmt: skip
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -85,14 +96,36 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def perplexity(model: Any, held_out: Tensor) -> float:
-    """exp of the mean negative log-likelihood of every token but a window's first, `[windows, tokens]`."""
-    total = 0.0
+def attention_times_faster(model: Any, tokens: int) -> float:
+    """torch's time for one block's attention over `TOKENS` tokens, in windows of `tokens`, over ours."""
+    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    size = model.config.hidden_size // heads
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(max(1, TOKENS // tokens), number, tokens, size, generator=draw).bfloat16()
+        for number in (heads, groups, groups)
+    )
+
+    def median(work: Callable[[], object]) -> float:
+        return statistics.median(seconds(work) for _ in range(20))
+
+    torchs = median(lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    return torchs / median(lambda: causal_attention(q, k, v))
+
+
+def losses(model: Any, held_out: Tensor) -> list[float]:
+    """The mean negative log-likelihood of the tokens but the first of each of `[windows, tokens]`."""
+    found = []
     with torch.no_grad():
         for window in held_out:
             logits = model(input_ids=window[None]).logits[0, :-1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, window[1:]))
-    return math.exp(total / len(held_out))
+            found.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
+    return found
+
+
+def perplexity(found: list[float]) -> float:
+    """exp of the mean over windows, which are equally long."""
+    return math.exp(statistics.fmean(found))
 
 
 def theirs(python: str, method: str, tokens: Tensor, threads: int, seed: int, folder: Path) -> float:
@@ -136,6 +169,7 @@ def main() -> None:
     ours_s: dict[str, list[float]] = {name: [] for name in options.methods}
     theirs_s: dict[str, list[float]] = {name: [] for name in options.methods}
     plain: list[float] = []
+    whole: list[float] = []
     for text in options.texts:
         wanted = Calibration(
             dataset=text, num_samples=options.samples, sequence_length=options.sequence_length
@@ -146,23 +180,30 @@ def main() -> None:
         batches = tokens.split(max(1, TOKENS // options.sequence_length))
         for _ in range(options.runs):
             plain.append(sum(seconds(lambda: forward(dense, batch)) for batch in batches))  # noqa: B023
-        tell(f"dense.{text}.perplexity", perplexity(dense, held_out))
+        whole.append(seconds(lambda: forward(dense, tokens)))  # noqa: B023
+        tell(f"dense.{text}.perplexity", perplexity(losses(dense, held_out)))
         for name in options.methods:
             recipe = methods(wanted)[name]
             for _ in range(options.runs):
                 model = load(MODEL)
                 ours_s[name].append(seconds(lambda: compress(recipe, model, tokens)))  # noqa: B023
-            ours = perplexity(model, held_out)
-            other: list[float] = []
+            ours = losses(model, held_out)
+            others: list[list[float]] = []
             for run in range(options.runs):
                 with tempfile.TemporaryDirectory() as scratch:
                     folder = Path(scratch) / "model"
                     theirs_s[name].append(theirs(options.python, name, tokens, options.threads, run, folder))
-                    other.append(perplexity(load(folder), held_out))
-            tell(f"{name}.{text}.perplexity", ours)
-            tell(f"{name}.{text}.perplexity_llmcompressor", statistics.median(other))
-            ratios[name].append(ours / statistics.median(other))
+                    others.append(losses(load(folder), held_out))
+            other = sorted(others, key=perplexity)[(len(others) - 1) // 2]
+            apart = [mine - their for mine, their in zip(ours, other, strict=True)]
+            ratio = perplexity(apart)
+            tell(f"{name}.{text}.perplexity", perplexity(ours))
+            tell(f"{name}.{text}.perplexity_llmcompressor", perplexity(other))
+            tell(f"{name}.{text}.ratio_stderr", ratio * statistics.stdev(apart) / math.sqrt(len(apart)))
+            ratios[name].append(ratio)
     tell("forward.seconds", statistics.median(plain))
+    tell("forward.seconds_all_at_once", statistics.median(whole))
+    tell("attention.times_faster", attention_times_faster(dense, options.sequence_length))
     for name in options.methods:
         mine, other_seconds = statistics.median(ours_s[name]), statistics.median(theirs_s[name])
         tell(f"{name}.seconds", mine)

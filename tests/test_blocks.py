@@ -43,6 +43,16 @@ def test_linears_of_every_block_out_by_in(family):
         assert not linear.module.weight.any()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_weight_is_put_in_place_and_the_old_one_left_as_it_was(family):
+    one = linears(families.model(family))[0]
+    before = one.weight
+    kept = before.clone()
+    one.put(made := before * 2 + 1)
+    assert torch.equal(one.weight, made) and torch.equal(before, kept)
+    assert one.weight.shape == kept.shape and one.module.weight.is_contiguous()
+
+
 def test_a_misspelt_ignore_is_refused():
     with pytest.raises(
         Refusal, match=r"ignore names no matrix of a block: mlp\.gate; there are .*mlp\.gate_proj"

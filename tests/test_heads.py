@@ -169,6 +169,8 @@ def test_targets():
         heads(keep=16, unit="queries").kept(shape)
     with pytest.raises(Refusal, match=r"remove 0\.2 of 4 groups is less than one; the least is 0\.25"):
         heads(remove=0.2).kept(shape)
+    with pytest.raises(Refusal, match="there is only one of the groups, and it must stay"):
+        heads(remove=0.5).kept(Shape(4, 1, 8))
     with pytest.raises(Refusal, match="every query head has keys and values of its own"):
         heads(keep=2, unit="queries").kept(Shape(4, 4, 8))
 

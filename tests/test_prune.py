@@ -13,7 +13,7 @@ from stages.core.blocks import Linear, linears
 from stages.core.errors import Refusal
 from stages.core.grid import Codes, round_to_codes, scale_of
 from stages.core.statistics import ColumnNorm, Hessian
-from stages.prune.exact import grown, smallest, smallest_in_groups, smallest_overall
+from stages.prune.exact import grown_by_row, smallest, smallest_in_groups, smallest_overall
 from stages.prune.magnitude import Magnitude, global_zeros
 from stages.prune.random import Random
 from stages.prune.sparsegpt import SparseGPT, to_go
@@ -68,7 +68,7 @@ def weights(draw):
 
 
 def lowest_by_row(scores: torch.Tensor, count: int) -> torch.Tensor:
-    return grown(scores, torch.zeros_like(scores, dtype=torch.bool), count, by_row=True)
+    return grown_by_row(scores.__getitem__, torch.zeros_like(scores, dtype=torch.bool), count)
 
 
 @given(weights(), SPARSITY)
@@ -250,7 +250,7 @@ class Whole:
     def __init__(self, model: torch.nn.Module) -> None:
         from stages.core.walk import InMemory
 
-        self.model, self.block = model, InMemory().block
+        self.model, self.block = model, InMemory("test").block
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

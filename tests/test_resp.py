@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stages.core.blocks import linears
 from stages.core.errors import Refusal
-from stages.prune.exact import grown
+from stages.prune.exact import grown, grown_by_row
 from stages.prune.gradients import loss_gradients, mean_loss
 from stages.prune.resp import RESP
 from tests import families
@@ -79,14 +79,14 @@ def test_a_mask_grows_by_the_lowest_scores_to_an_exact_count(data):
     gone = torch.tensor(data.draw(values)).view(rows, columns) == 0
     count = data.draw(st.integers(0, rows * columns))
     for by_row in (True, False):
-        made = grown(scores, gone, count, by_row=by_row)
+        made = grown_by_row(scores.__getitem__, gone, count) if by_row else grown(scores, gone, count)
         assert made[gone].all()
         assert int(made.sum()) == max(count, int(gone.sum()))
         parts = zip(made, scores, gone, strict=True) if by_row else [(made, scores, gone)]
         for mask, score, had in parts:
             new, left = score[mask & ~had], score[~mask]
             assert not (new.numel() and left.numel()) or new.max() <= left.min()
-    have, got = gone.sum(1), grown(scores, gone, count, by_row=True).sum(1)
+    have, got = gone.sum(1), grown_by_row(scores.__getitem__, gone, count).sum(1)
     raised = got[got > have]
     assert not raised.numel() or int(raised.max()) <= int(got.min()) + 1
 

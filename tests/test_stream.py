@@ -26,7 +26,7 @@ from stages.prune.options import Pruner
 from stages.prune.wanda import Wanda
 from stages.quantize.options import Quantizer
 from tests import families
-from tests.pipeline import NONE, TEXT, altered, do, load, params, record
+from tests.pipeline import NONE, TEXT, altered, dense, do, load, params, record
 from tests.test_lineage import GPTQ, MAGNITUDE, RTN, SPARSEGPT, WANDA
 
 PRUNE = {"magnitude": MAGNITUDE, "wanda": WANDA, "sparsegpt": SPARSEGPT}
@@ -451,3 +451,24 @@ def test_a_nan_outside_the_linears_is_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(Refusal, match=r"model\.layers\.1\.input_layernorm\.weight"):
         recipe.execute("prune/made", Run(device="cpu", dtype="bfloat16", threads=1, seed=0))
     assert not (MODELS / "prune/made").exists()
+
+
+def test_where_one_block_cannot_be_packed_none_is(workspace, monkeypatch):
+    """As with 4-bit zero points of at most 8 outputs, which only some blocks may have."""
+    made(RTN, "quantize")
+    whole = dense(load("quantize/made")).state_dict()
+    filled, unserved, packable = stream.Streamed._fill, set(), stream.packable
+
+    def fill(self: stream.Streamed, name: str, module: torch.nn.Module, **options: Any) -> None:
+        unserved.update(module.modules() if name.endswith(".1") else [])
+        filled(self, name, module, **options)
+
+    monkeypatch.setattr(stream.Streamed, "_fill", fill)
+    monkeypatch.setattr(stream, "packable", lambda one, code: one not in unserved and packable(one, code))
+    folder = made(RTN, "quantize")
+    assert record("quantize/made")["layout"] == "fake_quantized"
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    found = load("quantize/made").state_dict()
+    assert unserved and set(found) <= set(whole)
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, whole[name]), name

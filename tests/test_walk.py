@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
 from stages.core.blocks import Linear, blocks, linears
+from stages.core.causal import OnCPU
 from stages.core.errors import Refusal
 from stages.core.statistics import ColumnNorm, Hessian, Statistic
 from stages.core.walk import Group, walk
@@ -96,7 +97,8 @@ def honest(family: str, sequential: str, tokens: torch.Tensor) -> tuple[dict, to
         for step in steps:
             names = [f"{block}.{name}" for name in step]
             watched = families.model(family) if sequential == "none" else model
-            seen |= inputs_of(watched, names, tokens)
+            with torch.no_grad(), OnCPU():
+                seen |= inputs_of(watched, names, tokens)
             for linear in (one for one in linears(model) if one.name in names):
                 linear.weight.copy_(coarse(linear.weight))
     return seen, model
@@ -324,7 +326,7 @@ def test_broken_weights_are_refused_by_name_before_their_block_changes(broken, s
     model = families.model("qwen3")
     before = {name: p.clone() for name, p in model.named_parameters()}
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = broken
-    with pytest.raises(Refusal, match=r"NaN or infinite weights in model\.layers\.1\.mlp\.up_proj;"):
+    with pytest.raises(Refusal, match=r"NaN or infinite values in model\.layers\.1\.mlp\.up_proj\.weight;"):
         walk(model, halve, windows=windows(), statistic=statistic)
     for name, parameter in model.named_parameters():
         if not name.startswith("model.layers.0.") and name != "model.layers.1.mlp.up_proj.weight":
@@ -334,7 +336,7 @@ def test_broken_weights_are_refused_by_name_before_their_block_changes(broken, s
 @pytest.mark.parametrize("sequential", ["linear", "block", "none"])
 def test_broken_inputs_are_refused_by_name_and_leave_no_hook(sequential):
     model = families.model("llama")
-    model.model.layers[1].post_attention_layernorm.weight.data[3] = float("nan")
+    model.model.layers[1].post_attention_layernorm.variance_epsilon = float("nan")
     with pytest.raises(Refusal, match=r"model\.layers\.1\.mlp\.gate_proj: NaN or infinite inputs"):
         walk(model, halve, windows=windows(), statistic=ColumnNorm, sequential=sequential)
     assert hooks(model) == 0

@@ -246,7 +246,7 @@ def test_blocks_that_are_not_plain_are_refused_by_name(config, said):
 def test_a_weight_that_is_not_a_number_is_refused():
     model = families.model("llama")
     linears(model)[5].weight[0, 0] = float("nan")
-    with pytest.raises(Refusal, match=r"NaN or infinite weights in model\.layers\.0\.mlp\.up_proj"):
+    with pytest.raises(Refusal, match=r"NaN or infinite values in model\.layers\.0\.mlp\.up_proj\.weight"):
         measure_inputs(model, None, None, "prune width")
 
 

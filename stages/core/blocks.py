@@ -31,6 +31,13 @@ class Linear:
         weight: Tensor = self.module.weight.data  # type: ignore[assignment]
         return weight.T if self.transposed else weight
 
+    def put(self, weight: Tensor) -> None:
+        """Give the module this weight, `[out, in]`, instead of its own, which is not written to.
+
+        A weight mapped from a file costs more to change in place than to make anew.
+        """
+        self.module.get_parameter("weight").data = (weight.T if self.transposed else weight).contiguous()
+
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The decoder blocks in order, as (full name, module).

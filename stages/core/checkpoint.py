@@ -27,6 +27,7 @@ from stages.core.blocks import Linear, linears
 from stages.core.calibration import DATASETS
 from stages.core.errors import Refusal
 from stages.core.grid import Quantized
+from stages.core.statistics import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,8 +142,7 @@ def save(
 
     codes = quantized or {}
     scheme = next(iter(codes.values())).scheme() if codes else None
-    if broken := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
-        raise Refusal(f"{artifact}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
+    check_finite(artifact, model.named_parameters())
     with writing(MODELS / artifact) as folder:
         model.config.__dict__.pop("quantization_config", None)
         tensors = model.state_dict()

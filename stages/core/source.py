@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from stages.core import memory
 from stages.core.artifact import MODELS, attention, load_model
 from stages.core.blocks import blocks
-from stages.core.errors import Refusal
 from stages.core.grid import Quantized
 from stages.core.packed import code_from, scheme_of, weight_from
+from stages.core.statistics import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,9 +169,7 @@ class Empty:
         for name in [name for name, _ in module.named_parameters(recurse=recurse)]:
             tensor = self._source.read(f"{prefix}.{name}".lstrip("."))
             put(module, name, tensor.to(self._device, self._dtype))
-        parameters = module.named_parameters(recurse=recurse)
-        if broken := [f"{prefix}.{name}" for name, tensor in parameters if not tensor.isfinite().all()]:
-            raise Refusal(f"{self.name}: NaN or infinite values in {', '.join(broken)}; nothing was written.")
+        check_finite(self.name, module.named_parameters(prefix, recurse=recurse))
         for name, buffer in module.named_buffers(recurse=recurse):
             if (full := f"{prefix}.{name}".lstrip(".")) in self._source:
                 buffer.copy_(self._source.read(full))

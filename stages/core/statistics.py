@@ -5,7 +5,7 @@ Linears that read the same tensor (q, k and v; gate and up) share one statistic,
 expensive things derived from it, such as a Cholesky factor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ STRIPE = 192
 
 
 @contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Multiply fp32 copies of `dtype` values in `dtype` and sum in fp32, where that loses nothing.
 
     A product of two bf16 numbers is exact in fp32, so only the order of the sum differs; twice as fast on
@@ -51,6 +51,10 @@ class Statistic:
     def _add(self, inputs: Tensor) -> None:
         raise NotImplementedError
 
+    def finite(self) -> bool:
+        """Whether all sums are numbers; they are not once an input is none."""
+        raise NotImplementedError
+
     def dead(self) -> Tensor:
         """`[in_features]` bool: features that were zero on every token, about which nothing is known."""
         return torch.zeros(0, dtype=torch.bool)  # a statistic that does not tell
@@ -66,6 +70,10 @@ class ColumnNorm(Statistic):
     def _add(self, inputs: Tensor) -> None:
         self._squares += inputs.to(torch.float32, copy=True).square_().sum(0)
 
+    def finite(self) -> bool:
+        """Whether every feature's is."""
+        return finite(self._squares)
+
     def dead(self) -> Tensor:
         """`[in_features]` bool: features that were zero on every token."""
         return self._squares == 0
@@ -76,7 +84,7 @@ class ColumnNorm(Statistic):
         Raises:
             Refusal: the squares are more than fp32 holds.
         """
-        _check_finite(self._squares)
+        _check_sums(self._squares)
         return (self._squares / self.num_tokens).sqrt()
 
 
@@ -100,11 +108,15 @@ class Hessian(Statistic):
 
     def _add(self, inputs: Tensor) -> None:
         wide = inputs.float()
-        with _exact_products(inputs.dtype):
+        with exact_products(inputs.dtype):
             for start in range(0, len(self._sum), STRIPE):
                 self._sum[start : start + STRIPE, start:] += (
                     wide[:, start : start + STRIPE].T @ wide[:, start:]
                 )
+
+    def finite(self) -> bool:
+        """Whether the diagonal is: a product of two features is no more than the larger one's square."""
+        return finite(self._sum.diagonal())
 
     def matrix(self) -> Tensor:
         """`[in, in]` fp32.
@@ -112,7 +124,7 @@ class Hessian(Statistic):
         Raises:
             Refusal: it is not finite.
         """
-        _check_finite(self._sum)
+        _check_sums(self._sum)
         upper = self._sum.triu() * (2 / self.num_tokens)
         return upper + upper.triu(1).T
 
@@ -138,7 +150,7 @@ class Hessian(Statistic):
         """
         if (damping, descending) not in self._factors:
             hessian = self.matrix()
-            _check_finite(hessian)
+            _check_sums(hessian)
             hessian.diagonal()[self.dead()] = 1
             hessian.diagonal().add_(damping * hessian.diagonal().mean())
             if descending:
@@ -173,6 +185,16 @@ def finite(values: Tensor) -> bool:
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
-def _check_finite(sums: Tensor) -> None:
+def check_finite(label: str, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Look at all values of tensors, given by name.
+
+    Raises:
+        Refusal: some are NaN or infinite.
+    """
+    if broken := [name for name, tensor in named if not finite(tensor.detach())]:
+        raise Refusal(f"{label}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
+
+
+def _check_sums(sums: Tensor) -> None:
     if not finite(sums):
         raise Refusal("the squares of its inputs are more than fp32 holds; look for broken activations.")

@@ -32,7 +32,7 @@ from stages.core.grid import Quantized
 from stages.core.packed import described, loads_packed, packable, tensors_of, weight_from
 from stages.core.resume import place
 from stages.core.source import Empty, put
-from stages.core.statistics import finite
+from stages.core.statistics import check_finite
 
 if TYPE_CHECKING:
     from stages.core.run import Run
@@ -150,16 +150,22 @@ class Streamed(Empty):
         sizes = Sizes()
         for fact in facts:
             sizes.merge(fact["sizes"])
-        if len({json.dumps([fact["scheme"], fact["fake"]], sort_keys=True) for fact in facts}) > 1:
+        packed = [fact["scheme"] for fact in facts if fact["quantized"] and not fact["fake"]]
+        if any(scheme != packed[0] for scheme in packed):
             raise ValueError("blocks on unlike grids make no one checkpoint")
+        self.fake = any(fact["fake"] for fact in facts)
+        self.scheme = packed[0] if packed else None
         quantized = {name for fact in facts for name in fact["quantized"]}
         if quantized and quantized != {one.name for one in self._linears}:
             raise AssertionError(f"{len(quantized)} of {len(self._linears)} linears were quantized")
         joined: dict[str, list[str]] = {}
         for key, found in [noted for fact in facts for noted in fact["noted"].items()]:
             joined.setdefault(key, []).extend(found)
+        rest = self._rest(sizes)
+        self._drop(self.model)  # the embeddings, which are read once more, one tensor at a time
+        self.model.tie_weights()
         with writing(MODELS / self.artifact) as folder:
-            self._assemble(folder, self._rest(sizes))
+            self._assemble(folder, rest)
             self.model.config.__dict__.pop("quantization_config", None)
             config = described(self.model, quantized if not self.fake else set(), self.scheme)
             config.save_pretrained(folder)
@@ -190,6 +196,14 @@ class Streamed(Empty):
                 found[name] = buffer.numel() * buffer.element_size()
         return found
 
+    def _dense(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A shard's tensors, as they are or with packed ones dequantized where the artifact is not packed."""
+        if not self.fake:
+            return stored
+        names = {f"{one.name}.weight" for one in self._linears if f"{one.name}.weight_scale" in stored}
+        rest = {key: t for key, t in stored.items() if f"{key.rpartition('.')[0]}.weight" not in names}
+        return rest | {name: weight_from(stored, name, self.scheme).to(self._dtype) for name in sorted(names)}
+
     def _read(self, name: str) -> Tensor:
         """What lies outside blocks under this name, in the dtype it is written in."""
         return self._source.read(name).to("cpu", self.model.state_dict()[name].dtype)
@@ -200,13 +214,13 @@ class Streamed(Empty):
         Raises:
             Refusal: some of it is no number.
         """
-        if broken := [name for name in self._rest(Sizes()) if not finite(self._read(name))]:
-            raise Refusal(f"{self.name}: NaN or infinite values in {', '.join(broken)}; nothing was written.")
+        check_finite(self.name, ((name, self._read(name)) for name in self._rest(Sizes())))
 
     def _assemble(self, folder: Path, rest: Mapping[str, int]) -> None:
         """Write the safetensors: one file where that is small, a shard a block and an index beyond.
 
-        Tensors are named as the family's checkpoints name them, which is not always as its modules do.
+        Tensors are named as the family's checkpoints name them, which is not always as its modules do. Where
+        not all blocks could be packed, none is.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -214,7 +228,7 @@ class Streamed(Empty):
         size = sum(file.stat().st_size for file in files) + sum(rest.values())
 
         def named(part: Path | str) -> dict[str, Tensor]:
-            held = load_file(part) if isinstance(part, Path) else {part: self._read(part)}
+            held = self._dense(load_file(part)) if isinstance(part, Path) else {part: self._read(part)}
             out = revert_weight_conversion(self.model, held)
             return {name: tensor.contiguous() for name, tensor in out.items()}
 

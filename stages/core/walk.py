@@ -17,7 +17,8 @@ arguments the model passed:
   - `none`: every linear sees the dense model's inputs. One forward.
 
 A block takes `batch_size` windows at a time, or about `TOKENS` tokens: what a block computes then stays in a
-CPU's cache, and a forward costs two thirds of one of all windows at once. With `block` and `none` the
+CPU's cache, and a forward costs less than one of all windows at once (`python -m benchmarks.compression`
+prints both), the less as attention is computed by `stages.core.causal`. With `block` and `none` the
 inside of a block never holds more, only what flows between blocks is held for all tokens (0.07 GiB for
 64 x 512 tokens of SmolLM2). With `linear` every batch waits at a group until the last has come there, so
 each holds what its next linears need.
@@ -39,9 +40,10 @@ from tqdm import tqdm
 
 from stages.core.blocks import Linear, blocks, check_length, forward, linears
 from stages.core.calls import arguments, joined, split
+from stages.core.causal import OnCPU
 from stages.core.errors import Refusal
 from stages.core.groups import Group, input_groups
-from stages.core.statistics import Statistic, finite
+from stages.core.statistics import Statistic, check_finite, finite
 
 TOKENS = 2048
 """Passed through a block at a time where nothing else is asked for."""
@@ -60,7 +62,7 @@ the groups hold the inputs of, in the weights as they are by then.
 
 
 class Home(Protocol):
-    """Where blocks live while nothing is done to them."""
+    """Where blocks live while nothing is done to them. It refuses weights that are NaN or infinite."""
 
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> AbstractContextManager[bool]:
         """Hold the block's weights in memory for the body; yields whether they were compressed already.
@@ -75,9 +77,13 @@ class Home(Protocol):
 class InMemory:
     """The home of a model that is loaded as a whole and changed in place."""
 
+    def __init__(self, label: str) -> None:
+        self._label = label
+
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
         """Nothing to fetch, nothing to put away."""
+        check_finite(self._label, block.named_parameters(name))
         yield False
 
 
@@ -98,12 +104,8 @@ class _Walk:
 
     @contextmanager
     def at(self, name: str, block: nn.Module) -> Iterator[bool]:
-        """Hold the block's weights in memory, checked; yields whether they were compressed already."""
+        """Hold the block's weights in memory; yields whether they were compressed already."""
         with self.home.block(name, block, dense=self.sequential == "none") as done:
-            if not done and (broken := [one.name for one in self.linears[name] if not finite(one.weight)]):
-                raise Refusal(
-                    f"{self.label}: NaN or infinite weights in {', '.join(broken)}; nothing was written."
-                )
             yield done
         self.bar.update()
 
@@ -158,12 +160,12 @@ class _Walk:
         """
         assert self.statistic is not None
         rows = args[0].reshape(-1, args[0].shape[-1])
-        with self.told(group.linears[0].name):
-            if not finite(rows):
-                raise Refusal("NaN or infinite inputs; nothing was written.")
         if group.statistic is None:
             group.statistic = self.statistic(rows.shape[-1], rows.device)
         group.statistic.add(rows)
+        with self.told(group.linears[0].name):
+            if not group.statistic.finite() and not finite(rows):
+                raise Refusal("NaN or infinite inputs; nothing was written.")
         if self.sequential == "linear":
             getcurrent().parent.switch(group)
 
@@ -178,13 +180,14 @@ class _Walk:
             if statistic is not None and not statistic.num_tokens:
                 raise Refusal("no token of the calibration text reached it; calibrate on more text.")
             made = self.compress(linear, statistic)
-            if made is not None and not finite(made.to(linear.weight.dtype)):
+            if made is None:
+                return
+            if not finite(made := made.to(linear.weight.dtype)):
                 raise Refusal(
                     f"the new weights leave the range of {linear.weight.dtype}; nothing was written. Run in "
                     "float32, take a lower sparsity or more damping, or list the matrix in ignore."
                 )
-        if made is not None:
-            linear.weight.copy_(made)
+        linear.put(made)
 
 
 def walk(
@@ -222,8 +225,10 @@ def walk(
     size = batch_size or max(1, TOKENS // (1 if windows is None else windows.shape[1]))
     found, named = linears(model, ignore), blocks(model)
     within = {name: [one for one in found if one.block == name] for name, _ in named}
-    with torch.no_grad(), tqdm(total=len(named), desc=label, unit="block") as bar:
-        state = _Walk(compress, statistic, sequential, size, prepare, label, home or InMemory(), within, bar)
+    with torch.no_grad(), OnCPU(), tqdm(total=len(named), desc=label, unit="block") as bar:
+        state = _Walk(
+            compress, statistic, sequential, size, prepare, label, home or InMemory(label), within, bar
+        )
         if statistic is None:
             for name, block in named:
                 with state.at(name, block) as done:

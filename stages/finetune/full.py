@@ -63,8 +63,8 @@ def _without(frozen: Tensor, scratch: Tensor) -> Callable[[Tensor], None]:
     """Takes the frozen weights' gradient away, as a hook of the parameter.
 
     Args:
-        scratch: fp32, at least as many as `frozen`; a product with one dtype in memory that is there already
-            takes a quarter of the time.
+        scratch: fp32, at least as many as `frozen`, so that the product is one of a single dtype in memory
+            that is there already.
     """
     kept, ones = moving(frozen), scratch[: frozen.numel()].view(frozen.shape)
 

@@ -1,11 +1,17 @@
 """Choosing what goes: exact counts, ties to the lower column or flat index; and draws, the control."""
 
 import hashlib
+from collections.abc import Callable
 from math import ceil
 
 import numpy as np
 import torch
 from torch import Tensor
+
+PIECE = 2**18
+"""Entries chosen from at a time where rows do not depend on each other: what is computed stays in a cache."""
+Scores = Callable[[slice], Tensor]
+"""Some rows of a matrix -> their scores, `[those rows, columns]` fp32."""
 
 
 def drawn(seed: int, name: str, *shape: int) -> Tensor:
@@ -43,6 +49,8 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
         if scores.device.type == "cpu":
             parted = np.partition(scores.detach().numpy(), count - 1, axis=1)
             threshold = torch.from_numpy(parted[:, count - 1 : count])
+            if (parted[:, count:] > parted[:, count - 1 : count]).all():  # no ties, as most often
+                return scores <= threshold
         else:
             threshold = scores.sort(dim=1).values[:, count - 1 : count]
         wanted: int | Tensor = count
@@ -69,21 +77,26 @@ def smallest_in_groups(scores: Tensor, keep: int, size: int) -> Tensor:
     return smallest(scores.reshape(-1, size), size - keep).view_as(scores)
 
 
-def grown(scores: Tensor, gone: Tensor, count: int, *, by_row: bool) -> Tensor:
+def grown(scores: Tensor, gone: Tensor, count: int) -> Tensor:
     """`gone` and the lowest `scores` `[rows, columns]` beside it, bool, `count` in all or what `gone` has.
 
     Args:
         gone: bool, what is marked whatever its score.
-        by_row: the marked are levelled: a row has at most one more than another unless `gone` had them.
     """
-    scores = scores.masked_fill(gone, -torch.inf)
+    return smallest_overall(scores.masked_fill(gone, -torch.inf), max(count, int(gone.sum())))
+
+
+def grown_by_row(scores: Scores, gone: Tensor, count: int) -> Tensor:
+    """The same, levelled: a row has at most one more marked than another unless `gone` had them."""
     have = gone.sum(1)
-    count = max(count, int(have.sum()))
-    return (
-        smallest(scores, _levelled(have, count, scores.shape[1]))
-        if by_row
-        else smallest_overall(scores, count)
-    )
+    each = _levelled(have, max(count, int(have.sum())), gone.shape[1])
+    return by_pieces(gone, lambda at: smallest(scores(at).masked_fill(gone[at], -torch.inf), each[at]))
+
+
+def by_pieces(matrix: Tensor, choose: Callable[[slice], Tensor]) -> Tensor:
+    """What `choose` makes of a few rows of `matrix` at a time, put together."""
+    rows = max(1, PIECE // matrix.shape[1])
+    return torch.cat([choose(slice(start, start + rows)) for start in range(0, len(matrix), rows)])
 
 
 def _levelled(have: Tensor, count: int, columns: int) -> Tensor:

@@ -14,7 +14,7 @@ from stages.core.errors import Refusal
 from stages.core.method import WeightMethod
 from stages.core.schema import NoData, Sparsity
 from stages.prune.allocation import Allocation, Uniform
-from stages.prune.exact import grown, smallest_in_groups, whole
+from stages.prune.exact import Scores, by_pieces, grown, grown_by_row, smallest_in_groups, whole
 
 if TYPE_CHECKING:
     from stages.core.blocks import Linear
@@ -112,16 +112,21 @@ class Pruner(WeightMethod):
         """`weight` `[out, in]` with `zeros` of its entries zeroed, in the pattern asked for."""
         raise NotImplementedError
 
-    def mask(self, weight: Tensor, scores: Tensor, zeros: int, *, by_row: bool) -> Tensor:
+    def mask(self, weight: Tensor, scores: Scores, zeros: int, *, by_row: bool) -> Tensor:
         """Which entries of `weight` `[out, in]` go: its zeros, and of the others those of lowest `scores`.
 
         `zeros` in all, or as many as it has. By row every row has as many, but where it had more from the
         start: then the others lose less. Under a pattern, the same within every M.
         """
         gone = weight == 0
-        if self.pattern:
-            return smallest_in_groups(scores.masked_fill(gone, -torch.inf), *self.pattern)
-        return grown(scores, gone, zeros, by_row=by_row)
+        if pattern := self.pattern:
+            return by_pieces(
+                weight,
+                lambda at: smallest_in_groups(scores(at).masked_fill(gone[at], -torch.inf), *pattern),
+            )
+        if by_row:
+            return grown_by_row(scores, gone, zeros)
+        return grown(scores(slice(None)), gone, zeros)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:
         """The zeros of each linear, where they are not the same share everywhere.

@@ -87,7 +87,7 @@ class SparseGPT(Pruner):
         dead = statistic.dead()[:, None] if statistic.dead().any() else None
         if dead is not None and not self.pattern:
             spare = min(zeros, int((gone | dead).sum()))
-            gone = grown(work.abs().masked_fill(~dead, torch.inf), gone, spare, by_row=False)
+            gone = grown(work.abs().masked_fill(~dead, torch.inf), gone, spare)
         size = (self.grid.group_size if self.grid else None) or columns
         # Columns that are chosen or scaled together are up to date together.
         together = lcm(self.pattern[1] if self.pattern else 1, size if size < columns else 1)
@@ -100,7 +100,7 @@ class SparseGPT(Pruner):
             scores = now[start:stop].abs() / factor.diagonal()[start:stop, None]
             had = gone[start:stop].T
             count = int(had.sum()) + further[start // run]
-            gone[start:stop] = grown(scores.T, had, count, by_row=False).T
+            gone[start:stop] = grown(scores.T, had, count).T
 
         def settle(j: int, column: Tensor) -> Tensor:
             if self.pattern and j % self.pattern[1] == 0:

@@ -72,13 +72,14 @@ class Shrinker(Recipe):
         from stages.core.blocks import linears
         from stages.core.checkpoint import save, zero_masks
         from stages.core.generation import model_windows
+        from stages.core.statistics import check_finite
 
         model = load_model(self.source, run, dequantize=True)
         windows = None
         if isinstance(self.calibration, Tokens):
             windows = model_windows(load_tokenizer(self.source), self.calibration, lambda: model)
         label = artifact.replace("/", " ", 1)
-        check_rest(model, label)
+        check_finite(label, model.named_parameters())
         loudness = measure_inputs(model, windows, getattr(self.calibration, "batch_size", None), label)
         try:
             cuts, changes, notes = self.plan(model, loudness)
@@ -90,27 +91,13 @@ class Shrinker(Recipe):
         save(artifact, model, self.model_dump(mode="json"), run, keep=keep, notes=notes)
 
 
-def check_rest(model: nn.Module, label: str) -> None:
-    """Look at all parameters but the weights of linears, which are looked at when these are measured.
-
-    Raises:
-        Refusal: some are NaN or infinite.
-    """
-    from stages.core.blocks import linears
-    from stages.core.statistics import finite
-
-    inside = {f"{one.name}.weight" for one in linears(model)}
-    if broken := [n for n, p in model.named_parameters() if n not in inside and not finite(p.detach())]:
-        raise Refusal(f"{label}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
-
-
 def measure_inputs(
     model: nn.Module, windows: Tensor | None, batch_size: int | None, label: str
 ) -> dict[str, Tensor]:
     """The root mean square of the input features of every linear, `[in]` fp32 by full name; {} without text.
 
     Raises:
-        Refusal: NaN or infinite weights or inputs, text or none.
+        Refusal: NaN or infinite weights or inputs.
     """
     from stages.core.statistics import ColumnNorm, Statistic
     from stages.core.walk import walk
@@ -136,6 +123,8 @@ def remaining(count: int, remove: float, what: str) -> int:
         Refusal: less than one would go.
     """
     left = max(1, ceil(count * (1 - remove) - 1e-6))
+    if remove and count == 1:
+        raise Refusal(f"there is only one of the {what}, and it must stay.")
     if remove and left == count:
         raise Refusal(f"remove {remove:g} of {count} {what} is less than one; the least is {1 / count:.4g}.")
     return left

@@ -29,5 +29,6 @@ class Wanda(Pruner):
 
     def weights(self, weight: Tensor, statistic: ColumnNorm, zeros: int) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors stay."""
-        scores = weight.float().abs() * statistic.norm()
-        return weight.masked_fill(self.mask(weight, scores, zeros, by_row=True), 0)
+        norm = statistic.norm()
+        mask = self.mask(weight, lambda at: weight[at].float().abs() * norm, zeros, by_row=True)
+        return weight.masked_fill(mask, 0)

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stages.core.grid import Int8, Integers
-from stages.core.statistics import Statistic
+from stages.core.statistics import Statistic, finite
 from stages.quantize.fold import Folding
 from stages.quantize.options import Quantizer
 
@@ -36,6 +36,10 @@ class Peak(Statistic):
 
     def _add(self, inputs: Tensor) -> None:
         self._peak = torch.maximum(self._peak, inputs.abs().amax(0).float())
+
+    def finite(self) -> bool:
+        """Whether every feature's is."""
+        return finite(self._peak)
 
     def dead(self) -> Tensor:
         """`[in_features]` bool: features that were zero on every token."""
