@@ -50,7 +50,7 @@ class Magnitude(Pruner):
 
     def weights(self, weight: Tensor, statistic: None, zeros: int) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype; the survivors are untouched."""
-        mask = self.mask(weight, lambda at: weight[at].float().abs(), zeros, by_row=self.scope == "row")
+        mask = self.mask(weight, lambda rows: weight[rows].float().abs(), zeros, by_row=self.scope == "row")
         return weight.masked_fill(mask, 0)
 
 

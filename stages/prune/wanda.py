@@ -30,5 +30,5 @@ class Wanda(Pruner):
     def weights(self, weight: Tensor, statistic: ColumnNorm, zeros: int) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors stay."""
         norm = statistic.norm()
-        mask = self.mask(weight, lambda at: weight[at].float().abs() * norm, zeros, by_row=True)
+        mask = self.mask(weight, lambda rows: weight[rows].float().abs() * norm, zeros, by_row=True)
         return weight.masked_fill(mask, 0)
