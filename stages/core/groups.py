@@ -17,7 +17,7 @@ class Group:
     """Linears of a block that are handed the same tensor.
 
     `feeder` is the module whose output that tensor is (a norm, say), None where it is computed inline.
-    `inputs` is what they were handed for one window, `[1, tokens, in]` or `[tokens, in]`.
+    `inputs` is what they were handed when they were found, `[windows, tokens, in]` or `[tokens, in]`.
     """
 
     linears: list[Linear]

@@ -5,8 +5,9 @@ the arguments its model passes it, which differ by family and by layer. Here the
 once over all calibration windows, and each block's forward is stood in for by a step that has the very
 arguments the model passed:
 
-- one window through the block notes which linears are handed the same tensor (q, k and v; gate and up;
-  fused variants count as one), so that such a group shares one statistic, and which module made it;
+- one window through the block, or its first batch, notes which linears are handed the same tensor (q, k and
+  v; gate and up; fused variants count as one), so that such a group shares one statistic, and which module
+  made it;
 - then the statistics are taken, the linears compressed, and the block's output computed. How the two
   mix is the calibration's `sequential`:
 
@@ -127,26 +128,45 @@ class _Walk:
                 if done:
                     return _run(original, calls)
                 window = split((args, kwargs), count, 1, single)[:1]
+                # Where no batch waits for another, the first one need not be computed again.
+                once = self.sequential != "linear" and not self.prepare
+                first: list[Any] = []
                 with self.told(name):
-                    groups = input_groups(block, self.linears[name], lambda: _run(original, window))
-                return self.compressed(groups, original, calls, window)
+                    groups = input_groups(
+                        block, self.linears[name],
+                        lambda: first.append(_run(original, calls[:1] if once else window)),
+                    )  # fmt: skip
+                for group in groups if once else []:
+                    self.add(group, group.inputs)
+                return self.compressed(groups, original, calls, first if once else [], window)
 
         return stand_in
 
     def compressed(
-        self, groups: list[Group], original: Callable[..., Any], calls: list[Any], window: list[Any]
+        self,
+        groups: list[Group],
+        original: Callable[..., Any],
+        calls: list[Any],
+        first: list[Any],
+        window: list[Any],
     ) -> Any:
-        """Take the statistics, compress the linears, and return the block's output for all windows."""
+        """Take the statistics, compress the linears, and return the block's output for all windows.
+
+        Args:
+            first: the output of the first of `calls`, if the statistics have seen that one already.
+            window: the call that is put through the block for `prepare`.
+        """
         handles = [
             group.linears[0].module.register_forward_pre_hook(partial(self.take, group)) for group in groups
         ]
         try:
             if self.sequential == "linear":
                 return _in_step(original, calls, self.settle)
-            output = _run(original, calls)
+            rest = [original(*args, **kwargs) for args, kwargs in calls[len(first) :]]
         finally:
             for handle in handles:
                 handle.remove()
+        output = joined([*first, *rest])
         if self.prepare:
             self.prepare(groups, lambda: _run(original, window))
         for group in groups:
@@ -158,16 +178,20 @@ class _Walk:
 
         Where the group is compressed at once, the call waits for the others there.
         """
+        self.add(group, args[0])
+        if self.sequential == "linear":
+            getcurrent().parent.switch(group)
+
+    def add(self, group: Group, inputs: Tensor) -> None:
+        """Take `inputs`, `[..., in]`, into the group's statistic."""
         assert self.statistic is not None
-        rows = args[0].reshape(-1, args[0].shape[-1])
+        rows = inputs.reshape(-1, inputs.shape[-1])
         if group.statistic is None:
             group.statistic = self.statistic(rows.shape[-1], rows.device)
         group.statistic.add(rows)
         with self.told(group.linears[0].name):
             if not group.statistic.finite() and not finite(rows):
                 raise Refusal("NaN or infinite inputs; nothing was written.")
-        if self.sequential == "linear":
-            getcurrent().parent.switch(group)
 
     def settle(self, group: Group) -> None:
         """Compress the linears of a group, and give up its statistic."""
