@@ -46,7 +46,7 @@ from stages.core.errors import Refusal
 from stages.core.groups import Group, input_groups
 from stages.core.statistics import Statistic, check_finite, finite
 
-TOKENS = 2048
+TOKENS = 4096
 """Passed through a block at a time where nothing else is asked for."""
 Sequential = Literal["linear", "block", "none"]
 """What a linear's statistic has seen: see the module's docstring."""
