@@ -51,6 +51,8 @@ def test_a_weight_is_put_in_place_and_the_old_one_left_as_it_was(family):
     one.put(made := before * 2 + 1)
     assert torch.equal(one.weight, made) and torch.equal(before, kept)
     assert one.weight.shape == kept.shape and one.module.weight.is_contiguous()
+    with pytest.raises(ValueError, match="not \\[3, 5\\]"):
+        one.put(torch.ones(3, 5))
 
 
 def test_a_misspelt_ignore_is_refused():

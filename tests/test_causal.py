@@ -97,7 +97,34 @@ def test_torch_computes_all_else(asked, monkeypatch):
             assert torch.equal(scaled_dot_product_attention(q, k, v, **given), wanted)
 
 
-def test_heads_that_do_not_match_are_torchs_to_refuse():
-    q, k, v = drawn(4, 2, 10, 16)
-    with torch.no_grad(), OnCPU(), pytest.raises(RuntimeError):
-        scaled_dot_product_attention(q, k, v, is_causal=True)
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 4, 8, 16), (1, 4, 8, 16), (1, 4, 8, 16)), ((2, 4, 8, 16), (2, 4, 8, 16), (2, 1, 8, 16)),
+        ((2, 4, 8, 16), (2, 2, 8, 16), (2, 2, 8, 16)), ((0, 4, 8, 16), (0, 4, 8, 16), (0, 4, 8, 16)),
+    ],
+    ids=["windows", "values", "no groups asked for", "nothing"],
+)  # fmt: skip
+def test_what_torch_broadcasts_or_refuses_is_left_to_it(shapes, monkeypatch):
+    monkeypatch.setattr(causal, "causal_attention", lambda *_: pytest.fail("not what is served"))
+    made = [torch.ones(shape, dtype=torch.bfloat16) for shape in shapes]
+
+    def outcome() -> object:
+        try:
+            return list(scaled_dot_product_attention(*made, is_causal=True).shape)
+        except RuntimeError as error:
+            return str(error)
+
+    with torch.no_grad():
+        wanted = outcome()
+        with OnCPU():
+            assert outcome() == wanted
+
+
+def test_a_scale_of_nothing_is_torchs():
+    q, k, v = drawn(4, 4, 40, 16)
+    with torch.no_grad():
+        wanted = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)
+        with OnCPU():
+            made = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)
+    torch.testing.assert_close(made, wanted, rtol=0, atol=0, equal_nan=True)

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from stages.core import artifact as artifacts
 from stages.core.blocks import linears
 from stages.core.errors import Refusal
 from stages.prune import anatomy
@@ -249,18 +248,31 @@ def test_heads_that_are_apart_reach_the_heads_of_their_group(family):
     }
 
 
+WHOLE: dict[str, dict[str, Any]] = {
+    "heads": {"importance": "magnitude", "remove": 0.5},
+    "width": {"importance": "ppm", "remove": 0.5},
+    "depth": {"metric": "reverse", "blocks": 1},
+    "stepwise": {
+        "sparsity": 0.5, "max_rise": 0.5, "held_out": 1, "policy": {"kind": "rules"}, "calibration": TEXT,
+    },
+    "resp": {
+        "sparsity": 0.5, "steps": 2, "scope": "row",
+        "calibration": TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 4},
+    },
+}  # fmt: skip
+"""Methods that have all of the source in memory."""
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
-@pytest.mark.parametrize("method", ["heads", "width"])
+@pytest.mark.parametrize("method", WHOLE)
 def test_what_is_no_number_outside_the_linears_is_refused_by_name(method, name, workspace, monkeypatch):
-    recipe = {"source": "base/tiny", "method": method, "importance": "magnitude", "remove": 0.5}
-    if method == "width":
-        recipe["importance"] = "ppm"
-    chosen = params("llama", {f"prune/{method}": recipe | {"calibration": NONE}})
+    recipe = {"source": "base/tiny", "method": method, "calibration": NONE} | WHOLE[method]
+    chosen = params("llama", {f"prune/{method}": recipe})
     do(chosen, [])
     broken = families.model("llama")
     broken.get_parameter(name).data[0] = float("nan")
-    monkeypatch.setattr(artifacts, "load_model", lambda *_, **__: broken)
-    with pytest.raises(Refusal, match=f"^prune {method}: NaN or infinite values in {name}; nothing was"):
+    monkeypatch.setattr("stages.core.source.load_model", lambda *_, **__: broken)
+    with pytest.raises(Refusal, match=f"^base/tiny: NaN or infinite values in {name}; nothing was written"):
         pipeline.STAGES["prune"](chosen, method)
 
 

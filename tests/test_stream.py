@@ -453,9 +453,10 @@ def test_a_nan_outside_the_linears_is_refused_by_name(tmp_path, monkeypatch):
     assert not (MODELS / "prune/made").exists()
 
 
-def test_where_one_block_cannot_be_packed_none_is(workspace, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_where_one_block_cannot_be_packed_none_is(family, workspace, monkeypatch):
     """As with 4-bit zero points of at most 8 outputs, which only some blocks may have."""
-    made(RTN, "quantize")
+    made(RTN, "quantize", family)
     whole = dense(load("quantize/made")).state_dict()
     filled, unserved, packable = stream.Streamed._fill, set(), stream.packable
 
@@ -465,8 +466,10 @@ def test_where_one_block_cannot_be_packed_none_is(workspace, monkeypatch):
 
     monkeypatch.setattr(stream.Streamed, "_fill", fill)
     monkeypatch.setattr(stream, "packable", lambda one, code: one not in unserved and packable(one, code))
-    folder = made(RTN, "quantize")
+    folder = made(RTN, "quantize", family)
     assert record("quantize/made")["layout"] == "fake_quantized"
+    source, written = (load_file(at / "model.safetensors") for at in (MODELS / "base/tiny", folder))
+    assert {name: one.shape for name, one in written.items()} == {n: one.shape for n, one in source.items()}
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     found = load("quantize/made").state_dict()
     assert unserved and set(found) <= set(whole)

@@ -35,7 +35,12 @@ class Linear:
         """Give the module this weight, `[out, in]`, instead of its own, which is not written to.
 
         A weight mapped from a file costs more to change in place than to make anew.
+
+        Raises:
+            ValueError: it has another shape.
         """
+        if weight.shape != self.weight.shape:
+            raise ValueError(f"{self.name} is {list(self.weight.shape)}, not {list(weight.shape)}")
         self.module.get_parameter("weight").data = (weight.T if self.transposed else weight).contiguous()
 
 

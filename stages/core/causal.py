@@ -88,6 +88,9 @@ def _serves(
 ) -> bool:
     """Whether `causal_attention` computes what torch is asked for, and no gradient is."""
     plain = is_causal and attn_mask is None and not dropout_p and not torch.is_grad_enabled()
-    alike = query.ndim == 4 and query.shape[2] == key.shape[2]
-    shared = enable_gqa or query.shape[1:2] == key.shape[1:2]
-    return plain and alike and shared and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if not plain or scale == 0 or query.ndim != 4 or not query.numel():
+        return False
+    alike = key.shape[:3] == value.shape[:3] and all(query.shape[i] == key.shape[i] for i in (0, 2, 3))
+    shared = query.shape[1] % key.shape[1] == 0 if enable_gqa else query.shape[1] == key.shape[1]
+    kinds = {(one.device.type, one.dtype) for one in (query, key, value)}
+    return alike and shared and kinds == {("cpu", torch.bfloat16)}

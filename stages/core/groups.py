@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
@@ -36,18 +36,20 @@ def input_groups(block: nn.Module, found: list[Linear], run: Callable[[], object
         Refusal: a linear that is never reached, or more than once.
     """
     groups: dict[int, Group] = {}
-    makers: dict[int, nn.Module] = {}
-    kept: list[Any] = []  # so that no id is used twice within the run
+    makers: dict[int, tuple[ReferenceType[Tensor], nn.Module]] = {}
     by_module = {linear.module: linear for linear in found}
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        kept.append(args[0])
-        group = groups.setdefault(id(args[0]), Group([], makers.get(id(args[0])), args[0]))
+        group = groups.setdefault(id(args[0]), Group([], maker(args[0]), args[0]))  # which keeps the tensor
         group.linears.append(by_module[module])
 
+    def maker(tensor: Tensor) -> nn.Module | None:
+        made, module = makers.get(id(tensor), (None, None))
+        return module if made and made() is tensor else None  # an id is used again once its tensor is gone
+
     def after(module: nn.Module, _: object, output: object) -> None:
-        kept.append(output)
-        makers.setdefault(id(output), module)
+        if isinstance(output, Tensor) and maker(output) is None:
+            makers[id(output)] = ref(output), module
 
     handles = [linear.module.register_forward_pre_hook(before) for linear in found]
     handles += [

@@ -30,6 +30,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def loaded(artifact: str, run: "Run") -> "PreTrainedModel":
+    """A source all in memory, in plain weights, for what cannot be done a block at a time.
+
+    Raises:
+        Refusal: some of its values are NaN or infinite.
+    """
+    model = load_model(artifact, run, dequantize=True)
+    check_finite(artifact, model.named_parameters())
+    return model
+
+
 class Files:
     """The parameters of a model in its safetensors, read when asked for; no file stays open.
 
@@ -144,7 +155,7 @@ class Empty:
 
     def whole(self) -> "PreTrainedModel":
         """The source all in memory, for what cannot be done a block at a time."""
-        return load_model(self.name, self._run, dequantize=True)
+        return loaded(self.name, self._run)
 
     def bring_rest(self) -> None:
         """Load what text passes through on its way to and from the blocks: embeddings, norms."""

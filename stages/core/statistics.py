@@ -52,7 +52,7 @@ class Statistic:
         raise NotImplementedError
 
     def finite(self) -> bool:
-        """Whether all sums are numbers; they are not once an input is none."""
+        """Whether all sums are numbers; they must not be once an input was none, or it would pass unseen."""
         raise NotImplementedError
 
     def dead(self) -> Tensor:

@@ -201,7 +201,8 @@ class Streamed(Empty):
         if not self.fake:
             return stored
         names = {f"{one.name}.weight" for one in self._linears if f"{one.name}.weight_scale" in stored}
-        rest = {key: t for key, t in stored.items() if f"{key.rpartition('.')[0]}.weight" not in names}
+        parts = tuple(f"{name}_" for name in names)
+        rest = {key: tensor for key, tensor in stored.items() if not key.startswith(parts)}
         return rest | {name: weight_from(stored, name, self.scheme).to(self._dtype) for name in sorted(names)}
 
     def _read(self, name: str) -> Tensor:
@@ -226,6 +227,8 @@ class Streamed(Empty):
 
         files = [self._shard(name) for name in self._names]
         size = sum(file.stat().st_size for file in files) + sum(rest.values())
+        if self.fake:
+            size = sum(one.numel() * one.element_size() for one in self.model.parameters())
 
         def named(part: Path | str) -> dict[str, Tensor]:
             held = self._dense(load_file(part)) if isinstance(part, Path) else {part: self._read(part)}

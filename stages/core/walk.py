@@ -66,24 +66,24 @@ class Home(Protocol):
     """Where blocks live while nothing is done to them. It refuses weights that are NaN or infinite."""
 
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> AbstractContextManager[bool]:
-        """Hold the block's weights in memory for the body; yields whether they were compressed already.
+        """Hold the block's weights in memory for the body; yields whether the block was finished before.
 
         A body that raises leaves nothing behind.
 
         Args:
-            dense: hold the source's weights even so, for the blocks that come after to see their outputs.
+            dense: hold the source's weights even of a finished one, for the blocks after to see its outputs.
         """
 
 
 class InMemory:
-    """The home of a model that is loaded as a whole and changed in place."""
+    """The home of a model that is loaded as a whole."""
 
     def __init__(self, label: str) -> None:
         self._label = label
 
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
-        """Nothing to fetch, nothing to put away."""
+        """Nothing to fetch or to put away; its weights are looked at."""
         check_finite(self._label, block.named_parameters(name))
         yield False
 
@@ -105,7 +105,7 @@ class _Walk:
 
     @contextmanager
     def at(self, name: str, block: nn.Module) -> Iterator[bool]:
-        """Hold the block's weights in memory; yields whether they were compressed already."""
+        """Hold the block's weights in memory; yields whether the block was finished before."""
         with self.home.block(name, block, dense=self.sequential == "none") as done:
             yield done
         self.bar.update()
@@ -128,45 +128,45 @@ class _Walk:
                 if done:
                     return _run(original, calls)
                 window = split((args, kwargs), count, 1, single)[:1]
-                # Where no batch waits for another, the first one need not be computed again.
-                once = self.sequential != "linear" and not self.prepare
-                first: list[Any] = []
-                with self.told(name):
-                    groups = input_groups(
-                        block, self.linears[name],
-                        lambda: first.append(_run(original, calls[:1] if once else window)),
-                    )  # fmt: skip
-                for group in groups if once else []:
-                    self.add(group, group.inputs)
-                return self.compressed(groups, original, calls, first if once else [], window)
+                return self.compressed(name, block, original, calls, window)
 
         return stand_in
 
     def compressed(
-        self,
-        groups: list[Group],
-        original: Callable[..., Any],
-        calls: list[Any],
-        first: list[Any],
-        window: list[Any],
+        self, name: str, block: nn.Module, original: Callable[..., Any], calls: list[Any], window: list[Any]
     ) -> Any:
         """Take the statistics, compress the linears, and return the block's output for all windows.
 
         Args:
-            first: the output of the first of `calls`, if the statistics have seen that one already.
-            window: the call that is put through the block for `prepare`.
+            original: the block's forward.
+            calls: its calls, a batch each.
+            window: the one with the first window alone.
         """
+        # Where no batch waits for another, the first one tells the groups and is not computed again.
+        once = self.sequential != "linear" and not self.prepare
+        outputs: list[Any] = []
+        with self.told(name):
+            groups = input_groups(
+                block, self.linears[name],
+                lambda: outputs.append(_run(original, calls[:1] if once else window)),
+            )  # fmt: skip
+        if once:
+            for group in groups:
+                self.add(group, group.inputs)
+                group.inputs = group.inputs.new_empty(0)
+        else:
+            outputs.clear()
         handles = [
             group.linears[0].module.register_forward_pre_hook(partial(self.take, group)) for group in groups
         ]
         try:
             if self.sequential == "linear":
                 return _in_step(original, calls, self.settle)
-            rest = [original(*args, **kwargs) for args, kwargs in calls[len(first) :]]
+            outputs += [original(*args, **kwargs) for args, kwargs in calls[len(outputs) :]]
         finally:
             for handle in handles:
                 handle.remove()
-        output = joined([*first, *rest])
+        output = joined(outputs)
         if self.prepare:
             self.prepare(groups, lambda: _run(original, window))
         for group in groups:

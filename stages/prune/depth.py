@@ -96,15 +96,16 @@ class Depth(Recipe):
         Raises:
             Refusal: settings that do not fit the source, or a family that cannot be served.
         """
-        from stages.core.artifact import load_model, load_tokenizer
+        from stages.core.artifact import load_tokenizer
         from stages.core.blocks import linears
         from stages.core.checkpoint import save, zero_masks
         from stages.core.generation import model_windows
+        from stages.core.source import loaded
         from stages.prune import mean
 
         self._check_source()
         tokenizer = load_tokenizer(self.source)
-        model = load_model(self.source, run, dequantize=True)
+        model = loaded(self.source, run)
         data: Tensor | Asked | None = None
         if isinstance(self.calibration, Batches):
             data = model_windows(tokenizer, self.calibration, lambda: model)

@@ -48,10 +48,11 @@ class RESP(Recipe):
     def execute(self, artifact: str, run: "Run") -> None:
         """Write `artifact`, the source with its linears pruned."""
         from stages.core import checkpoint
-        from stages.core.artifact import load_model, load_tokenizer
+        from stages.core.artifact import load_tokenizer
         from stages.core.blocks import linears
+        from stages.core.source import loaded
 
-        model = load_model(self.source, run, dequantize=True)
+        model = loaded(self.source, run)
         zeros = checkpoint.zero_masks(linears(model, self.ignore))
         notes = self.prune(model, load_tokenizer(self.source))
         checkpoint.save(artifact, model, self.model_dump(mode="json"), run, keep=zeros, notes=notes)

@@ -66,11 +66,12 @@ class Stepwise(Recipe):
     def execute(self, artifact: str, run: "Run") -> None:
         """Write `artifact`, the source with its linears pruned."""
         from stages.core import checkpoint
-        from stages.core.artifact import load_model, load_tokenizer
+        from stages.core.artifact import load_tokenizer
         from stages.core.blocks import linears
         from stages.core.generation import model_windows
+        from stages.core.source import loaded
 
-        model = load_model(self.source, run, dequantize=True)
+        model = loaded(self.source, run)
         windows = model_windows(load_tokenizer(self.source), self.calibration, lambda: model)
         zeros = checkpoint.zero_masks(linears(model, self.ignore))
         notes = self.prune(model, windows)

@@ -68,18 +68,17 @@ class Shrinker(Recipe):
 
     def execute(self, artifact: str, run: "Run") -> None:
         """Write `artifact`, the source without what matters least."""
-        from stages.core.artifact import load_model, load_tokenizer
+        from stages.core.artifact import load_tokenizer
         from stages.core.blocks import linears
         from stages.core.checkpoint import save, zero_masks
         from stages.core.generation import model_windows
-        from stages.core.statistics import check_finite
+        from stages.core.source import loaded
 
-        model = load_model(self.source, run, dequantize=True)
+        model = loaded(self.source, run)
         windows = None
         if isinstance(self.calibration, Tokens):
             windows = model_windows(load_tokenizer(self.source), self.calibration, lambda: model)
         label = artifact.replace("/", " ", 1)
-        check_finite(label, model.named_parameters())
         loudness = measure_inputs(model, windows, getattr(self.calibration, "batch_size", None), label)
         try:
             cuts, changes, notes = self.plan(model, loudness)
