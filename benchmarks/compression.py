@@ -10,8 +10,8 @@ Each compressed model is scored by the same windowed perplexity on the held-out 
 
 A plain forward takes the tokens in batches, which is faster than all at once (both are printed) and what the
 walk does too; its attention is torch's, which `attention.times_faster` compares with that of the walk on the
-same shapes. Wanda takes its norms from dense inputs (`sequential: none`), SparseGPT and GPTQ from those
-compressed upstream, and llm-compressor all, as by default, from those compressed in earlier blocks.
+same shapes. Every statistic is of inputs compressed upstream, each side in its own default way: here by every
+linear before (`sequential: linear`), there by the blocks before.
 
 One JSON object a line. The aims: `wanda.forwards` 1.3 at most, the others 2.5; `times_faster` 4 and 3 at
 least; `perplexity_over_llmcompressor`, a ratio of medians, the worst of the texts, 1 at most. `ratio_stderr`
@@ -57,9 +57,8 @@ EVALUATED = 64
 def methods(calibration: Calibration) -> dict[str, WeightMethod]:
     """What is timed, with the settings `benchmarks.other_side` repeats on the other side."""
     shared: dict[str, Any] = {"source": "base/smollm2", "calibration": calibration}
-    dense = shared | {"calibration": calibration.model_copy(update={"sequential": "none"})}
     return {
-        "wanda": Wanda(method="wanda", sparsity=0.5, **dense),
+        "wanda": Wanda(method="wanda", sparsity=0.5, **shared),
         "sparsegpt": SparseGPT(method="sparsegpt", sparsity=0.5, **shared),
         "gptq": GPTQ(method="gptq", bits=4, group_size=64, **shared),
     }
@@ -156,11 +155,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--texts", nargs="+", default=["news", "speeches"])
-    parser.add_argument("--runs", type=int, default=3, help="of llm-compressor, and of our clock")
+    parser.add_argument("--runs", type=int, default=3, help="of llm-compressor, and of our clock; odd")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt", "gptq"])
     parser.add_argument("--python", default=".venv-llmcompressor/bin/python", help="with llm-compressor")
     options = parser.parse_args()
+    if options.runs % 2 == 0:
+        parser.error(f"--runs {options.runs} has no middle one; take an odd number.")
     if not Path(options.python).exists():
         raise SystemExit(f"there is no {options.python}; make bench makes it, or name another by --python.")
     if not (MODEL / "model.safetensors").exists():
@@ -196,7 +197,7 @@ def main() -> None:
                     folder = Path(scratch) / "model"
                     theirs_s[name].append(theirs(options.python, name, tokens, options.threads, run, folder))
                     others.append(losses(load(folder), held_out))
-            other = sorted(others, key=perplexity)[(len(others) - 1) // 2]
+            other = sorted(others, key=perplexity)[len(others) // 2]
             apart = [mine - their for mine, their in zip(ours, other, strict=True)]
             ratio = perplexity(apart)
             tell(f"{name}.{text}.perplexity", perplexity(ours))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stages.core.blocks import linears
 from stages.core.errors import Refusal
-from stages.prune.exact import grown, grown_by_row
+from stages.prune.exact import grown_by_row, lowest
 from stages.prune.gradients import loss_gradients, mean_loss
 from stages.prune.resp import RESP
 from tests import families
@@ -79,7 +79,7 @@ def test_a_mask_grows_by_the_lowest_scores_to_an_exact_count(data):
     gone = torch.tensor(data.draw(values)).view(rows, columns) == 0
     count = data.draw(st.integers(0, rows * columns))
     for by_row in (True, False):
-        made = grown_by_row(scores.__getitem__, gone, count) if by_row else grown(scores, gone, count)
+        made = lowest(scores.__getitem__, gone, count, by_row=by_row)
         assert made[gone].all()
         assert int(made.sum()) == max(count, int(gone.sum()))
         parts = zip(made, scores, gone, strict=True) if by_row else [(made, scores, gone)]

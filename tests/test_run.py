@@ -1,5 +1,6 @@
 """What surrounds a stage: the device, the switches that make it repeatable, and how it ends."""
 
+import errno
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from stages.core import params, run
 from stages.core.errors import Refusal
@@ -103,6 +105,29 @@ def stage(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", *arguments], cwd=folder, env={**project.ENV, "PYTHONPATH": str(project.ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        # its own words, on a full disk
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_in_a_sentence(error, workspace, monkeypatch, capsys):
+    def work(params, name):
+        raise error
+
+    project.write(workspace, project.params(Path("inputs")))
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["validate"])
+    with pytest.raises(SystemExit, match="2"):
+        run.entry("validate", work)
+    assert "no space is left on the disk" in capsys.readouterr().err
+    error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output"):
+        run.entry("validate", work)
 
 
 def test_validate_marks_good_params_and_refuses_bad_ones(workspace):

@@ -69,10 +69,8 @@ class OnCPU(TorchFunctionMode):
         """Every call of torch comes by here."""
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention and _serves(*args, **kwargs):
-            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[
-                :3
-            ]
-            return causal_attention(query, key, value, kwargs.get("scale"))
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            return causal_attention(given["query"], given["key"], given["value"], given.get("scale"))
         return func(*args, **kwargs)
 
 

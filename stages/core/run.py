@@ -7,6 +7,7 @@ bytes. A refusal is told in its own words with exit code 2 and no traceback.
 """
 
 import argparse
+import errno
 import importlib.metadata
 import logging
 import os
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
+from safetensors import SafetensorError
 
 from stages.core.atomic import write_json
 from stages.core.errors import Refusal
@@ -149,6 +151,22 @@ def entry(
     except Refusal as refusal:
         print(f"{stage} {name}: {refusal}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
+    except Exception as error:
+        if not _without_room(error):
+            raise
+        print(  # noqa: T201
+            f"{stage} {name}: no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace "
+            "drops what no recipe needs any more) and run it again, finished blocks are kept.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+def _without_room(error: Exception) -> bool:
+    """Whether a write found the disk full, which safetensors says in words alone."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
 
 
 @contextmanager

@@ -20,6 +20,11 @@ def drawn(seed: int, name: str, *shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
 
 
+def wanda_scores(weight: Tensor, norm: Tensor) -> Scores:
+    """|w| of `weight` `[out, in]` times the norm `[in]` of its input (Wanda, 2306.11695)."""
+    return lambda rows: weight[rows].float().abs() * norm
+
+
 def whole(parts: dict[str, float], total: int) -> dict[str, int]:
     """`parts`, none negative, as whole numbers that add up to `total`, each within one of its part.
 
@@ -91,6 +96,11 @@ def grown_by_row(scores: Scores, gone: Tensor, count: int) -> Tensor:
     have = gone.sum(1)
     each = _levelled(have, max(count, int(have.sum())), gone.shape[1])
     return by_pieces(gone, lambda at: smallest(scores(at).masked_fill(gone[at], -torch.inf), each[at]))
+
+
+def lowest(scores: Scores, gone: Tensor, count: int, *, by_row: bool) -> Tensor:
+    """`gone` and the lowest `scores` beside it, compared within rows, as many in each, or within all."""
+    return grown_by_row(scores, gone, count) if by_row else grown(scores(slice(None)), gone, count)
 
 
 def by_pieces(matrix: Tensor, choose: Callable[[slice], Tensor]) -> Tensor:

@@ -50,8 +50,8 @@ class Magnitude(Pruner):
 
     def weights(self, weight: Tensor, statistic: None, zeros: int) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype; the survivors are untouched."""
-        mask = self.mask(weight, lambda rows: weight[rows].float().abs(), zeros, by_row=self.scope == "row")
-        return weight.masked_fill(mask, 0)
+        by_row = self.scope == "row"
+        return self.pruned(weight, lambda rows: weight[rows].float().abs(), zeros, by_row=by_row)
 
 
 def global_zeros(source: "Empty", ignore: tuple[str, ...], sparsity: float) -> dict[str, int]:

@@ -14,7 +14,7 @@ from stages.core.errors import Refusal
 from stages.core.method import WeightMethod
 from stages.core.schema import NoData, Sparsity
 from stages.prune.allocation import Allocation, Uniform
-from stages.prune.exact import Scores, by_pieces, grown, grown_by_row, smallest_in_groups, whole
+from stages.prune.exact import Scores, by_pieces, lowest, smallest_in_groups, whole
 
 if TYPE_CHECKING:
     from stages.core.blocks import Linear
@@ -112,21 +112,21 @@ class Pruner(WeightMethod):
         """`weight` `[out, in]` with `zeros` of its entries zeroed, in the pattern asked for."""
         raise NotImplementedError
 
-    def mask(self, weight: Tensor, scores: Scores, zeros: int, *, by_row: bool) -> Tensor:
-        """Which entries of `weight` `[out, in]` go: its zeros, and of the others those of lowest `scores`.
+    def pruned(self, weight: Tensor, scores: Scores, zeros: int, *, by_row: bool) -> Tensor:
+        """`weight` `[out, in]` without the entries of lowest `scores`; the survivors are untouched.
 
         `zeros` in all, or as many as it has. By row every row has as many, but where it had more from the
         start: then the others lose less. Under a pattern, the same within every M.
         """
         gone = weight == 0
         if pattern := self.pattern:
-            return by_pieces(
+            mask = by_pieces(
                 weight,
                 lambda at: smallest_in_groups(scores(at).masked_fill(gone[at], -torch.inf), *pattern),
             )
-        if by_row:
-            return grown_by_row(scores, gone, zeros)
-        return grown(scores(slice(None)), gone, zeros)
+        else:
+            mask = lowest(scores, gone, zeros, by_row=by_row)
+        return weight.masked_fill(mask, 0)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:
         """The zeros of each linear, where they are not the same share everywhere.

@@ -25,5 +25,4 @@ class Random(Pruner):
         """Prune a linear; the draw depends on the seed and the linear's name, not on the order of linears."""
         weight = linear.weight
         scores = drawn(self.seed, linear.name, *weight.shape).to(weight.device)
-        mask = self.mask(weight, lambda rows: scores[rows], plan[linear.name], by_row=False)
-        return weight.masked_fill(mask, 0)
+        return self.pruned(weight, scores.__getitem__, plan[linear.name], by_row=False)

@@ -66,7 +66,7 @@ class RESP(Recipe):
         from stages.core.blocks import linears
         from stages.core.calibration import text_windows
         from stages.core.generation import generated
-        from stages.prune.exact import grown, grown_by_row
+        from stages.prune.exact import lowest
         from stages.prune.gradients import loss_gradients
 
         assert self.calibration.seed is not None and self.calibration.prompt_length is not None
@@ -85,11 +85,7 @@ class RESP(Recipe):
                 scores = (one.weight.float() * gradients.pop(one.name)).abs()
                 count = floor(one.weight.numel() * self.sparsity * step / self.steps + 1e-6)
                 gone = one.weight == 0
-                mask = (
-                    grown_by_row(scores.__getitem__, gone, count)
-                    if self.scope == "row"
-                    else grown(scores, gone, count)
-                )
+                mask = lowest(scores.__getitem__, gone, count, by_row=self.scope == "row")
                 one.weight.masked_fill_(mask, 0)
                 zeros += int(mask.sum())
             told.append({"sparsity": zeros / size, "loss": loss})

@@ -25,7 +25,7 @@ from torch import Tensor
 from stages.core.calibration import Tokens
 from stages.core.errors import Refusal
 from stages.core.schema import Recipe, Sparsity
-from stages.prune.exact import grown_by_row, whole
+from stages.prune.exact import grown_by_row, wanda_scores, whole
 from stages.prune.policy import Answer, Block, Policy, Rules, State, Step, ask
 
 if TYPE_CHECKING:
@@ -219,16 +219,12 @@ class Work:
         undo: Undo = {one.name: (one.weight.clone(), self._zeros[one.name]) for one in chosen}
         gone: Counter[str] = Counter()
         for one in chosen:
-            source = self._source[one.name]
+            source, norm = self._source[one.name], self._norms[one.name]
             self._zeros[one.name] += more[one.name]
             gone[one.block] += more[one.name]
-            one.weight.copy_(source.masked_fill(self._mask(source, one.name), 0))
+            mask = grown_by_row(wanda_scores(source, norm), source == 0, self._zeros[one.name])
+            one.weight.copy_(source.masked_fill(mask, 0))
         return undo, {name: gone[name] / sizes[name] for name in asked}
-
-    def _mask(self, source: Tensor, name: str) -> Tensor:
-        """Wanda's choice of as many zeros as the linear is said to have, bool `[out, in]`."""
-        norm = self._norms[name]
-        return grown_by_row(lambda at: source[at].float().abs() * norm, source == 0, self._zeros[name])
 
     def put_back(self, undo: Undo) -> None:
         """Undo a step, to the bit."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.core.calibration import Calibration
 from stages.core.statistics import ColumnNorm
+from stages.prune.exact import wanda_scores
 from stages.prune.options import Pruner
 
 
@@ -29,6 +30,4 @@ class Wanda(Pruner):
 
     def weights(self, weight: Tensor, statistic: ColumnNorm, zeros: int) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors stay."""
-        norm = statistic.norm()
-        mask = self.mask(weight, lambda rows: weight[rows].float().abs() * norm, zeros, by_row=True)
-        return weight.masked_fill(mask, 0)
+        return self.pruned(weight, wanda_scores(weight, statistic.norm()), zeros, by_row=True)
