@@ -10,8 +10,12 @@ Each compressed model is scored by the same windowed perplexity on the held-out 
 
 A plain forward takes the tokens in batches, which is faster than all at once (both are printed) and what the
 walk does too; its attention is torch's, which `attention.times_faster` compares with that of the walk on the
-same shapes. Every statistic is of inputs compressed upstream, each side in its own default way: here by every
-linear before (`sequential: linear`), there by the blocks before.
+same shapes.
+
+Statistics of SparseGPT and GPTQ are of inputs compressed upstream on both sides, each in its default way: here
+by every linear before (`sequential: linear`), there by the blocks before. Those of Wanda are of dense inputs
+here (`sequential: none`), and on the other side once as by default and once, in figures that end in
+`_dense_inputs`, of dense ones too (its pipeline `basic`).
 
 One JSON object a line. The aims: `wanda.forwards` 1.3 at most, the others 2.5; `times_faster` 4 and 3 at
 least; `perplexity_over_llmcompressor`, a ratio of medians, the worst of the texts, 1 at most. `ratio_stderr`
@@ -25,6 +29,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,16 +57,24 @@ BATCH = 2048
 """Tokens of a plain forward at a time; 1024 to 8192 take the same here, fewer or all take longer."""
 EVALUATED = 64
 """Windows of 512 tokens a perplexity is taken over."""
+PIPELINES = {"": "sequential", "_dense_inputs": "basic"}
+"""llm-compressor's, by the end of the figures' names."""
 
 
 def methods(calibration: Calibration) -> dict[str, WeightMethod]:
     """What is timed, with the settings `benchmarks.other_side` repeats on the other side."""
     shared: dict[str, Any] = {"source": "base/smollm2", "calibration": calibration}
+    dense = shared | {"calibration": calibration.model_copy(update={"sequential": "none"})}
     return {
-        "wanda": Wanda(method="wanda", sparsity=0.5, **shared),
+        "wanda": Wanda(method="wanda", sparsity=0.5, **dense),
         "sparsegpt": SparseGPT(method="sparsegpt", sparsity=0.5, **shared),
         "gptq": GPTQ(method="gptq", bits=4, group_size=64, **shared),
     }
+
+
+def ends(name: str) -> list[str]:
+    """Which of `PIPELINES` a method is compared with."""
+    return list(PIPELINES) if name == "wanda" else [""]
 
 
 def load(path: Path) -> Any:
@@ -129,7 +142,9 @@ def perplexity(found: list[float]) -> float:
     return math.exp(statistics.fmean(found))
 
 
-def theirs(python: str, method: str, tokens: Tensor, threads: int, seed: int, folder: Path) -> float:
+def theirs(
+    python: str, method: str, pipeline: str, tokens: Tensor, threads: int, seed: int, folder: Path
+) -> float:
     """Compress with llm-compressor into `folder`; returns the seconds it says it took.
 
     Raises:
@@ -138,11 +153,26 @@ def theirs(python: str, method: str, tokens: Tensor, threads: int, seed: int, fo
     ids = folder.with_suffix(".safetensors")
     save_file({"input_ids": tokens.contiguous()}, ids)
     script = Path(__file__).with_name("other_side.py")
-    command = [python, str(script), str(MODEL), str(ids), method, str(folder), str(threads), str(seed)]
+    told = (MODEL, ids, method, pipeline, folder, threads, seed)
+    command = [python, str(script), *map(str, told)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def middle(
+    options: argparse.Namespace, method: str, pipeline: str, tokens: Tensor, held_out: Tensor
+) -> tuple[list[float], list[float]]:
+    """llm-compressor's seconds of every run, and the `losses` of the run of median perplexity."""
+    took: list[float] = []
+    found: list[list[float]] = []
+    for run in range(options.runs):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            took.append(theirs(options.python, method, pipeline, tokens, options.threads, run, folder))
+            found.append(losses(load(folder), held_out))
+    return took, sorted(found, key=perplexity)[len(found) // 2]
 
 
 def tell(figure: str, value: float) -> None:
@@ -168,9 +198,9 @@ def main() -> None:
         raise SystemExit(f"there is no {MODEL}; run dvc repro model@smollm2 dataset@news dataset@speeches.")
     Run(device="cpu", dtype="bfloat16", threads=options.threads, seed=0).start()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ratios: dict[str, list[float]] = {name: [] for name in options.methods}
-    ours_s: dict[str, list[float]] = {name: [] for name in options.methods}
-    theirs_s: dict[str, list[float]] = {name: [] for name in options.methods}
+    ratios: dict[str, list[float]] = defaultdict(list)
+    ours_s: dict[str, list[float]] = defaultdict(list)
+    theirs_s: dict[str, list[float]] = defaultdict(list)
     plain: list[float] = []
     whole: list[float] = []
     for text in options.texts:
@@ -191,29 +221,28 @@ def main() -> None:
                 model = load(MODEL)
                 ours_s[name].append(seconds(lambda: compress(recipe, model, tokens)))  # noqa: B023
             ours = losses(model, held_out)
-            others: list[list[float]] = []
-            for run in range(options.runs):
-                with tempfile.TemporaryDirectory() as scratch:
-                    folder = Path(scratch) / "model"
-                    theirs_s[name].append(theirs(options.python, name, tokens, options.threads, run, folder))
-                    others.append(losses(load(folder), held_out))
-            other = sorted(others, key=perplexity)[len(others) // 2]
-            apart = [mine - their for mine, their in zip(ours, other, strict=True)]
-            ratio = perplexity(apart)
             tell(f"{name}.{text}.perplexity", perplexity(ours))
-            tell(f"{name}.{text}.perplexity_llmcompressor", perplexity(other))
-            tell(f"{name}.{text}.ratio_stderr", ratio * statistics.stdev(apart) / math.sqrt(len(apart)))
-            ratios[name].append(ratio)
+            for end in ends(name):
+                took, other = middle(options, name, PIPELINES[end], tokens, held_out)
+                theirs_s[name + end] += took
+                apart = [mine - their for mine, their in zip(ours, other, strict=True)]
+                ratio = perplexity(apart)
+                error = ratio * statistics.stdev(apart) / math.sqrt(len(apart))
+                tell(f"{name}.{text}.perplexity_llmcompressor{end}", perplexity(other))
+                tell(f"{name}.{text}.ratio_stderr{end}", error)
+                ratios[name + end].append(ratio)
     tell("forward.seconds", statistics.median(plain))
     tell("forward.seconds_all_at_once", statistics.median(whole))
     tell("attention.times_faster", attention_times_faster(dense, options.sequence_length))
     for name in options.methods:
-        mine, other_seconds = statistics.median(ours_s[name]), statistics.median(theirs_s[name])
+        mine = statistics.median(ours_s[name])
         tell(f"{name}.seconds", mine)
-        tell(f"{name}.seconds_llmcompressor", other_seconds)
         tell(f"{name}.forwards", mine / statistics.median(plain))
-        tell(f"{name}.times_faster_than_llmcompressor", other_seconds / mine)
-        tell(f"{name}.perplexity_over_llmcompressor", max(ratios[name]))
+        for end in ends(name):
+            other_seconds = statistics.median(theirs_s[name + end])
+            tell(f"{name}.seconds_llmcompressor{end}", other_seconds)
+            tell(f"{name}.times_faster_than_llmcompressor{end}", other_seconds / mine)
+            tell(f"{name}.perplexity_over_llmcompressor{end}", max(ratios[name + end]))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,13 @@ def tell(figure: str, value: float) -> None:
     print(json.dumps({"figure": figure, "value": round(value, 4)}), flush=True)  # noqa: T201
 
 
+def size_of(count: int) -> int:
+    """Bytes of a checkpoint with `count` blocks."""
+    hidden, wide, key = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_key_value_heads"] * 128
+    block = 2 * hidden * (hidden + key) + 3 * hidden * wide + 2 * hidden
+    return 2 * (count * block + 2 * SHAPE["vocab_size"] * hidden + hidden)
+
+
 def make(folder: Path, count: int, tokenizer: Path) -> None:
     """A checkpoint with `count` blocks of random bf16 weights, a shard a block, as a base artifact."""
     folder.mkdir(parents=True)
@@ -148,6 +155,13 @@ def main() -> None:
         raise SystemExit(f"there is no {', '.join(missing)}; run dvc repro model@smollm2 dataset@news.")
     scratch = options.data / "scratch"
     scratch.mkdir(exist_ok=True)
+    # The source, and the pruned one beside it.
+    needed, free = 2.1 * size_of(max(options.blocks)) / 2**30, shutil.disk_usage(scratch).free / 2**30
+    if free < needed:
+        raise SystemExit(
+            f"{max(options.blocks)} blocks take {needed:.0f} GiB in {scratch} and {free:.0f} are free; "
+            "give --blocks fewer or make room."
+        )
     peaks: dict[str, dict[int, float]] = {"magnitude": {}, "wanda": {}}
     for count in sorted(options.blocks):
         with tempfile.TemporaryDirectory(dir=scratch) as name:

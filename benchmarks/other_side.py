@@ -1,6 +1,6 @@
 """The other side of `benchmarks.compression`, run by the interpreter that has llm-compressor.
 
-    python other_side.py <model> <tokens.safetensors> <method> <output folder> <threads> <seed>
+    python other_side.py <model> <tokens.safetensors> <method> <pipeline> <output folder> <threads> <seed>
 
 Prints {"seconds": ...}: the time of `oneshot` on a loaded model. Imports nothing of the project.
 """
@@ -17,7 +17,7 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModif
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-model_path, tokens_path, method, out, threads, seed = sys.argv[1:]
+model_path, tokens_path, method, pipeline, out, threads, seed = sys.argv[1:]
 torch.set_num_threads(int(threads))
 torch.manual_seed(int(seed))
 tokens = load_file(tokens_path)["input_ids"]
@@ -48,6 +48,7 @@ oneshot(
     model=model,
     dataset=data,
     recipe=recipes[method](),
+    pipeline=pipeline,
     max_seq_length=tokens.shape[1],
     num_calibration_samples=len(tokens),
     shuffle_calibration_samples=True,
