@@ -12,9 +12,9 @@ A plain forward takes the tokens in batches, which is faster than all at once (b
 walk does too; its attention is torch's, which `attention.times_faster` compares with that of the walk on the
 same shapes.
 
-Statistics of SparseGPT and GPTQ are of inputs compressed upstream on both sides, each in its default way: here
-by every linear before (`sequential: linear`), there by the blocks before. Those of Wanda are of dense inputs
-here (`sequential: none`), and on the other side once as by default and once, in figures that end in
+Statistics of SparseGPT and GPTQ are of inputs compressed upstream on both sides, each in its default way:
+here by every linear before (`sequential: linear`), there by the blocks before. Those of Wanda are of dense
+inputs here (`sequential: none`), and on the other side once as by default and once, in figures that end in
 `_dense_inputs`, of dense ones too (its pipeline `basic`).
 
 One JSON object a line. The aims: `wanda.forwards` 1.3 at most, the others 2.5; `times_faster` 4 and 3 at
