@@ -9,6 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stages.core import causal
 from stages.core.causal import OnCPU, causal_attention
+from stages.core.statistics import ColumnNorm
+from stages.core.walk import walk
+from tests import families
 
 
 def drawn(heads: int, groups: int, tokens: int, size: int, *, batch: int = 2, seed: int = 0) -> list[Tensor]:
@@ -128,3 +131,25 @@ def test_a_scale_of_nothing_is_torchs():
         with OnCPU():
             made = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)
     torch.testing.assert_close(made, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
+def test_a_walk_has_it_in_forwards_alone(sequential, monkeypatch):
+    seen = {"forward": 0, "compress": 0}
+    ours = causal.causal_attention
+
+    def attend(*given):
+        seen["forward"] += 1
+        return ours(*given)
+
+    def compress(linear, statistic):
+        seen["compress"] += 1
+        assert not torch._C._is_torch_function_enabled()
+
+    monkeypatch.setattr(causal, "causal_attention", attend)
+    model = families.model("llama").bfloat16()
+    windows = torch.arange(64).view(2, 32)
+    walk(model, compress, windows=windows, statistic=ColumnNorm, sequential=sequential, batch_size=1)
+    assert torch._C._is_torch_function_enabled() and not torch.overrides._get_current_function_mode()
+    # Every block's every time: the second block's comes after the first's linears.
+    assert seen["forward"] >= 2 * 2 and seen["compress"] == 7 * 2

@@ -111,8 +111,10 @@ def stage(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     "error",
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        # its own words, on a full disk
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        # what safetensors and tokenizers say on a full disk
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),
     ],
 )
 def test_a_full_disk_is_told_in_a_sentence(error, workspace, monkeypatch, capsys):
@@ -128,6 +130,29 @@ def test_a_full_disk_is_told_in_a_sentence(error, workspace, monkeypatch, capsys
     error = OSError(errno.EIO, "Input/output error")
     with pytest.raises(OSError, match="Input/output"):
         run.entry("validate", work)
+
+
+def test_a_stages_name_is_told_once(workspace, monkeypatch, capsys):
+    def work(params, name):
+        raise Refusal("validate all: so it is.")
+
+    project.write(workspace, project.params(Path("inputs")))
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["validate"])
+    with pytest.raises(SystemExit, match="2"):
+        run.entry("validate", work)
+    assert capsys.readouterr().err.splitlines()[-1] == "validate all: so it is."
+
+
+def test_json_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        run.write_json(tmp_path / "made.json", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_validate_marks_good_params_and_refuses_bad_ones(workspace):

@@ -346,6 +346,53 @@ def test_dead_features_are_told_once_a_linear(workspace, caplog):
             assert (gate[:, :5] == 0).all() and int((gate == 0).sum()) == gate.numel() / 2
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"method": "width", "importance": "activation", "remove": 0.5}, "of no importance"),
+        (
+            {
+                "method": "stepwise", "sparsity": 0.3, "max_rise": 9.0, "held_out": 1,
+                "policy": {"kind": "rules"},
+            },
+            "the first of their row to go",
+        ),
+        (
+            {
+                "method": "resp", "sparsity": 0.3, "scope": "row", "steps": 1,
+                "calibration": TEXT
+                | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 8},
+            },
+            "the first to go",
+        ),
+    ],
+    ids=["width", "stepwise", "resp"],
+)  # fmt: skip
+def test_dead_features_are_told_by_what_has_the_whole_model_too(recipe, said, workspace, caplog):
+    chosen = params("llama", {"prune/made": {"source": "base/tiny", "calibration": TEXT, **recipe}})
+    do(params("llama", {}))
+    model = load("base/tiny")
+    model.model.layers[1].post_attention_layernorm.weight.data[:5] = 0
+    model.save_pretrained("data/models/base/tiny")
+    logging.disable(logging.NOTSET)
+    with caplog.at_level(logging.INFO):
+        chosen.prune["made"].execute("prune/made", chosen.run)
+    for linear in ("gate_proj", "up_proj"):
+        line = f"model.layers.1.mlp.{linear}: 5 of 32 input features are zero on every token; "
+        assert f"{line}their weights are {said}" in caplog.text
+
+
+def test_scores_that_are_no_numbers_are_refused_by_name(workspace, monkeypatch):
+    monkeypatch.setattr(
+        "stages.prune.wanda.wanda_scores", lambda weight, norm: lambda at: weight[at] * torch.nan
+    )
+    with pytest.raises(
+        Refusal, match=r"model\.layers\.0\.self_attn\.q_proj: the scores of some weights are NaN"
+    ):
+        made(WANDA)
+    assert not leftovers()
+
+
 @pytest.mark.parametrize("broken", ["nan", "inf"])
 @pytest.mark.parametrize("recipe", ["magnitude", "wanda", "joint", "rtn", "gptq"])
 def test_broken_weights_are_refused_by_name_and_nothing_is_written(recipe, broken, workspace):

@@ -306,3 +306,22 @@ def test_group_size_is_asked_of_the_smaller_model(workspace):
     assert record("quantize/made")["layout"] == "pack-quantized"
     with pytest.raises(Refusal, match="group_size: 40 does not divide 32, 64"):
         params("llama", {"quantize/made": rtn | {"source": "base/tiny"}})
+
+
+def test_hidden_states_that_overflow_are_named_and_not_taken_for_attentions(workspace):
+    do(params("llama", {}))
+    model = load("base/tiny")
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(1e38)
+    model.model.layers[0].post_attention_layernorm.weight.data.fill_(1e38)
+    model.save_pretrained("data/models/base/tiny")
+    recipe = {
+        "source": "base/tiny",
+        "method": "width",
+        "importance": "ppm",
+        "remove": 0.5,
+        "calibration": NONE,
+    }
+    chosen = params("llama", {"prune/made": recipe})
+    with pytest.raises(Refusal, match=r"NaN or infinite inputs of model\.layers\.1\.self_attn\.q_proj"):
+        chosen.prune["made"].execute("prune/made", chosen.run)
+    assert not Path("data/models/prune").exists()

@@ -61,7 +61,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
 
 
 class OnCPU(TorchFunctionMode):
-    """Inside it, `causal_attention` stands in for torch's wherever it computes the same."""
+    """Inside it, `causal_attention` stands in for torch's wherever it computes the same.
+
+    But for rounding, and for scores that fp32 does not hold: these are NaN here, and found by whoever looks.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

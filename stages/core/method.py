@@ -4,7 +4,6 @@ Such a method is a recipe: frozen settings, the statistic it wants of a linear's
 data-free), and a pure function of a weight and that statistic. It knows no modules, files or devices.
 """
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +13,7 @@ from stages.core.calibration import Calibration, Tokens
 from stages.core.errors import Refusal
 from stages.core.grid import Quantized
 from stages.core.schema import NoData, Recipe
-from stages.core.statistics import Statistic
+from stages.core.statistics import Statistic, tell_dead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from stages.core.run import Run
     from stages.core.stream import Empty
     from stages.core.walk import Group
-
-
-log = logging.getLogger(__name__)
 
 
 class WeightMethod(Recipe):
@@ -103,11 +99,8 @@ class WeightMethod(Recipe):
             }
 
         def compress(linear: "Linear", statistic: Statistic | None) -> Tensor:
-            if statistic and (dead := int(statistic.dead().sum())):
-                log.info(
-                    "%s: %d of %d input features are zero on every token; their weights are %s",
-                    linear.name, dead, linear.weight.shape[1], self.on_dead,
-                )  # fmt: skip
+            if statistic:
+                tell_dead(linear.name, statistic.dead(), self.on_dead)
             made = self.replace(linear, statistic, plan)
             if not isinstance(made, Quantized):
                 return made

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
-from safetensors import SafetensorError
 
 from stages.core.atomic import write_json
 from stages.core.errors import Refusal
@@ -149,24 +148,26 @@ def entry(
         with recorded(stage, name):
             work(params, name)
     except Refusal as refusal:
-        print(f"{stage} {name}: {refusal}", file=sys.stderr)  # noqa: T201
+        told = f"{stage} {name}: {refusal}"
+        print(str(refusal) if str(refusal).startswith(f"{stage} {name}: ") else told, file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
     except Exception as error:
         if not _without_room(error):
             raise
         print(  # noqa: T201
             f"{stage} {name}: no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace "
-            "drops what no recipe needs any more) and run it again, finished blocks are kept.",
+            "drops what no recipe needs any more) and run it again.",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
 
 
 def _without_room(error: Exception) -> bool:
-    """Whether a write found the disk full, which safetensors says in words alone."""
+    """Whether a write found the disk or a quota full; safetensors and tokenizers say it in words alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
+        return error.errno in full
+    return any(f"(os error {code})" in str(error) for code in full)
 
 
 @contextmanager

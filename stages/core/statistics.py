@@ -5,6 +5,7 @@ Linears that read the same tensor (q, k and v; gate and up) share one statistic,
 expensive things derived from it, such as a Cholesky factor.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from stages.core.errors import Refusal
+
+log = logging.getLogger(__name__)
 
 CHUNK = 2048
 """Tokens upcast to fp32 at a time, which bounds the memory a statistic adds."""
@@ -193,6 +196,19 @@ def check_finite(label: str, named: Iterable[tuple[str, Tensor]]) -> None:
     """
     if broken := [name for name, tensor in named if not finite(tensor.detach())]:
         raise Refusal(f"{label}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
+
+
+def tell_dead(name: str, dead: Tensor, then: str) -> None:
+    """Log how many of a linear's inputs were zero on every token, `dead` `[in]` bool, and what was done.
+
+    Args:
+        then: what becomes of their weights.
+    """
+    if count := int(dead.sum()):
+        log.info(
+            "%s: %d of %d input features are zero on every token; their weights are %s",
+            name, count, len(dead), then,
+        )  # fmt: skip
 
 
 def _check_sums(sums: Tensor) -> None:

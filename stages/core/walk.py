@@ -236,7 +236,7 @@ def walk(
         statistic: what to take from each linear's inputs; None is data-free and runs no forward.
         sequential: what the statistics have seen, see the module's docstring.
         batch_size: windows a block takes at a time; None is as many as have `TOKENS` tokens.
-        prepare: called once a block, see `Prepare`; only with `block`.
+        prepare: called once a block, see `Prepare`; not with `linear`.
         ignore: block-relative names left alone.
         label: shown on the progress bar and in what is raised.
         home: where the weights live; None is in the model itself.
@@ -251,7 +251,7 @@ def walk(
     size = batch_size or max(1, TOKENS // (1 if windows is None else windows.shape[1]))
     found, named = linears(model, ignore), blocks(model)
     within = {name: [one for one in found if one.block == name] for name, _ in named}
-    with torch.no_grad(), OnCPU(), tqdm(total=len(named), desc=label, unit="block") as bar:
+    with torch.no_grad(), tqdm(total=len(named), desc=label, unit="block") as bar:
         state = _Walk(
             compress, statistic, sequential, size, prepare, label, home or InMemory(label), within, bar
         )
@@ -271,7 +271,8 @@ def walk(
         for name, block in named:
             block.forward = state.step(name, block, len(windows), single)
         try:
-            forward(model, windows)
+            with OnCPU():
+                forward(model, windows)
         finally:
             for _, block in named:
                 del block.forward

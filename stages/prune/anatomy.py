@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stages.core.blocks import Linear, blocks, forward, linears
 from stages.core.errors import Refusal
+from stages.core.statistics import finite
 
 TOKENS, TOUCHED = 4, 1
 """Tokens of the dry run, and the one at which a linear's output is changed."""
@@ -126,6 +127,8 @@ def _parts(block: nn.Module, found: list[Linear], call: tuple[Any, Any]) -> tupl
     """The MLPs and the attentions of a block."""
     drawn = _drawn(found)
     still = _inputs(block, found, call, drawn)
+    if broken := [name for name, inputs in still.items() if not finite(inputs)]:
+        raise Refusal(f"NaN or infinite inputs of {', '.join(broken[:8])}; nothing was written.")
     readers: dict[str, list[Linear]] = {one.name: [] for one in found}
     mixed: set[str] = set()
     blurred: set[str] = set()

@@ -1,4 +1,4 @@
-"""Choosing what goes: exact counts, ties to the lower column or flat index; and draws, the control."""
+"""Choosing what goes: exact counts, ties to the lower column or flat index; and scores, Wanda's and draws."""
 
 import hashlib
 from collections.abc import Callable

@@ -117,15 +117,27 @@ class Pruner(WeightMethod):
 
         `zeros` in all, or as many as it has. By row every row has as many, but where it had more from the
         start: then the others lose less. Under a pattern, the same within every M.
+
+        Raises:
+            Refusal: a score is NaN.
         """
         gone = weight == 0
+
+        def numbers(at: slice) -> Tensor:
+            if (made := scores(at)).isnan().any():
+                raise Refusal(
+                    "the scores of some weights are NaN, so that none is the lowest; nothing was written. "
+                    "Look for huge weights or inputs."
+                )
+            return made
+
         if pattern := self.pattern:
             mask = by_pieces(
                 weight,
-                lambda at: smallest_in_groups(scores(at).masked_fill(gone[at], -torch.inf), *pattern),
+                lambda at: smallest_in_groups(numbers(at).masked_fill(gone[at], -torch.inf), *pattern),
             )
         else:
-            mask = lowest(scores, gone, zeros, by_row=by_row)
+            mask = lowest(numbers, gone, zeros, by_row=by_row)
         return weight.masked_fill(mask, 0)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class RESP(Recipe):
         from stages.core.blocks import linears
         from stages.core.calibration import text_windows
         from stages.core.generation import generated
+        from stages.core.statistics import tell_dead
         from stages.prune.exact import lowest
         from stages.prune.gradients import loss_gradients
 
@@ -82,7 +83,9 @@ class RESP(Recipe):
             )
             zeros = 0
             for one in found:
-                scores = (one.weight.float() * gradients.pop(one.name)).abs()
+                gradient = gradients.pop(one.name)
+                tell_dead(one.name, (gradient == 0).all(0), "the first to go")
+                scores = (one.weight.float() * gradient).abs()
                 count = floor(one.weight.numel() * self.sparsity * step / self.steps + 1e-6)
                 gone = one.weight == 0
                 mask = lowest(scores.__getitem__, gone, count, by_row=self.scope == "row")

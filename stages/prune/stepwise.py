@@ -165,13 +165,14 @@ class Work:
     def measure(self) -> tuple[Block, ...]:
         """The blocks as they are by now; the norms of the inputs are kept for the next step's masks."""
         from stages.core.blocks import Linear
-        from stages.core.statistics import ColumnNorm, Statistic
+        from stages.core.statistics import ColumnNorm, Statistic, tell_dead
         from stages.core.walk import walk
         from stages.prune.gradients import loss_gradients
 
         def look(linear: Linear, statistic: Statistic | None) -> None:
             assert isinstance(statistic, ColumnNorm)
             self._norms[linear.name] = statistic.norm()
+            tell_dead(linear.name, statistic.dead(), "the first of their row to go")
 
         walk(
             self._model, look, windows=self._seen, statistic=ColumnNorm, sequential="none",

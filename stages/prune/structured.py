@@ -98,7 +98,7 @@ def measure_inputs(
     Raises:
         Refusal: NaN or infinite weights or inputs.
     """
-    from stages.core.statistics import ColumnNorm, Statistic
+    from stages.core.statistics import ColumnNorm, Statistic, tell_dead
     from stages.core.walk import walk
 
     found: dict[str, Tensor] = {}
@@ -106,6 +106,7 @@ def measure_inputs(
     def look(linear: Linear, statistic: Statistic | None) -> None:
         if isinstance(statistic, ColumnNorm):
             found[linear.name] = statistic.norm()
+            tell_dead(linear.name, statistic.dead(), "of no importance to what is measured on text")
 
     statistic = None if windows is None else ColumnNorm
     walk(
