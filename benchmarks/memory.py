@@ -12,6 +12,7 @@ One JSON object a line.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,18 +39,24 @@ def tell(figure: str, value: float) -> None:
     print(json.dumps({"figure": figure, "value": round(value, 4)}), flush=True)  # noqa: T201
 
 
+HIDDEN, WIDE, KEY = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_key_value_heads"] * 128
+LINEARS = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KEY, HIDDEN),
+    "self_attn.v_proj": (KEY, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (WIDE, HIDDEN), "mlp.up_proj": (WIDE, HIDDEN), "mlp.down_proj": (HIDDEN, WIDE),
+}  # fmt: skip
+"""Of a block, `(out, in)`."""
+
+
 def size_of(count: int) -> int:
-    """Bytes of a checkpoint with `count` blocks."""
-    hidden, wide, key = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_key_value_heads"] * 128
-    block = 2 * hidden * (hidden + key) + 3 * hidden * wide + 2 * hidden
-    return 2 * (count * block + 2 * SHAPE["vocab_size"] * hidden + hidden)
+    """Bytes of a checkpoint with `count` blocks, norms left out."""
+    return 2 * (count * sum(map(math.prod, LINEARS.values())) + 2 * SHAPE["vocab_size"] * HIDDEN)
 
 
 def make(folder: Path, count: int, tokenizer: Path) -> None:
     """A checkpoint with `count` blocks of random bf16 weights, a shard a block, as a base artifact."""
     folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(0)
-    hidden, wide, key = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_key_value_heads"] * 128
 
     def weight(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=draw)
@@ -63,21 +70,16 @@ def make(folder: Path, count: int, tokenizer: Path) -> None:
 
     for block in range(count):
         at = f"model.layers.{block}"
-        shapes = {
-            "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (key, hidden),
-            "self_attn.v_proj": (key, hidden), "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide),
-        }  # fmt: skip
-        tensors = {f"{at}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
+        tensors = {f"{at}.{name}.weight": weight(*shape) for name, shape in LINEARS.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{at}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+            tensors[f"{at}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
         write(block + 1, tensors)
     vocabulary = SHAPE["vocab_size"]
     rest = {
-        "model.embed_tokens.weight": weight(vocabulary, hidden),
-        "lm_head.weight": weight(vocabulary, hidden),
+        "model.embed_tokens.weight": weight(vocabulary, HIDDEN),
+        "lm_head.weight": weight(vocabulary, HIDDEN),
     }
-    write(count + 1, rest | {"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)})
+    write(count + 1, rest | {"model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = LlamaConfig(
         **SHAPE, num_hidden_layers=count, tie_word_embeddings=False, dtype="bfloat16",
