@@ -12,10 +12,12 @@ A plain forward takes the tokens in batches, which is faster than all at once (b
 walk does too; its attention is torch's, which `attention.times_faster` compares with that of the walk on the
 same shapes.
 
-Statistics of SparseGPT and GPTQ are of inputs compressed upstream on both sides, each in its default way:
-here by every linear before (`sequential: linear`), there by the blocks before. Those of Wanda are of dense
-inputs here (`sequential: none`), and on the other side once as by default and once, in figures that end in
-`_dense_inputs`, of dense ones too (its pipeline `basic`).
+What a linear's inputs have come through is a choice on each side (`sequential` here, `pipeline` there). The
+rows `wanda`, `sparsegpt` and `gptq` compare what each side is best taken with here, see `ROWS`, with the
+other side's default, which is inputs that the blocks before have compressed. As these are not the same for
+Wanda, three more rows compare it otherwise: `wanda_dense_inputs`, dense ones on both sides;
+`wanda_block_inputs`, compressed by the blocks before on both; `wanda_linear_inputs`, here by every linear
+before, there by the blocks.
 
 One JSON object a line. The aims: `wanda.forwards` 1.3 at most, the others 2.5; `times_faster` 4 and 3 at
 least; `perplexity_over_llmcompressor`, a ratio of medians, the worst of the texts, 1 at most. `ratio_stderr`
@@ -46,7 +48,7 @@ from stages.core.causal import causal_attention
 from stages.core.grid import Quantized
 from stages.core.method import WeightMethod
 from stages.core.run import Run
-from stages.core.walk import walk
+from stages.core.walk import Sequential, walk
 from stages.prune.options import Pruner
 from stages.prune.sparsegpt import SparseGPT
 from stages.prune.wanda import Wanda
@@ -57,24 +59,24 @@ BATCH = 2048
 """Tokens of a plain forward at a time; 1024 to 8192 take the same here, fewer or all take longer."""
 EVALUATED = 64
 """Windows of 512 tokens a perplexity is taken over."""
-PIPELINES = {"": "sequential", "_dense_inputs": "basic"}
-"""llm-compressor's, by the end of the figures' names."""
+ROWS: dict[str, tuple[str, Sequential, str]] = {
+    "wanda": ("wanda", "none", "sequential"),
+    "wanda_dense_inputs": ("wanda", "none", "basic"),
+    "wanda_block_inputs": ("wanda", "block", "sequential"),
+    "wanda_linear_inputs": ("wanda", "linear", "sequential"),
+    "sparsegpt": ("sparsegpt", "linear", "sequential"),
+    "gptq": ("gptq", "linear", "sequential"),
+}
+"""What is compared: the method, our `sequential`, the pipeline of llm-compressor."""
 
 
-def methods(calibration: Calibration) -> dict[str, WeightMethod]:
-    """What is timed, with the settings `benchmarks.other_side` repeats on the other side."""
-    shared: dict[str, Any] = {"source": "base/smollm2", "calibration": calibration}
-    dense = shared | {"calibration": calibration.model_copy(update={"sequential": "none"})}
-    return {
-        "wanda": Wanda(method="wanda", sparsity=0.5, **dense),
-        "sparsegpt": SparseGPT(method="sparsegpt", sparsity=0.5, **shared),
-        "gptq": GPTQ(method="gptq", bits=4, group_size=64, **shared),
-    }
-
-
-def ends(name: str) -> list[str]:
-    """Which of `PIPELINES` a method is compared with."""
-    return list(PIPELINES) if name == "wanda" else [""]
+def recipe_of(method: str, calibration: Calibration, sequential: Sequential) -> WeightMethod:
+    """A recipe, with the settings `benchmarks.other_side` repeats on the other side."""
+    seen = calibration.model_copy(update={"sequential": sequential})
+    shared: dict[str, Any] = {"source": "base/smollm2", "method": method, "calibration": seen}
+    if method == "gptq":
+        return GPTQ(bits=4, group_size=64, **shared)
+    return {"wanda": Wanda, "sparsegpt": SparseGPT}[method](sparsity=0.5, **shared)
 
 
 def load(path: Path) -> Any:
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=["news", "speeches"])
     parser.add_argument("--runs", type=int, default=3, help="of llm-compressor, and of our clock; odd")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt", "gptq"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
     parser.add_argument("--python", default=".venv-llmcompressor/bin/python", help="with llm-compressor")
     options = parser.parse_args()
     if options.runs % 2 == 0:
@@ -201,6 +203,7 @@ def main() -> None:
     ratios: dict[str, list[float]] = defaultdict(list)
     ours_s: dict[str, list[float]] = defaultdict(list)
     theirs_s: dict[str, list[float]] = defaultdict(list)
+    others: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
     plain: list[float] = []
     whole: list[float] = []
     for text in options.texts:
@@ -215,34 +218,36 @@ def main() -> None:
             plain.append(sum(seconds(lambda: forward(dense, batch)) for batch in batches))  # noqa: B023
         whole.append(seconds(lambda: forward(dense, tokens)))  # noqa: B023
         tell(f"dense.{text}.perplexity", perplexity(losses(dense, held_out)))
-        for name in options.methods:
-            recipe = methods(wanted)[name]
+        for name in options.rows:
+            method, sequential, pipeline = ROWS[name]
+            recipe = recipe_of(method, wanted, sequential)
             for _ in range(options.runs):
                 model = load(MODEL)
                 ours_s[name].append(seconds(lambda: compress(recipe, model, tokens)))  # noqa: B023
             ours = losses(model, held_out)
             tell(f"{name}.{text}.perplexity", perplexity(ours))
-            for end in ends(name):
-                took, other = middle(options, name, PIPELINES[end], tokens, held_out)
-                theirs_s[name + end] += took
-                apart = [mine - their for mine, their in zip(ours, other, strict=True)]
-                ratio = perplexity(apart)
-                error = ratio * statistics.stdev(apart) / math.sqrt(len(apart))
-                tell(f"{name}.{text}.perplexity_llmcompressor{end}", perplexity(other))
-                tell(f"{name}.{text}.ratio_stderr{end}", error)
-                ratios[name + end].append(ratio)
+            asked = (text, method, pipeline)
+            if asked not in others:
+                others[asked] = middle(options, method, pipeline, tokens, held_out)
+            took, other = others[asked]
+            theirs_s[name] += took
+            apart = [mine - their for mine, their in zip(ours, other, strict=True)]
+            ratio = perplexity(apart)
+            tell(f"{name}.{text}.perplexity_llmcompressor", perplexity(other))
+            tell(f"{name}.{text}.ratio", ratio)
+            tell(f"{name}.{text}.ratio_stderr", ratio * statistics.stdev(apart) / math.sqrt(len(apart)))
+            ratios[name].append(ratio)
     tell("forward.seconds", statistics.median(plain))
     tell("forward.seconds_all_at_once", statistics.median(whole))
     tell("attention.times_faster", attention_times_faster(dense, options.sequence_length))
-    for name in options.methods:
+    for name in options.rows:
         mine = statistics.median(ours_s[name])
         tell(f"{name}.seconds", mine)
         tell(f"{name}.forwards", mine / statistics.median(plain))
-        for end in ends(name):
-            other_seconds = statistics.median(theirs_s[name + end])
-            tell(f"{name}.seconds_llmcompressor{end}", other_seconds)
-            tell(f"{name}.times_faster_than_llmcompressor{end}", other_seconds / mine)
-            tell(f"{name}.perplexity_over_llmcompressor{end}", max(ratios[name + end]))
+        other_seconds = statistics.median(theirs_s[name])
+        tell(f"{name}.seconds_llmcompressor", other_seconds)
+        tell(f"{name}.times_faster_than_llmcompressor", other_seconds / mine)
+        tell(f"{name}.perplexity_over_llmcompressor", max(ratios[name]))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def test_another_system_is_left_as_it_is(monkeypatch):
     assert memory.keep_freed() is False
 
 
-@pytest.mark.parametrize(("large", "expected"), [(1, [{"trim": 2 * memory.STREAMED}]), (memory.LARGE, [])])
+@pytest.mark.parametrize(
+    ("large", "expected"), [(1, [{"below": memory.SMALL, "trim": memory.SMALL}]), (memory.LARGE, [])]
+)
 def test_where_a_large_model_is_streamed_memory_is_returned(large, expected, workspace, monkeypatch):
     chosen = params("llama", {})
     do(chosen)

@@ -250,7 +250,7 @@ class Whole:
     def __init__(self, model: torch.nn.Module) -> None:
         from stages.core.walk import InMemory
 
-        self.model, self.block = model, InMemory("test").block
+        self.model, self.block = model, InMemory().block
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -132,9 +132,9 @@ def test_a_full_disk_is_told_in_a_sentence(error, workspace, monkeypatch, capsys
         run.entry("validate", work)
 
 
-def test_a_stages_name_is_told_once(workspace, monkeypatch, capsys):
+def test_a_refusal_is_told_after_the_stages_name(workspace, monkeypatch, capsys):
     def work(params, name):
-        raise Refusal("validate all: so it is.")
+        raise Refusal("so it is.")
 
     project.write(workspace, project.params(Path("inputs")))
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)

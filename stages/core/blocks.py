@@ -116,13 +116,13 @@ def linears(model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = F
     return found
 
 
-def check_length(model: nn.Module, windows: Tensor, label: str) -> None:
-    """Refuse windows longer than the positions the model knows."""
+def check_length(model: nn.Module, windows: Tensor) -> None:
+    """Refuse windows `[n, tokens]` longer than the positions the model knows."""
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise Refusal(
-            f"{label}: sequence_length {windows.shape[1]} is more than the {limit} tokens the model reads."
+            f"sequence_length {windows.shape[1]} is more than the {limit} tokens the model reads; shorten it."
         )
 
 

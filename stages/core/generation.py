@@ -61,7 +61,7 @@ def generated(
         Refusal: windows came out alike, or are longer than the model reads, or logits are not numbers.
     """
     assert wanted.prompt_length is not None and wanted.temperature is not None
-    check_length(model, texts, "generated calibration")
+    check_length(model, texts)
     length = texts.shape[1] - wanted.prompt_length
     numbers = torch.rand(len(texts), length, generator=draw, dtype=torch.float64)
     size = wanted.batch_size or len(texts)

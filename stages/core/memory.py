@@ -6,7 +6,8 @@ steps free and take the same megabytes over and over, so that on a CPU this is a
 
 A training holds all of its model, and takes its largest blocks again at every step. A model of `LARGE` bytes
 that is streamed block by block has few large tensors beside much else to do, and must not be left with holes
-of their size: there freed memory is returned as by default.
+of their size, which differ from block to block and so add up: there what is freed is returned at once, but
+for `SMALL` pieces (`python -m benchmarks.memory` prints the peak of few and of many blocks).
 """
 
 import ctypes
@@ -14,10 +15,12 @@ import sys
 
 STREAMED = 32 * 2**20
 """Bytes from which on a block goes back to the system, where not all of a model may be in memory."""
+SMALL = 4 * 2**20
+"""The same where its model is `LARGE`."""
 TRAINED = 2**30
 """The same of a training."""
 LARGE = 2 * 2**30
-"""Bytes of a streamed model's weights from which on what is free at the heap's end is returned as well."""
+"""Bytes of a streamed model's weights from which on what is freed is returned."""
 NEVER = -1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 

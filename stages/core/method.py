@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from stages.core.calibration import Calibration, Tokens
-from stages.core.errors import Refusal
 from stages.core.grid import Quantized
 from stages.core.schema import NoData, Recipe
-from stages.core.statistics import Statistic, tell_dead
+from stages.core.statistics import DeadInputs, Statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,13 +77,10 @@ class WeightMethod(Recipe):
         from stages.core.walk import walk
 
         home = Streamed(artifact, self, run)
-        label = artifact.replace("/", " ", 1)
+        dead = DeadInputs(self.on_dead)
 
         def prepare(groups: "list[Group]", block: Callable[[], Any]) -> None:
-            try:
-                home.noted |= self.prepare(groups, block)
-            except Refusal as refusal:
-                raise Refusal(f"{label}: {refusal}") from refusal
+            home.noted |= self.prepare(groups, block)
 
         plan = self.plan(lambda: Empty(self.source, run))
         options: dict[str, Any] = {}
@@ -100,13 +96,14 @@ class WeightMethod(Recipe):
 
         def compress(linear: "Linear", statistic: Statistic | None) -> Tensor:
             if statistic:
-                tell_dead(linear.name, statistic.dead(), self.on_dead)
+                dead.tell(linear.name, statistic.dead())
             made = self.replace(linear, statistic, plan)
             if not isinstance(made, Quantized):
                 return made
             home.quantized[linear.name] = made
             return made.checked(linear.weight)
 
+        label = artifact.replace("/", " ", 1)
         walk(home.model, compress, **options, ignore=self.ignore, label=label, home=home)
         home.finish(self.notes(plan))
 

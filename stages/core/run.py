@@ -147,18 +147,17 @@ def entry(
             raise Refusal(f"nothing was run, for {'; '.join(missing)}.")
         with recorded(stage, name):
             work(params, name)
-    except Refusal as refusal:
-        told = f"{stage} {name}: {refusal}"
-        print(str(refusal) if str(refusal).startswith(f"{stage} {name}: ") else told, file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from None
     except Exception as error:
-        if not _without_room(error):
+        if _without_room(error):
+            told = (
+                f"no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace drops what no "
+                "recipe needs any more) and run it again."
+            )
+        elif isinstance(error, Refusal):
+            told = str(error)
+        else:
             raise
-        print(  # noqa: T201
-            f"{stage} {name}: no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace "
-            "drops what no recipe needs any more) and run it again.",
-            file=sys.stderr,
-        )
+        print(f"{stage} {name}: {told}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
 

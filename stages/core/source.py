@@ -137,7 +137,7 @@ class Empty:
                 config, dtype=run.torch_dtype, attn_implementation=attention(config)
             ).eval()
         if sum(one.numel() * one.element_size() for one in self.model.parameters()) > memory.LARGE:
-            memory.keep_freed(trim=2 * memory.STREAMED)
+            memory.keep_freed(below=memory.SMALL, trim=memory.SMALL)
         self.model.tie_weights()
         files = Files(MODELS / artifact, self.model, scheme)
         self._source: Files | Loaded = files

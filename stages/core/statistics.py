@@ -127,8 +127,8 @@ class Hessian(Statistic):
         Raises:
             Refusal: it is not finite.
         """
-        _check_sums(self._sum)
         upper = self._sum.triu() * (2 / self.num_tokens)
+        _check_sums(upper)
         return upper + upper.triu(1).T
 
     def dead(self) -> Tensor:
@@ -153,7 +153,6 @@ class Hessian(Statistic):
         """
         if (damping, descending) not in self._factors:
             hessian = self.matrix()
-            _check_sums(hessian)
             hessian.diagonal()[self.dead()] = 1
             hessian.diagonal().add_(damping * hessian.diagonal().mean())
             if descending:
@@ -198,17 +197,27 @@ def check_finite(label: str, named: Iterable[tuple[str, Tensor]]) -> None:
         raise Refusal(f"{label}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
 
 
-def tell_dead(name: str, dead: Tensor, then: str) -> None:
-    """Log how many of a linear's inputs were zero on every token, `dead` `[in]` bool, and what was done.
+class DeadInputs:
+    """Logs by name how many of a linear's inputs nothing is known about, and what is done; nothing twice.
 
     Args:
         then: what becomes of their weights.
+        seen: why nothing is known.
     """
-    if count := int(dead.sum()):
-        log.info(
-            "%s: %d of %d input features are zero on every token; their weights are %s",
-            name, count, len(dead), then,
-        )  # fmt: skip
+
+    def __init__(self, then: str, seen: str = "are zero on every token") -> None:
+        self._then, self._seen = then, seen
+        self._told: dict[str, int] = {}
+
+    def tell(self, name: str, dead: Tensor) -> None:
+        """Of the linear of this full name those in `dead`, `[in]` bool."""
+        count = int(dead.sum())
+        if count != self._told.get(name, 0):
+            self._told[name] = count
+            log.info(
+                "%s: %d of %d input features %s; their weights are %s",
+                name, count, len(dead), self._seen, self._then,
+            )  # fmt: skip
 
 
 def _check_sums(sums: Tensor) -> None:

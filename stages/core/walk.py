@@ -78,13 +78,10 @@ class Home(Protocol):
 class InMemory:
     """The home of a model that is loaded as a whole."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
-
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
         """Nothing to fetch or to put away; its weights are looked at."""
-        check_finite(self._label, block.named_parameters(name))
+        check_finite("the model", block.named_parameters(name))
         yield False
 
 
@@ -97,7 +94,6 @@ class _Walk:
     sequential: Sequential
     batch_size: int
     prepare: Prepare | None
-    label: str
     home: Home
     linears: Mapping[str, list[Linear]]
     """By the name of their block."""
@@ -110,13 +106,10 @@ class _Walk:
             yield done
         self.bar.update()
 
-    @contextmanager
-    def told(self, name: str) -> Iterator[None]:
-        """A refusal says what it is about."""
-        try:
-            yield
-        except Refusal as refusal:
-            raise Refusal(f"{self.label}: {name}: {refusal}") from refusal
+    @property
+    def once(self) -> bool:
+        """Whether the first batch tells the groups and is computed once: where none waits for another."""
+        return self.sequential != "linear" and not self.prepare
 
     def step(self, name: str, block: nn.Module, count: int, single: Any) -> Callable[..., Any]:
         """The forward that stands in for a block's: compress it on `count` windows, return its output."""
@@ -126,31 +119,26 @@ class _Walk:
             calls = split((args, kwargs), count, self.batch_size, single)
             with self.at(name, block) as done:
                 if done:
-                    return _run(original, calls)
-                window = split((args, kwargs), count, 1, single)[:1]
-                return self.compressed(name, block, original, calls, window)
+                    return joined(_run(original, calls))
+                first = calls if self.once else split((args, kwargs), count, 1, single)
+                return self.compressed(name, block, original, calls, first[:1])
 
         return stand_in
 
     def compressed(
-        self, name: str, block: nn.Module, original: Callable[..., Any], calls: list[Any], window: list[Any]
+        self, name: str, block: nn.Module, original: Callable[..., Any], calls: list[Any], first: list[Any]
     ) -> Any:
         """Take the statistics, compress the linears, and return the block's output for all windows.
 
         Args:
             original: the block's forward.
             calls: its calls, a batch each.
-            window: the one with the first window alone.
+            first: the one that tells the groups, a batch or the first window alone.
         """
-        # Where no batch waits for another, the first one tells the groups and is not computed again.
-        once = self.sequential != "linear" and not self.prepare
         outputs: list[Any] = []
-        with self.told(name):
-            groups = input_groups(
-                block, self.linears[name],
-                lambda: outputs.append(_run(original, calls[:1] if once else window)),
-            )  # fmt: skip
-        if once:
+        with _about(name):
+            groups = input_groups(block, self.linears[name], lambda: outputs.extend(_run(original, first)))
+        if self.once:
             for group in groups:
                 self.add(group, group.inputs)
                 group.inputs = group.inputs.new_empty(0)
@@ -162,16 +150,16 @@ class _Walk:
         try:
             if self.sequential == "linear":
                 return _in_step(original, calls, self.settle)
-            outputs += [original(*args, **kwargs) for args, kwargs in calls[len(outputs) :]]
+            outputs += _run(original, calls[len(outputs) :])
         finally:
             for handle in handles:
                 handle.remove()
         output = joined(outputs)
         if self.prepare:
-            self.prepare(groups, lambda: _run(original, window))
+            self.prepare(groups, lambda: joined(_run(original, first)))
         for group in groups:
             self.settle(group)
-        return _run(original, calls) if self.sequential == "block" else output
+        return joined(_run(original, calls)) if self.sequential == "block" else output
 
     def take(self, group: Group, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """The hook before a group's first linear: add the inputs of one call to the group's statistic.
@@ -189,20 +177,18 @@ class _Walk:
         if group.statistic is None:
             group.statistic = self.statistic(rows.shape[-1], rows.device)
         group.statistic.add(rows)
-        with self.told(group.linears[0].name):
+        with _about(group.linears[0].name):
             if not group.statistic.finite() and not finite(rows):
                 raise Refusal("NaN or infinite inputs; nothing was written.")
 
     def settle(self, group: Group) -> None:
         """Compress the linears of a group, and give up its statistic."""
-        # Not by way of `OnCPU`, which every call of torch otherwise takes: a tenth of GPTQ's time.
-        with torch._C.DisableTorchFunction():
-            for linear in group.linears:
-                self.replace(linear, group.statistic)
+        for linear in group.linears:
+            self.replace(linear, group.statistic)
         group.statistic = None
 
     def replace(self, linear: Linear, statistic: Statistic | None) -> None:
-        with self.told(linear.name):
+        with _about(linear.name):
             if statistic is not None and not statistic.num_tokens:
                 raise Refusal("no token of the calibration text reached it; calibrate on more text.")
             made = self.compress(linear, statistic)
@@ -238,7 +224,7 @@ def walk(
         batch_size: windows a block takes at a time; None is as many as have `TOKENS` tokens.
         prepare: called once a block, see `Prepare`; not with `linear`.
         ignore: block-relative names left alone.
-        label: shown on the progress bar and in what is raised.
+        label: shown on the progress bar.
         home: where the weights live; None is in the model itself.
 
     Returns:
@@ -252,9 +238,7 @@ def walk(
     found, named = linears(model, ignore), blocks(model)
     within = {name: [one for one in found if one.block == name] for name, _ in named}
     with torch.no_grad(), tqdm(total=len(named), desc=label, unit="block") as bar:
-        state = _Walk(
-            compress, statistic, sequential, size, prepare, label, home or InMemory(label), within, bar
-        )
+        state = _Walk(compress, statistic, sequential, size, prepare, home or InMemory(), within, bar)
         if statistic is None:
             for name, block in named:
                 with state.at(name, block) as done:
@@ -266,22 +250,31 @@ def walk(
             raise ValueError(f"{statistic.__name__} needs calibration windows")
         if sequential == "linear" and prepare:
             raise ValueError("preparation needs sequential block or none")
-        check_length(model, windows, label)
+        check_length(model, windows)
         single = arguments(named[0][1], lambda: forward(model, windows[:1]))
         for name, block in named:
             block.forward = state.step(name, block, len(windows), single)
         try:
-            with OnCPU():
-                forward(model, windows)
+            forward(model, windows)
         finally:
             for _, block in named:
                 del block.forward
     return len(found)
 
 
-def _run(original: Callable[..., Any], calls: list[tuple[Any, Any]]) -> Any:
-    """The block's output for all windows, one call after the other."""
-    return joined([original(*args, **kwargs) for args, kwargs in calls])
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """A refusal says what it is about."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal(f"{name}: {refusal}") from refusal
+
+
+def _run(original: Callable[..., Any], calls: list[tuple[Any, Any]]) -> list[Any]:
+    """The block's output for every call, one after the other."""
+    with OnCPU():
+        return [original(*args, **kwargs) for args, kwargs in calls]
 
 
 def _in_step(
@@ -289,15 +282,20 @@ def _in_step(
 ) -> Any:
     """The block's output for all windows, every call on a stack of its own, all waiting for each other.
 
+    `OnCPU` is of the thread and not of a stack, so it is left whenever the calls wait; what is then done to
+    weights would take a tenth longer by way of it.
+
     Args:
         original: comes back here with a group wherever a call must wait, see `_Walk.take`.
         reached: is told the group once all calls wait there.
     """
     running = [greenlet(original) for _ in calls]
-    at = [one.switch(*args, **kwargs) for one, (args, kwargs) in zip(running, calls, strict=True)]
+    with OnCPU():
+        at = [one.switch(*args, **kwargs) for one, (args, kwargs) in zip(running, calls, strict=True)]
     while not all(one.dead for one in running):
         if any(other is not at[0] for other in at):
             raise AssertionError("the calls of a block came to different linears")
         reached(at[0])
-        at = [one.switch() for one in running]
+        with OnCPU():
+            at = [one.switch() for one in running]
     return joined(at)

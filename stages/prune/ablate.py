@@ -48,7 +48,7 @@ class Ablation:
     def __init__(
         self, model: "PreTrainedModel", rows: Rows, batch_size: int, target: Target, label: str
     ) -> None:
-        check_length(model, rows.tokens, label)
+        check_length(model, rows.tokens)
         self._model, self._rows, self._batch_size, self._label = model, rows, batch_size, label
         self._target = target
         self._blocks = [block for _, block in blocks(model)]

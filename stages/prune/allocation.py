@@ -20,6 +20,7 @@ from stages.core.errors import Refusal
 from stages.core.schema import Strict
 from stages.core.statistics import ColumnNorm, Statistic, finite
 from stages.core.walk import walk
+from stages.prune.exact import wanda_scores
 
 if TYPE_CHECKING:
     from stages.core.stream import Empty
@@ -109,7 +110,7 @@ class OWL(_Allocation):
 
         def look(linear: Linear, norms: Statistic | None) -> None:
             assert isinstance(norms, ColumnNorm)
-            held[linear.block].append((linear.weight.float().abs() * norms.norm()).flatten())
+            held[linear.block].append(wanda_scores(linear.weight, norms.norm())(slice(None)).flatten())
             if len(held[linear.block]) == sum(one.block == linear.block for one in found):
                 every = torch.cat(held.pop(linear.block))
                 mean = every.mean()

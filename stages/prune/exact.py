@@ -53,8 +53,10 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
         # On a CPU numpy's selection takes a fifth of the time of torch's, and a fifteenth of a sort.
         if scores.device.type == "cpu":
             parted = np.partition(scores.detach().numpy(), count - 1, axis=1)
-            threshold = torch.from_numpy(parted[:, count - 1 : count])
-            if (parted[:, count:] > parted[:, count - 1 : count]).all():  # no ties, as most often
+            threshold = torch.from_numpy(parted[:, count - 1 : count].copy())
+            apart = (parted[:, count:] > parted[:, count - 1 : count]).all()
+            del parted  # as large as the scores
+            if apart:  # no ties, as most often
                 return scores <= threshold
         else:
             threshold = scores.sort(dim=1).values[:, count - 1 : count]
@@ -69,7 +71,9 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
     spare = wanted - below.sum(1, keepdim=True)
     if (ties.sum(1, keepdim=True) == spare).all():  # the running count below is wide and slow
         return below | ties
-    return below | (ties & (ties.cumsum(1) <= spare))
+    wide = scores.shape[1] > torch.iinfo(torch.int32).max
+    number = ties.cumsum(1, dtype=torch.int64 if wide else torch.int32)
+    return below | (ties & (number <= spare))
 
 
 def smallest_overall(scores: Tensor, count: int) -> Tensor:
@@ -88,7 +92,8 @@ def grown(scores: Tensor, gone: Tensor, count: int) -> Tensor:
     Args:
         gone: bool, what is marked whatever its score.
     """
-    return smallest_overall(scores.masked_fill(gone, -torch.inf), max(count, int(gone.sum())))
+    scores = scores.masked_fill(gone, -torch.inf)  # the caller's go, if nobody else holds them
+    return smallest_overall(scores, max(count, int(gone.sum())))
 
 
 def grown_by_row(scores: Scores, gone: Tensor, count: int) -> Tensor:
@@ -104,9 +109,13 @@ def lowest(scores: Scores, gone: Tensor, count: int, *, by_row: bool) -> Tensor:
 
 
 def by_pieces(matrix: Tensor, choose: Callable[[slice], Tensor]) -> Tensor:
-    """What `choose` makes of a few rows of `matrix` at a time, put together."""
+    """What `choose` marks in a few rows of `matrix` at a time, put together: bool, shaped as `matrix`."""
+    made = torch.empty_like(matrix, dtype=torch.bool)
     rows = max(1, PIECE // matrix.shape[1])
-    return torch.cat([choose(slice(start, start + rows)) for start in range(0, len(matrix), rows)])
+    for start in range(0, len(matrix), rows):
+        at = slice(start, start + rows)
+        made[at] = choose(at)
+    return made
 
 
 def _levelled(have: Tensor, count: int, columns: int) -> Tensor:

@@ -57,7 +57,7 @@ def loss_gradients(
     Raises:
         Refusal: the loss or a gradient is not finite.
     """
-    check_length(model, windows, label)
+    check_length(model, windows)
     model.requires_grad_(False)
     weights = {one.name: one.module.get_parameter("weight").requires_grad_(True) for one in found}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
@@ -91,7 +91,7 @@ def sketches(model: "PreTrainedModel", windows: Tensor, names: list[str]) -> dic
         windows: `[num_samples, sequence_length]` token ids.
         names: full names of blocks.
     """
-    check_length(model, windows, "gradients")
+    check_length(model, windows)
     found = {name: block for name, block in blocks(model) if name in names}
     out = {name: torch.zeros(len(windows), WIDTH, device=model.device) for name in found}
     model.requires_grad_(False)

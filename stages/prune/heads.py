@@ -100,7 +100,7 @@ class Heads(Shrinker):
         cuts: Cuts = {}
         told: dict[str, list[int]] = {}
         for name, part in parts.items():
-            heads, groups = self._chosen(part, loudness.get(part.writer.name), before, after, name)
+            heads, groups = self._chosen(part, self.heard(part, loudness), before, after, name)
             for one in part.readers:
                 slices = {before.queries: heads, before.groups: groups}[one.weight.shape[0] // before.size]
                 cuts |= rows(one, before.features(slices))

@@ -38,7 +38,7 @@ def observe(
     Raises:
         Refusal: NaN or infinite hidden states, or windows longer than the model reads.
     """
-    check_length(model, windows, label)
+    check_length(model, windows)
     names = [name for name, _ in blocks(model)]
 
     def checked(number: int, before: Tensor, after: Tensor) -> None:

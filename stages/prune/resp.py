@@ -66,7 +66,7 @@ class RESP(Recipe):
         from stages.core.blocks import linears
         from stages.core.calibration import text_windows
         from stages.core.generation import generated
-        from stages.core.statistics import tell_dead
+        from stages.core.statistics import DeadInputs
         from stages.prune.exact import lowest
         from stages.prune.gradients import loss_gradients
 
@@ -75,6 +75,7 @@ class RESP(Recipe):
         texts = text_windows(tokenizer, self.calibration)
         draw = torch.Generator().manual_seed(self.calibration.seed)
         size = sum(one.weight.numel() for one in found)
+        dead = DeadInputs("the first to go", "get no gradient from the generated tokens")
         told = []
         for step in range(1, self.steps + 1):
             windows = generated(model, tokenizer, self.calibration, texts, draw)
@@ -84,7 +85,7 @@ class RESP(Recipe):
             zeros = 0
             for one in found:
                 gradient = gradients.pop(one.name)
-                tell_dead(one.name, (gradient == 0).all(0), "the first to go")
+                dead.tell(one.name, (gradient == 0).all(0))
                 scores = (one.weight.float() * gradient).abs()
                 count = floor(one.weight.numel() * self.sparsity * step / self.steps + 1e-6)
                 gone = one.weight == 0

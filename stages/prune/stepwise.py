@@ -135,13 +135,15 @@ class Work:
 
     def __init__(self, model: "PreTrainedModel", recipe: Stepwise, seen: Tensor, held: Tensor) -> None:
         from stages.core.blocks import check_length, linears
+        from stages.core.statistics import DeadInputs
 
-        check_length(model, held, "stepwise")
+        check_length(model, held)
         self._model, self._recipe, self._seen, self._held = model, recipe, seen, held
         self._found = linears(model, recipe.ignore)
         self._source = {one.name: one.weight.clone() for one in self._found}
         self._zeros = {one.name: int((one.weight == 0).sum()) for one in self._found}
         self._norms: dict[str, Tensor] = {}
+        self._dead = DeadInputs("the first of their row to go")
         self._size = sum(weight.numel() for weight in self._source.values())
 
     @property
@@ -165,14 +167,14 @@ class Work:
     def measure(self) -> tuple[Block, ...]:
         """The blocks as they are by now; the norms of the inputs are kept for the next step's masks."""
         from stages.core.blocks import Linear
-        from stages.core.statistics import ColumnNorm, Statistic, tell_dead
+        from stages.core.statistics import ColumnNorm, Statistic
         from stages.core.walk import walk
         from stages.prune.gradients import loss_gradients
 
         def look(linear: Linear, statistic: Statistic | None) -> None:
             assert isinstance(statistic, ColumnNorm)
             self._norms[linear.name] = statistic.norm()
-            tell_dead(linear.name, statistic.dead(), "the first of their row to go")
+            self._dead.tell(linear.name, statistic.dead())
 
         walk(
             self._model, look, windows=self._seen, statistic=ColumnNorm, sequential="none",
@@ -186,9 +188,10 @@ class Work:
         for one in self._found:
             sizes[one.block] += one.weight.numel()
             left[one.block] += one.weight.numel() - self._zeros[one.name]
-            weight = one.weight.float().abs()
-            wanda[one.block] += float((weight * self._norms[one.name]).sum(dtype=torch.float64))
-            slope[one.block] += float((weight * gradients.pop(one.name).abs()).sum(dtype=torch.float64))
+            scores = wanda_scores(one.weight, self._norms[one.name])(slice(None))
+            moved = one.weight.float() * gradients.pop(one.name)
+            wanda[one.block] += float(scores.sum(dtype=torch.float64))
+            slope[one.block] += float(moved.abs().sum(dtype=torch.float64))
         loud, steep = (
             zscores([sums[name] / max(left[name], 1) for name in wanda]) for sums in (wanda, slope)
         )

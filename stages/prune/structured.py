@@ -15,6 +15,8 @@ from stages.core.blocks import Linear
 from stages.core.calibration import OptionalTokens, Tokens
 from stages.core.errors import Refusal
 from stages.core.schema import Recipe, Seed
+from stages.core.statistics import DeadInputs
+from stages.prune.anatomy import Part
 from stages.prune.exact import smallest
 from stages.prune.shrink import Cuts, kept, shrink
 
@@ -66,6 +68,13 @@ class Shrinker(Recipe):
         """
         raise NotImplementedError
 
+    def heard(self, part: Part, loudness: Mapping[str, Tensor]) -> Tensor | None:
+        """How loud each feature is that `part` writes from, `[in]` fp32; None without text."""
+        found = loudness.get(part.writer.name)
+        if found is not None:
+            DeadInputs("of no importance").tell(part.writer.name, found == 0)
+        return found
+
     def execute(self, artifact: str, run: "Run") -> None:
         """Write `artifact`, the source without what matters least."""
         from stages.core.artifact import load_tokenizer
@@ -78,12 +87,9 @@ class Shrinker(Recipe):
         windows = None
         if isinstance(self.calibration, Tokens):
             windows = model_windows(load_tokenizer(self.source), self.calibration, lambda: model)
-        label = artifact.replace("/", " ", 1)
-        loudness = measure_inputs(model, windows, getattr(self.calibration, "batch_size", None), label)
-        try:
-            cuts, changes, notes = self.plan(model, loudness)
-        except Refusal as refusal:
-            raise Refusal(f"{label}: {refusal}") from refusal
+        at_once = getattr(self.calibration, "batch_size", None)
+        loudness = measure_inputs(model, windows, at_once, artifact.replace("/", " ", 1))
+        cuts, changes, notes = self.plan(model, loudness)
         zeros = zero_masks(linears(model))
         shrink(model, cuts, changes)
         keep = {name: kept(mask, f"{name}.weight", cuts) for name, mask in zeros.items()}
@@ -98,7 +104,7 @@ def measure_inputs(
     Raises:
         Refusal: NaN or infinite weights or inputs.
     """
-    from stages.core.statistics import ColumnNorm, Statistic, tell_dead
+    from stages.core.statistics import ColumnNorm, Statistic
     from stages.core.walk import walk
 
     found: dict[str, Tensor] = {}
@@ -106,7 +112,6 @@ def measure_inputs(
     def look(linear: Linear, statistic: Statistic | None) -> None:
         if isinstance(statistic, ColumnNorm):
             found[linear.name] = statistic.norm()
-            tell_dead(linear.name, statistic.dead(), "of no importance to what is measured on text")
 
     statistic = None if windows is None else ColumnNorm
     walk(

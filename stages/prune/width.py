@@ -102,7 +102,7 @@ class Width(Shrinker):
         count = self.kept(width, hidden)
         cuts: Cuts = {}
         for name, part in parts.items():
-            indices = most_important(self.scores(part, loudness.get(part.writer.name), name), count)
+            indices = most_important(self.scores(part, self.heard(part, loudness), name), count)
             for one in part.readers:
                 cuts |= rows(one, indices)
             cuts |= columns(part.writer, indices)
