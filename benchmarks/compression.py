@@ -20,8 +20,9 @@ Wanda, three more rows compare it otherwise: `wanda_dense_inputs`, dense ones on
 before, there by the blocks.
 
 One JSON object a line. The aims: `wanda.forwards` 1.3 at most, the others 2.5; `times_faster` 4 and 3 at
-least; `perplexity_over_llmcompressor`, a ratio of medians, the worst of the texts, 1 at most. `ratio_stderr`
-is the standard error of a text's ratio over the held-out windows, which both models have read.
+least; `perplexity_over_llmcompressor`, a ratio of medians, the worst of the texts, 1 at most. `ratio` is that
+of one text, or over the windows of all, and `ratio_stderr` its standard error over the held-out windows,
+which both models have read.
 """
 
 import argparse
@@ -177,6 +178,14 @@ def middle(
     return took, sorted(found, key=perplexity)[len(found) // 2]
 
 
+def tell_ratio(figures: str, apart: list[float]) -> float:
+    """Print and return our perplexity over theirs, from the difference of losses of every window."""
+    ratio = perplexity(apart)
+    tell(f"{figures}.ratio", ratio)
+    tell(f"{figures}.ratio_stderr", ratio * statistics.stdev(apart) / math.sqrt(len(apart)))
+    return ratio
+
+
 def tell(figure: str, value: float) -> None:
     print(json.dumps({"figure": figure, "value": round(value, 4)}), flush=True)  # noqa: T201
 
@@ -204,6 +213,7 @@ def main() -> None:
     ours_s: dict[str, list[float]] = defaultdict(list)
     theirs_s: dict[str, list[float]] = defaultdict(list)
     others: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
+    windows_apart: dict[str, list[float]] = defaultdict(list)
     plain: list[float] = []
     whole: list[float] = []
     for text in options.texts:
@@ -232,11 +242,9 @@ def main() -> None:
             took, other = others[asked]
             theirs_s[name] += took
             apart = [mine - their for mine, their in zip(ours, other, strict=True)]
-            ratio = perplexity(apart)
             tell(f"{name}.{text}.perplexity_llmcompressor", perplexity(other))
-            tell(f"{name}.{text}.ratio", ratio)
-            tell(f"{name}.{text}.ratio_stderr", ratio * statistics.stdev(apart) / math.sqrt(len(apart)))
-            ratios[name].append(ratio)
+            ratios[name].append(tell_ratio(f"{name}.{text}", apart))
+            windows_apart[name] += apart
     tell("forward.seconds", statistics.median(plain))
     tell("forward.seconds_all_at_once", statistics.median(whole))
     tell("attention.times_faster", attention_times_faster(dense, options.sequence_length))
@@ -248,6 +256,7 @@ def main() -> None:
         tell(f"{name}.seconds_llmcompressor", other_seconds)
         tell(f"{name}.times_faster_than_llmcompressor", other_seconds / mine)
         tell(f"{name}.perplexity_over_llmcompressor", max(ratios[name]))
+        tell_ratio(name, windows_apart[name])
 
 
 if __name__ == "__main__":
