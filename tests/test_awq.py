@@ -202,11 +202,11 @@ def test_killed_and_gone_on_it_notes_the_same(workspace, monkeypatch):
     assert files[0] == files[1]
 
 
-def test_a_scale_that_cannot_be_folded_is_refused_by_recipe_and_linear(workspace, monkeypatch):
+def test_a_scale_that_cannot_be_folded_is_refused_by_linear(workspace, monkeypatch):
     told = {"source": "base/tiny", "method": "awq", "bits": 4, "group_size": 32, "calibration": BLOCK}
     monkeypatch.setattr(AWQ, "scale", lambda *_: torch.full((32,), torch.inf))
     said = (
-        r"^quantize a: model\.layers\.0\.self_attn\.q_proj, model\.layers\.0\.self_attn\.k_proj, "
+        r"^model\.layers\.0\.self_attn\.q_proj, model\.layers\.0\.self_attn\.k_proj, "
         r"model\.layers\.0\.self_attn\.v_proj: folding scales of inf to inf into it leaves the range of "
     )
     with pytest.raises(Refusal, match=said):
