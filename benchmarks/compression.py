@@ -12,17 +12,16 @@ A plain forward takes the tokens in batches, which is faster than all at once (b
 walk does too; its attention is torch's, which `attention.times_faster` compares with that of the walk on the
 same shapes.
 
-What a linear's inputs have come through is a choice on each side (`sequential` here, `pipeline` there). The
-rows `wanda`, `sparsegpt` and `gptq` compare what each side is best taken with here, see `ROWS`, with the
-other side's default, which is inputs that the blocks before have compressed. As these are not the same for
-Wanda, three more rows compare it otherwise: `wanda_dense_inputs`, dense ones on both sides;
-`wanda_block_inputs`, compressed by the blocks before on both; `wanda_linear_inputs`, here by every linear
-before, there by the blocks.
+What a linear's inputs have come through is a choice on each side (`sequential` here, `pipeline` there, see
+`ROWS`). llm-compressor's default is the blocks before, compressed. The rows `wanda`, `sparsegpt` and `gptq`
+compare with that default; here SparseGPT and GPTQ see every linear before compressed, Wanda dense inputs.
+Three more rows compare Wanda otherwise: `wanda_dense_inputs`, dense on both sides; `wanda_block_inputs`, by
+the blocks before on both; `wanda_linear_inputs`, here by every linear before, there by the blocks.
 
-One JSON object a line. The aims: `wanda.forwards` 1.3 at most, the others 2.5; `times_faster` 4 and 3 at
-least; `perplexity_over_llmcompressor`, a ratio of medians, the worst of the texts, 1 at most. `ratio` is that
-of one text, or over the windows of all, and `ratio_stderr` its standard error over the held-out windows,
-which both models have read.
+One JSON object a line. The aims: `wanda.forwards` 1.3 at most, of `sparsegpt` and `gptq` 2.5;
+`times_faster_than_llmcompressor` 4 for `wanda` and 3 at least; `perplexity_over_llmcompressor`, a ratio of
+medians, the worst of the texts, 1 at most. `ratio` is that of one text, or over the windows of all, and
+`ratio_stderr` its standard error over the held-out windows, which both models have read.
 """
 
 import argparse
@@ -145,6 +144,17 @@ def perplexity(found: list[float]) -> float:
     return math.exp(statistics.fmean(found))
 
 
+def timed(
+    recipe: WeightMethod, tokens: Tensor, held_out: Tensor, runs: int
+) -> tuple[list[float], list[float]]:
+    """Our seconds of every run, and the `losses` of what it makes, which is the same every time."""
+    took = []
+    for _ in range(runs):
+        model = load(MODEL)
+        took.append(seconds(lambda: compress(recipe, model, tokens)))  # noqa: B023
+    return took, losses(model, held_out)
+
+
 def theirs(
     python: str, method: str, pipeline: str, tokens: Tensor, threads: int, seed: int, folder: Path
 ) -> float:
@@ -212,7 +222,6 @@ def main() -> None:
     ratios: dict[str, list[float]] = defaultdict(list)
     ours_s: dict[str, list[float]] = defaultdict(list)
     theirs_s: dict[str, list[float]] = defaultdict(list)
-    others: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
     windows_apart: dict[str, list[float]] = defaultdict(list)
     plain: list[float] = []
     whole: list[float] = []
@@ -228,33 +237,34 @@ def main() -> None:
             plain.append(sum(seconds(lambda: forward(dense, batch)) for batch in batches))  # noqa: B023
         whole.append(seconds(lambda: forward(dense, tokens)))  # noqa: B023
         tell(f"dense.{text}.perplexity", perplexity(losses(dense, held_out)))
-        for name in options.rows:
-            method, sequential, pipeline = ROWS[name]
-            recipe = recipe_of(method, wanted, sequential)
-            for _ in range(options.runs):
-                model = load(MODEL)
-                ours_s[name].append(seconds(lambda: compress(recipe, model, tokens)))  # noqa: B023
-            ours = losses(model, held_out)
-            tell(f"{name}.{text}.perplexity", perplexity(ours))
-            asked = (text, method, pipeline)
-            if asked not in others:
-                others[asked] = middle(options, method, pipeline, tokens, held_out)
-            took, other = others[asked]
-            theirs_s[name] += took
-            apart = [mine - their for mine, their in zip(ours, other, strict=True)]
+        rows = {name: ROWS[name] for name in options.rows}
+        ours = {
+            key: timed(recipe_of(key[0], wanted, key[1]), tokens, held_out, options.runs)
+            for key in dict.fromkeys((method, sequential) for method, sequential, _ in rows.values())
+        }
+        others = {
+            key: middle(options, *key, tokens, held_out)
+            for key in dict.fromkeys((method, pipeline) for method, _, pipeline in rows.values())
+        }
+        for name, (method, sequential, pipeline) in rows.items():
+            took, mine = ours[method, sequential]
+            other_took, other = others[method, pipeline]
+            ours_s[name] += took
+            theirs_s[name] += other_took
+            tell(f"{name}.{text}.perplexity", perplexity(mine))
             tell(f"{name}.{text}.perplexity_llmcompressor", perplexity(other))
+            apart = [one - its for one, its in zip(mine, other, strict=True)]
             ratios[name].append(tell_ratio(f"{name}.{text}", apart))
             windows_apart[name] += apart
     tell("forward.seconds", statistics.median(plain))
     tell("forward.seconds_all_at_once", statistics.median(whole))
     tell("attention.times_faster", attention_times_faster(dense, options.sequence_length))
     for name in options.rows:
-        mine = statistics.median(ours_s[name])
-        tell(f"{name}.seconds", mine)
-        tell(f"{name}.forwards", mine / statistics.median(plain))
-        other_seconds = statistics.median(theirs_s[name])
-        tell(f"{name}.seconds_llmcompressor", other_seconds)
-        tell(f"{name}.times_faster_than_llmcompressor", other_seconds / mine)
+        seconds_ours, seconds_theirs = statistics.median(ours_s[name]), statistics.median(theirs_s[name])
+        tell(f"{name}.seconds", seconds_ours)
+        tell(f"{name}.forwards", seconds_ours / statistics.median(plain))
+        tell(f"{name}.seconds_llmcompressor", seconds_theirs)
+        tell(f"{name}.times_faster_than_llmcompressor", seconds_theirs / seconds_ours)
         tell(f"{name}.perplexity_over_llmcompressor", max(ratios[name]))
         tell_ratio(name, windows_apart[name])
 

@@ -1,11 +1,13 @@
 """Statistics against the same sums written out in fp64."""
 
+import logging
+
 import pytest
 import torch
 
 from stages.core import statistics
 from stages.core.errors import Refusal
-from stages.core.statistics import ColumnNorm, Hessian, finite
+from stages.core.statistics import ColumnNorm, DeadInputs, Hessian, finite
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -118,6 +120,18 @@ def test_a_feature_that_is_zero_on_every_token_is_dead(kind):
     inputs[:, [5, 9]] = 0
     inputs[7, 9] = 1e-3
     assert taken(kind, inputs, pieces=3).dead().nonzero().flatten().tolist() == [5]
+
+
+def test_dead_inputs_are_told_again_only_where_there_are_more(caplog):
+    logging.disable(logging.NOTSET)
+    dead = DeadInputs("left")
+    with caplog.at_level(logging.INFO):
+        for count in (0, 3, 3, 2, 3, 5, 0):
+            dead.tell("x", torch.arange(8) < count)
+        dead.tell("y", torch.arange(8) < 3)
+    assert [record.message.partition(" input")[0] for record in caplog.records] == [
+        "x: 3 of 8", "x: 5 of 8", "y: 3 of 8",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [ColumnNorm, Hessian])

@@ -122,7 +122,8 @@ def check_length(model: nn.Module, windows: Tensor) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise Refusal(
-            f"sequence_length {windows.shape[1]} is more than the {limit} tokens the model reads; shorten it."
+            f"sequence_length {windows.shape[1]} is more than the {limit} tokens the model reads; lower it "
+            "(where items of tasks are read, shots)."
         )
 
 

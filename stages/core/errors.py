@@ -1,7 +1,7 @@
 """The one exception that stands for a user's mistake or an input the project will not work on.
 
-Its text is shown as it is, without a traceback, so it is whole sentences: what was given, what is
-allowed, and how to mend it.
+Its text is shown without a traceback after the names of stage and recipe, which it need not repeat, so it is
+whole sentences: what was given, what is allowed, and how to mend it.
 """
 
 

@@ -148,13 +148,13 @@ def entry(
         with recorded(stage, name):
             work(params, name)
     except Exception as error:
-        if _without_room(error):
+        if isinstance(error, Refusal):
+            told = str(error)
+        elif _without_room(error):
             told = (
                 f"no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace drops what no "
                 "recipe needs any more) and run it again."
             )
-        elif isinstance(error, Refusal):
-            told = str(error)
         else:
             raise
         print(f"{stage} {name}: {told}", file=sys.stderr)  # noqa: T201

@@ -198,7 +198,9 @@ def check_finite(label: str, named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 class DeadInputs:
-    """Logs by name how many of a linear's inputs nothing is known about, and what is done; nothing twice.
+    """Logs by name how many of a linear's inputs nothing is known about, and what is done.
+
+    Asked again, as by methods that go in steps, it says only where they are more than before.
 
     Args:
         then: what becomes of their weights.
@@ -212,7 +214,7 @@ class DeadInputs:
     def tell(self, name: str, dead: Tensor) -> None:
         """Of the linear of this full name those in `dead`, `[in]` bool."""
         count = int(dead.sum())
-        if count != self._told.get(name, 0):
+        if count > self._told.get(name, 0):
             self._told[name] = count
             log.info(
                 "%s: %d of %d input features %s; their weights are %s",

@@ -120,8 +120,8 @@ class _Walk:
             with self.at(name, block) as done:
                 if done:
                     return joined(_run(original, calls))
-                first = calls if self.once else split((args, kwargs), count, 1, single)
-                return self.compressed(name, block, original, calls, first[:1])
+                first = (calls if self.once else split((args, kwargs), count, 1, single))[:1]
+                return self.compressed(name, block, original, calls, first)
 
         return stand_in
 

@@ -71,9 +71,8 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
     spare = wanted - below.sum(1, keepdim=True)
     if (ties.sum(1, keepdim=True) == spare).all():  # the running count below is wide and slow
         return below | ties
-    wide = scores.shape[1] > torch.iinfo(torch.int32).max
-    number = ties.cumsum(1, dtype=torch.int64 if wide else torch.int32)
-    return below | (ties & (number <= spare))
+    kind = torch.int64 if scores.shape[1] > torch.iinfo(torch.int32).max else torch.int32
+    return below | (ties & (ties.cumsum(1, dtype=kind) <= spare.to(kind)))
 
 
 def smallest_overall(scores: Tensor, count: int) -> Tensor:

@@ -69,7 +69,10 @@ class Shrinker(Recipe):
         raise NotImplementedError
 
     def heard(self, part: Part, loudness: Mapping[str, Tensor]) -> Tensor | None:
-        """How loud each feature is that `part` writes from, `[in]` fp32; None without text."""
+        """How loud each feature is that `part` writes from, `[in]` fp32; None without text.
+
+        Those never heard are logged.
+        """
         found = loudness.get(part.writer.name)
         if found is not None:
             DeadInputs("of no importance").tell(part.writer.name, found == 0)
