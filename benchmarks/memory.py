@@ -161,7 +161,7 @@ def main() -> None:
     needed, free = 2.1 * size_of(max(options.blocks)) / 2**30, shutil.disk_usage(scratch).free / 2**30
     if free < needed:
         raise SystemExit(
-            f"{max(options.blocks)} blocks take {needed:.0f} GiB in {scratch} and {free:.0f} are free; "
+            f"{max(options.blocks)} blocks take {needed:.1f} GiB in {scratch} and {free:.1f} are free; "
             "give --blocks fewer or make room."
         )
     peaks: dict[str, dict[int, float]] = {"magnitude": {}, "wanda": {}}

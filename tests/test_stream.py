@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from stages.core import checkpoint, stream
@@ -27,6 +28,7 @@ from stages.prune.wanda import Wanda
 from stages.quantize.options import Quantizer
 from tests import families
 from tests.pipeline import NONE, TEXT, altered, dense, do, load, params, record
+from tests.project import sha256
 from tests.test_lineage import GPTQ, MAGNITUDE, RTN, SPARSEGPT, WANDA
 
 PRUNE = {"magnitude": MAGNITUDE, "wanda": WANDA, "sparsegpt": SPARSEGPT}
@@ -186,7 +188,7 @@ def test_a_run_killed_while_the_artifact_is_put_together_goes_on(workspace, monk
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stream, "load_tokenizer", kill)
+        patch.setattr(stream, "lineage", kill)
         made(WANDA)
     assert files(folder) == never
     compressed = counted(monkeypatch)
@@ -495,17 +497,13 @@ def test_tensors_that_are_put_together_when_loaded_are_not_taken_for_the_paramet
     assert json.loads((MODELS / "prune/made/artifact.json").read_text())["sparsity"] == 0.5
 
 
-def test_a_nan_outside_the_linears_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    made = families.model("llama")
-    made.model.layers[1].input_layernorm.weight.data[3] = torch.nan
-    made.save_pretrained(MODELS / "base/tiny")
-    recipe = Magnitude(
-        method="magnitude", source="base/tiny", sparsity=0.5, scope="matrix", calibration={"dataset": "none"}
-    )
-    Path("data/datasets/none").mkdir(parents=True)
+def test_a_nan_outside_the_linears_is_refused_by_name(workspace):
+    do(params("llama", {}))
+    model = load("base/tiny")
+    model.model.layers[1].input_layernorm.weight.data[3] = torch.nan
+    model.save_pretrained("data/models/base/tiny")
     with pytest.raises(Refusal, match=r"model\.layers\.1\.input_layernorm\.weight"):
-        recipe.execute("prune/made", Run(device="cpu", dtype="bfloat16", threads=1, seed=0))
+        made(MAGNITUDE)
     assert not (MODELS / "prune/made").exists()
 
 
@@ -531,3 +529,58 @@ def test_where_one_block_cannot_be_packed_none_is(family, workspace, monkeypatch
     assert unserved and set(found) <= set(whole)
     for name, tensor in found.items():
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, whole[name]), name
+
+
+GONE = "model.layers.1.mlp.up_proj.weight"
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Make a whole checkpoint one that is not."""
+    file = folder / "model.safetensors"
+    if how == "config":
+        (folder / "config.json").unlink()
+    elif how == "tokenizer":
+        (folder / "tokenizer.json").write_text("{")
+    elif how == "cut":
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(content[:-100])
+    else:
+        tensors = load_file(file)
+        tensors[GONE] = tensors[GONE][:-1].clone()
+        if how == "gone":
+            del tensors[GONE]
+        file.unlink()
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+SPOILED = {
+    "gone": rf"base/tiny has no {GONE}, which its config asks for; a checkpoint must be whole",
+    "shape": r"base/tiny cannot be loaded \(.*; its files are damaged or not all there, get it anew",
+    "cut": r"base/tiny cannot be loaded \(.*; its files are damaged or not all there, get it anew",
+    "config": r"the config of base/tiny cannot be loaded \(",
+    "tokenizer": r"the tokenizer of base/tiny cannot be loaded \(",
+}
+
+
+@pytest.mark.parametrize("recipe", [MAGNITUDE, {"method": "width", "importance": "ppm", "remove": 0.5}])
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_source_that_is_not_whole_is_refused(how, recipe, workspace):
+    do(params("llama", {}))
+    spoil(Path("data/models/base/tiny"), how)
+    with pytest.raises(Refusal, match=SPOILED[how]):
+        made({"calibration": {"dataset": "none"}, **recipe})
+    assert not Path("data/models/prune/made").exists() and not leftovers()
+
+
+@pytest.mark.parametrize("how", ["gone", "shape", "cut", "tokenizer"])
+def test_a_download_that_is_not_whole_is_refused(how, workspace):
+    shutil.copytree(Path("inputs/llama").resolve(), own := Path("own"))
+    spoil(own, how)
+    chosen = params("llama", {})
+    whole = {"source": "path:own", "sha256": sha256(own)}
+    chosen.models["tiny"] = chosen.models["tiny"].model_copy(update=whole)
+    said = SPOILED[how].replace("base/tiny", "path:own")
+    with pytest.raises(Refusal, match=said):
+        do(chosen)
+    assert not Path("data/models/base/tiny").exists() and not leftovers()

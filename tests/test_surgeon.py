@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.core.errors import Refusal
 from stages.core.statistics import Hessian
 from stages.core.surgeon import COLUMNS, sweep
 
@@ -43,6 +44,15 @@ def test_the_sweep_is_the_least_squares_update(run, columns):
     made = weight.clone()
     sweep(made, statistic.inverse_factor(0.5), half, run=run)
     torch.testing.assert_close(made, slow(weight, statistic), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", [1, 16, COLUMNS])
+def test_errors_that_settling_hides_are_refused(run):
+    weight, statistic = problem(30)
+    weight[3, 2] = torch.inf
+    factor = statistic.inverse_factor(0.01)
+    with pytest.raises(Refusal, match=r"grows past fp32; nothing was written\. Look"):
+        sweep(weight, factor, lambda j, values: torch.zeros_like(values), run=run)
 
 
 @settings(deadline=None, max_examples=30)

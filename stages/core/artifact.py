@@ -10,6 +10,8 @@ Imported wherever params are read, so transformers, which takes seconds, is impo
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +46,59 @@ def check_family(recipe: "Recipe") -> None:
         raise Refusal(f"{recipe.method} does not serve {family}, the family of {recipe.source}: {why}.")
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """The body reads a checkpoint; what its files are not is refused.
+
+    Args:
+        what: as a refusal names it.
+
+    Raises:
+        Refusal: files are missing, cut off, or hold tensors of other shapes.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise Refusal(
+            f"{what} cannot be loaded ({said}); its files are damaged or not all there, get it anew."
+        ) from error
+
+
+def pretrained(what: str, path: Path, **options: Any) -> "PreTrainedModel":
+    """A checkpoint as transformers loads it, every parameter read from its files.
+
+    Args:
+        what: as a refusal names it.
+        options: of `from_pretrained`.
+
+    Raises:
+        Refusal: it cannot be read, or some parameter is not there, for which transformers draws numbers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with reading(what):
+        model, told = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, output_loading_info=True, **options
+        )
+    known = {name for name, _ in model.named_parameters()}
+    if missing := sorted(known & set(told["missing_keys"])):
+        raise Refusal(
+            f"{what} has no {', '.join(missing[:8])}, which its config asks for; a checkpoint must be whole."
+        )
+    return model
+
+
 def load_tokenizer(artifact: str) -> "PreTrainedTokenizerBase":
     """The artifact's tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(MODELS / artifact, local_files_only=True)
+    with reading(f"the tokenizer of {artifact}"):
+        return AutoTokenizer.from_pretrained(MODELS / artifact, local_files_only=True)
 
 
 def attention(config: Any) -> str:
@@ -62,6 +112,14 @@ def attention(config: Any) -> str:
     return "eager"
 
 
+def load_config(artifact: str) -> Any:
+    """The artifact's config."""
+    from transformers import AutoConfig
+
+    with reading(f"the config of {artifact}"):
+        return AutoConfig.from_pretrained(MODELS / artifact, local_files_only=True)
+
+
 def load_model(artifact: str, run: "Run", *, dequantize: bool) -> "PreTrainedModel":
     """The artifact's model in eval mode on the chosen device and in the chosen dtype.
 
@@ -69,18 +127,15 @@ def load_model(artifact: str, run: "Run", *, dequantize: bool) -> "PreTrainedMod
         dequantize: give plain weights where they are stored packed, to be compressed or trained further.
             False loads it exactly as any user of the checkpoint would.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = MODELS / artifact
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = load_config(artifact)
     if dequantize and getattr(config, "quantization_config", None):
         config.quantization_config["dequantize"] = True
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
+    model = pretrained(
+        artifact,
+        MODELS / artifact,
         config=config,
         dtype=run.torch_dtype,
         attn_implementation=attention(config),
-        local_files_only=True,
         use_safetensors=True,
     )
     return model.to(run.resolved_device()).eval()

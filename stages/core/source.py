@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from stages.core import memory
-from stages.core.artifact import MODELS, attention, load_model
+from stages.core.artifact import MODELS, attention, load_config, load_model, reading
 from stages.core.blocks import blocks
 from stages.core.grid import Quantized
 from stages.core.packed import code_from, scheme_of, weight_from
@@ -126,20 +126,23 @@ class Empty:
 
     def __init__(self, artifact: str, run: "Run") -> None:
         from accelerate import init_empty_weights  # type: ignore[import-untyped]
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.name, self._run = artifact, run
-        config: Any = AutoConfig.from_pretrained(MODELS / artifact, local_files_only=True)
+        config = load_config(artifact)
         scheme = scheme_of(config)
         config.__dict__.pop("quantization_config", None)
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=run.torch_dtype, attn_implementation=attention(config)
             ).eval()
-        if sum(one.numel() * one.element_size() for one in self.model.parameters()) > memory.LARGE:
+        size = sum(one.numel() * one.element_size() for one in self.model.parameters())
+        self._large = size > memory.LARGE
+        if self._large:
             memory.keep_freed(below=memory.SMALL, trim=memory.SMALL)
         self.model.tie_weights()
-        files = Files(MODELS / artifact, self.model, scheme)
+        with reading(artifact):
+            files = Files(MODELS / artifact, self.model, scheme)
         self._source: Files | Loaded = files
         if other := [n for n, p in self.model.named_parameters() if not files.holds(n, p.shape)]:
             log.info(
@@ -177,6 +180,8 @@ class Empty:
             self._drop(block)
 
     def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True) -> None:
+        if self._large:
+            memory.give_back()
         for name in [name for name, _ in module.named_parameters(recurse=recurse)]:
             tensor = self._source.read(f"{prefix}.{name}".lstrip("."))
             put(module, name, tensor.to(self._device, self._dtype))

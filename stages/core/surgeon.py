@@ -11,6 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stages.core.errors import Refusal
+from stages.core.statistics import finite
+
 COLUMNS = 128
 """Columns in a run of eager updates."""
 
@@ -30,6 +33,9 @@ def sweep(
         settle: (column number, its updated values `[out]`) -> the values it will have.
         begin: called with (start, stop, weight) before the columns of a run, their values up to date.
         run: columns between two updates of the rest, a multiple of those that `settle` looks at together.
+
+    Raises:
+        Refusal: errors are no numbers any more, which `settle` may hide.
     """
     columns, diagonal = len(weight), factor.diagonal().tolist()
     for start in range(0, columns, run):
@@ -42,4 +48,9 @@ def sweep(
             error = torch.sub(weight[j], value, out=errors[j - start]).div_(diagonal[j])
             weight[j] = value
             weight[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+        if not finite(errors):
+            raise Refusal(
+                "what its columns make up for grows past fp32; nothing was written. Look for huge weights or "
+                "raise damping."
+            )
         weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)

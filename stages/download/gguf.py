@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from stages.core.artifact import pretrained, reading
 from stages.core.schema import Sha256
 from stages.download.model import Model
 from stages.download.source import InnerPath, fetched
@@ -29,15 +30,20 @@ class Gguf(Model):
 
     def write(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         """Write config, tokenizer and `dtype` safetensors into `folder`; return what the record keeps."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers import AutoTokenizer, GgufConfig
 
         # transformers logs the whole tensor map on conversion; the bar says enough.
         logging.getLogger("gguf").setLevel(logging.WARNING)
         with fetched(self.source, self.file, self.sha256) as path:
-            where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-            AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
-                **where, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+            with reading(f"the tokenizer of {self.source}"):
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer.save_pretrained(folder)
+            model = pretrained(
+                self.source,
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
             )
             model.config.__dict__.pop("quantization_config", None)
             model.config._name_or_path = ""

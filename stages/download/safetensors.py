@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from stages.core.artifact import pretrained, reading
 from stages.core.errors import Refusal
 from stages.core.schema import Sha256
 from stages.download.model import Model
@@ -23,9 +24,9 @@ class Safetensors(Model):
         """Write config, tokenizer and `dtype` safetensors into `folder`; return what the record keeps.
 
         Raises:
-            Refusal: the checkpoint has no safetensors, or wants code of its own to be run.
+            Refusal: the checkpoint has no safetensors, is not whole, or wants code of its own to be run.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+        from transformers import AutoTokenizer, CompressedTensorsConfig
 
         with fetched(self.source, self.folder, self.sha256) as path:
             if not list(path.glob("*.safetensors")):
@@ -43,8 +44,11 @@ class Safetensors(Model):
                 )
             if "auto_map" in config:
                 raise Refusal(f"{self.source} wants its own code to be run (auto_map); that is never done.")
-            AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
+            with reading(f"the tokenizer of {self.source}"):
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer.save_pretrained(folder)
+            model = pretrained(
+                self.source,
                 path,
                 dtype=dtype,
                 use_safetensors=True,

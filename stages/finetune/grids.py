@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stages.core.artifact import MODELS, load_record
+from stages.core.artifact import MODELS, load_config, load_record
 from stages.core.blocks import linears
 from stages.core.errors import Refusal
 from stages.core.grid import Codes, Quantized
@@ -66,12 +66,10 @@ def source_grid(artifact: str, model: "PreTrainedModel") -> SourceGrid | None:
     Args:
         model: of the artifact; only the names of its parameters and its device are looked at.
     """
-    from transformers import AutoConfig
-
     from stages.core.packed import scheme_of
     from stages.core.source import Files
 
-    config: Any = AutoConfig.from_pretrained(MODELS / artifact, local_files_only=True)
+    config = load_config(artifact)
     files = Files(MODELS / artifact, model, scheme_of(config))
     found = {
         name.removesuffix(".weight"): _moved(code, model.device)

@@ -134,11 +134,9 @@ class Depth(Recipe):
 
     def _check_source(self) -> None:
         """Refuse what the source's config alone shows to be wrong."""
-        from transformers import AutoConfig
+        from stages.core.artifact import load_config
 
-        from stages.core.artifact import MODELS
-
-        config: Any = AutoConfig.from_pretrained(MODELS / self.source, local_files_only=True)
+        config = load_config(self.source)
         depth = config.get_text_config().num_hidden_layers
         if unknown := [str(number) for number in self.keep if number >= depth]:
             raise Refusal(f"keep: {self.source} has blocks 0 to {depth - 1}, no {', '.join(unknown)}.")
