@@ -32,7 +32,8 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def theirs(
     """Compress with llm-compressor into `folder`; returns the seconds it says it took.
 
     Raises:
-        subprocess.CalledProcessError: it failed; what it printed stands above.
+        SystemExit: it failed; with the end of what it printed.
     """
     ids = folder.with_suffix(".safetensors")
     save_file({"input_ids": tokens.contiguous()}, ids)
@@ -186,6 +187,21 @@ def middle(
             took.append(theirs(options.python, method, pipeline, tokens, options.threads, run, folder))
             found.append(losses(load(folder), held_out))
     return took, sorted(found, key=perplexity)[len(found) // 2]
+
+
+def sides(
+    options: argparse.Namespace, wanted: Calibration, tokens: Tensor, held_out: Tensor
+) -> Iterator[tuple[str, tuple[list[float], list[float]], tuple[list[float], list[float]]]]:
+    """Of every row its name, what `timed` and what `middle` say; what rows share is run once."""
+    ours = cache(
+        lambda method, sequential: timed(
+            recipe_of(method, wanted, sequential), tokens, held_out, options.runs
+        )
+    )
+    others = cache(lambda method, pipeline: middle(options, method, pipeline, tokens, held_out))
+    for name in options.rows:
+        method, sequential, pipeline = ROWS[name]
+        yield name, ours(method, sequential), others(method, pipeline)
 
 
 def tell_ratio(figures: str, apart: list[float]) -> float:
@@ -237,18 +253,7 @@ def main() -> None:
             plain.append(sum(seconds(lambda: forward(dense, batch)) for batch in batches))  # noqa: B023
         whole.append(seconds(lambda: forward(dense, tokens)))  # noqa: B023
         tell(f"dense.{text}.perplexity", perplexity(losses(dense, held_out)))
-        rows = {name: ROWS[name] for name in options.rows}
-        ours = {
-            key: timed(recipe_of(key[0], wanted, key[1]), tokens, held_out, options.runs)
-            for key in dict.fromkeys((method, sequential) for method, sequential, _ in rows.values())
-        }
-        others = {
-            key: middle(options, *key, tokens, held_out)
-            for key in dict.fromkeys((method, pipeline) for method, _, pipeline in rows.values())
-        }
-        for name, (method, sequential, pipeline) in rows.items():
-            took, mine = ours[method, sequential]
-            other_took, other = others[method, pipeline]
+        for name, (took, mine), (other_took, other) in sides(options, wanted, tokens, held_out):
             ours_s[name] += took
             theirs_s[name] += other_took
             tell(f"{name}.{text}.perplexity", perplexity(mine))

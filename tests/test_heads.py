@@ -37,6 +37,11 @@ def heads(**options: Any) -> Heads:
     return Heads(source="base/m", method="heads", **options)
 
 
+def planned(recipe: Heads, model: torch.nn.Module) -> Any:
+    """What `recipe` keeps of `model`, where it reads no text."""
+    return recipe.plan(model, recipe.parts(model), {})
+
+
 def grouped(family: str) -> PreTrainedModel:
     """Eight query heads of 4 features in four groups, in fp32, of a size that matters, with biases."""
     config = copy.deepcopy(families.CONFIGS[family])
@@ -75,16 +80,16 @@ def test_a_dry_run_finds_the_attention(family):
 def test_it_is_the_dense_model_with_those_heads_silent(family, unit, importance, tmp_path):
     dense, small = grouped(family), grouped(family)
     options = {} if importance == "magnitude" else {"calibration": TEXT}
-    loudness = measure_inputs(dense, WINDOWS if options else None, None, "heads")
-    cuts, changes, notes = heads(importance=importance, unit=unit, remove=0.5, **options).plan(
-        dense, loudness
-    )
+    parts = anatomy.attentions(dense)
+    loudness = measure_inputs(dense, parts, WINDOWS, None, "heads") if options else {}
+    recipe = heads(importance=importance, unit=unit, remove=0.5, **options)
+    cuts, changes, notes = recipe.plan(dense, parts, loudness)
     assert changes == {
         "num_attention_heads": 4, "head_dim": 4, "num_key_value_heads": 2 if unit == "groups" else 4,
     }  # fmt: skip
     assert {key: notes["heads"][key] for key in ("before", "after")} == {"before": 8, "after": 4}
     shrink(small, cuts, changes)
-    for name, part in anatomy.attentions(dense).items():
+    for name, part in parts.items():
         kept = notes["heads"]["kept"][name]
         assert kept == sorted(kept) and len(kept) == 4
         left = [sum(head // 2 == group for head in kept) for group in range(4)]
@@ -114,14 +119,23 @@ def test_removing_nothing_changes_nothing(family, workspace):
             assert torch.equal(parameter, made.get_parameter(name)), name
 
 
+def test_inputs_that_are_too_large_for_sums_matter_only_to_what_reads_them():
+    model = grouped("llama")
+    model.model.layers[-1].post_attention_layernorm.weight.data[3] = 2e19
+    loudness = measure_inputs(model, anatomy.attentions(model), WINDOWS, None, "heads")
+    assert loudness.keys() == anatomy.attentions(model).keys()
+    assert all(heard.isfinite().all() and heard.any() for heard in loudness.values())
+
+
 @pytest.mark.parametrize("unit", ["groups", "queries"])
 def test_scores_by_hand(unit):
     """Sums over single weights and features, written out."""
     model, shape = grouped("llama").requires_grad_(False), Shape(8, 4, 4)
-    loudness = measure_inputs(model, WINDOWS, 1, "heads")
+    parts = anatomy.attentions(model)
+    part = parts["model.layers.1"]
+    heard = measure_inputs(model, parts, WINDOWS, 1, "heads")["model.layers.1"]
+    loud = heard.tolist()
     block = model.model.layers[1].self_attn
-    part = anatomy.attentions(model)["model.layers.1"]
-    loud = loudness[part.writer.name].tolist()
     o = block.o_proj.weight
     for unit_number in range(4 if unit == "groups" else 8):
         members = [2 * unit_number, 2 * unit_number + 1] if unit == "groups" else [unit_number]
@@ -139,7 +153,7 @@ def test_scores_by_hand(unit):
         for importance, value in expected.items():
             text = NONE if importance == "magnitude" else TEXT
             recipe = heads(importance=importance, unit=unit, remove=0.5, calibration=text)
-            scores = recipe.scores(part, loudness[part.writer.name], shape, "model.layers.1")
+            scores = recipe.scores(part, heard, shape, "model.layers.1")
             assert float(scores[unit_number]) == pytest.approx(value, rel=1e-4)
 
 
@@ -200,13 +214,13 @@ def test_a_config_that_cannot_say_fewer_heads(family, keep):
         r"which .* would be \[32, 32\] and not"
     )
     with pytest.raises(Refusal, match=said):
-        heads(keep=keep).plan(model, {})
+        planned(heads(keep=keep), model)
 
 
 def test_a_number_that_a_config_refuses_is_told_with_those_it_does_not():
     with pytest.raises(Refusal, match=r"LlamaForCausalLM cannot have 6 heads: .*multiple.*; allowed: 2, 4\."):
-        heads(keep=6).plan(grouped("llama"), {})
-    _, changes, _ = heads(keep=6).plan(grouped("mistral"), {})
+        planned(heads(keep=6), grouped("llama"))
+    _, changes, _ = planned(heads(keep=6), grouped("mistral"))
     assert changes["num_attention_heads"] == 6
 
 
@@ -217,7 +231,7 @@ def test_fused_heads_are_refused_by_name():
     )  # fmt: skip
     fused = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(Refusal, match=r"Phi3ForCausalLM cannot lose heads: .*qkv_proj holds more than"):
-        heads(keep=2).plan(fused, {})
+        planned(heads(keep=2), fused)
 
 
 def paired(kind: type[PreTrainedConfig]) -> PreTrainedModel:
@@ -235,7 +249,7 @@ def test_heads_that_reach_each_other_are_refused_by_name(kind, linear, unit):
     family = kind.__name__.removesuffix("Config")
     said = rf"^{family}ForCausalLM cannot lose heads: what .*layers\.0\.self_attn\.{linear}_proj puts out"
     with pytest.raises(Refusal, match=said):
-        heads(keep=4, unit=unit).plan(paired(kind), {})
+        planned(heads(keep=4, unit=unit), paired(kind))
 
 
 @pytest.mark.parametrize("family", SERVED)

@@ -556,8 +556,8 @@ def spoil(folder: Path, how: str) -> None:
 
 SPOILED = {
     "gone": rf"base/tiny has no {GONE}, which its config asks for; a checkpoint must be whole",
-    "shape": r"base/tiny cannot be loaded \(.*; its files are damaged or not all there, get it anew",
-    "cut": r"base/tiny cannot be loaded \(.*; its files are damaged or not all there, get it anew",
+    "shape": rf"base/tiny has {GONE} of \[63, 32\] and not \[64, 32\], as its config asks for; get it anew",
+    "cut": r"base/tiny cannot be loaded \(.*; if its files are damaged or not all there, get it anew",
     "config": r"the config of base/tiny cannot be loaded \(",
     "tokenizer": r"the tokenizer of base/tiny cannot be loaded \(",
 }
@@ -571,6 +571,16 @@ def test_a_source_that_is_not_whole_is_refused(how, recipe, workspace):
     with pytest.raises(Refusal, match=SPOILED[how]):
         made({"calibration": {"dataset": "none"}, **recipe})
     assert not Path("data/models/prune/made").exists() and not leftovers()
+
+
+def test_a_file_cut_off_while_it_is_read_is_refused(workspace):
+    chosen = params("llama", {})
+    do(chosen)
+    source = Empty("base/tiny", chosen.run)
+    spoil(MODELS / "base/tiny", "cut")
+    name, block = blocks(source.model)[1]
+    with pytest.raises(Refusal, match=SPOILED["cut"]), source.block(name, block):
+        pass
 
 
 @pytest.mark.parametrize("how", ["gone", "shape", "cut", "tokenizer"])

@@ -35,6 +35,11 @@ def width(**options: Any) -> Width:
     return Width(source="base/m", method="width", **options)
 
 
+def planned(recipe: Width, model: torch.nn.Module) -> Any:
+    """What `recipe` keeps of `model`, where it reads no text."""
+    return recipe.plan(model, recipe.parts(model), {})
+
+
 def full(family: str) -> torch.nn.Module:
     """A tiny model in fp32, every linear of a size that matters, its biases drawn: fresh ones are zero."""
     made = families.model(family).float()
@@ -74,9 +79,9 @@ def test_it_is_the_dense_model_with_those_neurons_silent(family, importance, tmp
     dense = full(family)
     options = {} if importance == "ppm" else {"calibration": TEXT}
     recipe = width(importance=importance, remove=0.3, **options)
-    loudness = measure_inputs(dense, WINDOWS if options else None, 2, "width")
-    cuts, changes, notes = recipe.plan(dense, loudness)
     parts = anatomy.mlps(dense)
+    loudness = measure_inputs(dense, parts, WINDOWS, 2, "width") if options else {}
+    cuts, changes, notes = recipe.plan(dense, parts, loudness)
     before = next(iter(parts.values())).width
     count = -(-before * 7 // 10)
     assert changes == {KEYS.get(family, "intermediate_size"): count}
@@ -146,7 +151,8 @@ def test_what_is_measured_is_the_dense_models_inputs():
     logits(model)
     expected = seen[0].reshape(-1, 64).double().square().mean(0).sqrt().float()
     for batch_size in (None, 1, 2):
-        loudness = measure_inputs(full("llama"), WINDOWS, batch_size, "width")[part.writer.name]
+        again = full("llama")
+        loudness = measure_inputs(again, anatomy.mlps(again), WINDOWS, batch_size, "w")["model.layers.1"]
         assert torch.allclose(loudness, expected, rtol=1e-4)
     recipe = width(importance="activation", remove=0.5, calibration=TEXT)
     assert torch.equal(recipe.scores(part, loudness, "model.layers.1"), loudness)
@@ -216,7 +222,7 @@ def test_bad_settings_are_refused(options, said):
 def test_a_random_choice_depends_on_the_seed_and_the_block():
     def chosen(seed: int) -> list[list[int]]:
         model = families.model("llama")
-        cuts, _, _ = width(importance="random", seed=seed, remove=0.5).plan(model, {})
+        cuts, _, _ = planned(width(importance="random", seed=seed, remove=0.5), model)
         return [cuts[f"model.layers.{i}.mlp.down_proj.weight"][1].tolist() for i in range(2)]
 
     assert chosen(0) == chosen(0)
@@ -240,14 +246,15 @@ def test_blocks_that_are_not_plain_are_refused_by_name(config, said):
         )
     )  # fmt: skip
     with pytest.raises(Refusal, match=said):
-        width(remove=0.5).plan(other, {})
+        planned(width(remove=0.5), other)
 
 
 def test_a_weight_that_is_not_a_number_is_refused():
     model = families.model("llama")
+    parts = anatomy.mlps(model)
     linears(model)[5].weight[0, 0] = float("nan")
     with pytest.raises(Refusal, match=r"NaN or infinite values in model\.layers\.0\.mlp\.up_proj\.weight"):
-        measure_inputs(model, None, None, "prune width")
+        measure_inputs(model, parts, WINDOWS, None, "width")
 
 
 def test_a_config_whose_hidden_size_equals_the_width(tmp_path):
@@ -256,7 +263,7 @@ def test_a_config_whose_hidden_size_equals_the_width(tmp_path):
     config.intermediate_size = config.max_position_embeddings = config.hidden_size
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    cuts, changes, _ = width(remove=0.5).plan(model, {})
+    cuts, changes, _ = planned(width(remove=0.5), model)
     assert changes == {"intermediate_size": 16}
     shrink(model, cuts, changes)
     assert reloaded(model, tmp_path).config.intermediate_size == 16

@@ -48,24 +48,22 @@ def check_family(recipe: "Recipe") -> None:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """The body reads a checkpoint; what its files are not is refused.
+    """The body reads a checkpoint, and nothing else; files it cannot read are refused.
 
     Args:
         what: as a refusal names it.
 
     Raises:
-        Refusal: files are missing, cut off, or hold tensors of other shapes.
+        Refusal: files are missing, cut off, closed to us, or no files of their kind.
     """
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
+    except (OSError, ValueError, SafetensorError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise Refusal(
-            f"{what} cannot be loaded ({said}); its files are damaged or not all there, get it anew."
+            f"{what} cannot be loaded ({said}); if its files are damaged or not all there, get it anew."
         ) from error
 
 
@@ -77,19 +75,23 @@ def pretrained(what: str, path: Path, **options: Any) -> "PreTrainedModel":
         options: of `from_pretrained`.
 
     Raises:
-        Refusal: it cannot be read, or some parameter is not there, for which transformers draws numbers.
+        Refusal: it cannot be read, or some parameter is not there or of another shape, for which
+            transformers would draw numbers.
     """
     from transformers import AutoModelForCausalLM
 
     with reading(what):
-        model, told = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, output_loading_info=True, **options
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     known = {name for name, _ in model.named_parameters()}
-    if missing := sorted(known & set(told["missing_keys"])):
+    if missing := sorted(known & set(info["missing_keys"])):
         raise Refusal(
             f"{what} has no {', '.join(missing[:8])}, which its config asks for; a checkpoint must be whole."
         )
+    if unlike := sorted(info["mismatched_keys"]):
+        told = [f"{name} of {list(found)} and not {list(asked)}" for name, found, asked in unlike]
+        raise Refusal(f"{what} has {', '.join(told[:8])}, as its config asks for; get it anew.")
     return model
 
 

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from stages.core.artifact import MODELS, RECORD, load_record, load_tokenizer
+from stages.core.artifact import MODELS, RECORD, load_record, load_tokenizer, pretrained
 from stages.core.atomic import writing
 from stages.core.blocks import Linear, linears
 from stages.core.calibration import DATASETS
@@ -111,7 +110,7 @@ def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> "PreTra
     Args:
         base: what is known of where it came from: name, source, hashes, `grid`.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model = pretrained(artifact, folder, dtype="auto")
     _finish(folder, model, {"artifact": artifact, "lineage": [artifact], "recipes": {}, "base": dict(base)})
     return model
 

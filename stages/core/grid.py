@@ -48,8 +48,8 @@ class Quantized:
             )
         if low == high == 0 and weight.any():
             raise Refusal(
-                f"its weights, {float(weight.abs().max()):.3g} at most, are too small for the scales of the "
-                "grid and would all be rounded to zero; list the matrix in ignore or take another method."
+                f"its weights, {float(weight.abs().max()):.3g} at most, are out of reach of the grid's "
+                "scales and would all be rounded to zero; list the matrix in ignore or take another method."
             )
         return near
 

@@ -15,8 +15,6 @@ from stages.core.schema import NoData, Recipe
 from stages.core.statistics import DeadInputs, Statistic
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from stages.core.blocks import Linear
     from stages.core.run import Run
     from stages.core.stream import Empty
@@ -54,18 +52,12 @@ class WeightMethod(Recipe):
         """
         return {}
 
-    def windows(self, whole: "Callable[[], PreTrainedModel]") -> Tensor:
-        """The token ids it is calibrated on, `[num_samples, sequence_length]`.
-
-        Args:
-            whole: loads the source all in memory, which is done where the source generates the windows and
-                for as long as that takes.
-        """
-        from stages.core.artifact import load_tokenizer
+    def windows(self, source: "Empty") -> Tensor:
+        """The token ids it is calibrated on, `[num_samples, sequence_length]`."""
         from stages.core.generation import model_windows
 
         assert isinstance(self.calibration, Tokens)
-        return model_windows(load_tokenizer(self.source), self.calibration, whole)
+        return model_windows(source.tokenizer, self.calibration, source.whole)
 
     def replace(self, linear: "Linear", statistic: Any, plan: Any) -> "Tensor | Quantized":
         """The new weight of a linear, or its codes."""
@@ -87,7 +79,7 @@ class WeightMethod(Recipe):
         if self.statistic and isinstance(self.calibration, Calibration):
             home.bring_rest()
             options = {
-                "windows": self.windows(home.whole),
+                "windows": self.windows(home),
                 "statistic": self.statistic,
                 "sequential": self.calibration.sequential,
                 "batch_size": self.calibration.batch_size,
@@ -103,8 +95,7 @@ class WeightMethod(Recipe):
             home.quantized[linear.name] = made
             return made.checked(linear.weight)
 
-        label = artifact.replace("/", " ", 1)
-        walk(home.model, compress, **options, ignore=self.ignore, label=label, home=home)
+        walk(home.model, compress, **options, ignore=self.ignore, label=artifact, home=home)
         home.finish(self.notes(plan))
 
     def notes(self, plan: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ every tensor, as pages of an open one count as memory in use.
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from stages.core import memory
-from stages.core.artifact import MODELS, attention, load_config, load_model, reading
+from stages.core.artifact import MODELS, attention, load_config, load_model, load_tokenizer, reading
 from stages.core.blocks import blocks
 from stages.core.grid import Quantized
 from stages.core.packed import code_from, scheme_of, weight_from
 from stages.core.statistics import check_finite
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.core.run import Run
 
@@ -48,19 +49,23 @@ class Files:
     packed are dequantized as they are read.
 
     Args:
+        artifact: `<stage>/<recipe>`.
         scheme: how packed weights are stored, None where none are; see `stages.core.packed`.
+
+    Raises:
+        Refusal: a file cannot be read, now or when it is asked for a tensor.
     """
 
-    def __init__(self, folder: Path, model: "PreTrainedModel", scheme: Mapping[str, Any] | None) -> None:
+    def __init__(self, artifact: str, model: "PreTrainedModel", scheme: Mapping[str, Any] | None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         renamings = get_model_conversion_mapping(model)
-        self._scheme = scheme
+        self._name, self._scheme = artifact, scheme
         self._where: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, list[int]] = {}
         self._parts: dict[str, list[str]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as handle:
+        for file in sorted((MODELS / artifact).glob("*.safetensors")):
+            with reading(artifact), safe_open(file, "pt") as handle:
                 for key in handle.keys():  # noqa: SIM118
                     name = key
                     for renaming in renamings:
@@ -95,7 +100,7 @@ class Files:
 
     def _tensor(self, name: str) -> Tensor:
         file, key = self._where[name]
-        with safe_open(file, "pt") as handle:
+        with reading(self._name), safe_open(file, "pt") as handle:
             tensor: Tensor = handle.get_tensor(key)
         return tensor
 
@@ -132,17 +137,16 @@ class Empty:
         config = load_config(artifact)
         scheme = scheme_of(config)
         config.__dict__.pop("quantization_config", None)
+        memory.keep_freed(below=memory.SMALL, trim=memory.SMALL)
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=run.torch_dtype, attn_implementation=attention(config)
             ).eval()
         size = sum(one.numel() * one.element_size() for one in self.model.parameters())
-        self._large = size > memory.LARGE
-        if self._large:
-            memory.keep_freed(below=memory.SMALL, trim=memory.SMALL)
+        if size <= memory.LARGE:
+            memory.keep_freed()
         self.model.tie_weights()
-        with reading(artifact):
-            files = Files(MODELS / artifact, self.model, scheme)
+        files = Files(artifact, self.model, scheme)
         self._source: Files | Loaded = files
         if other := [n for n, p in self.model.named_parameters() if not files.holds(n, p.shape)]:
             log.info(
@@ -156,8 +160,13 @@ class Empty:
                 module._buffers[name] = None if buffer is None else buffer.to(self._device)
         self._blocks = blocks(self.model)
 
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The source's."""
+        return load_tokenizer(self.name)
+
     def whole(self) -> "PreTrainedModel":
-        """The source all in memory, for what cannot be done a block at a time."""
+        """The source all in memory, which is given up again when the caller does."""
         return loaded(self.name, self._run)
 
     def bring_rest(self) -> None:
@@ -180,8 +189,6 @@ class Empty:
             self._drop(block)
 
     def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True) -> None:
-        if self._large:
-            memory.give_back()
         for name in [name for name, _ in module.named_parameters(recurse=recurse)]:
             tensor = self._source.read(f"{prefix}.{name}".lstrip("."))
             put(module, name, tensor.to(self._device, self._dtype))

@@ -187,14 +187,14 @@ def finite(values: Tensor) -> bool:
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
-def check_finite(label: str, named: Iterable[tuple[str, Tensor]]) -> None:
+def check_finite(what: str, named: Iterable[tuple[str, Tensor]]) -> None:
     """Look at all values of tensors, given by name.
 
     Raises:
         Refusal: some are NaN or infinite.
     """
     if broken := [name for name, tensor in named if not finite(tensor.detach())]:
-        raise Refusal(f"{label}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
+        raise Refusal(f"{what}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
 
 
 class DeadInputs:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.core.artifact import MODELS, RECORD, load_tokenizer
+from stages.core.artifact import MODELS, RECORD
 from stages.core.atomic import SCRATCH, write_json, writing
 from stages.core.blocks import linears
 from stages.core.checkpoint import Sizes, check_codes, check_zeros, lineage, zero_masks
@@ -65,7 +65,7 @@ class Streamed(Empty):
         self._weights = {f"{one.name}.weight" for one in linears(self.model, partial=True)}
         self._loads_packed = loads_packed(self.model, [one.name for one in self._linears])
         self._check_rest()
-        self._tokenizer = load_tokenizer(recipe.source)  # refused now rather than when all is done
+        _ = self.tokenizer  # refused now rather than when all is done
         told = recipe.model_dump(mode="json")
         at = RESUME / artifact.replace("/", "__")
         self._folder = place(at, told, told["calibration"]["dataset"], run)
@@ -172,7 +172,7 @@ class Streamed(Empty):
             config.save_pretrained(folder)
             if self.model.can_generate() and self.model.generation_config is not None:
                 _generation_config(MODELS / self.recipe.source, folder)
-            self._tokenizer.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
             layout = "fake_quantized" if self.fake else self.scheme["format"] if self.scheme else "dense"
             record = {
                 **lineage(self.artifact, self.recipe.model_dump(mode="json"), self.run, {**notes, **joined}),

@@ -138,7 +138,9 @@ class _Walk:
         outputs: list[Any] = []
         with _about(name):
             groups = input_groups(block, self.linears[name], lambda: outputs.extend(_run(original, first)))
+        rest = calls
         if self.once:
+            rest = calls[1:]
             for group in groups:
                 self.add(group, group.inputs)
                 group.inputs = group.inputs.new_empty(0)
@@ -150,7 +152,7 @@ class _Walk:
         try:
             if self.sequential == "linear":
                 return _in_step(original, calls, self.settle)
-            outputs += _run(original, calls[len(outputs) :])
+            outputs += _run(original, rest)
         finally:
             for handle in handles:
                 handle.remove()

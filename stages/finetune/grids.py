@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stages.core.artifact import MODELS, load_config, load_record
+from stages.core.artifact import load_config, load_record
 from stages.core.blocks import linears
 from stages.core.errors import Refusal
 from stages.core.grid import Codes, Quantized
@@ -70,7 +70,7 @@ def source_grid(artifact: str, model: "PreTrainedModel") -> SourceGrid | None:
     from stages.core.source import Files
 
     config = load_config(artifact)
-    files = Files(MODELS / artifact, model, scheme_of(config))
+    files = Files(artifact, model, scheme_of(config))
     found = {
         name.removesuffix(".weight"): _moved(code, model.device)
         for name, _ in model.named_parameters()

@@ -83,10 +83,8 @@ class Ablation:
         made = {out: torch.cat(values) for out, values in found.items()}
         for out, values in made.items():
             if not values.isfinite().all():
-                raise Refusal(
-                    f"{self._label}: without {sorted(out)} the model's predictions are NaN or infinite; "
-                    "nothing was written."
-                )
+                without = f"without {self._target} {', '.join(map(str, sorted(out)))} " if out else ""
+                raise Refusal(f"{without}the model's predictions are NaN or infinite; nothing was written.")
         return made
 
     def losses(self, sets: Iterable[frozenset[int]]) -> dict[frozenset[int], float]:

@@ -52,7 +52,7 @@ def loss_gradients(
     Args:
         windows: `[num_samples, sequence_length]` token ids.
         prompt_length: tokens at the start of each window that are given and not predicted.
-        label: shown on the progress bar and in what is raised.
+        label: shown on the progress bar.
 
     Raises:
         Refusal: the loss or a gradient is not finite.
@@ -76,11 +76,11 @@ def loss_gradients(
         gradient /= len(windows)
     if broken := [name for name, gradient in gradients.items() if not gradient.isfinite().all()]:
         raise Refusal(
-            f"{label}: NaN or infinite gradients in {', '.join(broken)}, the loss being "
-            f"{total / len(windows)}; nothing was written."
+            f"NaN or infinite gradients in {', '.join(broken)}, the loss being {total / len(windows)}; "
+            "nothing was written."
         )
     if dead := [name for name, gradient in gradients.items() if not gradient.any()]:
-        log.warning("%s: no token moves the loss through %s", label, ", ".join(dead))
+        log.warning("no token moves the loss through %s", ", ".join(dead))
     return gradients, total / len(windows)
 
 

@@ -85,11 +85,14 @@ class Heads(Shrinker):
                 )
         return Shape(left * step, left if whole else shape.groups, shape.size)
 
+    def parts(self, model: "PreTrainedModel") -> dict[str, Part]:
+        """The attentions."""
+        return attentions(model)
+
     def plan(
-        self, model: "PreTrainedModel", loudness: Mapping[str, Tensor]
+        self, model: "PreTrainedModel", parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
     ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
         """The heads kept of every block."""
-        parts = attentions(model)
         before = shape_of(model, next(iter(parts.values())))
         after = self.kept(before)
         notes = {"heads": {"before": before.queries, "after": after.queries}}
@@ -100,7 +103,7 @@ class Heads(Shrinker):
         cuts: Cuts = {}
         told: dict[str, list[int]] = {}
         for name, part in parts.items():
-            heads, groups = self._chosen(part, self.heard(part, loudness), before, after, name)
+            heads, groups = self._chosen(part, loudness.get(name), before, after, name)
             for one in part.readers:
                 slices = {before.queries: heads, before.groups: groups}[one.weight.shape[0] // before.size]
                 cuts |= rows(one, before.features(slices))

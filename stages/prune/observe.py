@@ -43,9 +43,7 @@ def observe(
 
     def checked(number: int, before: Tensor, after: Tensor) -> None:
         if not after.isfinite().all():
-            raise Refusal(
-                f"{label}: NaN or infinite hidden states after {names[number]}; nothing was written."
-            )
+            raise Refusal(f"{names[number]}: NaN or infinite hidden states after it; nothing was written.")
         see(number, before, after)
 
     with ExitStack() as hooks:

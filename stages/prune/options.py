@@ -88,7 +88,7 @@ class Pruner(WeightMethod):
             )
         if isinstance(self.allocation, Uniform):
             return {name: self.zeros(*shape) for name, shape in shapes.items()}
-        windows = self.windows(source.whole) if self.allocation.reads_text else None
+        windows = self.windows(source) if self.allocation.reads_text else None
         at_once = getattr(self.calibration, "batch_size", None)
         shares = self.allocation.shares(source, self.ignore, self.sparsity, windows, at_once)
         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}

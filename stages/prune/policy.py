@@ -140,8 +140,8 @@ class Command(Strict):
         except OSError as error:
             raise Refusal(f"{name} cannot be run: {error.strerror}; mend policy.command.") from None
         if code:
-            last = (err.strip().splitlines() or ["nothing on its standard error"])[-1]
-            raise Refusal(f"{name} ended with exit code {code}: {last[:200]}")
+            last = (err.strip().splitlines() or ["it said nothing on its standard error"])[-1]
+            raise Refusal(f"{name} ended with exit code {code} ({last[:200].rstrip('.')}); mend it.")
         try:
             return Answer.model_validate_json(out)
         except ValidationError as error:

@@ -90,7 +90,7 @@ class Stepwise(Recipe):
         work = Work(model, self, windows[~torch.isin(torch.arange(len(windows)), away)], windows[away])
         before = work.perplexity()
         if before is None:
-            raise Refusal("stepwise: the source's perplexity is not a finite number; nothing was written.")
+            raise Refusal("the source's perplexity is not a finite number; nothing was written.")
         last = before
         history: list[Step] = []
         stopped, blocks = "", None

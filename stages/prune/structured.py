@@ -54,29 +54,27 @@ class Shrinker(Recipe):
             raise ValueError(f"importance {self.importance} is measured on text; name one to calibrate")
         return self
 
+    def parts(self, model: "PreTrainedModel") -> dict[str, Part]:
+        """What holds the many things, by the name of its block.
+
+        Raises:
+            Refusal: the family has no such part.
+        """
+        raise NotImplementedError
+
     def plan(
-        self, model: "PreTrainedModel", loudness: Mapping[str, Tensor]
+        self, model: "PreTrainedModel", parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
     ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
         """What is kept, the config's new numbers, and facts for the record.
 
         Args:
-            loudness: `[in]` fp32, the root mean square of every input feature of each linear, by its full
-                name; empty where nothing is measured.
+            loudness: `[in]` fp32, see `measure_inputs`, by the name of the block; empty where nothing is
+                measured.
 
         Raises:
             Refusal: what is asked for cannot be, or the family's config cannot say it.
         """
         raise NotImplementedError
-
-    def heard(self, part: Part, loudness: Mapping[str, Tensor]) -> Tensor | None:
-        """How loud each feature is that `part` writes from, `[in]` fp32; None without text.
-
-        Those never heard are logged.
-        """
-        found = loudness.get(part.writer.name)
-        if found is not None:
-            DeadInputs("of no importance").tell(part.writer.name, found == 0)
-        return found
 
     def execute(self, artifact: str, run: "Run") -> None:
         """Write `artifact`, the source without what matters least."""
@@ -87,12 +85,12 @@ class Shrinker(Recipe):
         from stages.core.source import loaded
 
         model = loaded(self.source, run)
-        windows = None
+        parts = self.parts(model)
+        loudness: dict[str, Tensor] = {}
         if isinstance(self.calibration, Tokens):
             windows = model_windows(load_tokenizer(self.source), self.calibration, lambda: model)
-        at_once = getattr(self.calibration, "batch_size", None)
-        loudness = measure_inputs(model, windows, at_once, artifact.replace("/", " ", 1))
-        cuts, changes, notes = self.plan(model, loudness)
+            loudness = measure_inputs(model, parts, windows, self.calibration.batch_size, artifact)
+        cuts, changes, notes = self.plan(model, parts, loudness)
         zeros = zero_masks(linears(model))
         shrink(model, cuts, changes)
         keep = {name: kept(mask, f"{name}.weight", cuts) for name, mask in zeros.items()}
@@ -100,25 +98,30 @@ class Shrinker(Recipe):
 
 
 def measure_inputs(
-    model: nn.Module, windows: Tensor | None, batch_size: int | None, label: str
+    model: nn.Module, parts: Mapping[str, Part], windows: Tensor, batch_size: int | None, label: str
 ) -> dict[str, Tensor]:
-    """The root mean square of the input features of every linear, `[in]` fp32 by full name; {} without text.
+    """The root mean square of every feature that a part writes from, `[in]` fp32 by the name of its block.
+
+    Features that are never anything but zero are logged.
 
     Raises:
-        Refusal: NaN or infinite weights or inputs.
+        Refusal: NaN or infinite weights or inputs, or inputs of a writer too large for fp32 sums.
     """
     from stages.core.statistics import ColumnNorm, Statistic
     from stages.core.walk import walk
 
+    written = {part.writer.name: name for name, part in parts.items()}
+    dead = DeadInputs("of no importance")
     found: dict[str, Tensor] = {}
 
     def look(linear: Linear, statistic: Statistic | None) -> None:
-        if isinstance(statistic, ColumnNorm):
-            found[linear.name] = statistic.norm()
+        if linear.name in written:
+            assert isinstance(statistic, ColumnNorm)
+            dead.tell(linear.name, statistic.dead())
+            found[written[linear.name]] = statistic.norm()
 
-    statistic = None if windows is None else ColumnNorm
     walk(
-        model, look, windows=windows, statistic=statistic, sequential="none", batch_size=batch_size,
+        model, look, windows=windows, statistic=ColumnNorm, sequential="none", batch_size=batch_size,
         label=label,
     )  # fmt: skip
     return found

@@ -93,16 +93,19 @@ class Width(Shrinker):
         assert loudness is not None
         return loudness if self.importance == "activation" else change_bound(part.writer.weight, loudness)
 
+    def parts(self, model: "PreTrainedModel") -> dict[str, Part]:
+        """The MLPs."""
+        return mlps(model)
+
     def plan(
-        self, model: "PreTrainedModel", loudness: Mapping[str, Tensor]
+        self, model: "PreTrainedModel", parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
     ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
         """The neurons kept of every block."""
-        parts = mlps(model)
         hidden, width = next(iter(parts.values())).writer.weight.shape
         count = self.kept(width, hidden)
         cuts: Cuts = {}
         for name, part in parts.items():
-            indices = most_important(self.scores(part, self.heard(part, loudness), name), count)
+            indices = most_important(self.scores(part, loudness.get(name), name), count)
             for one in part.readers:
                 cuts |= rows(one, indices)
             cuts |= columns(part.writer, indices)
