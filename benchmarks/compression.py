@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
     parser.add_argument("--python", default=".venv-llmcompressor/bin/python", help="with llm-compressor")
     options = parser.parse_args()
+    options.rows = list(dict.fromkeys(options.rows))
     if options.runs % 2 == 0:
         parser.error(f"--runs {options.runs} has no middle one; take an odd number.")
     if not Path(options.python).exists():

@@ -27,7 +27,7 @@ def test_the_first_run_makes_everything(finished):
     assert f"{len(sweep.STAGES)} stages: {len(sweep.STAGES)} ran" in said
     assert str(finished / "data/report/index.html") in said
     assert all(candidate in said.split("Results")[1] for candidate in sweep.CANDIDATES)
-    assert "prune@wanda-50 | prune wanda-50: 100%" in said
+    assert "prune@wanda-50 | prune/wanda-50: 100%" in said
     assert "block" in (finished / "data/runs/logs/prune@wanda-50.log").read_text()
     assert sweep.status(finished) == set()
     names = list(yaml.safe_load((finished / "dvc.lock").read_text())["stages"])

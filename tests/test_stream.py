@@ -1,5 +1,6 @@
 """Streaming: the bytes are those of a model changed in memory, and a killed run goes on where it was."""
 
+import errno
 import json
 import logging
 import shutil
@@ -13,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from stages.core import checkpoint, stream
+from stages.core import checkpoint, source, stream
 from stages.core.artifact import MODELS, load_model, load_tokenizer
 from stages.core.blocks import blocks, linears
 from stages.core.calibration import calibration_windows
-from stages.core.errors import Refusal
+from stages.core.errors import Refusal, Unreadable
 from stages.core.method import WeightMethod
 from stages.core.run import Run
 from stages.core.source import Empty
@@ -29,6 +30,7 @@ from stages.quantize.options import Quantizer
 from tests import families
 from tests.pipeline import NONE, TEXT, altered, dense, do, load, params, record
 from tests.project import sha256
+from tests.test_blocks import mixture
 from tests.test_lineage import GPTQ, MAGNITUDE, RTN, SPARSEGPT, WANDA
 
 PRUNE = {"magnitude": MAGNITUDE, "wanda": WANDA, "sparsegpt": SPARSEGPT}
@@ -474,6 +476,9 @@ def test_a_method_of_its_own_needs_no_more_than_weights(workspace):
         assert torch.equal(linear.weight, before.weight if untouched else alone)
 
 
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
+
+
 def test_tensors_that_are_put_together_when_loaded_are_not_taken_for_the_parameter(tmp_path, monkeypatch):
     """A mixture's experts lie apart on disk and together in the model."""
     monkeypatch.chdir(tmp_path)
@@ -484,15 +489,14 @@ def test_tensors_that_are_put_together_when_loaded_are_not_taken_for_the_paramet
     families.tokenizer().save_pretrained(folder)
     (folder / "artifact.json").write_text(json.dumps({"lineage": ["base/tiny"], "recipes": {}, "base": {}}))
     Path("data/datasets/none").mkdir(parents=True)
-    experts = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
     recipe = Magnitude(
-        method="magnitude", source="base/tiny", sparsity=0.5, scope="matrix", ignore=experts,
+        method="magnitude", source="base/tiny", sparsity=0.5, scope="matrix", ignore=EXPERTS,
         calibration={"dataset": "none"},
     )  # fmt: skip
     recipe.execute("prune/made", Run(device="cpu", dtype="bfloat16", threads=1, seed=0))
     again = AutoModelForCausalLM.from_pretrained(MODELS / "prune/made")
     for name, parameter in made.named_parameters():
-        if any(expert in name for expert in experts):
+        if any(expert in name for expert in EXPERTS):
             assert torch.equal(again.get_parameter(name), parameter), name
     assert json.loads((MODELS / "prune/made/artifact.json").read_text())["sparsity"] == 0.5
 
@@ -541,6 +545,8 @@ def spoil(folder: Path, how: str) -> None:
         (folder / "config.json").unlink()
     elif how == "tokenizer":
         (folder / "tokenizer.json").write_text("{")
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
     elif how == "cut":
         content = file.read_bytes()
         file.unlink()
@@ -556,10 +562,11 @@ def spoil(folder: Path, how: str) -> None:
 
 SPOILED = {
     "gone": rf"base/tiny has no {GONE}, which its config asks for; a checkpoint must be whole",
-    "shape": rf"base/tiny has {GONE} of \[63, 32\] and not \[64, 32\], as its config asks for; get it anew",
-    "cut": r"base/tiny cannot be loaded \(.*; if its files are damaged or not all there, get it anew",
+    "shape": rf"base/tiny has {GONE} of \[63, 32\] and not \[64, 32\], as its config asks for",
+    "cut": r"base/tiny cannot be loaded \(SafetensorError: .*; see that its files can be read",
     "config": r"the config of base/tiny cannot be loaded \(",
     "tokenizer": r"the tokenizer of base/tiny cannot be loaded \(",
+    "no tokenizer": r"the tokenizer of base/tiny cannot be loaded \(",
 }
 
 
@@ -576,14 +583,76 @@ def test_a_source_that_is_not_whole_is_refused(how, recipe, workspace):
 def test_a_file_cut_off_while_it_is_read_is_refused(workspace):
     chosen = params("llama", {})
     do(chosen)
-    source = Empty("base/tiny", chosen.run)
+    empty = Empty("base/tiny", chosen.run)
     spoil(MODELS / "base/tiny", "cut")
-    name, block = blocks(source.model)[1]
-    with pytest.raises(Refusal, match=SPOILED["cut"]), source.block(name, block):
+    name, block = blocks(empty.model)[1]
+    with pytest.raises(Refusal, match=SPOILED["cut"]), empty.block(name, block):
         pass
 
 
-@pytest.mark.parametrize("how", ["gone", "shape", "cut", "tokenizer"])
+def test_blocks_finished_before_a_file_could_not_be_read_stay(workspace, monkeypatch):
+    chosen = params("llama", {"prune/made": {"source": "base/tiny", **MAGNITUDE}})
+    do(chosen)
+    whole = (MODELS / "prune/made/model.safetensors").read_bytes()
+    shutil.rmtree(MODELS / "prune/made")
+    opened = source.safe_open
+
+    def fails(file: Path, framework: str) -> Any:
+        if leftovers():
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(file, framework)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "safe_open", fails)
+        with pytest.raises(Refusal, match=r"base/tiny cannot be loaded \(OSError: \[Errno 5\]"):
+            chosen.prune["made"].execute("prune/made", chosen.run)
+    assert [file.name for file in leftovers() if file.suffix == ".json"] == ["00000.json"]
+    chosen.prune["made"].execute("prune/made", chosen.run)
+    assert (MODELS / "prune/made/model.safetensors").read_bytes() == whole and not leftovers()
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+PACKED: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "packed gone": lambda held: held.pop(f"{UP}_packed"),
+    "packed short": lambda held: held.update({f"{UP}_packed": held[f"{UP}_packed"][:-1].clone()}),
+    "scale gone": lambda held: held.pop(f"{UP}_scale"),
+    "scale short": lambda held: held.update({f"{UP}_scale": held[f"{UP}_scale"][:-1].clone()}),
+    "shape gone": lambda held: held.pop(f"{UP}_shape"),
+    "shape wrong": lambda held: held.update({f"{UP}_shape": torch.tensor([64, 16])}),
+}
+
+
+@pytest.mark.parametrize("recipe", [MAGNITUDE, {"method": "width", "importance": "ppm", "remove": 0.5}])
+@pytest.mark.parametrize("how", PACKED)
+def test_a_packed_source_that_is_not_whole_is_refused(how, recipe, workspace):
+    packed = {"source": "base/tiny", **RTN}
+    then = {"source": "quantize/packed", "calibration": {"dataset": "none"}, **recipe}
+    do(params("llama", {"quantize/packed": packed}))
+    file = MODELS / "quantize/packed/model.safetensors"
+    held = load_file(file)
+    PACKED[how](held)
+    file.unlink()
+    save_file(held, file, metadata={"format": "pt"})
+    chosen = params("llama", {"quantize/packed": packed, "prune/made": then})
+    with pytest.raises(Unreadable, match=r"^quantize/packed (cannot be loaded|has) "):
+        chosen.prune["made"].execute("prune/made", chosen.run)
+    assert not Path("data/models/prune/made").exists()
+
+
+def test_a_mixture_with_an_expert_of_another_shape_is_refused(workspace):
+    chosen = params("llama", {"prune/made": {"source": "base/tiny", **MAGNITUDE, "ignore": EXPERTS}})
+    do(params("llama", {}))
+    mixture().save_pretrained(MODELS / "base/tiny")
+    held = load_file(file := MODELS / "base/tiny/model.safetensors")
+    name = next(name for name in held if ".experts." in name)
+    held[name] = held[name][:-1].clone()
+    file.unlink()
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(Unreadable, match=r"^base/tiny (cannot be loaded|has) "):
+        chosen.prune["made"].execute("prune/made", chosen.run)
+
+
+@pytest.mark.parametrize("how", ["gone", "shape", "cut", "tokenizer", "no tokenizer"])
 def test_a_download_that_is_not_whole_is_refused(how, workspace):
     shutil.copytree(Path("inputs/llama").resolve(), own := Path("own"))
     spoil(own, how)

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core.errors import Refusal
+from stages.core.errors import Refusal, Unreadable
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.core.run import Run
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 
 def load_record(artifact: str) -> dict[str, Any]:
     """The `artifact.json` of `<stage>/<recipe>`."""
-    record: dict[str, Any] = json.loads((MODELS / artifact / RECORD).read_text())
+    with reading(f"the record of {artifact}"):
+        record: dict[str, Any] = json.loads((MODELS / artifact / RECORD).read_text())
     return record
 
 
@@ -41,29 +43,35 @@ def check_family(recipe: "Recipe") -> None:
     Raises:
         Refusal: by the names of the method and the family.
     """
-    family = json.loads((MODELS / recipe.source / "config.json").read_text())["model_type"]
+    with reading(f"the config of {recipe.source}"):
+        family = json.loads((MODELS / recipe.source / "config.json").read_text())["model_type"]
     if why := recipe.refuses.get(family):
         raise Refusal(f"{recipe.method} does not serve {family}, the family of {recipe.source}: {why}.")
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """The body reads a checkpoint, and nothing else; files it cannot read are refused.
+    """The body reads files of a checkpoint, and nothing else; whatever stops it is told as theirs.
+
+    Damage shows as errors of any type: those who parse a file do not look at it first.
 
     Args:
         what: as a refusal names it.
 
     Raises:
-        Refusal: files are missing, cut off, closed to us, or no files of their kind.
+        Unreadable: files are missing, cut off, closed to us, or hold something else.
     """
-    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
 
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        raise Refusal(
-            f"{what} cannot be loaded ({said}); if its files are damaged or not all there, get it anew."
+    except (Refusal, MemoryError, OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Unreadable(
+            f"{what} cannot be loaded ({said[:300].rstrip('.')}); see that its files can be read and are all "
+            "there and whole, or get it anew."
         ) from error
 
 
@@ -75,7 +83,7 @@ def pretrained(what: str, path: Path, **options: Any) -> "PreTrainedModel":
         options: of `from_pretrained`.
 
     Raises:
-        Refusal: it cannot be read, or some parameter is not there or of another shape, for which
+        Unreadable: it cannot be read, or some parameter is not there or of another shape, for which
             transformers would draw numbers.
     """
     from transformers import AutoModelForCausalLM
@@ -86,13 +94,18 @@ def pretrained(what: str, path: Path, **options: Any) -> "PreTrainedModel":
         )
     known = {name for name, _ in model.named_parameters()}
     if missing := sorted(known & set(info["missing_keys"])):
-        raise Refusal(
+        raise Unreadable(
             f"{what} has no {', '.join(missing[:8])}, which its config asks for; a checkpoint must be whole."
         )
-    if unlike := sorted(info["mismatched_keys"]):
-        told = [f"{name} of {list(found)} and not {list(asked)}" for name, found, asked in unlike]
-        raise Refusal(f"{what} has {', '.join(told[:8])}, as its config asks for; get it anew.")
+    if info["mismatched_keys"]:
+        raise Unreadable(unlike(what, sorted(info["mismatched_keys"])))
     return model
+
+
+def unlike(what: str, shapes: "list[tuple[str, torch.Size, torch.Size]]") -> str:
+    """A refusal of tensors of other shapes than the config's: of each the name, its shape, that asked for."""
+    told = [f"{name} of {list(found)} and not {list(asked)}" for name, found, asked in shapes]
+    return f"{what} has {', '.join(told[:8])}, as its config asks for; a checkpoint must fit its config."
 
 
 def load_tokenizer(artifact: str) -> "PreTrainedTokenizerBase":

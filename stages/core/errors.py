@@ -7,3 +7,7 @@ whole sentences: what was given, what is allowed, and how to mend it.
 
 class Refusal(Exception):
     """An input refused by name; nothing has been written when it is raised."""
+
+
+class Unreadable(Refusal):
+    """Files that cannot be read. What was made from them before stays, as they may be read another time."""

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from stages.core import memory
-from stages.core.artifact import MODELS, attention, load_config, load_model, load_tokenizer, reading
+from stages.core.artifact import MODELS, attention, load_config, load_model, load_tokenizer, reading, unlike
 from stages.core.blocks import blocks
+from stages.core.errors import Unreadable
 from stages.core.grid import Quantized
 from stages.core.packed import code_from, scheme_of, weight_from
 from stages.core.statistics import check_finite
@@ -87,20 +88,22 @@ class Files:
     def read(self, name: str) -> Tensor:
         """The parameter of this name."""
         wanted = self._parts[name] if self._packed(name) else [name]
-        return weight_from({part: self._tensor(part) for part in wanted}, name, self._scheme)
+        with reading(self._name):
+            return weight_from({part: self._tensor(part) for part in wanted}, name, self._scheme)
 
     def code(self, name: str) -> Quantized | None:
         """The parameter of this name on its grid; None where it is stored dense."""
         if self._scheme is None or not self._packed(name):
             return None
-        return code_from({part: self._tensor(part) for part in self._parts[name]}, name, self._scheme)
+        with reading(self._name):
+            return code_from({part: self._tensor(part) for part in self._parts[name]}, name, self._scheme)
 
     def _packed(self, name: str) -> bool:
         return self._scheme is not None and f"{name}_scale" in self._where
 
     def _tensor(self, name: str) -> Tensor:
         file, key = self._where[name]
-        with reading(self._name), safe_open(file, "pt") as handle:
+        with safe_open(file, "pt") as handle:
             tensor: Tensor = handle.get_tensor(key)
         return tensor
 
@@ -189,8 +192,10 @@ class Empty:
             self._drop(block)
 
     def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True) -> None:
-        for name in [name for name, _ in module.named_parameters(recurse=recurse)]:
-            tensor = self._source.read(f"{prefix}.{name}".lstrip("."))
+        for name, empty in list(module.named_parameters(recurse=recurse)):
+            tensor = self._source.read(full := f"{prefix}.{name}".lstrip("."))
+            if tensor.shape != empty.shape:
+                raise Unreadable(unlike(self.name, [(full, tensor.shape, empty.shape)]))
             put(module, name, tensor.to(self._device, self._dtype))
         check_finite(self.name, module.named_parameters(prefix, recurse=recurse))
         for name, buffer in module.named_buffers(recurse=recurse):

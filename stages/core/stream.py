@@ -27,7 +27,7 @@ from stages.core.artifact import MODELS, RECORD
 from stages.core.atomic import SCRATCH, write_json, writing
 from stages.core.blocks import linears
 from stages.core.checkpoint import Sizes, check_codes, check_zeros, lineage, zero_masks
-from stages.core.errors import Refusal
+from stages.core.errors import Refusal, Unreadable
 from stages.core.grid import Quantized
 from stages.core.packed import described, loads_packed, packable, tensors_of, weight_from
 from stages.core.resume import place
@@ -82,11 +82,14 @@ class Streamed(Empty):
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
         """Hold the block's weights, as the source or a finished shard has them; write and drop them after.
 
-        Where the source is refused, finished shards are of no use: no run of these settings goes on.
+        Where the source is refused, finished shards are of no use: no run of these settings goes on. Where it
+        cannot be read, one will.
         """
         try:
             with self._held(name, block, dense) as done:
                 yield done
+        except Unreadable:
+            raise
         except Refusal:
             shutil.rmtree(self._folder.parent, ignore_errors=True)
             raise

@@ -35,7 +35,8 @@ class Safetensors(Model):
                 )
             if not (path / "config.json").exists():
                 raise Refusal(f"{self.source} has no config.json; a transformers checkpoint is needed.")
-            config = json.loads((path / "config.json").read_text())
+            with reading(f"the config of {self.source}"):
+                config = json.loads((path / "config.json").read_text())
             quantization = config.get("quantization_config")
             if quantization and quantization.get("quant_method") != "compressed-tensors":
                 raise Refusal(

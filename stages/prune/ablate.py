@@ -51,7 +51,7 @@ class Ablation:
         check_length(model, rows.tokens)
         self._model, self._rows, self._batch_size, self._label = model, rows, batch_size, label
         self._target = target
-        self._blocks = [block for _, block in blocks(model)]
+        self._names, self._blocks = (list(each) for each in zip(*blocks(model), strict=True))
         self._projections = output_projections(model) if target == "attention" else []
         self._out: frozenset[int] = frozenset()
         self._start = 0
@@ -83,7 +83,9 @@ class Ablation:
         made = {out: torch.cat(values) for out, values in found.items()}
         for out, values in made.items():
             if not values.isfinite().all():
-                without = f"without {self._target} {', '.join(map(str, sorted(out)))} " if out else ""
+                left = ", ".join(self._names[number] for number in sorted(out))
+                what = "the attention of " if self._target == "attention" else ""
+                without = f"without {what}{left} " if out else ""
                 raise Refusal(f"{without}the model's predictions are NaN or infinite; nothing was written.")
         return made
 

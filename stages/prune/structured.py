@@ -84,11 +84,12 @@ class Shrinker(Recipe):
         from stages.core.generation import model_windows
         from stages.core.source import loaded
 
+        tokenizer = load_tokenizer(self.source)  # refused now rather than when all is done
         model = loaded(self.source, run)
         parts = self.parts(model)
         loudness: dict[str, Tensor] = {}
         if isinstance(self.calibration, Tokens):
-            windows = model_windows(load_tokenizer(self.source), self.calibration, lambda: model)
+            windows = model_windows(tokenizer, self.calibration, lambda: model)
             loudness = measure_inputs(model, parts, windows, self.calibration.batch_size, artifact)
         cuts, changes, notes = self.plan(model, parts, loudness)
         zeros = zero_masks(linears(model))
