@@ -1,12 +1,17 @@
 """What is freed stays with the process."""
 
 import ctypes
+import errno
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from stages.core import memory
+from stages.core.artifact import reading
+from stages.core.errors import Unreadable
 from stages.core.source import Empty
 from tests import project
 from tests.pipeline import do, params
@@ -43,6 +48,24 @@ def test_memory_that_was_freed_is_taken_again_without_the_system():
 def test_another_system_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(memory.sys, "platform", "darwin")
     assert memory.keep_freed() is False
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (SafetensorError("I/O error: Cannot allocate memory (os error 12)"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (RuntimeError("size mismatch"), False),
+    ],
+)
+def test_memory_that_does_not_suffice_is_no_damage(error, expected):
+    assert memory.exhausted(error) is expected
+    with pytest.raises(type(error) if expected else Unreadable), reading("base/tiny"):
+        raise error
 
 
 SMALL = {"below": memory.SMALL, "trim": memory.SMALL}

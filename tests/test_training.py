@@ -466,11 +466,13 @@ def test_damage_done_by_the_last_step_is_told(method, workspace, monkeypatch):
     assert not Path("data/models/finetune").exists()
 
 
-@pytest.mark.parametrize("where", ["artifact.load_model", "checkpoint.save"])
+@pytest.mark.parametrize(
+    "where", ["transformers.AutoModelForCausalLM.from_pretrained", "stages.core.checkpoint.save"]
+)
 def test_too_little_memory_outside_the_loop_is_told_too(where, workspace, monkeypatch):
     chosen = stage("full")
     do(chosen, ["prune/half"])
-    monkeypatch.setattr(f"stages.core.{where}", on_a_cpu)
+    monkeypatch.setattr(where, on_a_cpu)
     with pytest.raises(Refusal, match=r"not enough memory; lower batch_size \(now 2"):
         finetune(chosen, "it")
     assert not Path("data/models/finetune").exists()

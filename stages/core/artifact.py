@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal, Unreadable
+from stages.core.memory import exhausted
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,8 @@ def check_family(recipe: "Recipe") -> None:
 def reading(what: str) -> Iterator[None]:
     """The body reads files of a checkpoint, and nothing else; whatever stops it is told as theirs.
 
-    Damage shows as errors of any type: those who parse a file do not look at it first.
+    Damage shows as errors of any type: those who parse a file do not look at it first. Memory that does not
+    suffice and a package that is missing are no damage.
 
     Args:
         what: as a refusal names it.
@@ -61,13 +63,11 @@ def reading(what: str) -> Iterator[None]:
     Raises:
         Unreadable: files are missing, cut off, closed to us, or hold something else.
     """
-    from torch import OutOfMemoryError
-
     try:
         yield
-    except (Refusal, MemoryError, OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, Refusal | ImportError) or exhausted(error):
+            raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise Unreadable(
             f"{what} cannot be loaded ({said[:300].rstrip('.')}); see that its files can be read and are all "
@@ -83,7 +83,7 @@ def pretrained(what: str, path: Path, **options: Any) -> "PreTrainedModel":
         options: of `from_pretrained`.
 
     Raises:
-        Unreadable: it cannot be read, or some parameter is not there or of another shape, for which
+        Refusal: it cannot be read, or some parameter is not there or of another shape, for which
             transformers would draw numbers.
     """
     from transformers import AutoModelForCausalLM
@@ -94,18 +94,19 @@ def pretrained(what: str, path: Path, **options: Any) -> "PreTrainedModel":
         )
     known = {name for name, _ in model.named_parameters()}
     if missing := sorted(known & set(info["missing_keys"])):
-        raise Unreadable(
-            f"{what} has no {', '.join(missing[:8])}, which its config asks for; a checkpoint must be whole."
+        raise Refusal(
+            f"{what} has no {', '.join(missing[:8])}, which its config asks for; get it or its own "
+            "config anew."
         )
     if info["mismatched_keys"]:
-        raise Unreadable(unlike(what, sorted(info["mismatched_keys"])))
+        raise Refusal(unlike(what, sorted(info["mismatched_keys"])))
     return model
 
 
 def unlike(what: str, shapes: "list[tuple[str, torch.Size, torch.Size]]") -> str:
-    """A refusal of tensors of other shapes than the config's: of each the name, its shape, that asked for."""
+    """What is said of tensors given by name, their shape, and the shape that the config asks for."""
     told = [f"{name} of {list(found)} and not {list(asked)}" for name, found, asked in shapes]
-    return f"{what} has {', '.join(told[:8])}, as its config asks for; a checkpoint must fit its config."
+    return f"{what} has {', '.join(told[:8])}, as its config asks for; get it or its own config anew."
 
 
 def load_tokenizer(artifact: str) -> "PreTrainedTokenizerBase":

@@ -6,7 +6,7 @@ whole sentences: what was given, what is allowed, and how to mend it.
 
 
 class Refusal(Exception):
-    """An input refused by name; nothing has been written when it is raised."""
+    """An input refused by name; no artifact has been written when it is raised."""
 
 
 class Unreadable(Refusal):

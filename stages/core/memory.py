@@ -12,6 +12,7 @@ benchmarks.memory` prints the peak of few and of many blocks).
 """
 
 import ctypes
+import errno
 import sys
 
 STREAMED = 32 * 2**20
@@ -35,3 +36,16 @@ def keep_freed(below: int = STREAMED, trim: int = NEVER) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     told = ((M_MMAP_THRESHOLD, below), (M_TRIM_THRESHOLD, trim))
     return mallopt is not None and all(mallopt(option, value) == 1 for option, value in told)
+
+
+def exhausted(error: Exception) -> bool:
+    """Whether an error says that memory does not suffice, on whatever device."""
+    from torch import OutOfMemoryError
+
+    # On a CPU torch raises nothing more particular than a RuntimeError; safetensors tells errno in words.
+    said = ("CPUAllocator", f"(os error {errno.ENOMEM})")
+    return (
+        isinstance(error, MemoryError | OutOfMemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or any(words in str(error) for words in said)
+    )

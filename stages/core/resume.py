@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core.artifact import MODELS
+from stages.core.artifact import MODELS, reading
 from stages.core.calibration import DATASETS
 from stages.core.run import RECORDED
 
@@ -35,12 +35,10 @@ def place(at: Path, recipe: Mapping[str, Any], dataset: str, run: "Run") -> Path
 
 def _fingerprint(recipe: Mapping[str, Any], inputs: list[Path], run: "Run") -> str:
     """A name for everything a result is computed from: recipe, code, machine, inputs."""
-    files = [
-        (str(file), _digest(file))
-        for folder in inputs
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    ]
+    files = []
+    for folder in inputs:
+        with reading(str(folder)):
+            files += [(str(file), _digest(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
     root = Path(__file__).parents[2]
     code = [file.read_bytes() for file in sorted((root / "stages").rglob("*.py"))]
     versions = {name: importlib.metadata.version(name) for name in RECORDED}

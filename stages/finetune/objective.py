@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.core.errors import Refusal
+from stages.core.memory import exhausted
 from stages.finetune.options import Distillation
 from stages.finetune.rows import IGNORED, Batch, Row, TopLogits, collate
 
@@ -105,7 +106,7 @@ def check_packing(model: "PreTrainedModel", rows: Sequence[Row]) -> None:
         found = [predictions(model, collate([(one, *others)]))[0][-behind:] for one in (first, turned)]
         apart = torch.equal(*found)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CPUAllocator" in str(error):
+        if exhausted(error):
             raise
         log.info("a packed row: %s", error)
         apart = False

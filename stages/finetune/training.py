@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
-from stages.core.memory import TRAINED, keep_freed
+from stages.core.memory import TRAINED, exhausted, keep_freed
 from stages.finetune import objective
 from stages.finetune.arm import Arm
 from stages.finetune.checkpoints import Checkpoints
@@ -199,8 +199,8 @@ def memory(recipe: "Tuning") -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # on a CPU torch raises nothing more particular
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "CPUAllocator" not in str(error):
+    except Exception as error:
+        if not exhausted(error):
             raise
         raise Refusal(
             f"there is not enough memory; lower batch_size (now {recipe.batch_size}; a higher accumulation, "

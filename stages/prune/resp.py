@@ -52,9 +52,10 @@ class RESP(Recipe):
         from stages.core.blocks import linears
         from stages.core.source import loaded
 
+        tokenizer = load_tokenizer(self.source)
         model = loaded(self.source, run)
         zeros = checkpoint.zero_masks(linears(model, self.ignore))
-        notes = self.prune(model, load_tokenizer(self.source))
+        notes = self.prune(model, tokenizer)
         checkpoint.save(artifact, model, self.model_dump(mode="json"), run, keep=zeros, notes=notes)
 
     def prune(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

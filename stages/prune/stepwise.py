@@ -71,8 +71,9 @@ class Stepwise(Recipe):
         from stages.core.generation import model_windows
         from stages.core.source import loaded
 
+        tokenizer = load_tokenizer(self.source)
         model = loaded(self.source, run)
-        windows = model_windows(load_tokenizer(self.source), self.calibration, lambda: model)
+        windows = model_windows(tokenizer, self.calibration, lambda: model)
         zeros = checkpoint.zero_masks(linears(model, self.ignore))
         notes = self.prune(model, windows)
         checkpoint.save(artifact, model, self.model_dump(mode="json"), run, keep=zeros, notes=notes)
