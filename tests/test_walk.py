@@ -414,3 +414,17 @@ def test_no_tensor_is_made_on_a_device_of_its_own_choosing(sequential, family):
     finally:
         torch.set_default_device(None)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
+def test_a_linear_that_is_handed_no_token_is_refused_by_name(sequential):
+    """As an expert that no token is sent to."""
+    model = families.model("llama")
+    mlp = model.model.layers[1].mlp
+    whole = mlp.forward
+    mlp.forward = lambda x: torch.cat([whole(x[:, :0]), torch.zeros_like(x)], 1)
+    said = r"layers\.1\.mlp\.gate_proj: no token of the calibration text reached it; calibrate on more text"
+    with pytest.raises(Refusal, match=said):
+        walk(model, halve, windows=windows(), statistic=ColumnNorm, sequential=sequential)
+    del mlp.forward
+    assert hooks(model) == 0
