@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from stages.core import memory
-from stages.core.artifact import reading
 from stages.core.errors import Unreadable
+from stages.core.reading import reading
 from stages.core.source import Empty
 from tests import project
 from tests.pipeline import do, params

@@ -13,6 +13,7 @@ from stages.core.blocks import Linear, linears
 from stages.core.errors import Refusal
 from stages.core.grid import Codes, round_to_codes, scale_of
 from stages.core.statistics import ColumnNorm, Hessian
+from stages.prune.allocation import Uniform
 from stages.prune.exact import grown_by_row, smallest, smallest_in_groups, smallest_overall
 from stages.prune.magnitude import Magnitude, global_zeros
 from stages.prune.random import Random
@@ -147,8 +148,24 @@ def test_magnitude_over_a_matrix_ties_to_the_lower_flat_index(weight, sparsity, 
 @given(weights(), SPARSITY)
 def test_wanda_with_equal_norms_is_magnitude_by_row(weight, sparsity):
     weight = weight.masked_fill(weight == 0, 4)  # rows with more zeros than asked for are another matter
-    count = wanda(sparsity).zeros(*weight.shape)
-    assert count == magnitude(sparsity, "row").zeros(*weight.shape)
+    for evenly in ({}, {"allocation": {"kind": "uniform", "floor_rows": False}}):
+        count = wanda(sparsity, **evenly).zeros(*weight.shape)
+        assert count == magnitude(sparsity, "row", **evenly).zeros(*weight.shape)
+        assert count == floor(weight.numel() * sparsity + 1e-6)
+    loud = wanda(sparsity).weights(weight, norms(torch.full((weight.shape[1],), 2.0)), count)
+    assert torch.equal(loud, magnitude(sparsity, "row").weights(weight, None, count))
+    each = (loud == 0).sum(1)
+    assert int(each.sum()) == count and int(each.max()) - int(each.min()) <= 1
+    mask = torch.tensor([slow_mask(row.abs().tolist(), n) for row, n in zip(weight, each, strict=True)])
+    assert torch.equal(loud, torch.where(mask, 0, weight))
+
+
+@given(weights(), SPARSITY)
+def test_rows_may_lose_the_floor_of_their_share_as_in_the_papers(weight, sparsity):
+    weight = weight.masked_fill(weight == 0, 4)
+    floors = {"allocation": {"kind": "uniform", "floor_rows": True}}
+    count = wanda(sparsity, **floors).zeros(*weight.shape)
+    assert count == magnitude(sparsity, "row", **floors).zeros(*weight.shape)
     assert count == len(weight) * floor(weight.shape[1] * sparsity + 1e-6)
     loud = wanda(sparsity).weights(weight, norms(torch.full((weight.shape[1],), 2.0)), count)
     expected = magnitude(sparsity, "row").weights(weight, None, count)
@@ -156,6 +173,25 @@ def test_wanda_with_equal_norms_is_magnitude_by_row(weight, sparsity):
     each = count // len(weight)
     mask = torch.tensor([slow_mask(row.abs().tolist(), each) for row in weight])
     assert torch.equal(expected, torch.where(mask, 0, weight))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.613, 0.99])
+def test_under_uniform_every_matrix_loses_its_share_to_within_one_weight(sparsity, family):
+    model = families.model(family)
+    sizes = {one.name: one.weight.numel() for one in linears(model)}
+    drawn = Random(source="base/m", method="random", sparsity=sparsity, seed=0, calibration=NONE)
+    by_row = [wanda(sparsity), magnitude(sparsity, "row")]
+    for method in (*by_row, magnitude(sparsity, "matrix"), sparsegpt(sparsity), drawn):
+        plan = method.plan(Whole(model), None)
+        assert plan.keys() == sizes.keys()
+        assert all(-1 < plan[name] - sparsity * size <= 1e-6 for name, size in sizes.items())
+        assert method.notes(plan) == {}
+    for method in by_row:
+        floors = method.model_copy(update={"allocation": Uniform(kind="uniform", floor_rows=True)})
+        for one in linears(model):
+            rows, columns = one.weight.shape
+            assert floors.plan(Whole(model), None)[one.name] == rows * floor(columns * sparsity + 1e-6)
 
 
 @given(weights())
@@ -513,13 +549,13 @@ def test_what_is_still_to_go_of_each_run_of_columns(there, run, share):
 def test_a_grid_no_linear_is_cut_evenly_by_is_refused():
     method = sparsegpt(0.5, grid={"bits": 4, "group_size": 24})
     with pytest.raises(Refusal, match=r"group_size 24 does not divide the input of 14 linears: model\.l"):
-        method.plan(lambda: Whole(families.model("llama")))
+        method.plan(Whole(families.model("llama")), None)
 
 
 def test_a_pattern_no_linear_is_cut_evenly_by_is_refused():
     for method in (magnitude(0.75, "row", structure="6:24"), sparsegpt(0.75, structure="6:24")):
         with pytest.raises(Refusal, match=r"structure 6:24: 24 does not divide the input of 14 linears: m"):
-            method.plan(lambda: Whole(families.model("llama")))
+            method.plan(Whole(families.model("llama")), None)
 
 
 @pytest.mark.parametrize(
@@ -532,6 +568,11 @@ def test_a_pattern_no_linear_is_cut_evenly_by_is_refused():
         ({"scope": "global", "structure": "2:4"}, "scope global is an allocation of its own"),
         ({"scope": "global", "allocation": {"kind": "erk"}}, "scope global is an allocation of its own"),
         ({"allocation": {"kind": "owl"}}, "allocation owl is measured on text; name one"),
+        ({"allocation": {"kind": "uniform", "floor_rows": True}}, "floor_rows is for methods that compare"),
+        (
+            {"scope": "row", "structure": "2:4", "allocation": {"kind": "uniform", "floor_rows": True}},
+            "leaves nothing to allocate",
+        ),
         ({"calibration": {"dataset": "news"}}, "must be {dataset: none}, as nothing here reads text"),
     ],
 )

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from stages.core import checkpoint, source, stream
+from stages.core import checkpoint, generation, source, stream
 from stages.core.artifact import MODELS, load_model, load_tokenizer
 from stages.core.blocks import blocks, linears
 from stages.core.calibration import calibration_windows
@@ -96,14 +96,14 @@ def test_the_bytes_are_those_of_a_model_in_memory(method, family, workspace):
     recipe: Any = chosen.prune["made"]
     chosen.run.start()
     model = load_model("base/tiny", chosen.run, dequantize=True)
-    plan = recipe.plan(lambda: Empty("base/tiny", chosen.run))
     windows = None
-    if recipe.statistic:
+    if recipe.reads_text:
         windows = calibration_windows(load_tokenizer("base/tiny"), recipe.calibration)
+    plan = recipe.plan(Empty("base/tiny", chosen.run), windows)
     walk(
         model,
         lambda linear, statistic: recipe.replace(linear, statistic, plan),
-        windows=windows,
+        windows=windows if recipe.statistic else None,
         statistic=recipe.statistic,
     )
     checkpoint.save("prune/memory", model, recipe.model_dump(mode="json"), chosen.run)
@@ -239,6 +239,40 @@ def test_other_numerics_do_not_go_on_with_these_blocks(change, workspace, monkey
     compressed = counted(monkeypatch)
     chosen.prune["made"].execute("prune/made", chosen.run.model_copy(update=change))
     assert len(compressed) == 14
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+@pytest.mark.parametrize("length", [0, 20])
+@pytest.mark.parametrize("sequential", ["linear", "none"])
+def test_a_finished_block_that_is_cut_off_is_done_again(
+    sequential, length, suffix, workspace, monkeypatch, caplog
+):
+    options = WANDA | {"calibration": TEXT | {"sequential": sequential}}
+    expected = files(made(options))
+    killed_after_a_block(monkeypatch, options)
+    (file,) = Path("data/scratch/resume").rglob(f"*.{suffix}")
+    file.write_bytes(file.read_bytes()[:length])
+    compressed = counted(monkeypatch)
+    with caplog.at_level("WARNING"):
+        assert files(made(options)) == expected
+    assert len(compressed) == 14
+    assert "00000.safetensors is not whole (" in caplog.text and "): its block is done again" in caplog.text
+    assert leftovers() == []
+
+
+def test_windows_that_are_generated_are_generated_once(workspace, monkeypatch):
+    """An allocation that reads text and the method's statistic see the same."""
+    drawn: list[torch.Tensor] = []
+    honest = generation.generated
+
+    def watch(*args: Any) -> torch.Tensor:
+        drawn.append(honest(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(generation, "generated", watch)
+    text = TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 4}
+    made(WANDA | {"allocation": {"kind": "owl", "multiple": 2.0}, "calibration": text})
+    assert len(drawn) == 1
 
 
 def test_going_on_is_logged(workspace, monkeypatch, caplog):

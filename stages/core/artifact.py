@@ -10,13 +10,11 @@ Imported wherever params are read, so transformers, which takes seconds, is impo
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core.errors import Refusal, Unreadable
-from stages.core.memory import exhausted
+from stages.core.errors import Refusal
+from stages.core.reading import reading
 
 if TYPE_CHECKING:
     import torch
@@ -48,31 +46,6 @@ def check_family(recipe: "Recipe") -> None:
         family = json.loads((MODELS / recipe.source / "config.json").read_text())["model_type"]
     if why := recipe.refuses.get(family):
         raise Refusal(f"{recipe.method} does not serve {family}, the family of {recipe.source}: {why}.")
-
-
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """The body reads files of a checkpoint, and nothing else; whatever stops it is told as theirs.
-
-    Damage shows as errors of any type: those who parse a file do not look at it first. Memory that does not
-    suffice and a package that is missing are no damage.
-
-    Args:
-        what: as a refusal names it.
-
-    Raises:
-        Unreadable: files are missing, cut off, closed to us, or hold something else.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, Refusal | ImportError) or exhausted(error):
-            raise
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Unreadable(
-            f"{what} cannot be loaded ({said[:300].rstrip('.')}); see that its files can be read and are all "
-            "there and whole, or get it anew."
-        ) from error
 
 
 def pretrained(what: str, path: Path, **options: Any) -> "PreTrainedModel":

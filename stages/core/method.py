@@ -33,11 +33,18 @@ class WeightMethod(Recipe):
     calibration: Tokens | NoData
     """The text its statistic is taken on."""
 
-    def plan(self, look: "Callable[[], Empty]") -> Any:
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything here looks at the calibration's windows."""
+        return self.statistic is not None
+
+    def plan(self, source: "Empty", windows: Tensor | None) -> Any:
         """What has to be known of the whole source before the first block; handed to `replace`.
 
         Args:
-            look: gives the source, its blocks without weights until they are asked for.
+            source: its blocks are without weights until they are asked for.
+            windows: the token ids it is calibrated on, `[num_samples, sequence_length]`; None where it
+                reads no text.
         """
         return None
 
@@ -52,19 +59,13 @@ class WeightMethod(Recipe):
         """
         return {}
 
-    def windows(self, source: "Empty") -> Tensor:
-        """The token ids it is calibrated on, `[num_samples, sequence_length]`."""
-        from stages.core.generation import model_windows
-
-        assert isinstance(self.calibration, Tokens)
-        return model_windows(source.tokenizer, self.calibration, source.whole)
-
     def replace(self, linear: "Linear", statistic: Any, plan: Any) -> "Tensor | Quantized":
         """The new weight of a linear, or its codes."""
         raise NotImplementedError
 
     def execute(self, artifact: str, run: "Run") -> None:
         """Write `artifact`, the source with the weight of every linear of every block replaced."""
+        from stages.core.generation import model_windows
         from stages.core.stream import Empty, Streamed
         from stages.core.walk import walk
 
@@ -74,12 +75,16 @@ class WeightMethod(Recipe):
         def prepare(groups: "list[Group]", block: Callable[[], Any]) -> None:
             home.noted |= self.prepare(groups, block)
 
-        plan = self.plan(lambda: Empty(self.source, run))
+        windows = None
+        if self.reads_text:
+            assert isinstance(self.calibration, Tokens)
+            windows = model_windows(home.tokenizer, self.calibration, home.whole)
+        plan = self.plan(Empty(self.source, run), windows)
         options: dict[str, Any] = {}
         if self.statistic and isinstance(self.calibration, Calibration):
             home.bring_rest()
             options = {
-                "windows": self.windows(home),
+                "windows": windows,
                 "statistic": self.statistic,
                 "sequential": self.calibration.sequential,
                 "batch_size": self.calibration.batch_size,

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core.artifact import MODELS, reading
+from stages.core.artifact import MODELS
 from stages.core.calibration import DATASETS
+from stages.core.reading import reading
 from stages.core.run import RECORDED
 
 if TYPE_CHECKING:

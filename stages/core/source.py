@@ -17,11 +17,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from stages.core import memory
-from stages.core.artifact import MODELS, attention, load_config, load_model, load_tokenizer, reading, unlike
+from stages.core.artifact import MODELS, attention, load_config, load_model, load_tokenizer, unlike
 from stages.core.blocks import blocks
 from stages.core.errors import Refusal
 from stages.core.grid import Quantized
 from stages.core.packed import code_from, scheme_of, weight_from
+from stages.core.reading import reading
 from stages.core.statistics import check_finite
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -69,6 +69,7 @@ class Streamed(Empty):
         told = recipe.model_dump(mode="json")
         at = RESUME / artifact.replace("/", "__")
         self._folder = place(at, told, told["calibration"]["dataset"], run)
+        self._forget_broken()
         if finished := sum(self._done(name) for name in self._names):
             log.info("%s goes on: %d of %d blocks were finished before", artifact, finished, len(self._names))
 
@@ -77,6 +78,17 @@ class Streamed(Empty):
 
     def _done(self, name: str) -> bool:
         return self._shard(name).with_suffix(".json").exists()
+
+    def _forget_broken(self) -> None:
+        """Do blocks again whose files a machine that went down left cut off."""
+        for file in (self._shard(name) for name in self._names if self._done(name)):
+            try:
+                json.loads(file.with_suffix(".json").read_text())
+                with safe_open(file, "pt"):
+                    pass
+            except (OSError, SafetensorError, ValueError) as error:
+                log.warning("%s is not whole (%s): its block is done again", file, error)
+                file.with_suffix(".json").unlink()
 
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:

@@ -270,7 +270,7 @@ def _about(name: str) -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        raise Refusal(f"{name}: {refusal}") from refusal
+        raise type(refusal)(f"{name}: {refusal}") from refusal
 
 
 def _run(original: Callable[..., Any], calls: list[tuple[Any, Any]]) -> list[Any]:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from stages.core.artifact import pretrained, reading
+from stages.core.artifact import pretrained
+from stages.core.reading import reading
 from stages.core.schema import Sha256
 from stages.download.model import Model
 from stages.download.source import InnerPath, fetched

@@ -52,6 +52,9 @@ class Uniform(_Allocation):
     """The same share everywhere."""
 
     kind: Literal["uniform"]
+    floor_rows: bool = False
+    """Where weights are compared within rows: floor(columns * sparsity) of every row go, as in the authors'
+    code of Wanda. Where this does not divide, the whole then loses less than the target."""
 
 
 class ERK(_Allocation):

@@ -6,7 +6,6 @@ one output row. Under `global` ties at the threshold fall to the linear that com
 N:M` weights are compared within their M alone: `matrix` and `row` are the same and `global` is refused.
 """
 
-from collections.abc import Callable
 from math import floor
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -38,20 +37,20 @@ class Magnitude(Pruner):
             raise ValueError("scope global is an allocation of its own; leave structure and allocation out")
         return self
 
-    def zeros(self, rows: int, columns: int) -> int:
-        """By row the paper's floor(columns * sparsity) of each, else the whole matrix' share."""
-        return rows * super().zeros(1, columns) if self.scope == "row" else super().zeros(rows, columns)
+    @property
+    def by_row(self) -> bool:
+        """Where the scope says so."""
+        return self.scope == "row"
 
-    def plan(self, look: "Callable[[], Empty]") -> dict[str, int]:
+    def plan(self, source: "Empty", windows: Tensor | None) -> dict[str, int]:
         """Zeros of each linear; under `global` as many as it has below the one threshold."""
-        return (
-            global_zeros(look(), self.ignore, self.sparsity) if self.scope == "global" else super().plan(look)
-        )
+        if self.scope == "global":
+            return global_zeros(source, self.ignore, self.sparsity)
+        return super().plan(source, windows)
 
     def weights(self, weight: Tensor, statistic: None, zeros: int) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype; the survivors are untouched."""
-        by_row = self.scope == "row"
-        return self.pruned(weight, lambda rows: weight[rows].float().abs(), zeros, by_row=by_row)
+        return self.pruned(weight, lambda rows: weight[rows].float().abs(), zeros)
 
 
 def global_zeros(source: "Empty", ignore: tuple[str, ...], sparsity: float) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Callable
 from math import floor
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from stages.core.grid import Quantized
     from stages.core.stream import Empty
 
+EVENLY = Uniform(kind="uniform")
+
 log = logging.getLogger(__name__)
 
 
@@ -37,26 +38,40 @@ class Pruner(WeightMethod):
     sparsity: Sparsity
     structure: Annotated[str, AfterValidator(_structure)] = "unstructured"
     """`unstructured`, or `N:M`: N of every M consecutive inputs are kept."""
-    allocation: Allocation = Uniform(kind="uniform")
+    allocation: Allocation = EVENLY
     """How the share is spread over blocks."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        uniform = isinstance(self.allocation, Uniform)
         if pattern := self.pattern:
             share = 1 - pattern[0] / pattern[1]
             if abs(self.sparsity - share) > 1e-6:  # 1:3 cannot be written out in full
                 raise ValueError(
                     f"structure {self.structure} is a sparsity of {share:g}, not {self.sparsity:g}"
                 )
-            if not uniform:
+            if self.allocation != EVENLY:
                 raise ValueError(f"structure {self.structure} leaves nothing to allocate; drop allocation")
-        reads = self.allocation.reads_text
-        if reads and isinstance(self.calibration, NoData):
+        if self._floors_rows and not self.by_row:
+            raise ValueError("floor_rows is for methods that compare weights within rows; leave it out")
+        if self.allocation.reads_text and isinstance(self.calibration, NoData):
             raise ValueError(f"allocation {self.allocation.kind} is measured on text; name one to calibrate")
-        if not (reads or self.statistic or isinstance(self.calibration, NoData)):
+        if not (self.reads_text or isinstance(self.calibration, NoData)):
             raise ValueError("calibration must be {dataset: none}, as nothing here reads text")
         return self
+
+    @property
+    def by_row(self) -> bool:
+        """Whether weights are compared within their row alone, each row losing as many."""
+        return False
+
+    @property
+    def reads_text(self) -> bool:
+        """For its statistic or its allocation."""
+        return super().reads_text or self.allocation.reads_text
+
+    @property
+    def _floors_rows(self) -> bool:
+        return isinstance(self.allocation, Uniform) and self.allocation.floor_rows
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -68,9 +83,11 @@ class Pruner(WeightMethod):
 
     def zeros(self, rows: int, columns: int) -> int:
         """How many weights of a matrix go when every matrix loses the same share."""
+        if self._floors_rows:
+            return rows * floor(columns * self.sparsity + 1e-6)
         return floor(rows * columns * self.sparsity + 1e-6)
 
-    def plan(self, look: "Callable[[], Empty]") -> dict[str, int]:
+    def plan(self, source: "Empty", windows: Tensor | None) -> dict[str, int]:
         """Zeros of each linear by its full name; where they are allocated, no fewer than it has.
 
         Raises:
@@ -78,7 +95,6 @@ class Pruner(WeightMethod):
         """
         from stages.core.blocks import blocks, linears
 
-        source = look()
         found = linears(source.model, self.ignore)
         shapes = {one.name: (one.weight.shape[0], one.weight.shape[1]) for one in found}
         if self.pattern and (uneven := [n for n, (_, width) in shapes.items() if width % self.pattern[1]]):
@@ -88,7 +104,6 @@ class Pruner(WeightMethod):
             )
         if isinstance(self.allocation, Uniform):
             return {name: self.zeros(*shape) for name, shape in shapes.items()}
-        windows = self.windows(source) if self.allocation.reads_text else None
         at_once = getattr(self.calibration, "batch_size", None)
         shares = self.allocation.shares(source, self.ignore, self.sparsity, windows, at_once)
         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
@@ -112,11 +127,11 @@ class Pruner(WeightMethod):
         """`weight` `[out, in]` with `zeros` of its entries zeroed, in the pattern asked for."""
         raise NotImplementedError
 
-    def pruned(self, weight: Tensor, scores: Scores, zeros: int, *, by_row: bool) -> Tensor:
+    def pruned(self, weight: Tensor, scores: Scores, zeros: int) -> Tensor:
         """`weight` `[out, in]` without the entries of lowest `scores`; the survivors are untouched.
 
-        `zeros` in all, or as many as it has. By row every row has as many, but where it had more from the
-        start: then the others lose less. Under a pattern, the same within every M.
+        `zeros` in all, or as many as it has. By row every row has as many, to within one, but where it had
+        more from the start: then the others lose less. Under a pattern, the same within every M.
 
         Raises:
             Refusal: a score is NaN.
@@ -137,7 +152,7 @@ class Pruner(WeightMethod):
                 lambda at: smallest_in_groups(numbers(at).masked_fill(gone[at], -torch.inf), *pattern),
             )
         else:
-            mask = lowest(numbers, gone, zeros, by_row=by_row)
+            mask = lowest(numbers, gone, zeros, by_row=self.by_row)
         return weight.masked_fill(mask, 0)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:

@@ -25,4 +25,4 @@ class Random(Pruner):
         """Prune a linear; the draw depends on the seed and the linear's name, not on the order of linears."""
         weight = linear.weight
         scores = drawn(self.seed, linear.name, *weight.shape).to(weight.device)
-        return self.pruned(weight, scores.__getitem__, plan[linear.name], by_row=False)
+        return self.pruned(weight, scores.__getitem__, plan[linear.name])

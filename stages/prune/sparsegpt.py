@@ -11,7 +11,6 @@ the first to go, the smallest of them first, but no more of them than are to go 
 rules. The paper's code zeroes every one, however many there are.
 """
 
-from collections.abc import Callable
 from math import lcm
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,7 +51,7 @@ class SparseGPT(Pruner):
     statistic = Hessian
     on_dead = "the first to go, as far as the sparsity reaches"
 
-    def plan(self, look: "Callable[[], Empty]") -> dict[str, int]:
+    def plan(self, source: "Empty", windows: Tensor | None) -> dict[str, int]:
         """Zeros of each linear.
 
         Raises:
@@ -60,7 +59,6 @@ class SparseGPT(Pruner):
         """
         from stages.core.blocks import linears
 
-        source = look()
         size = (self.grid.group_size if self.grid else None) or 1
         found = linears(source.model, self.ignore)
         if uneven := [one.name for one in found if one.weight.shape[1] % size]:
@@ -68,7 +66,7 @@ class SparseGPT(Pruner):
                 f"the grid's group_size {size} does not divide the input of {len(uneven)} linears: "
                 f"{', '.join(uneven[:8])}; take a divisor of every input width, or null for one scale a row."
             )
-        return super().plan(lambda: source)
+        return super().plan(source, windows)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:
         """With a grid also how many linears were quantized, for whoever counts them in the file."""

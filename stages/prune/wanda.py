@@ -24,10 +24,11 @@ class Wanda(Pruner):
     statistic = ColumnNorm
     on_dead = "the first of their row to go"
 
-    def zeros(self, rows: int, columns: int) -> int:
-        """The paper's floor(columns * sparsity) of every row."""
-        return rows * super().zeros(1, columns)
+    @property
+    def by_row(self) -> bool:
+        """As in the paper."""
+        return True
 
     def weights(self, weight: Tensor, statistic: ColumnNorm, zeros: int) -> Tensor:
         """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors stay."""
-        return self.pruned(weight, wanda_scores(weight, statistic.norm()), zeros, by_row=True)
+        return self.pruned(weight, wanda_scores(weight, statistic.norm()), zeros)

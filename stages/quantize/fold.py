@@ -45,7 +45,7 @@ class Folding(WeightMethod):
                 scale = self.scale([one.weight for one in group.linears], group.statistic, feed.reachable)
                 fold(group, feed, scale)
             except Refusal as refusal:
-                raise Refusal(f"{', '.join(one.name for one in group.linears)}: {refusal}") from refusal
+                raise type(refusal)(f"{', '.join(one.name for one in group.linears)}: {refusal}") from refusal
             self.folded(group.statistic, scale)
         return {"unscaled_linears": unscaled}
 

@@ -1,6 +1,6 @@
 """The settings every weight quantizer shares."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -43,7 +43,7 @@ class Quantizer(WeightMethod):
         """GPT-2 where inputs are rounded: its linears are Conv1D, which compressed-tensors skips."""
         return {"gpt2": CONV1D} if self.rounds_inputs else {}
 
-    def plan(self, look: "Callable[[], Empty]") -> int:
+    def plan(self, source: "Empty", windows: "Tensor | None") -> int:
         """The number of linears.
 
         Raises:
@@ -53,7 +53,7 @@ class Quantizer(WeightMethod):
         from stages.core.blocks import linears
         from stages.core.packed import loads_packed
 
-        model = look().model
+        model = source.model
         found = linears(model, self.ignore)
         if self.rounds_inputs and any(one.transposed for one in found):
             raise Refusal(f"{self.method} does not serve {type(model).__name__}: {CONV1D}.")
