@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.figures import tell
 from stages.core.blocks import forward
 from stages.core.calibration import Calibration, calibration_windows, documents, windows
 from stages.core.causal import causal_attention
@@ -210,10 +211,6 @@ def tell_ratio(figures: str, apart: list[float]) -> float:
     tell(f"{figures}.ratio", ratio)
     tell(f"{figures}.ratio_stderr", ratio * statistics.stdev(apart) / math.sqrt(len(apart)))
     return ratio
-
-
-def tell(figure: str, value: float) -> None:
-    print(json.dumps({"figure": figure, "value": round(value, 4)}), flush=True)  # noqa: T201
 
 
 def main() -> None:

@@ -28,17 +28,13 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
+from benchmarks.figures import tell
+
 ROOT = Path(__file__).parents[1]
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256,
 }  # fmt: skip
-
-
-def tell(figure: str, value: float) -> None:
-    print(json.dumps({"figure": figure, "value": round(value, 4)}), flush=True)  # noqa: T201
-
-
 HIDDEN, WIDE, KEY = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_key_value_heads"] * 128
 LINEARS = {
     "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KEY, HIDDEN),

@@ -19,7 +19,6 @@ One JSON object a line. The aim: `masked.speed_over_trainer`, of `trainer`, 0.95
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -41,6 +40,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.figures import tell
 from stages.core.blocks import linears
 from stages.core.run import Run
 from stages.finetune import examples
@@ -150,10 +150,6 @@ def theirs(recipe: Tuning, found: Examples, clock: Callable[[], float], dtype: t
         trainer.remove_callback(PrinterCallback)  # what is printed here are figures
         trainer.train()
     return between(ends.taken)
-
-
-def tell(figure: str, value: float) -> None:
-    print(json.dumps({"figure": figure, "value": round(value, 4)}), flush=True)  # noqa: T201
 
 
 def main() -> None:
