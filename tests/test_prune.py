@@ -1,7 +1,10 @@
 """Pruning methods as functions of a weight: exact counts, ties, patterns, and slow references."""
 
+import re
+import textwrap
 from itertools import combinations
 from math import floor
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,19 +13,23 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from stages.core.blocks import Linear, linears
+from stages.core.calibration import Calibration
 from stages.core.errors import Refusal
 from stages.core.grid import Codes, round_to_codes, scale_of
 from stages.core.statistics import ColumnNorm, Hessian
 from stages.prune.allocation import Uniform
 from stages.prune.exact import grown_by_row, smallest, smallest_in_groups, smallest_overall
 from stages.prune.magnitude import Magnitude, global_zeros
+from stages.prune.options import Pruner
 from stages.prune.random import Random
 from stages.prune.sparsegpt import SparseGPT, to_go
 from stages.prune.wanda import Wanda
 from tests import families
+from tests.project import ROOT
 
 NONE = {"dataset": "none"}
 TEXT = {"dataset": "news"}
+FLOORS = {"kind": "uniform", "floor_rows": True}
 SPARSITY = st.floats(0, 0.99)
 SHAPE = st.tuples(st.integers(1, 6), st.integers(1, 24))
 PATTERNS = [(2, 4), (4, 8), (1, 4), (1, 2), (3, 4)]
@@ -82,6 +89,14 @@ def test_the_smallest_of_all_and_of_each_row(weight, share):
     by_row = torch.tensor([slow_mask(row.tolist(), each) for row in weight])
     assert torch.equal(smallest(weight, each), by_row)
     assert torch.equal(lowest_by_row(weight, each * rows), by_row)
+
+
+@given(weights(), st.data())
+def test_every_row_may_have_a_count_of_its_own(weight, data):
+    rows, columns = weight.shape
+    each = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
+    expected = torch.tensor([slow_mask(row.tolist(), n) for row, n in zip(weight, each, strict=True)])
+    assert torch.equal(smallest(weight, torch.tensor(each)), expected)
 
 
 @given(weights(), SPARSITY)
@@ -163,9 +178,8 @@ def test_wanda_with_equal_norms_is_magnitude_by_row(weight, sparsity):
 @given(weights(), SPARSITY)
 def test_rows_may_lose_the_floor_of_their_share_as_in_the_papers(weight, sparsity):
     weight = weight.masked_fill(weight == 0, 4)
-    floors = {"allocation": {"kind": "uniform", "floor_rows": True}}
-    count = wanda(sparsity, **floors).zeros(*weight.shape)
-    assert count == magnitude(sparsity, "row", **floors).zeros(*weight.shape)
+    count = wanda(sparsity, allocation=FLOORS).zeros(*weight.shape)
+    assert count == magnitude(sparsity, "row", allocation=FLOORS).zeros(*weight.shape)
     assert count == len(weight) * floor(weight.shape[1] * sparsity + 1e-6)
     loud = wanda(sparsity).weights(weight, norms(torch.full((weight.shape[1],), 2.0)), count)
     expected = magnitude(sparsity, "row").weights(weight, None, count)
@@ -183,7 +197,7 @@ def test_under_uniform_every_matrix_loses_its_share_to_within_one_weight(sparsit
     drawn = Random(source="base/m", method="random", sparsity=sparsity, seed=0, calibration=NONE)
     by_row = [wanda(sparsity), magnitude(sparsity, "row")]
     for method in (*by_row, magnitude(sparsity, "matrix"), sparsegpt(sparsity), drawn):
-        plan = method.plan(Whole(model), None)
+        plan = method.plan(Whole(model), pytest.fail)
         assert plan.keys() == sizes.keys()
         assert all(-1 < plan[name] - sparsity * size <= 1e-6 for name, size in sizes.items())
         assert method.notes(plan) == {}
@@ -191,7 +205,7 @@ def test_under_uniform_every_matrix_loses_its_share_to_within_one_weight(sparsit
         floors = method.model_copy(update={"allocation": Uniform(kind="uniform", floor_rows=True)})
         for one in linears(model):
             rows, columns = one.weight.shape
-            assert floors.plan(Whole(model), None)[one.name] == rows * floor(columns * sparsity + 1e-6)
+            assert floors.plan(Whole(model), pytest.fail)[one.name] == rows * floor(columns * sparsity + 1e-6)
 
 
 @given(weights())
@@ -549,13 +563,13 @@ def test_what_is_still_to_go_of_each_run_of_columns(there, run, share):
 def test_a_grid_no_linear_is_cut_evenly_by_is_refused():
     method = sparsegpt(0.5, grid={"bits": 4, "group_size": 24})
     with pytest.raises(Refusal, match=r"group_size 24 does not divide the input of 14 linears: model\.l"):
-        method.plan(Whole(families.model("llama")), None)
+        method.plan(Whole(families.model("llama")), pytest.fail)
 
 
 def test_a_pattern_no_linear_is_cut_evenly_by_is_refused():
     for method in (magnitude(0.75, "row", structure="6:24"), sparsegpt(0.75, structure="6:24")):
         with pytest.raises(Refusal, match=r"structure 6:24: 24 does not divide the input of 14 linears: m"):
-            method.plan(Whole(families.model("llama")), None)
+            method.plan(Whole(families.model("llama")), pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -568,10 +582,12 @@ def test_a_pattern_no_linear_is_cut_evenly_by_is_refused():
         ({"scope": "global", "structure": "2:4"}, "scope global is an allocation of its own"),
         ({"scope": "global", "allocation": {"kind": "erk"}}, "scope global is an allocation of its own"),
         ({"allocation": {"kind": "owl"}}, "allocation owl is measured on text; name one"),
-        ({"allocation": {"kind": "uniform", "floor_rows": True}}, "floor_rows is for methods that compare"),
+        ({"allocation": FLOORS}, "floor_rows is for methods that compare"),
+        ({"scope": "global", "allocation": FLOORS}, "floor_rows is for methods that compare"),
+        ({"scope": "row", "structure": "2:4", "allocation": FLOORS}, "leaves nothing to allocate"),
         (
-            {"scope": "row", "structure": "2:4", "allocation": {"kind": "uniform", "floor_rows": True}},
-            "leaves nothing to allocate",
+            {"allocation": {"kind": "layer-if"}, "calibration": TEXT | {"batch_size": 2}},
+            "allocation layer-if takes one window at a time; leave batch_size out",
         ),
         ({"calibration": {"dataset": "news"}}, "must be {dataset: none}, as nothing here reads text"),
     ],
@@ -583,6 +599,29 @@ def test_settings_that_contradict_each_other_are_refused(options, said):
     with pytest.raises(ValidationError) as refused:
         Magnitude.model_validate(settings)
     assert said in str(refused.value)
+
+
+def test_floors_of_rows_are_refused_where_rows_are_not_compared():
+    with pytest.raises(ValidationError, match="floor_rows is for methods that compare"):
+        sparsegpt(0.5, allocation=FLOORS)
+    with pytest.raises(ValidationError, match="floor_rows is for methods that compare"):
+        Random(source="base/m", method="random", sparsity=0.5, seed=0, calibration=NONE, allocation=FLOORS)
+
+
+def test_the_method_of_the_contributors_guide_works():
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    names = {
+        "Pruner": Pruner, "Literal": Literal, "Calibration": Calibration, "ColumnNorm": ColumnNorm,
+        "Tensor": torch.Tensor,
+    }  # fmt: skip
+    exec(textwrap.dedent(snippet), names)
+    weight, inputs = problem(seed=0, rows=6, columns=32, tokens=40)
+    cube: Any = names["Cube"]
+    method = cube(source="base/m", method="cube", sparsity=0.4, calibration=TEXT)
+    made = method.weights(weight, norms(inputs[0]), method.zeros(6, 32))
+    scores = (weight.abs() ** 3 * inputs[0].abs()).flatten().tolist()
+    mask = torch.tensor(slow_mask(scores, 76)).view_as(weight)
+    assert torch.equal(made, torch.where(mask, 0, weight))
 
 
 @pytest.mark.parametrize("dead", [0, 3])

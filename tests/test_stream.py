@@ -96,14 +96,14 @@ def test_the_bytes_are_those_of_a_model_in_memory(method, family, workspace):
     recipe: Any = chosen.prune["made"]
     chosen.run.start()
     model = load_model("base/tiny", chosen.run, dequantize=True)
+    plan = recipe.plan(Empty("base/tiny", chosen.run), pytest.fail)
     windows = None
-    if recipe.reads_text:
+    if recipe.statistic:
         windows = calibration_windows(load_tokenizer("base/tiny"), recipe.calibration)
-    plan = recipe.plan(Empty("base/tiny", chosen.run), windows)
     walk(
         model,
         lambda linear, statistic: recipe.replace(linear, statistic, plan),
-        windows=windows if recipe.statistic else None,
+        windows=windows,
         statistic=recipe.statistic,
     )
     checkpoint.save("prune/memory", model, recipe.model_dump(mode="json"), chosen.run)
@@ -241,23 +241,86 @@ def test_other_numerics_do_not_go_on_with_these_blocks(change, workspace, monkey
     assert len(compressed) == 14
 
 
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[:-1],
+    "zeroed": lambda content: content[:-40] + bytes(40),
+    "another": lambda content: b"{}",
+}
+
+
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
-@pytest.mark.parametrize("length", [0, 20])
+@pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("sequential", ["linear", "none"])
-def test_a_finished_block_that_is_cut_off_is_done_again(
-    sequential, length, suffix, workspace, monkeypatch, caplog
+def test_a_finished_block_that_is_not_as_it_was_written_is_done_again(
+    sequential, how, suffix, workspace, monkeypatch, caplog
 ):
     options = WANDA | {"calibration": TEXT | {"sequential": sequential}}
     expected = files(made(options))
     killed_after_a_block(monkeypatch, options)
     (file,) = Path("data/scratch/resume").rglob(f"*.{suffix}")
-    file.write_bytes(file.read_bytes()[:length])
+    content = file.read_bytes()
+    # The JSON ends in a line's end, without which it is whole.
+    file.write_bytes(DAMAGE[how](content if suffix == "safetensors" else content.rstrip()))
     compressed = counted(monkeypatch)
     with caplog.at_level("WARNING"):
         assert files(made(options)) == expected
     assert len(compressed) == 14
-    assert "00000.safetensors is not whole (" in caplog.text and "): its block is done again" in caplog.text
+    assert "00000.safetensors or its JSON is not as it was written: its block is done again" in caplog.text
     assert leftovers() == []
+
+
+def test_a_finished_block_that_cannot_be_read_now_stays(workspace, monkeypatch):
+    expected = files(made(WANDA))
+    killed_after_a_block(monkeypatch, WANDA)
+    there = sorted(leftovers())
+
+    def fails(file: Path) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(Refusal, match=r"00000\.safetensors cannot be"),
+    ):
+        patched.setattr(stream, "sha256", fails)
+        made(WANDA)
+    assert sorted(leftovers()) == there
+    compressed = counted(monkeypatch)
+    assert files(made(WANDA)) == expected
+    assert len(compressed) == 7
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        WANDA | {"structure": "6:24", "sparsity": 0.75},
+        WANDA | {"structure": "6:24", "sparsity": 0.75, "method": "sparsegpt"},
+    ],
+)
+def test_nothing_is_generated_for_what_is_refused(recipe, workspace, monkeypatch):
+    monkeypatch.setattr(generation, "generated", lambda *_: pytest.fail("generated"))
+    text = TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 4}
+    with pytest.raises(Refusal, match="24 does not divide the input of 14 linears"):
+        made(recipe | {"calibration": text})
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.613])
+@pytest.mark.parametrize("floor_rows", [False, True])
+@pytest.mark.parametrize("recipe", ["magnitude", "wanda"])
+def test_rows_lose_their_share_or_its_floor(recipe, floor_rows, sparsity, workspace):
+    evenly = {"allocation": {"kind": "uniform", "floor_rows": floor_rows}, "sparsity": sparsity}
+    made(PRUNE[recipe] | evenly | ({"scope": "row"} if recipe == "magnitude" else {}))
+    zeros = total = 0
+    for one in linears(load("prune/made")):
+        (rows, columns), each = one.weight.shape, (one.weight == 0).sum(1)
+        zeros, total = zeros + int(each.sum()), total + one.weight.numel()
+        if floor_rows:
+            assert each.tolist() == [int(columns * sparsity + 1e-6)] * rows
+        else:
+            assert int(each.sum()) == int(rows * columns * sparsity + 1e-6)
+            assert int(each.max()) - int(each.min()) <= 1
+    assert record("prune/made")["sparsity"] == zeros / total
+    assert (zeros / total < sparsity - 0.005) if floor_rows else (0 <= sparsity * total - zeros < 14)
 
 
 def test_windows_that_are_generated_are_generated_once(workspace, monkeypatch):

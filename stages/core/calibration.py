@@ -55,7 +55,8 @@ class Tokens(Windows):
     prompt_length: Annotated[int, Field(ge=1)] | None = None
     """Tokens of a window that are given to the model, which generates the others."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Windows at a time, where memory is short; null is all of them."""
+    """Windows at a time, where memory is short; null is all of them where the model generates
+    and about 4096 tokens where it reads."""
 
     @model_validator(mode="after")
     def _settings_of_a_kind(self) -> Self:

@@ -5,6 +5,7 @@ data-free), and a pure function of a weight and that statistic. It knows no modu
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -33,18 +34,13 @@ class WeightMethod(Recipe):
     calibration: Tokens | NoData
     """The text its statistic is taken on."""
 
-    @property
-    def reads_text(self) -> bool:
-        """Whether anything here looks at the calibration's windows."""
-        return self.statistic is not None
-
-    def plan(self, source: "Empty", windows: Tensor | None) -> Any:
+    def plan(self, source: "Empty", windows: Callable[[], Tensor]) -> Any:
         """What has to be known of the whole source before the first block; handed to `replace`.
 
         Args:
             source: its blocks are without weights until they are asked for.
-            windows: the token ids it is calibrated on, `[num_samples, sequence_length]`; None where it
-                reads no text.
+            windows: gives the token ids it is calibrated on, `[num_samples, sequence_length]`. They may have
+                to be generated first, so what can be refused without them is.
         """
         return None
 
@@ -75,16 +71,18 @@ class WeightMethod(Recipe):
         def prepare(groups: "list[Group]", block: Callable[[], Any]) -> None:
             home.noted |= self.prepare(groups, block)
 
-        windows = None
-        if self.reads_text:
+        @cache
+        def windows() -> Tensor:
             assert isinstance(self.calibration, Tokens)
-            windows = model_windows(home.tokenizer, self.calibration, home.whole)
+            return model_windows(home.tokenizer, self.calibration, home.whole)
+
         plan = self.plan(Empty(self.source, run), windows)
         options: dict[str, Any] = {}
-        if self.statistic and isinstance(self.calibration, Calibration):
+        if self.statistic:
+            assert isinstance(self.calibration, Calibration)
             home.bring_rest()
             options = {
-                "windows": windows,
+                "windows": windows(),
                 "statistic": self.statistic,
                 "sequential": self.calibration.sequential,
                 "batch_size": self.calibration.batch_size,

@@ -39,7 +39,7 @@ def _fingerprint(recipe: Mapping[str, Any], inputs: list[Path], run: "Run") -> s
     files = []
     for folder in inputs:
         with reading(str(folder)):
-            files += [(str(file), _digest(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
+            files += [(str(file), sha256(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
     root = Path(__file__).parents[2]
     code = [file.read_bytes() for file in sorted((root / "stages").rglob("*.py"))]
     versions = {name: importlib.metadata.version(name) for name in RECORDED}
@@ -48,6 +48,7 @@ def _fingerprint(recipe: Mapping[str, Any], inputs: list[Path], run: "Run") -> s
     return digest.hexdigest()[:16]
 
 
-def _digest(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """The sha256 of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

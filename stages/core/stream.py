@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,7 +30,8 @@ from stages.core.checkpoint import Sizes, check_codes, check_zeros, lineage, zer
 from stages.core.errors import Refusal, Unreadable
 from stages.core.grid import Quantized
 from stages.core.packed import described, loads_packed, packable, tensors_of, weight_from
-from stages.core.resume import place
+from stages.core.reading import reading
+from stages.core.resume import place, sha256
 from stages.core.source import Empty, put
 from stages.core.statistics import check_finite
 
@@ -80,15 +81,17 @@ class Streamed(Empty):
         return self._shard(name).with_suffix(".json").exists()
 
     def _forget_broken(self) -> None:
-        """Do blocks again whose files a machine that went down left cut off."""
+        """Do blocks again whose files are not as they were written: a machine went down."""
         for file in (self._shard(name) for name in self._names if self._done(name)):
-            try:
-                json.loads(file.with_suffix(".json").read_text())
-                with safe_open(file, "pt"):
-                    pass
-            except (OSError, SafetensorError, ValueError) as error:
-                log.warning("%s is not whole (%s): its block is done again", file, error)
-                file.with_suffix(".json").unlink()
+            told = file.with_suffix(".json")
+            with reading(str(file)):  # what cannot be read now stays
+                try:
+                    whole = json.loads(told.read_text())["sha256"] == sha256(file)
+                except (FileNotFoundError, ValueError, KeyError, TypeError):
+                    whole = False
+            if not whole:
+                log.warning("%s or its JSON is not as it was written: its block is done again", file)
+                told.unlink()
 
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
@@ -156,8 +159,11 @@ class Streamed(Empty):
         if not self.fake:
             check_codes(codes, lambda linear: weight_from(reread, f"{linear}.weight", self.scheme))
         partial.replace(self._shard(name))
-        facts = {"sizes": sizes.counts, "scheme": self.scheme, "fake": self.fake, "quantized": sorted(codes)}
-        facts["noted"], self.noted = self.noted, {}
+        facts = {
+            "sizes": sizes.counts, "scheme": self.scheme, "fake": self.fake, "quantized": sorted(codes),
+            "noted": self.noted, "sha256": sha256(self._shard(name)),
+        }  # fmt: skip
+        self.noted = {}
         write_json(self._shard(name).with_suffix(".json"), facts)
 
     def finish(self, notes: Mapping[str, Any]) -> dict[str, Any]:

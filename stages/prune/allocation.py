@@ -1,8 +1,8 @@
 """How a share of zeros is spread over a model: some blocks bear more than others.
 
-Every allocation gives each linear a share such that their mean, weighted by parameters, is the target.
-`Uniform` is the papers' default. Those measured on the model score its blocks first; a linear has its
-block's share, except under ERK, which looks at the shape of every matrix by itself.
+An allocation gives each linear a share such that their mean, weighted by parameters, is the target. Under
+`Uniform`, the papers' default, all have the target. Those measured on the model score its blocks first; a
+linear has its block's share, except under ERK, which looks at the shape of every matrix by itself.
 """
 
 import logging
@@ -43,7 +43,7 @@ class _Allocation(Strict):
 
         Args:
             windows: `[num_samples, sequence_length]` token ids, where it reads text.
-            batch_size: windows a block takes at a time; None is all.
+            batch_size: windows a block takes at a time where it is walked; None as in `stages.core.walk`.
         """
         raise NotImplementedError
 

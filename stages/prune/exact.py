@@ -104,7 +104,7 @@ def grown_by_row(scores: Scores, gone: Tensor, count: int) -> Tensor:
 
 
 def lowest(scores: Scores, gone: Tensor, count: int, *, by_row: bool) -> Tensor:
-    """`gone` and the lowest `scores` beside it, compared within rows, as many in each, or within all."""
+    """`gone` and the lowest `scores` beside it, compared within levelled rows or within all."""
     return grown_by_row(scores, gone, count) if by_row else grown(scores(slice(None)), gone, count)
 
 

@@ -18,6 +18,8 @@ from stages.prune.allocation import Uniform
 from stages.prune.options import Pruner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stages.core.stream import Empty
 
 BINS = 2**16
@@ -42,7 +44,7 @@ class Magnitude(Pruner):
         """Where the scope says so."""
         return self.scope == "row"
 
-    def plan(self, source: "Empty", windows: Tensor | None) -> dict[str, int]:
+    def plan(self, source: "Empty", windows: "Callable[[], Tensor]") -> dict[str, int]:
         """Zeros of each linear; under `global` as many as it has below the one threshold."""
         if self.scope == "global":
             return global_zeros(source, self.ignore, self.sparsity)

@@ -9,13 +9,16 @@ import torch
 from pydantic import AfterValidator, model_validator
 from torch import Tensor
 
+from stages.core.calibration import Tokens
 from stages.core.errors import Refusal
 from stages.core.method import WeightMethod
 from stages.core.schema import NoData, Sparsity
-from stages.prune.allocation import Allocation, Uniform
+from stages.prune.allocation import Allocation, LayerIF, Uniform
 from stages.prune.exact import Scores, by_pieces, lowest, smallest_in_groups, whole
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stages.core.blocks import Linear
     from stages.core.grid import Quantized
     from stages.core.stream import Empty
@@ -53,21 +56,25 @@ class Pruner(WeightMethod):
                 raise ValueError(f"structure {self.structure} leaves nothing to allocate; drop allocation")
         if self._floors_rows and not self.by_row:
             raise ValueError("floor_rows is for methods that compare weights within rows; leave it out")
-        if self.allocation.reads_text and isinstance(self.calibration, NoData):
+        reads = self.allocation.reads_text
+        if reads and isinstance(self.calibration, NoData):
             raise ValueError(f"allocation {self.allocation.kind} is measured on text; name one to calibrate")
-        if not (self.reads_text or isinstance(self.calibration, NoData)):
+        if not (reads or self.statistic or isinstance(self.calibration, NoData)):
             raise ValueError("calibration must be {dataset: none}, as nothing here reads text")
+        if (
+            isinstance(self.allocation, LayerIF)
+            and not self.statistic
+            and isinstance(self.calibration, Tokens)
+            and self.calibration.tokens != "generated"
+            and self.calibration.batch_size
+        ):
+            raise ValueError("allocation layer-if takes one window at a time; leave batch_size out")
         return self
 
     @property
     def by_row(self) -> bool:
-        """Whether weights are compared within their row alone, each row losing as many."""
+        """Whether weights are compared within their row alone, rows losing as many to within one."""
         return False
-
-    @property
-    def reads_text(self) -> bool:
-        """For its statistic or its allocation."""
-        return super().reads_text or self.allocation.reads_text
 
     @property
     def _floors_rows(self) -> bool:
@@ -87,7 +94,7 @@ class Pruner(WeightMethod):
             return rows * floor(columns * self.sparsity + 1e-6)
         return floor(rows * columns * self.sparsity + 1e-6)
 
-    def plan(self, source: "Empty", windows: Tensor | None) -> dict[str, int]:
+    def plan(self, source: "Empty", windows: "Callable[[], Tensor]") -> dict[str, int]:
         """Zeros of each linear by its full name; where they are allocated, no fewer than it has.
 
         Raises:
@@ -105,7 +112,8 @@ class Pruner(WeightMethod):
         if isinstance(self.allocation, Uniform):
             return {name: self.zeros(*shape) for name, shape in shapes.items()}
         at_once = getattr(self.calibration, "batch_size", None)
-        shares = self.allocation.shares(source, self.ignore, self.sparsity, windows, at_once)
+        text = windows() if self.allocation.reads_text else None
+        shares = self.allocation.shares(source, self.ignore, self.sparsity, text, at_once)
         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
         there: dict[str, int] = {}
         for name, block in blocks(source.model):

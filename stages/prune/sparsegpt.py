@@ -28,6 +28,8 @@ from stages.prune.exact import grown, smallest_in_groups
 from stages.prune.options import Pruner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stages.core.stream import Empty
 
 
@@ -51,7 +53,7 @@ class SparseGPT(Pruner):
     statistic = Hessian
     on_dead = "the first to go, as far as the sparsity reaches"
 
-    def plan(self, source: "Empty", windows: Tensor | None) -> dict[str, int]:
+    def plan(self, source: "Empty", windows: "Callable[[], Tensor]") -> dict[str, int]:
         """Zeros of each linear.
 
         Raises:

@@ -10,6 +10,8 @@ from stages.core.grid import Integers, Quantized
 from stages.core.method import WeightMethod
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from stages.core.blocks import Linear
@@ -43,7 +45,7 @@ class Quantizer(WeightMethod):
         """GPT-2 where inputs are rounded: its linears are Conv1D, which compressed-tensors skips."""
         return {"gpt2": CONV1D} if self.rounds_inputs else {}
 
-    def plan(self, source: "Empty", windows: "Tensor | None") -> int:
+    def plan(self, source: "Empty", windows: "Callable[[], Tensor]") -> int:
         """The number of linears.
 
         Raises:
