@@ -234,11 +234,6 @@ def test_layer_if_is_the_papers_formula(model, monkeypatch):
         assert max(found) == 1 and sum(found) / DEPTH == pytest.approx(0.5)
 
 
-def test_layer_if_of_one_window_is_refused(model):
-    with pytest.raises(Refusal, match="layer-if needs two windows or more"):
-        allocation("layer-if").shares(Source(model), (), 0.5, tokens(1))
-
-
 @pytest.mark.parametrize(("method", "factor"), [("layer-if", math.nan), ("owl", 1e37)])
 def test_scores_that_are_no_numbers_are_refused_by_block(method, factor):
     broken = families.model("llama").float()

@@ -4,7 +4,7 @@ import re
 import textwrap
 from itertools import combinations
 from math import floor
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from stages.core.blocks import Linear, linears
-from stages.core.calibration import Calibration
 from stages.core.errors import Refusal
 from stages.core.grid import Codes, round_to_codes, scale_of
 from stages.core.statistics import ColumnNorm, Hessian
 from stages.prune.allocation import Uniform
 from stages.prune.exact import grown_by_row, smallest, smallest_in_groups, smallest_overall
 from stages.prune.magnitude import Magnitude, global_zeros
-from stages.prune.options import Pruner
 from stages.prune.random import Random
 from stages.prune.sparsegpt import SparseGPT, to_go
 from stages.prune.wanda import Wanda
@@ -589,6 +587,10 @@ def test_a_pattern_no_linear_is_cut_evenly_by_is_refused():
             {"allocation": {"kind": "layer-if"}, "calibration": TEXT | {"batch_size": 2}},
             "allocation layer-if takes one window at a time; leave batch_size out",
         ),
+        (
+            {"allocation": {"kind": "layer-if"}, "calibration": TEXT | {"num_samples": 1}},
+            "allocation layer-if needs num_samples of 2 or more",
+        ),
         ({"calibration": {"dataset": "news"}}, "must be {dataset: none}, as nothing here reads text"),
     ],
 )
@@ -601,6 +603,17 @@ def test_settings_that_contradict_each_other_are_refused(options, said):
     assert said in str(refused.value)
 
 
+def test_a_batch_size_is_allowed_where_something_takes_windows_in_batches():
+    for_layer_if = {"allocation": {"kind": "layer-if"}}
+    text = TEXT | {"batch_size": 2, "sequential": "block"}
+    assert Wanda(source="base/m", method="wanda", sparsity=0.5, calibration=text, **for_layer_if)
+    generated = {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 4}
+    for options, more in ((for_layer_if, generated), ({"allocation": {"kind": "owl"}}, {})):
+        settings = {"source": "base/m", "method": "magnitude", "sparsity": 0.5, "scope": "row", **options}
+        chosen = TEXT | {"batch_size": 2} | more
+        assert Magnitude.model_validate(settings | {"calibration": chosen}).calibration.batch_size == 2
+
+
 def test_floors_of_rows_are_refused_where_rows_are_not_compared():
     with pytest.raises(ValidationError, match="floor_rows is for methods that compare"):
         sparsegpt(0.5, allocation=FLOORS)
@@ -610,14 +623,10 @@ def test_floors_of_rows_are_refused_where_rows_are_not_compared():
 
 def test_the_method_of_the_contributors_guide_works():
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    names = {
-        "Pruner": Pruner, "Literal": Literal, "Calibration": Calibration, "ColumnNorm": ColumnNorm,
-        "Tensor": torch.Tensor,
-    }  # fmt: skip
+    names: dict[str, Any] = {}
     exec(textwrap.dedent(snippet), names)
     weight, inputs = problem(seed=0, rows=6, columns=32, tokens=40)
-    cube: Any = names["Cube"]
-    method = cube(source="base/m", method="cube", sparsity=0.4, calibration=TEXT)
+    method = names["Cube"](source="base/m", method="cube", sparsity=0.4, calibration=TEXT)
     made = method.weights(weight, norms(inputs[0]), method.zeros(6, 32))
     scores = (weight.abs() ** 3 * inputs[0].abs()).flatten().tolist()
     mask = torch.tensor(slow_mask(scores, 76)).view_as(weight)

@@ -80,9 +80,10 @@ class WeightMethod(Recipe):
         options: dict[str, Any] = {}
         if self.statistic:
             assert isinstance(self.calibration, Calibration)
+            text = windows()  # before the embeddings are, as to generate them takes the whole model
             home.bring_rest()
             options = {
-                "windows": windows(),
+                "windows": text,
                 "statistic": self.statistic,
                 "sequential": self.calibration.sequential,
                 "batch_size": self.calibration.batch_size,

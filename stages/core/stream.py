@@ -10,6 +10,7 @@ from, and the next run takes them as they are. (A refused one leaves nothing, bu
 When all are there they become the artifact: one file below `ONE_FILE` bytes, a shard a block beyond.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -30,7 +31,6 @@ from stages.core.checkpoint import Sizes, check_codes, check_zeros, lineage, zer
 from stages.core.errors import Refusal, Unreadable
 from stages.core.grid import Quantized
 from stages.core.packed import described, loads_packed, packable, tensors_of, weight_from
-from stages.core.reading import reading
 from stages.core.resume import place, sha256
 from stages.core.source import Empty, put
 from stages.core.statistics import check_finite
@@ -81,14 +81,23 @@ class Streamed(Empty):
         return self._shard(name).with_suffix(".json").exists()
 
     def _forget_broken(self) -> None:
-        """Do blocks again whose files are not as they were written: a machine went down."""
+        """Do blocks again whose files are not as they were written: a machine went down.
+
+        Raises:
+            Unreadable: they cannot be read at all, which may pass.
+        """
         for file in (self._shard(name) for name in self._names if self._done(name)):
             told = file.with_suffix(".json")
-            with reading(str(file)):  # what cannot be read now stays
-                try:
-                    whole = json.loads(told.read_text())["sha256"] == sha256(file)
-                except (FileNotFoundError, ValueError, KeyError, TypeError):
-                    whole = False
+            try:
+                facts = json.loads(told.read_text())
+                whole = facts.pop("seal") == _seal(file, facts)
+            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+                whole = False
+            except OSError as error:
+                raise Unreadable(
+                    f"finished blocks in {self._folder} cannot be read ({error}); see that they can, or "
+                    "delete the folder to begin anew."
+                ) from error
             if not whole:
                 log.warning("%s or its JSON is not as it was written: its block is done again", file)
                 told.unlink()
@@ -161,10 +170,11 @@ class Streamed(Empty):
         partial.replace(self._shard(name))
         facts = {
             "sizes": sizes.counts, "scheme": self.scheme, "fake": self.fake, "quantized": sorted(codes),
-            "noted": self.noted, "sha256": sha256(self._shard(name)),
+            "noted": self.noted,
         }  # fmt: skip
         self.noted = {}
-        write_json(self._shard(name).with_suffix(".json"), facts)
+        sealed = facts | {"seal": _seal(self._shard(name), facts)}
+        write_json(self._shard(name).with_suffix(".json"), sealed)
 
     def finish(self, notes: Mapping[str, Any]) -> dict[str, Any]:
         """Put the shards together into the artifact and return its record."""
@@ -273,6 +283,11 @@ class Streamed(Empty):
                 save_file(tensors, target, metadata={"format": "pt"})
         told = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _seal(shard: Path, facts: Mapping[str, Any]) -> str:
+    """A hash of a finished block: its shard, and what is told of it as JSON reads it back."""
+    return hashlib.sha256(f"{json.dumps(facts, sort_keys=True)} {sha256(shard)}".encode()).hexdigest()
 
 
 def _link(file: Path, target: Path) -> None:

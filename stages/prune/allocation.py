@@ -42,7 +42,7 @@ class _Allocation(Strict):
         """The share of zeros of each linear that is not ignored, by full name, in [0, 1].
 
         Args:
-            windows: `[num_samples, sequence_length]` token ids, where it reads text.
+            windows: `[num_samples, sequence_length]` token ids, where it reads text; two or more.
             batch_size: windows a block takes at a time where it is walked; None as in `stages.core.walk`.
         """
         raise NotImplementedError
@@ -213,8 +213,6 @@ class LayerIF(_Allocation):
 
         assert windows is not None
         found = linears(source.model, ignore)
-        if len(windows) < 2:
-            raise Refusal("allocation layer-if needs two windows or more, one to learn and one to be helped.")
         each = sketches(source.whole(), windows, sorted({one.block for one in found}))
         sizes = {name: sum(p.numel() for p in block.parameters()) for name, block in blocks(source.model)}
         scores = {block: influence(vectors, sizes[block]) for block, vectors in each.items()}

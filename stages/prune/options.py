@@ -61,14 +61,14 @@ class Pruner(WeightMethod):
             raise ValueError(f"allocation {self.allocation.kind} is measured on text; name one to calibrate")
         if not (reads or self.statistic or isinstance(self.calibration, NoData)):
             raise ValueError("calibration must be {dataset: none}, as nothing here reads text")
-        if (
-            isinstance(self.allocation, LayerIF)
-            and not self.statistic
-            and isinstance(self.calibration, Tokens)
-            and self.calibration.tokens != "generated"
-            and self.calibration.batch_size
-        ):
-            raise ValueError("allocation layer-if takes one window at a time; leave batch_size out")
+        if isinstance(self.allocation, LayerIF) and isinstance(self.calibration, Tokens):
+            if self.calibration.num_samples < 2:
+                raise ValueError(
+                    "allocation layer-if needs num_samples of 2 or more, one to learn and one to be helped"
+                )
+            used = self.statistic or self.calibration.tokens == "generated"
+            if self.calibration.batch_size and not used:
+                raise ValueError("allocation layer-if takes one window at a time; leave batch_size out")
         return self
 
     @property
