@@ -11,7 +11,6 @@ from stages.core.blocks import linears
 from stages.core.checkpoint import zero_masks
 from stages.finetune import full
 from stages.finetune.keep import Small
-from stages.prune.magnitude import Magnitude
 from tests import families
 from tests.pipeline import NONE, dense, do, load, params, record
 from tests.tuned import LORA, TEXT, recipe, tune
@@ -35,10 +34,13 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("scope", ["matrix", "row", "global"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_small_is_what_magnitude_pruning_removes(family, scope, workspace):
-    magnitude = Magnitude(**MAGNITUDE | {"scope": scope, "sparsity": 0.3})
-    do(params(family, {"prune/small": magnitude.model_dump(mode="json")}))
-    base = load("base/tiny")
+@pytest.mark.parametrize("had", [0.0, 0.2, 0.4])
+def test_small_is_what_magnitude_pruning_removes(had, family, scope, workspace):
+    """Of a source that had zeros too, spread unevenly."""
+    recipe = MAGNITUDE | {"scope": scope, "sparsity": 0.3, "source": "prune/had"}
+    source = MAGNITUDE | {"scope": "global", "sparsity": had}
+    do(params(family, {"prune/had": source, "prune/small": recipe}))
+    base = load("prune/had")
     small = Small(sparsity=0.3, scope=scope).of(linears(base))
     pruned = {one.name: one.weight == 0 for one in linears(load("prune/small"))}
     assert any(mask.any() for mask in pruned.values())

@@ -23,7 +23,7 @@ from stages.core.schema import Strict
 from stages.finetune.arm import Finished
 from stages.finetune.grids import put_on
 from stages.finetune.options import Tuning
-from stages.prune.exact import smallest, smallest_overall
+from stages.prune.exact import grown, lowest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,16 +40,18 @@ class Small(Strict):
     """What a weight is compared with."""
 
     def of(self, found: Sequence[Linear]) -> dict[str, Tensor]:
-        """Where they are in each linear, bool `[out, in]`, by name; ties fall to what comes first."""
+        """Where they are in each linear, bool `[out, in]`, by name; zeros are, ties fall to the first."""
         scores = {one.name: one.weight.float().abs() for one in found}
         if self.scope == "global":
             flat = torch.cat([score.flatten() for score in scores.values()])
-            chosen = smallest_overall(flat[None], self._count(len(flat)))[0]
+            chosen = grown(flat, flat == 0, self._count(len(flat)))
             parts = chosen.split([score.numel() for score in scores.values()])
             return {one.name: part.view(one.weight.shape) for one, part in zip(found, parts, strict=True)}
-        if self.scope == "row":
-            return {name: smallest(score, self._count(score.shape[1])) for name, score in scores.items()}
-        return {name: smallest_overall(score, self._count(score.numel())) for name, score in scores.items()}
+        by_row = self.scope == "row"
+        return {
+            name: lowest(score.__getitem__, score == 0, self._count(score.numel()), by_row=by_row)
+            for name, score in scores.items()
+        }
 
     def _count(self, weights: int) -> int:
         return floor(weights * self.sparsity + 1e-6)
