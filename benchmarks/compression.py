@@ -44,17 +44,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.figures import tell
-from stages.core.blocks import forward
-from stages.core.calibration import Calibration, calibration_windows, documents, windows
-from stages.core.causal import causal_attention
-from stages.core.grid import Quantized
-from stages.core.method import WeightMethod
+from stages.compress.causal import causal_attention
+from stages.compress.method import WeightMethod
+from stages.compress.walk import Sequential, walk
 from stages.core.run import Run
-from stages.core.walk import Sequential, walk
-from stages.prune.options import Pruner
-from stages.prune.sparsegpt import SparseGPT
-from stages.prune.wanda import Wanda
-from stages.quantize.gptq import GPTQ
+from stages.corpus.windows import Calibration, calibration_windows, documents, windows
+from stages.model.blocks import forward
+from stages.model.grid import Quantized
+from stages.pruning.pruner import Pruner
+from stages.pruning.sparsegpt import SparseGPT
+from stages.pruning.wanda import Wanda
+from stages.quantization.gptq import GPTQ
 
 MODEL = Path("data/models/base/smollm2")
 BATCH = 2048

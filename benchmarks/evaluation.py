@@ -31,7 +31,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.figures import tell
 from stages.core.tables import SAMPLES
-from stages.evaluate.graded import GradedSuite
+from stages.evaluation.graded import GradedSuite
 
 ROOT = Path(__file__).parents[1]
 MODEL = Path("data/models/base/smollm2")

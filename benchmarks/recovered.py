@@ -13,10 +13,11 @@ from pathlib import Path
 import pandas as pd
 from safetensors import safe_open
 
-from stages.core.artifact import load_model, load_record
-from stages.core.blocks import linears
-from stages.core.params import Params, load
 from stages.core.run import Run
+from stages.job.load import load
+from stages.job.params import Params
+from stages.model.artifact import load_model, load_record
+from stages.model.blocks import linears
 
 MODELS, RESULTS, CURVES = Path("data/models"), Path("data/results"), Path("data/curves")
 MEASURES = (

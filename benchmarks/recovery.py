@@ -41,17 +41,17 @@ from transformers import (
 )
 
 from benchmarks.figures import tell
-from stages.core.blocks import linears
+from stages.compress.select import smallest_overall
 from stages.core.run import Run
-from stages.finetune import examples
-from stages.finetune.arm import Arm
-from stages.finetune.checkpoints import Checkpoints
-from stages.finetune.examples import Examples, Train
-from stages.finetune.full import Full
-from stages.finetune.lora import LoRA
-from stages.finetune.options import Tuning
-from stages.finetune.training import train
-from stages.prune.exact import smallest_overall
+from stages.corpus import examples
+from stages.corpus.examples import Examples, Train
+from stages.model.blocks import linears
+from stages.recovery.arm import Arm
+from stages.recovery.full import Full
+from stages.recovery.lora import LoRA
+from stages.recovery.saves import Checkpoints
+from stages.recovery.training import train
+from stages.recovery.tuning import Tuning
 
 MODEL = Path("data/models/base/smollm2")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -33,9 +33,9 @@ def refusals() -> Iterator[None]:
 def check() -> None:
     """Check params.yaml as a whole; runs nothing."""
     with refusals():
-        from stages.core import params
+        from stages.job import load
 
-        checked = params.load_verified()
+        checked = load.load_verified()
     typer.echo(
         f"params.yaml is sound: {len(checked.models)} model(s), {len(checked.recipes())} recipe(s), "
         f"{len(checked.evaluate.candidates)} candidate(s) on {len(checked.suites.by_name())} suite(s)."
@@ -55,9 +55,9 @@ def run(
     """Bring everything, or the targets and what they need, up to date."""
     with refusals():
         from flows import graph
-        from stages.core import params
+        from stages.job import load
 
-        params.load()  # a mistake is told before a server is started
+        load.load()  # a mistake is told before a server is started
         graph.select(graph.read(), targets or [])
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # all is told below
     signal.signal(signal.SIGTERM, _terminated)
@@ -103,9 +103,9 @@ def cost(
     os.environ.setdefault("TQDM_DISABLE", "1")
     with refusals():
         from flows import costs
-        from stages.core import params
+        from stages.job import load
 
-        found = costs.costs(params.load(), candidate)
+        found = costs.costs(load.load(), candidate)
     _tell(found, as_json, costs.cost_table)
 
 
@@ -123,9 +123,9 @@ def batch_size(
     os.environ.setdefault("TQDM_DISABLE", "1")
     with refusals():
         from flows import costs
-        from stages.core import params
+        from stages.job import load
 
-        found = costs.trials(params.load(), candidate, suite, items)
+        found = costs.trials(load.load(), candidate, suite, items)
     _tell([trial._asdict() for trial in found] if as_json else found, as_json, costs.trial_table)
 
 

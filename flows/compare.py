@@ -24,7 +24,7 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import graph, summary
-from flows.run import plan
+from flows.plan import plan
 from flows.terminal import console
 from stages.core.errors import Refusal
 

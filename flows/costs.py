@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from stages.core.errors import Refusal
-from stages.core.run import RUNS
+from stages.core.files import RUNS
+from stages.job import lineage
 
 if TYPE_CHECKING:
-    from stages.core.params import Params
+    from stages.job.params import Params
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 NEAR = 1.05
@@ -25,16 +26,21 @@ def costs(params: "Params", candidate: str) -> list[dict[str, Any]]:
     Raises:
         Refusal: something is not there that the suites are made from.
     """
-    from stages.core.artifact import load_tokenizer
-    from stages.evaluate.null import LONGEST
-    from stages.evaluate.requests import calls, cost
+    from stages.evaluation.null import LONGEST
+    from stages.evaluation.requests import calls, cost
+    from stages.model.artifact import load_tokenizer
 
     _check(params, candidate, list(params.suites.by_name()))
     tokenizer = load_tokenizer(candidate)
     rows = []
     for suite in params.suites.by_name():
         thinking = getattr(params.suites.by_name()[suite], "thinking", None)
-        amounts = cost(calls(params, suite, tokenizer), tokenizer, LONGEST, thinking)
+        amounts = cost(
+            calls(params.suites.by_name()[suite], suite, tokenizer, params.run.seed),
+            tokenizer,
+            LONGEST,
+            thinking,
+        )
         record = RUNS / "evaluate" / candidate / f"{suite}.json"
         ran: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"state": "never"}
         minutes = ran["seconds"] / 60 if ran["state"] == "done" else None
@@ -61,11 +67,11 @@ def trials(params: "Params", candidate: str, suite: str, items: int, repeats: in
     """
     import torch
 
-    from stages.core.artifact import load_model, load_record, load_tokenizer
-    from stages.evaluate.budget import BudgetLM
-    from stages.evaluate.model import SharedPrefixLM
-    from stages.evaluate.requests import calls
-    from stages.profile.speed import Peak
+    from stages.evaluation.requests import calls
+    from stages.evaluation.shared import SharedPrefixLM
+    from stages.evaluation.thinking.budget import BudgetLM
+    from stages.model.artifact import load_model, load_record, load_tokenizer
+    from stages.profiling.speed import Peak
 
     _check(params, candidate, [suite])
     if "responder" in load_record(candidate):
@@ -73,7 +79,10 @@ def trials(params: "Params", candidate: str, suite: str, items: int, repeats: in
     thinking = getattr(params.suites.by_name()[suite], "thinking", None)
     device = params.run.start()
     tokenizer = load_tokenizer(candidate)
-    asked = [(method, requests[:items]) for method, requests in calls(params, suite, tokenizer)]
+    asked = [
+        (method, requests[:items])
+        for method, requests in calls(params.suites.by_name()[suite], suite, tokenizer, params.run.seed)
+    ]
     model = load_model(candidate, params.run, dequantize=False)
     options: dict[str, Any] = {
         "pretrained": model, "tokenizer": tokenizer, "device": str(device), "softmax_dtype": "float32",
@@ -140,7 +149,5 @@ def _check(params: "Params", candidate: str, suites: list[str]) -> None:
         raise Refusal(
             f"there is no suite {unknown[0]!r}; params.yaml has {', '.join(params.suites.by_name())}."
         )
-    if missing := dict.fromkeys(
-        one for suite in suites for one in params.unmade("evaluate", f"{candidate}/{suite}")
-    ):
+    if missing := lineage.unmade(params, [candidate], suites):
         raise Refusal("; ".join(missing) + ".")

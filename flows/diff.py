@@ -17,8 +17,8 @@ import pandas as pd
 from flows import revisions, tensors
 from flows.revisions import WORKSPACE, Revision
 from stages.core.tables import SAMPLE_COLUMNS, SAMPLES, SCORE_COLUMNS, SCORES, table
-from stages.report.collect import KEY, Results, noise_floor, records
-from stages.report.compare import between
+from stages.reporting.collect import KEY, Results, noise_floor, records
+from stages.reporting.comparison import between
 
 ITEM = ["candidate", "suite", "task", "readout", "doc_id", "prompt_hash", "metric"]
 
@@ -102,7 +102,7 @@ def results(old: Revision, new: Revision) -> list[str]:
 def score_changes(old: Results, new: Results) -> list[dict[str, Any]]:
     """Rows whose value differs or that only one side has, with the noise floor, `p` and `verdict`.
 
-    The verdict is that of `stages.report.compare`, empty where there is nothing to compare with; it goes by
+    The verdict is that of `stages.reporting.comparison`, empty where there is nothing to compare with; it goes by
     `p_corrected`, over the `family` of that many comparisons.
     """
     if old.scores.empty and new.scores.empty:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO
 
 from flows.graph import DVC
+from stages.core.files import RUNS
 
-LOGS = Path("data/runs/logs")
+LOGS = RUNS / "logs"
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 CHATTER = re.compile(

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from stages.core.errors import Refusal
+from stages.core.files import PROFILES
 
-PROFILES = Path("data/profile")
 NOT_MEASURED = "not measured"
 
 

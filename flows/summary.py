@@ -2,18 +2,18 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich import box
 from rich.table import Table
 
-from flows.run import Outcome
+from flows.plan import Outcome
 from flows.terminal import console
+from stages.core.files import REPORT
 
-SUMMARY = Path("data/report/summary.csv")
-PAGE = Path("data/report/index.html")
+SUMMARY = REPORT / "summary.csv"
+PAGE = REPORT / "index.html"
 SIZES = {"bytes_ideal": "MB ideal", "bytes_on_disk": "MB on disk"}
 WORDS = {
     "ran": "ran",

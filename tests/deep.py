@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from stages.core.blocks import blocks
-from stages.prune.remove import output_projections
+from stages.model.blocks import blocks
+from stages.pruning.depth.remove import output_projections
 from tests import families
 
 WINDOWS = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(7))

@@ -2,22 +2,46 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.core import params as schema
-from stages.download.__main__ import download
-from stages.finetune.__main__ import finetune
-from stages.floor.__main__ import floor
-from stages.noise.__main__ import noise
-from stages.prune.__main__ import prune
-from stages.quantize.__main__ import quantize
-from stages.teach.__main__ import teach
+from stages import download as _download
+from stages import evaluate as _evaluate
+from stages import finetune as _finetune
+from stages import floor as _floor
+from stages import noise as _noise
+from stages import profile as _profile
+from stages import prune as _prune
+from stages import quantize as _quantize
+from stages import report as _report
+from stages import teach as _teach
+from stages import validate as _validate
+from stages.job import pieces
+from stages.job.load import validate as checked
+from stages.job.params import Params
 from tests import families, project
 
+
+def _stage(module: ModuleType) -> Callable[[Params, str], None]:
+    """The stage function of a stage's file, called as the command line calls it."""
+    name = module.__name__.rpartition(".")[2]
+
+    def call(params: Params, recipe: str = "all") -> None:
+        getattr(module, name)(*pieces.STAGES[name].arguments(params, recipe))
+
+    return call
+
+
+download, evaluate, profile, report, validate = map(
+    _stage, (_download, _evaluate, _profile, _report, _validate)
+)
+prune, quantize, teach = map(_stage, (_prune, _quantize, _teach))
+finetune, noise, floor = map(_stage, (_finetune, _noise, _floor))
 STAGES = {
     "prune": prune, "quantize": quantize, "teach": teach, "finetune": finetune, "noise": noise,
     "floor": floor,
@@ -28,7 +52,7 @@ NONE = {"dataset": "none"}
 
 def params(
     family: str, recipes: dict[str, dict[str, Any]], datasets: dict[str, dict[str, Any]] | None = None
-) -> schema.Params:
+) -> Params:
     """Params over the shared inputs with one base, `base/tiny` of `family`, the given recipes and data."""
     raw = project.params(Path("inputs"))
     raw["datasets"] |= datasets or {}
@@ -41,10 +65,10 @@ def params(
     for artifact, recipe in recipes.items():
         section, name = artifact.split("/")
         raw[section][name] = recipe
-    return schema.validate(raw)
+    return checked(raw)
 
 
-def do(chosen: schema.Params, artifacts: list[str] | None = None) -> None:
+def do(chosen: Params, artifacts: list[str] | None = None) -> None:
     """Download the base and the text, and make `artifacts` (all recipes when None) in the order given."""
     for name in ("datasets/news", "base/tiny"):
         download(chosen, name)

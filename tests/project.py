@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from stages.download.source import sha256
+from stages.core.files import sha256
 from tests import families
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from stages.core import tables
-from stages.core.params import Params, validate
+from stages.job.load import validate
+from stages.job.params import Params
 
 ROOT = Path(__file__).parents[1]
 # How much worse than the dense base a recipe is, in nats a token; and its size in MB, on disk and ideally.

@@ -33,20 +33,20 @@ def test_editing_a_recipe_runs_it_and_its_consumers(edited):
 
 
 def test_editing_a_methods_file_runs_its_recipes(copy):
-    append(copy, "stages/prune/wanda.py")
+    append(copy, "stages/pruning/wanda.py")
     assert sweep.status(copy) == {"prune@wanda-50"}
     # Its consumers are looked at, and left alone, as the pruned model has come out the same.
     assert sweep.repro(copy) == {"prune@wanda-50"}
 
 
 def test_adding_a_method_runs_nothing(copy):
-    source = (copy / "stages/prune/magnitude.py").read_text()
+    source = (copy / "stages/pruning/magnitude.py").read_text()
     added = source.replace("class Magnitude", "class Least").replace('"magnitude"', '"least"')
     assert added != source
     (copy / "stages/prune/least.py").write_text(added)
-    names = copy / "stages/core/params.py"
+    names = copy / "stages/job/params.py"
     text = names.read_text().replace(
-        "from stages.prune.magnitude", "from stages.prune.least import Least\nfrom stages.prune.magnitude"
+        "from stages.pruning.magnitude", "from stages.prune.least import Least\nfrom stages.pruning.magnitude"
     )
     text, count = re.subn(r"Magnitude \| Wanda", "Magnitude | Least | Wanda", text)
     assert count == 1
@@ -74,7 +74,7 @@ def test_the_lock_file_makes_everything_stale(copy):
 def test_a_core_module_makes_its_users_stale(copy):
     append(copy, "stages/core/tables.py")
     assert sweep.status(copy) == {*EVALUATIONS, "report"}
-    append(copy, "stages/core/grid.py")
+    append(copy, "stages/model/grid.py")
     walked = {
         name for name in sweep.STAGES if name.startswith(("model@", "prune@", "quantize@", "finetune@"))
     }

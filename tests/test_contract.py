@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from stages.core import params as schema
-from stages.core.blocks import blocks, linears
-from stages.core.checkpoint import zero_masks
 from stages.core.errors import Refusal
-from stages.core.packed import code_from
-from stages.finetune import grids
-from stages.quantize.fold import Folding
+from stages.job.params import methods
+from stages.model.blocks import blocks, linears
+from stages.model.checkpoint import zero_masks
+from stages.model.packed import code_from
+from stages.quantization.fold import Folding
+from stages.recovery import grids
 from tests import families
 from tests.pipeline import NONE, STAGES, TEXT, dense, do, load, params, record
 
@@ -74,7 +74,7 @@ GRID = {"quantize/grid": {"source": "base/tiny", "method": "rtn", **OPTIONS["qua
 
 def recipe(section: str, case: str) -> dict[str, Any]:
     method = case.split()[0]
-    on_grid = getattr(schema.methods(section)[method], "on_grid", False)
+    on_grid = getattr(methods(section)[method], "on_grid", False)
     source = "quantize/grid" if on_grid else "base/tiny"
     return {"source": source, "method": method, **OPTIONS[section][case]}
 
@@ -88,7 +88,7 @@ def recipes(section: str, case: str) -> dict[str, dict[str, Any]]:
 def refused(section: str, case: str) -> Mapping[str, str]:
     """What a method declares of the families it does not serve, by `model_type`."""
     raw = recipe(section, case)
-    return schema.methods(section)[raw["method"]].model_validate(raw).refuses
+    return methods(section)[raw["method"]].model_validate(raw).refuses
 
 
 SERVED, REFUSED = (
@@ -110,8 +110,8 @@ LAYOUTS = {
 
 def test_what_is_enumerated():
     for section, count in {"prune": 9, "quantize": 9, "finetune": 4}.items():
-        assert {case.split()[0] for case in OPTIONS[section]} == set(schema.methods(section))
-        assert len(schema.methods(section)) == count
+        assert {case.split()[0] for case in OPTIONS[section]} == set(methods(section))
+        assert len(methods(section)) == count
     assert len(families.CONFIGS) == 7
     assert len(SERVED) == 154
     assert len(REFUSED) == 7
@@ -193,7 +193,7 @@ def test_a_family_is_served(section, case, family, workspace):
     assert told["base"]["name"] == "tiny"
     assert told["bytes_on_disk"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
-    if schema.methods(section)[method].reshapes:
+    if methods(section)[method].reshapes:
         smaller(made, base, told)
         return
     if method == "depth":
@@ -201,7 +201,7 @@ def test_a_family_is_served(section, case, family, workspace):
         shallower(made, base, [removed])
         return
     count = len(linears(base))
-    if issubclass(schema.methods(section)[method], Folding):  # norms and biases change with the weights
+    if issubclass(methods(section)[method], Folding):  # norms and biases change with the weights
         assert len(told["notes"][artifact]["unscaled_linears"]) < count
     elif method != "full":  # which trains everything
         rest = {f"{linear.name}.weight" for linear in linears(base)}

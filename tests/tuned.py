@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from stages.core import params as schema
-from stages.finetune.arm import Finished
-from stages.finetune.checkpoints import Checkpoints
-from stages.finetune.curve import Point
-from stages.finetune.examples import Examples
-from stages.finetune.options import Tuning
-from stages.finetune.rows import Row, example
-from stages.finetune.training import train
+from stages.corpus.examples import Examples
+from stages.corpus.rows import Row, example
+from stages.job.params import methods
+from stages.recovery.arm import Finished
+from stages.recovery.curve import Point
+from stages.recovery.saves import Checkpoints
+from stages.recovery.training import train
+from stages.recovery.tuning import Tuning
 
 TEXT = {"dataset": "news", "num_samples": 4, "sequence_length": 32, "held_out": 4}
 LORA = {"rank": 4, "alpha": 8.0}
@@ -24,7 +24,7 @@ def recipe(method: str, **options: Any) -> Tuning:
         "source": "base/tiny", "method": method, "train": TEXT, "learning_rate": 0.01, "steps": 8,
         "batch_size": 4,
     } | (LORA if method == "lora" else {})  # fmt: skip
-    return schema.methods("finetune")[method].model_validate(settings | options)
+    return methods("finetune")[method].model_validate(settings | options)
 
 
 def rows() -> list[Row]:

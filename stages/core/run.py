@@ -1,44 +1,20 @@
-"""What surrounds a stage's work: the device, determinism, the run record, and how a failure is told.
+"""The device, the number type, and every switch that decides the bits of a result.
 
-`entry` is the whole of a stage's `__main__`: it validates all of params.yaml, does the work and leaves a
-run record in `data/runs/<stage>/<recipe>.json`. The record holds what varies from run to run (times,
-host, versions, commit, peak memory); artifacts hold only what does not, so that equal inputs give equal
-bytes. A refusal is told in its own words with exit code 2 and no traceback.
+Equal inputs give equal bytes on one machine: threads, seeds and determinism are set here and nowhere else. The
+device is recorded with every artifact and is no dependency, so a model may be made on a GPU and used on a CPU.
 """
 
-import argparse
-import errno
-import importlib.metadata
-import logging
-import os
-import platform
-import re
-import resource
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from __future__ import annotations
 
-import torch
+import os
+import re
+from typing import Annotated, Any, Literal
+
 from pydantic import AfterValidator, Field
 
-from stages.core.atomic import write_json
 from stages.core.errors import Refusal
-from stages.core.memory import keep_freed
+from stages.core.lazy import torch
 from stages.core.schema import Seed, Strict
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from stages.core.params import Params
-
-RUNS = Path("data/runs")
-RECORDED = ("torch", "transformers", "lm-eval", "compressed-tensors", "peft", "datasets", "dvc", "prefect")
 
 
 def _device(value: str) -> str:
@@ -53,10 +29,10 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class Run(Strict):
-    """The one choice of device and number type, and what else every computation depends on."""
+    """Section `run` of params.yaml."""
 
     device: Annotated[str, AfterValidator(_device)]
-    """Where tensors live; `auto` takes CUDA where there is one. Recorded, not a dependency."""
+    """Where tensors live; `auto` takes CUDA if this machine has it. Recorded, not a dependency."""
     dtype: Dtype
     """The dtype models are loaded, computed and written in."""
     threads: Annotated[int, Field(ge=1)]
@@ -70,7 +46,7 @@ class Run(Strict):
         return dtype
 
     def resolved_device(self) -> torch.device:
-        """The device asked for.
+        """Return the device to compute on.
 
         Raises:
             Refusal: this machine has no such device.
@@ -81,13 +57,13 @@ class Run(Strict):
         if device.type != "cpu":
             backend = getattr(torch, device.type, None) or getattr(torch.backends, device.type, None)
             if backend is None or not backend.is_available():
-                raise Refusal(
-                    f"run.device: {self.device} was asked for and this machine has none; use cpu or auto."
-                )
+                raise Refusal(f"run.device is {self.device}, which this machine lacks; use cpu or auto.")
         return device
 
     def start(self) -> torch.device:
-        """Fix threads, seeds and every switch that changes results, and return the device."""
+        """Fix threads, seeds and every switch that changes results; return the device."""
+        from stages.core.memory import keep_freed
+
         keep_freed()
         # cuBLAS reads this when it starts: without it deterministic algorithms are refused on CUDA.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -108,7 +84,7 @@ class Run(Strict):
         return device
 
     def numerics(self) -> dict[str, Any]:
-        """What the bytes of a computed artifact depend on beside its inputs; constant on one machine."""
+        """Return what the bytes of an artifact depend on beside its inputs; constant on one machine."""
         device = self.resolved_device()
         return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -117,97 +93,3 @@ class Run(Strict):
             "dtype": self.dtype,
             "torch": str(torch.__version__),
         }
-
-
-def entry(
-    stage: str,
-    work: "Callable[[Params, str], None]",
-    recipes: "Callable[[Params], list[str]] | None" = None,
-) -> None:
-    """Run one stage for one recipe from the command line, `python -m stages.<stage> <recipe>`.
-
-    Args:
-        work: does it; raises `Refusal` for what the user can mend.
-        recipes: the names this stage knows under the given params; None for a stage that takes none.
-    """
-    from stages.core.params import load
-
-    parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=work.__doc__)
-    if recipes is not None:
-        parser.add_argument("recipe", help="a name from params.yaml")
-    # Without a handler SIGTERM ends Python on the spot: no clean-up of what is half written, no record.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    name = getattr(parser.parse_args(), "recipe", "all")
-    _logging()
-    try:
-        params = load()
-        if recipes is not None and name not in (known := recipes(params)):
-            raise Refusal(f"there is no recipe of this name; params.yaml has {', '.join(known) or 'none'}.")
-        if missing := params.unmade(stage, name):
-            raise Refusal(f"nothing was run, for {'; '.join(missing)}.")
-        with recorded(stage, name):
-            work(params, name)
-    except Exception as error:
-        if isinstance(error, Refusal):
-            told = str(error)
-        elif _without_room(error):
-            told = (
-                f"no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace drops what no "
-                "recipe needs any more) and run it again."
-            )
-        else:
-            raise
-        print(f"{stage} {name}: {told}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from None
-
-
-def _without_room(error: Exception) -> bool:
-    """Whether a write found the disk or a quota full; safetensors and tokenizers say it in words alone."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"(os error {code})" in str(error) for code in full)
-
-
-@contextmanager
-def recorded(stage: str, name: str) -> "Iterator[None]":
-    """Write `data/runs/<stage>/<name>.json`: how the work ended, when, how long, on what."""
-    started, clock = datetime.now(UTC), time.monotonic()
-    state, error = "done", None
-    try:
-        yield
-    except BaseException as raised:
-        state, error = "failed", str(raised) or type(raised).__name__
-        raise
-    finally:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        write_json(
-            RUNS / stage / f"{name}.json",
-            {
-                "state": state,
-                "error": error,
-                "started": started.isoformat(timespec="seconds"),
-                "seconds": round(time.monotonic() - clock, 2),
-                "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),  # of the whole process, imports too
-                "peak_gib": round(used.ru_maxrss / 2**20, 3),
-                "host": platform.node(),
-                "commit": _commit(),
-                "python": platform.python_version(),
-                "versions": {package: importlib.metadata.version(package) for package in RECORDED},
-            },
-        )
-
-
-def _commit() -> str | None:
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _logging() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    for chatty in ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "lm_eval"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -6,7 +6,7 @@ anything to a shell, and cannot be mistaken for nesting by DVC (a dot) or for it
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -76,19 +76,23 @@ class NoData(Strict):
 
 
 class Recipe(Strict):
-    """What every compression or recovery recipe has: where its weights come from."""
+    """Settings shared by every compression and recovery recipe."""
 
     reshapes: ClassVar[bool] = False
-    """Whether linears of what it makes have other widths than those of its source."""
+    """Whether the linears of the result have other widths than those of the source."""
     source: Source
     ignore: tuple[str, ...] = ()
     """Block-relative names of matrices left alone, such as `mlp.gate`."""
     method: str
 
+    def reads(self) -> dict[str, Any]:
+        """Return the settings that name a data set this recipe reads, by their field; each has `dataset`."""
+        return {}
+
     @property
     def refuses(self) -> Mapping[str, str]:
-        """Why not, by each family (a config's `model_type`) that these settings cannot serve.
+        """Say why these settings cannot serve a family, by its name (a config's `model_type`).
 
-        A family that is not named is tried, and refused only where its structure is found not to fit.
+        A family that is not named is tried, and refused only if its structure turns out not to fit.
         """
         return {}

@@ -1,0 +1,71 @@
+"""Arithmetic that several methods share, defined once: shares as counts, seeds, draws, finiteness."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from math import floor
+from typing import TYPE_CHECKING
+
+from stages.core.errors import Refusal
+from stages.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def count_of(share: float, total: int) -> int:
+    """Round `share` of `total` things down to a whole number.
+
+    The slack keeps a decimal share from losing one to binary rounding: 0.29 of 100 is 29.
+    """
+    return floor(total * share + 1e-6)
+
+
+def seed_of(text: str, size: int = 7) -> int:
+    """Derive a seed of `size` bytes from a text that names the draw, such as `"7 model.layers.0.mlp.up_proj"`.
+
+    Draws with different names are independent, whatever order they are made in.
+    """
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:size], "big")
+
+
+def generator(text: str, size: int = 7) -> torch.Generator:
+    """Make a CPU generator seeded by the name of the draw, see `seed_of`."""
+    return torch.Generator().manual_seed(seed_of(text, size))
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Draw one token a row by inverting the cumulative distribution.
+
+    The token is the first at which the cumulative probability exceeds the row's number. Numbers are drawn by the
+    caller, so neither the device nor the batch size decides which number a row gets.
+
+    Args:
+        logits: `[rows, vocabulary]`, any float dtype, on any device.
+        uniform: `[rows]` fp64 in [0, 1), on the CPU.
+        temperature: above 0; logits are divided by it.
+
+    Returns:
+        `[rows, 1]` int64 on the CPU.
+    """
+    total = (logits.cpu().double() / temperature).softmax(1).cumsum(1)
+    # Rounding may leave the total below 1, and the last number above it.
+    drawn = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
+    return drawn.clamp(max=logits.shape[1] - 1)
+
+
+def finite(values: Tensor) -> bool:
+    """Tell whether no value is NaN or infinite; an empty tensor has none."""
+    # The extremes of a tensor are NaN if any value is; much faster than a mask of the tensor's size.
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+def check_finite(what: str, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse tensors with NaN or infinite values, by name.
+
+    Raises:
+        Refusal: some values are NaN or infinite.
+    """
+    if broken := [name for name, tensor in named if not finite(tensor.detach())]:
+        raise Refusal(f"{what}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")

@@ -1,0 +1,40 @@
+"""What a recipe says of thinking before an answer; how it is done: `stages.evaluation.thinking.budget`."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from stages.core.schema import Strict
+
+
+def _ascending(budgets: tuple[int, ...]) -> tuple[int, ...]:
+    if list(budgets) != sorted(set(budgets)):
+        raise ValueError("allowed: each budget once, the smallest first")
+    return budgets
+
+
+class Thinking(Strict):
+    """How long is thought, how often, and what is said around it."""
+
+    budgets: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_ascending)
+    ]
+    """Most tokens of thinking; each is scored by itself. 0 asks for the answer at once."""
+    waits: Annotated[int, Field(ge=0)] = 0
+    """How often an end of thinking is replaced by `wait` while the budget lasts."""
+    draws: Annotated[int, Field(ge=1)] = 1
+    """Times each item is asked."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Of thinking and answer; 0 takes the likeliest token."""
+    begin: str = "<think>\n"
+    end: Annotated[str, Field(min_length=1)] = "</think>"
+    wait: Annotated[str, Field(min_length=1)] = "Wait"
+    answer: str = "\n\nFinal Answer:"
+
+    @model_validator(mode="after")
+    def _differing(self) -> "Thinking":
+        if self.draws > 1 and self.temperature == 0:
+            raise ValueError(
+                f"{self.draws} draws at temperature 0 are alike; allowed: draws 1, or a higher temperature"
+            )
+        return self

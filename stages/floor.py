@@ -1,0 +1,33 @@
+"""Floor: a responder without knowledge as a candidate, beside the model whose tokenizer it is asked with.
+
+It has no weights; `stages.evaluation.null` says how it answers. Its score is where the scale of a task begins.
+"""
+
+import shutil
+
+from stages.controls.candidates import Floor
+from stages.core.files import MODELS, RECORD, write_json, writing
+from stages.core.run import Run
+from stages.job.entry import entry
+from stages.model.artifact import load_record
+
+SIZES = ("num_parameters", "bits_per_weight", "bytes_ideal", "bytes_on_disk", "sparsity")
+
+
+def floor(variant: Floor, run: Run, name: str) -> None:
+    """Write data/models/floor/<name>: the source's folder without weights, marked with the responder."""
+    with writing(MODELS / "floor" / name) as folder:
+        weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
+        shutil.copytree(MODELS / variant.source, folder, ignore=weights, dirs_exist_ok=True)
+        record = load_record(variant.source)
+        record |= {
+            "artifact": f"floor/{name}",
+            "lineage": [*record["lineage"], f"floor/{name}"],
+            "responder": variant.responder,
+            **{size: type(record[size])(0) for size in SIZES},
+        }
+        write_json(folder / RECORD, record)
+
+
+if __name__ == "__main__":
+    entry(floor)

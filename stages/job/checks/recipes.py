@@ -1,0 +1,86 @@
+"""What a recipe is made from and with: text that is not there, groups that divide no width."""
+
+from collections.abc import Iterator
+from typing import Literal, get_origin
+
+from stages.core.schema import Strict
+from stages.corpus.examples import Chosen
+from stages.job.checks.learning import all_evaluated, learnable, of_chosen
+from stages.job.params import Params
+from stages.job.sentences import allowed
+from stages.pruning.depth.tasks import Items
+from stages.sources.graded.items import Graded
+from stages.sources.text import Text
+
+
+def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
+    """Yield recipes that read data which is missing, unfit or kept for evaluation, or whose groups do not divide.
+
+    Args:
+        broken: data sets with mistakes of their own.
+    """
+    for artifact, recipe in params.recipes().items():
+        at = artifact.replace("/", ".", 1)
+        for field, text in recipe.reads().items():
+            where = f"{at}.{field}".rstrip(".")
+            if text.dataset in broken:
+                continue
+            if isinstance(text, Chosen):
+                yield from of_chosen(where, text, params)
+            elif isinstance(text, Items):
+                yield from _of_items(where, text, params)
+            else:
+                yield from _of_text(where, text.dataset, params)
+        base = params.base_of(artifact)
+        # Which widths there are is known only at run time if linears are ignored, or cut on the way.
+        if base and not getattr(recipe, "ignore", ()) and not _reshaped(params, artifact):
+            widths = params.models[base].in_features
+            yield from _of_groups(at, recipe, base, widths)
+            if isinstance(grid := getattr(recipe, "grid", None), Strict):
+                yield from _of_groups(f"{at}.grid", grid, base, widths)
+
+
+def _reshaped(params: Params, artifact: str) -> bool:
+    """Tell whether an artifact has linears of other widths than the model it descends from."""
+    recipes = params.recipes()
+    return any(getattr(recipes.get(step), "reshapes", False) for step in params.lineage(artifact))
+
+
+def _of_items(at: str, items: Items, params: Params) -> Iterator[str]:
+    dataset = params.datasets.get(items.dataset)
+    if not isinstance(dataset, Graded):
+        graded = [name for name, other in params.datasets.items() if isinstance(other, Graded)]
+        yield f"{at}.dataset: {items.dataset!r} has no graded items; {allowed(graded, items.dataset)}."
+    elif not learnable(dataset):
+        yield all_evaluated(at, items.dataset, dataset)
+    elif items.shots > dataset.num_examples:
+        yield (
+            f"{at}.shots: {items.shots} given; datasets.{items.dataset} has {dataset.num_examples} examples."
+        )
+
+
+def _of_text(at: str, name: str, params: Params) -> Iterator[str]:
+    dataset = params.datasets.get(name)
+    if not isinstance(dataset, Text | Graded):
+        texts = [key for key, other in params.datasets.items() if learnable(other)]
+        yield f"{at}.dataset: {name!r} {'is no text' if dataset else 'is not there'}; {allowed(texts, name)}."
+    elif not learnable(dataset):
+        yield all_evaluated(at, name, dataset)
+
+
+def _of_groups(at: str, settings: Strict, base: str, widths: tuple[int, ...]) -> Iterator[str]:
+    """A group_size that does not divide input widths of linears of `base`."""
+    size = getattr(settings, "group_size", None)
+    if not size or not (uneven := [str(width) for width in widths if width % size]):
+        return
+    fixed = get_origin(type(settings).model_fields["group_size"].annotation) is Literal
+    fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
+    cure = (
+        "this method has no other; take another method, or list those linears in ignore"
+        if fixed
+        else f"allowed: {', '.join([*map(str, fitting), 'null'])}"
+    )
+    yield (
+        f"{at}.group_size: {size} does not divide {', '.join(uneven)}, the input width of linears of {base}; "
+        f"{cure}."
+    )

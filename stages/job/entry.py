@@ -1,0 +1,104 @@
+"""The command line of every stage: `python -m stages.<stage> <recipe>`.
+
+Params are checked as a whole, the recipe's inputs and the identity of its code as well, then the stage function
+gets its own pieces. A refusal is printed without a traceback and ends the process with exit code 2.
+"""
+
+import argparse
+import errno
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.core import identity
+from stages.core.errors import Refusal
+from stages.core.files import CODE
+from stages.job import lineage
+from stages.job.load import load
+from stages.job.params import Params
+from stages.job.pieces import STAGES, method_of
+from stages.job.record import recorded
+
+CHATTY = ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "lm_eval")
+"""Libraries that log what no user needs."""
+
+
+def entry(work: Callable[..., None]) -> None:
+    """Run a stage function for the recipe that the command line names.
+
+    Args:
+        work: the stage function, named like its stage; it raises `Refusal` for what the user can mend.
+    """
+    stage = work.__name__
+    pieces = STAGES[stage]
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=work.__doc__)
+    if pieces.recipes is not None:
+        parser.add_argument("recipe", help="a name from params.yaml")
+    # Without a handler SIGTERM ends Python on the spot: half-written files stay, and no record is written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    name = getattr(parser.parse_args(), "recipe", "all")
+    _logging()
+    try:
+        params = load()
+        _check(stage, params, name)
+        with recorded(stage, name):
+            work(*pieces.arguments(params, name))
+    except Exception as error:
+        print(f"{stage} {name}: {_sentence(error)}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+
+
+def _check(stage: str, params: Params, name: str) -> None:
+    """Refuse an unknown recipe, inputs that do not exist yet, and code that `data/code` does not know."""
+    pieces = STAGES[stage]
+    if pieces.recipes is not None and name not in (known := pieces.recipes(params)):
+        raise Refusal(f"there is no recipe of this name; params.yaml has {', '.join(known) or 'none'}.")
+    if missing := lineage.unmade(params, pieces.models(params, name), pieces.datasets(params, name)):
+        raise Refusal(f"nothing was run, for {'; '.join(missing)}.")
+    if stage != "code":
+        check_identity(stage, *method_of(stage, params, name))
+
+
+def check_identity(stage: str, method: str, module: str | None) -> None:
+    """Refuse to run code other than that recorded in `data/code/<stage>/<method>`, on which the recipe depends.
+
+    Raises:
+        Refusal: the record is missing, or names other code.
+    """
+    record = CODE / stage / method
+    cure = "run `dvc repro code` or `prunequant run`, which see to that first"
+    if not record.exists():
+        raise Refusal(f"there is no {record}, the identity of this code; {cure}.")
+    now, then = identity.text(identity.of(stage, module)), record.read_text()
+    if now != then:
+        changed = sorted({line.split("  ")[1] for line in {*now.splitlines()} ^ {*then.splitlines()}})
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise Refusal(f"{record} is out of date, as {', '.join(changed[:4])}{more} changed; {cure}.")
+
+
+def _sentence(error: Exception) -> str:
+    """Say what went wrong and how to mend it; an error that nobody foresaw is raised again."""
+    if isinstance(error, Refusal):
+        return str(error)
+    if _without_room(error):
+        return (
+            f"no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace drops what no recipe "
+            "needs any more) and run it again."
+        )
+    raise error
+
+
+def _without_room(error: Exception) -> bool:
+    """Tell whether a write met a full disk or quota; safetensors and tokenizers say so in words alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {code})" in str(error) for code in full)
+
+
+def _logging() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,68 @@
+"""Who is made from what: the data behind a recipe, and what must exist before a stage can run."""
+
+from collections.abc import Iterable
+
+from stages.core.files import DATASET, DATASETS, MODELS, RECORD
+from stages.job.params import Params
+
+
+def datasets_of(params: Params, artifact: str) -> list[str]:
+    """Return the data sets that a recipe `<stage>/<recipe>` reads itself, taught ones by their own name."""
+    recipe = params.recipes().get(artifact)
+    return [] if recipe is None else [text.dataset for text in recipe.reads().values()]
+
+
+def downloaded(params: Params, dataset: str) -> str:
+    """Return the downloaded data set that `dataset` is, or that a teacher made it from."""
+    seen = [dataset]
+    while (teaching := params.teach.get(seen[-1])) and teaching.dataset not in seen:
+        seen.append(teaching.dataset)
+    return seen[-1]
+
+
+def learned_from(params: Params, candidate: str) -> list[str]:
+    """Return every data set that a candidate's lineage learned from, taught ones and what they were made from."""
+    found: list[str] = []
+    for artifact in params.lineage(candidate):
+        for dataset in datasets_of(params, artifact):
+            found += [dataset, downloaded(params, dataset)]
+    return list(dict.fromkeys(found))
+
+
+def ancestors(params: Params, artifact: str) -> set[str]:
+    """Return every recipe that an artifact or taught data set is made from, near or far."""
+    recipes = params.recipes()
+    found: set[str] = set()
+    todo = [artifact]
+    while todo:
+        if (recipe := recipes.get(todo.pop())) is None:
+            continue
+        named = [recipe.source, *(f"teach/{text.dataset}" for text in recipe.reads().values())]
+        new = [name for name in named if name in recipes and name not in found]
+        todo += new
+        found |= set(new)
+    return found
+
+
+def unmade(params: Params, models: Iterable[str], datasets: Iterable[str]) -> list[str]:
+    """Say which of these inputs do not exist yet, each with the command that makes it.
+
+    Args:
+        models: `<stage>/<recipe>`.
+        datasets: names; `none` always exists.
+    """
+    makers = {MODELS / model / RECORD: _maker(model) for model in models}
+    for name in datasets:
+        if name != "none":
+            command = f"dvc repro teach@{name}" if name in params.teach else f"dvc repro dataset@{name}"
+            makers[DATASETS / name / DATASET] = command
+    return [
+        f"there is no {path.parent} yet (`{maker}` makes it)"
+        for path, maker in makers.items()
+        if not path.exists()
+    ]
+
+
+def _maker(model: str) -> str:
+    section, key = model.split("/")
+    return f"dvc repro {'model' if section == 'base' else section}@{key}"

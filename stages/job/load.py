@@ -1,0 +1,86 @@
+"""Reading params.yaml: every mistake in it is one line of a single refusal, before any work."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML  # what DVC reads the file with; other parsers see other numbers in it
+from ruamel.yaml.error import YAMLError
+
+from stages.core.errors import Refusal
+from stages.job import checks
+from stages.job.checks import entries
+from stages.job.params import Params
+from stages.job.sentences import follows, sentence
+
+PARAMS = Path("params.yaml")
+
+
+def load(path: Path = PARAMS) -> Params:
+    """Read and check `path`.
+
+    Raises:
+        Refusal: the file is missing, no YAML, or has mistakes; a line each, all of them.
+    """
+    if not path.exists():
+        raise Refusal(f"there is no {path} here; run from the root of a prunequant project.")
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{path} is not UTF-8 at byte {error.start}; save it in that encoding.") from None
+    except YAMLError as error:
+        raise Refusal(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise Refusal(
+            f"{path} must hold sections ({', '.join(Params.model_fields)}), it holds {type(raw).__name__}."
+        )
+    return validate(raw, str(path))
+
+
+def validate(raw: dict[str, Any], where: str = "params.yaml") -> Params:
+    """Check parsed YAML against the schema and each part of it against the others.
+
+    Raises:
+        Refusal: one line a mistake, all of them.
+    """
+    mistakes: list[str] = []
+    broken: set[str] = set()
+    try:
+        params = _parsed(raw)
+    except ValidationError as error:
+        mistakes += [sentence(details, Params) for details in error.errors() if not follows(details)]
+        sound, broken = entries.sound(raw, [details["loc"] for details in error.errors()])
+        params = _parsed(sound)
+    mistakes += [*entries.of_lineage(raw), *checks.between(params, broken)]
+    _refuse(mistakes, where)
+    return params
+
+
+def load_verified(path: Path = PARAMS) -> Params:
+    """Read and check `path`, and compare `path:` sources with their hashes.
+
+    Called once a run, not once a stage, as it reads all that these sources hold.
+
+    Raises:
+        Refusal: one line a mistake, all of them.
+    """
+    params = load(path)
+    _refuse(list(checks.changed_paths(params)), str(path))
+    return params
+
+
+def _refuse(mistakes: list[str], where: str) -> None:
+    if distinct := list(dict.fromkeys(mistakes)):
+        lines = "\n".join(f"  - {line}" for line in distinct)
+        raise Refusal(f"{where} has {len(distinct)} problem(s), nothing was run:\n{lines}")
+
+
+def _parsed(raw: dict[str, Any]) -> Params:
+    return Params.model_validate(_tuples(raw))
+
+
+def _tuples(value: Any) -> Any:
+    """Turn YAML's lists into the tuples that the strict, frozen schema holds."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value

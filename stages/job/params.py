@@ -1,0 +1,164 @@
+"""The whole of `params.yaml` as one strict schema.
+
+A method is its settings class: the unions below are the registry, so a misspelt method is answered with the legal
+names. This file names every method and counts for no artifact (see `stages.core.identity`): adding a method makes
+no old recipe run again.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
+
+from pydantic import Field
+
+from stages.controls.candidates import Floor, Noise
+from stages.core.run import Run
+from stages.core.schema import Candidate, Recipe, Slug, Strict
+from stages.evaluation.graded import GradedSuite
+from stages.evaluation.perplexity import PerplexitySuite
+from stages.evaluation.stock import BenchmarkSuite
+from stages.evaluation.suite import Suite
+from stages.job.sentences import tag
+from stages.profiling.speed import Profile
+from stages.pruning.depth.depth import Depth
+from stages.pruning.magnitude import Magnitude
+from stages.pruning.random import Random
+from stages.pruning.resp import RESP
+from stages.pruning.shape.heads import Heads
+from stages.pruning.shape.width import Width
+from stages.pruning.sparsegpt import SparseGPT
+from stages.pruning.stepwise import Stepwise
+from stages.pruning.wanda import Wanda
+from stages.quantization.awq import AWQ
+from stages.quantization.fp8 import FP8
+from stages.quantization.gptq import GPTQ
+from stages.quantization.hqq import HQQ
+from stages.quantization.mxfp4 import MXFP4
+from stages.quantization.nf4 import NF4
+from stages.quantization.nvfp4 import NVFP4
+from stages.quantization.rtn import RTN
+from stages.quantization.smoothquant import SmoothQuant
+from stages.recovery.eco import ECO
+from stages.recovery.full import Full
+from stages.recovery.lora import LoRA
+from stages.recovery.qat import QAT
+from stages.sources.benchmark import Benchmark
+from stages.sources.gguf import Gguf
+from stages.sources.graded.arithmetic import Arithmetic
+from stages.sources.graded.brackets import Brackets
+from stages.sources.graded.classification import Classification
+from stages.sources.graded.instructions import Instructions
+from stages.sources.graded.letters import Letters
+from stages.sources.graded.sorting import Sorting
+from stages.sources.safetensors import Safetensors
+from stages.sources.text import Text
+from stages.teaching.answers import Answers
+from stages.teaching.logits import Logits
+from stages.teaching.teaching import Teaching
+
+Model = Annotated[Gguf | Safetensors, Field(discriminator="format")]
+Dataset = Annotated[
+    Text | Arithmetic | Brackets | Letters | Sorting | Classification | Instructions | Benchmark,
+    Field(discriminator="kind"),
+]
+Prune = Annotated[
+    Magnitude | Wanda | SparseGPT | Random | Width | Heads | Depth | Stepwise | RESP,
+    Field(discriminator="method"),
+]
+Quantize = Annotated[
+    RTN | GPTQ | AWQ | SmoothQuant | HQQ | NF4 | FP8 | MXFP4 | NVFP4, Field(discriminator="method")
+]
+Finetune = Annotated[LoRA | Full | QAT | ECO, Field(discriminator="method")]
+Teach = Annotated[Answers | Logits, Field(discriminator="method")]
+REGISTRY: dict[str, tuple[type[Strict], ...]] = {
+    section: get_args(get_args(union)[0])
+    for section, union in {
+        "models": Model, "datasets": Dataset, "prune": Prune, "quantize": Quantize, "teach": Teach,
+        "finetune": Finetune,
+    }.items()
+}  # fmt: skip
+"""The settings classes of each section whose entries differ by method, kind or format."""
+
+
+class Suites(Strict):
+    """What candidates are asked, by kind. A suite scores the data set of its own name."""
+
+    perplexity: dict[Slug, PerplexitySuite] = Field(default_factory=dict)
+    graded: dict[Slug, GradedSuite] = Field(default_factory=dict)
+    benchmark: dict[Slug, BenchmarkSuite] = Field(default_factory=dict)
+
+    def by_kind(self) -> dict[str, dict[str, Suite]]:
+        """Return the suites of every kind."""
+        return {kind: getattr(self, kind) for kind in SUITES}
+
+    def by_name(self) -> dict[str, Suite]:
+        """Return every suite."""
+        return {name: suite for suites in self.by_kind().values() for name, suite in suites.items()}
+
+
+class Evaluate(Strict):
+    """Which models every suite is asked of."""
+
+    candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)]
+
+
+class Params(Strict):
+    """All of params.yaml."""
+
+    run: Run
+    models: dict[Slug, Model]
+    datasets: dict[Slug, Dataset]
+    prune: dict[Slug, Prune]
+    quantize: dict[Slug, Quantize]
+    teach: dict[Slug, Teach]
+    finetune: dict[Slug, Finetune]
+    noise: dict[Slug, Noise]
+    floor: dict[Slug, Floor]
+    suites: Suites
+    evaluate: Evaluate
+    profile: Profile
+
+    def recipes(self) -> dict[str, Recipe | Noise | Floor | Teaching]:
+        """Every recipe that has a source, as `<stage>/<recipe>`."""
+        stages: dict[str, Mapping[str, Recipe | Noise | Floor | Teaching]] = {
+            "prune": self.prune,
+            "quantize": self.quantize,
+            "teach": self.teach,
+            "finetune": self.finetune,
+            "noise": self.noise,
+            "floor": self.floor,
+        }
+        return {
+            f"{stage}/{name}": recipe for stage, found in stages.items() for name, recipe in found.items()
+        }
+
+    def evaluations(self) -> list[str]:
+        """Every `<candidate>/<suite>` there is a result of."""
+        return [
+            f"{candidate}/{suite}"
+            for candidate in self.evaluate.candidates
+            for suite in self.suites.by_name()
+        ]
+
+    def base_of(self, artifact: str) -> str | None:
+        """Return the model an artifact descends from; None if a source is missing or the lineage is a cycle."""
+        first = self.lineage(artifact)[-1]
+        base = first.removeprefix("base/")
+        return base if first.startswith("base/") and base in self.models else None
+
+    def lineage(self, artifact: str) -> list[str]:
+        """Return an artifact and its ancestors, nearest first, up to one that is missing or comes again."""
+        recipes, found = self.recipes(), [artifact]
+        while found[-1] in recipes and (source := recipes[found[-1]].source) not in found:
+            found.append(source)
+        return found
+
+
+def methods(section: str) -> dict[str, type[Any]]:
+    """Return the settings classes of a section by the word that picks each."""
+    return {tag(config): config for config in REGISTRY[section]}
+
+
+SUITES: dict[str, type[Suite]] = {
+    name: get_args(field.annotation)[1] for name, field in Suites.model_fields.items()
+}
+"""The settings class of each kind of suite."""

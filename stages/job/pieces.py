@@ -1,0 +1,122 @@
+"""What each stage function is given of params, and what each stage reads.
+
+A stage function takes its own pieces, `prune(recipe, run, name)`; only here and in `stages.job.entry` are params
+known as a whole. An artifact therefore depends on its recipe and the `run` section and on nothing else in params.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.job import lineage
+from stages.job.params import REGISTRY, SUITES, Params
+from stages.job.sentences import tag
+from stages.reporting.scope import Scope
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a stage is called for one of its recipes."""
+
+    arguments: Callable[[Params, str], tuple[Any, ...]]
+    """(params, recipe) -> the arguments of the stage function."""
+    recipes: Callable[[Params], list[str]] | None = None
+    """The names a stage can be called with; None for a stage that takes none."""
+    settings: Callable[[Params, str], Any] | None = None
+    """(params, recipe) -> the settings whose class picks the method; None for a stage without methods."""
+    models: Callable[[Params, str], list[str]] = lambda params, name: []
+    """(params, recipe) -> the models it reads, `<stage>/<recipe>`."""
+    datasets: Callable[[Params, str], list[str]] = lambda params, name: []
+    """(params, recipe) -> the data sets it reads."""
+
+
+def _section(stage: str, *, methods: bool = True) -> Pieces:
+    """The pieces of a stage whose section of params is named like the stage."""
+    return Pieces(
+        arguments=lambda params, name: (getattr(params, stage)[name], params.run, name),
+        recipes=lambda params: list(getattr(params, stage)),
+        settings=(lambda params, name: getattr(params, stage)[name]) if methods else None,
+        models=lambda params, name: [getattr(params, stage)[name].source],
+        datasets=lambda params, name: lineage.datasets_of(params, f"{stage}/{name}"),
+    )
+
+
+def _origin(params: Params, name: str) -> Any:
+    kind, key = name.split("/")
+    return (params.models if kind == "base" else params.datasets)[key]
+
+
+def _suite(params: Params, name: str) -> Any:
+    return params.suites.by_name()[name.rpartition("/")[2]]
+
+
+STAGES: dict[str, Pieces] = {
+    "code": Pieces(lambda params, name: (identified(),)),
+    "validate": Pieces(lambda params, name: (params.evaluations(),)),
+    "download": Pieces(
+        arguments=lambda params, name: (_origin(params, name), params.run, name),
+        recipes=lambda params: [
+            *(f"base/{key}" for key in params.models), *(f"datasets/{key}" for key in params.datasets)
+        ],
+        settings=_origin,
+    ),
+    "prune": _section("prune"),
+    "quantize": _section("quantize"),
+    "teach": _section("teach"),
+    "finetune": _section("finetune"),
+    "noise": _section("noise", methods=False),
+    "floor": _section("floor", methods=False),
+    "evaluate": Pieces(
+        arguments=lambda params, name: (_suite(params, name), params.run, name),
+        recipes=Params.evaluations,
+        settings=_suite,
+        models=lambda params, name: [name.rpartition("/")[0]],
+        datasets=lambda params, name: [name.rpartition("/")[2]],
+    ),
+    "profile": Pieces(
+        arguments=lambda params, name: (params.profile, params.run, name),
+        recipes=lambda params: list(params.profile.candidates),
+        models=lambda params, name: [name],
+    ),
+    "report": Pieces(lambda params, name: (scope(params),)),
+}  # fmt: skip
+"""By the stage's name, which is that of its file in `stages/`."""
+
+
+def scope(params: Params) -> Scope:
+    """What the report compares, as params name it."""
+    return Scope(
+        evaluations=tuple(params.evaluations()),
+        candidates=params.evaluate.candidates,
+        suites=tuple(params.suites.by_name()),
+        models=params.models,
+        recipes=params.recipes(),
+        learned_from={name: lineage.learned_from(params, name) for name in params.evaluate.candidates},
+    )
+
+
+def identified() -> list[tuple[str, str, str | None]]:
+    """Every (stage, method, module of the method) that has a code identity; `all` for a stage without methods."""
+    found: list[tuple[str, str, str | None]] = []
+    for stage, section in {
+        "download": ("models", "datasets"), "prune": ("prune",), "quantize": ("quantize",), "teach": ("teach",),
+        "finetune": ("finetune",),
+    }.items():  # fmt: skip
+        classes: Sequence[Any] = [config for name in section for config in REGISTRY[name]]
+        found += [(stage, tag(config), config.__module__) for config in classes]
+    found += [("evaluate", kind, config.__module__) for kind, config in SUITES.items()]
+    found += [
+        (stage, "all", None)
+        for stage, pieces in STAGES.items()
+        if pieces.settings is None and stage != "code"
+    ]
+    return found
+
+
+def method_of(stage: str, params: Params, name: str) -> tuple[str, str | None]:
+    """The method of a stage's recipe and the method's module, as `identified` has them."""
+    settings = STAGES[stage].settings
+    if settings is None:
+        return "all", None
+    module = type(settings(params, name)).__module__
+    return next((method, found) for known, method, found in identified() if (known, found) == (stage, module))

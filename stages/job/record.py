@@ -1,0 +1,53 @@
+"""The run record `data/runs/<stage>/<recipe>.json`: everything about a run that varies from run to run.
+
+Times, host, versions, commit and peak memory are here and not in artifacts, so that equal inputs give equal bytes.
+"""
+
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from stages.core import identity
+from stages.core.files import RUNS, write_json
+
+
+@contextmanager
+def recorded(stage: str, name: str) -> Iterator[None]:
+    """Write the record when the body ends: how it ended, when, how long it took, on what."""
+    started, clock = datetime.now(UTC), time.monotonic()
+    state, reason = "done", None
+    try:
+        yield
+    except BaseException as error:
+        state, reason = "failed", str(error) or type(error).__name__
+        raise
+    finally:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        write_json(
+            RUNS / stage / f"{name}.json",
+            {
+                "state": state,
+                "error": reason,
+                "started": started.isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - clock, 2),
+                "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),  # of the whole process, imports too
+                "peak_gib": round(used.ru_maxrss / 2**20, 3),
+                "host": platform.node(),
+                "commit": _commit(),
+                "python": platform.python_version(),
+                "versions": identity.versions(),
+            },
+        )
+
+
+def _commit() -> str | None:
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,47 @@
+"""Where work that may be killed leaves what it has finished: a folder named after everything it is computed from.
+
+A run that finds its folder continues there. Folders of other settings, code or inputs are of no use and go.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.core import identity
+from stages.core.files import DATASETS, MODELS, sha256
+from stages.core.reading import reading
+
+if TYPE_CHECKING:
+    from stages.core.run import Run
+    from stages.core.schema import Recipe
+
+
+def place(at: Path, stage: str, recipe: "Recipe", run: "Run") -> Path:
+    """Return the folder in `at` for this recipe, its inputs and its code; delete all others.
+
+    The folder itself may not exist yet.
+
+    Args:
+        stage: the stage that the recipe is of, such as `prune`.
+    """
+    inputs = [MODELS / recipe.source, *(DATASETS / text.dataset for text in recipe.reads().values())]
+    folder = at / _fingerprint(stage, recipe, inputs, run)
+    for other in at.glob("*"):
+        if other != folder:
+            shutil.rmtree(other)
+    return folder
+
+
+def _fingerprint(stage: str, recipe: "Recipe", inputs: list[Path], run: "Run") -> str:
+    """Name everything a result is computed from: recipe, code, machine, versions, inputs."""
+    files = []
+    for folder in inputs:
+        with reading(str(folder)):
+            files += [(str(file), sha256(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    code = identity.digest(stage, type(recipe).__module__)
+    made_from = [
+        recipe.model_dump(mode="json"), run.numerics(), run.seed, files, code, identity.versions(),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,215 @@
+"""A source that is larger than memory: its blocks have weights only while somebody looks at them.
+
+The modules are all there from the start, on the meta device, where parameters take no memory. A block's are
+read from the checkpoint's safetensors when asked for and given up again after. A file is opened anew for
+every tensor, as pages of an open one count as memory in use.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from stages.core import memory
+from stages.core.errors import Refusal
+from stages.core.files import MODELS
+from stages.core.numbers import check_finite
+from stages.core.reading import reading
+from stages.model.artifact import attention, load_config, load_model, load_tokenizer, unlike
+from stages.model.blocks import blocks
+from stages.model.grid import Quantized
+from stages.model.packed import code_from, scheme_of, weight_from
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.core.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def loaded(artifact: str, run: "Run") -> "PreTrainedModel":
+    """A source all in memory, in plain weights, for what cannot be done a block at a time.
+
+    Raises:
+        Refusal: some of its values are NaN or infinite.
+    """
+    model = load_model(artifact, run, dequantize=True)
+    check_finite(artifact, model.named_parameters())
+    return model
+
+
+class Files:
+    """The parameters of a model in its safetensors, read when asked for; no file stays open.
+
+    Some families name a tensor otherwise on disk than in the model (GPT-NeoX's `embed_out`). Weights stored
+    packed are dequantized as they are read.
+
+    Args:
+        artifact: `<stage>/<recipe>`.
+        scheme: how packed weights are stored, None where none are; see `stages.model.packed`.
+
+    Raises:
+        Unreadable: a file cannot be read, now or when it is asked for a tensor.
+    """
+
+    def __init__(self, artifact: str, model: "PreTrainedModel", scheme: Mapping[str, Any] | None) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        renamings = get_model_conversion_mapping(model)
+        self._name, self._scheme = artifact, scheme
+        self._where: dict[str, tuple[Path, str]] = {}
+        self._shapes: dict[str, list[int]] = {}
+        self._parts: dict[str, list[str]] = {}
+        for file in sorted((MODELS / artifact).glob("*.safetensors")):
+            with reading(artifact), safe_open(file, "pt") as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    name = key
+                    for renaming in renamings:
+                        name, _ = renaming.rename_source_key(name)
+                    # Tensors that are put together into one (a mixture's experts) land on one name.
+                    shape = [] if name in self._where else handle.get_slice(key).get_shape()
+                    self._where[name], self._shapes[name] = (file, key), shape
+        for name in self._where:
+            head, _, leaf = name.rpartition(".")
+            self._parts.setdefault(f"{head}.{leaf.split('_')[0]}", []).append(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where or self._packed(name)
+
+    def holds(self, name: str, shape: torch.Size) -> bool:
+        """Whether the files have the parameter `name` in this shape, as one tensor or packed."""
+        return self._packed(name) or self._shapes.get(name) == list(shape)
+
+    def read(self, name: str) -> Tensor:
+        """The parameter of this name."""
+        wanted = self._parts[name] if self._packed(name) else [name]
+        with reading(self._name):
+            return weight_from({part: self._tensor(part) for part in wanted}, name, self._scheme)
+
+    def code(self, name: str) -> Quantized | None:
+        """The parameter of this name on its grid; None where it is stored dense."""
+        if self._scheme is None or not self._packed(name):
+            return None
+        with reading(self._name):
+            return code_from({part: self._tensor(part) for part in self._parts[name]}, name, self._scheme)
+
+    def _packed(self, name: str) -> bool:
+        return self._scheme is not None and f"{name}_scale" in self._where
+
+    def _tensor(self, name: str) -> Tensor:
+        file, key = self._where[name]
+        with safe_open(file, "pt") as handle:
+            tensor: Tensor = handle.get_tensor(key)
+        return tensor
+
+
+class Loaded:
+    """The same of a model in memory, loaded when first read; for files that hold parameters otherwise."""
+
+    def __init__(self, names: Iterable[str], load: "Callable[[], PreTrainedModel]") -> None:
+        self._names, self._load = set(names), load
+        self._tensors: Mapping[str, Tensor] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def read(self, name: str) -> Tensor:
+        """A copy of the parameter of this name."""
+        if self._tensors is None:
+            self._tensors = self._load().state_dict()
+        return self._tensors[name].clone()
+
+
+class Empty:
+    """A model whose blocks are without weights except while `block` holds them; nothing is written.
+
+    `model` has its parameters on the meta device. The base of `Streamed`; by itself, it is how a method
+    looks at the source before it begins.
+    """
+
+    def __init__(self, artifact: str, run: "Run") -> None:
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+        from transformers import AutoModelForCausalLM
+
+        self.name, self._run = artifact, run
+        config = load_config(artifact)
+        scheme = scheme_of(config)
+        config.__dict__.pop("quantization_config", None)
+        memory.keep_freed(below=memory.SMALL, trim=memory.SMALL)
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=run.torch_dtype, attn_implementation=attention(config)
+            ).eval()
+        size = sum(one.numel() * one.element_size() for one in self.model.parameters())
+        if size <= memory.LARGE:
+            memory.keep_freed()
+        self.model.tie_weights()
+        files = Files(artifact, self.model, scheme)
+        self._source: Files | Loaded = files
+        if other := [n for n, p in self.model.named_parameters() if not files.holds(n, p.shape)]:
+            log.info(
+                "%s: its files hold %d parameters (%s) otherwise than the model does, so it is loaded whole",
+                artifact, len(other), ", ".join(other[:3]),
+            )  # fmt: skip
+            self._source = Loaded(self.model.state_dict(), self.whole)
+        self._device, self._dtype = run.resolved_device(), run.torch_dtype
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self._device)
+        self._blocks = blocks(self.model)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The source's."""
+        return load_tokenizer(self.name)
+
+    def whole(self) -> "PreTrainedModel":
+        """The source all in memory, which is given up again when the caller does."""
+        return loaded(self.name, self._run)
+
+    def bring_rest(self) -> None:
+        """Load what text passes through on its way to and from the blocks: embeddings, norms."""
+        body: Any = self.model.base_model
+        inside = {id(module) for _, block in self._blocks for module in block.modules()}
+        names = {id(module): name for name, module in self.model.named_modules()}
+        for module in body.modules():
+            if id(module) not in inside:
+                self._fill(names[id(module)], module, recurse=False)
+        self.model.tie_weights()
+
+    @contextmanager
+    def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
+        """Hold the source's weights of the block; see `stages.compress.walk.Home`."""
+        self._fill(name, block)
+        try:
+            yield False
+        finally:
+            self._drop(block)
+
+    def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True) -> None:
+        for name, empty in list(module.named_parameters(recurse=recurse)):
+            tensor = self._source.read(full := f"{prefix}.{name}".lstrip("."))
+            if tensor.shape != empty.shape:
+                raise Refusal(unlike(self.name, [(full, tensor.shape, empty.shape)]))
+            put(module, name, tensor.to(self._device, self._dtype))
+        check_finite(self.name, module.named_parameters(prefix, recurse=recurse))
+        for name, buffer in module.named_buffers(recurse=recurse):
+            if (full := f"{prefix}.{name}".lstrip(".")) in self._source:
+                buffer.copy_(self._source.read(full))
+
+    def _drop(self, module: nn.Module) -> None:
+        for name, parameter in list(module.named_parameters()):
+            put(module, name, torch.empty_like(parameter, device="meta"))
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,30 @@
+"""Noise: a model as a candidate again, to be evaluated at another batch size or in another dtype.
+
+The weights are those of the source, byte for byte; only the arithmetic differs. In bf16 a batch size alone changes
+some answers, and a difference between two models that is no larger than this one's means nothing.
+"""
+
+import shutil
+
+from stages.controls.candidates import Noise
+from stages.core.files import MODELS, RECORD, write_json, writing
+from stages.core.run import Run
+from stages.job.entry import entry
+from stages.model.artifact import load_record
+
+
+def noise(variant: Noise, run: Run, name: str) -> None:
+    """Copy the variant's source into data/models/noise/<name>, marked with what differs."""
+    with writing(MODELS / "noise" / name) as folder:
+        shutil.copytree(MODELS / variant.source, folder, dirs_exist_ok=True)
+        record = load_record(variant.source)
+        record |= {
+            "artifact": f"noise/{name}",
+            "lineage": [*record["lineage"], f"noise/{name}"],
+            **variant.model_dump(include={"batch_size", "dtype"}, exclude_none=True),
+        }
+        write_json(folder / RECORD, record)
+
+
+if __name__ == "__main__":
+    entry(noise)

@@ -1,0 +1,28 @@
+"""Random pruning, the control: what any choice of weights at all would cost."""
+
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from stages.compress.select import drawn
+from stages.core.schema import Seed
+from stages.corpus.windows import OptionalTokens
+from stages.pruning.pruner import Pruner
+
+if TYPE_CHECKING:
+    from stages.model.blocks import Linear
+
+
+class Random(Pruner):
+    """Zero the share `sparsity` of weights, drawn evenly within each matrix."""
+
+    method: Literal["random"]
+    seed: Seed
+    calibration: OptionalTokens
+    """Read by an allocation that is measured on text, by nothing else."""
+
+    def replace(self, linear: "Linear", statistic: None, plan: dict[str, int]) -> Tensor:
+        """Prune a linear; the draw depends on the seed and the linear's name, not on the order of linears."""
+        weight = linear.weight
+        scores = drawn(self.seed, linear.name, *weight.shape).to(weight.device)
+        return self.pruned(weight, scores.__getitem__, plan[linear.name])

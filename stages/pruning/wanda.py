@@ -1,0 +1,34 @@
+"""Wanda (2306.11695): a weight matters as much as it is large and its input is loud.
+
+The score of W[i, j] is |W[i, j]| * sqrt(mean over tokens of X[t, j] squared); in each output row the
+lowest-scoring share is zeroed. No weight is updated, so it costs one forward pass. With inputs of equal
+norm it is row-wise magnitude.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from stages.compress.select import wanda_scores
+from stages.compress.statistics import ColumnNorm
+from stages.corpus.windows import Calibration
+from stages.pruning.pruner import Pruner
+
+
+class Wanda(Pruner):
+    """Zero the share `sparsity` of each output row with the smallest |w| * norm of its input."""
+
+    method: Literal["wanda"]
+    calibration: Calibration
+
+    statistic = ColumnNorm
+    on_dead = "the first of their row to go"
+
+    @property
+    def by_row(self) -> bool:
+        """As in the paper."""
+        return True
+
+    def weights(self, weight: Tensor, statistic: ColumnNorm, zeros: int) -> Tensor:
+        """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors stay."""
+        return self.pruned(weight, wanda_scores(weight, statistic.norm()), zeros)

@@ -1,0 +1,94 @@
+"""GPTQ (2210.17323): round one column at a time and let the columns still to come make up for it.
+
+The loop and its algebra are those of `stages.compress.surgeon`; with H = I this is round to nearest.
+
+Zeros of the source stay zero: a position that is zero when the method starts is rounded to the code of 0
+whatever has been added to it since, and what that costs is passed on like any other rounding error
+(the joint form of SparseGPT, 2301.00774). A feature no token ever moved (a dead column) is rounded as it
+is and passes nothing on.
+
+Scales are set when a group is reached, from the updated weights, or with `static_groups` all beforehand,
+from the source's. With `act_order` columns are taken in descending order of the Hessian's diagonal, so that
+what matters most is rounded while most is left to make up for it. Columns of a group then come at different
+times, hence its scale must be static, and columns are stored where they were: the file is an ordinary one.
+"""
+
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stages.compress.statistics import Hessian
+from stages.compress.surgeon import COLUMNS, sweep
+from stages.corpus.windows import Calibration
+from stages.model.grid import Codes
+from stages.quantization.quantizer import IntegerQuantizer
+
+
+class GPTQ(IntegerQuantizer):
+    """Round columns in order, compensating on later columns through the inverse Hessian."""
+
+    method: Literal["gptq"]
+    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the Hessian's mean diagonal added to it."""
+    act_order: bool = False
+    """Whether columns are rounded by descending diagonal of the Hessian; needs static_groups."""
+    static_groups: bool = False
+    """Whether the scales of all groups are set from the source before any column is rounded."""
+    calibration: Calibration
+
+    statistic = Hessian
+    on_dead = "rounded as they are"
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.act_order and self.group_size and not self.static_groups:
+            raise ValueError(
+                "act_order mixes the columns of all groups, so their scales must be known before the first; "
+                "add static_groups: true, or group_size: null"
+            )
+        if self.static_groups and self.group_size is None:
+            raise ValueError("static_groups means nothing with group_size: null; leave it out")
+        return self
+
+    def weights(self, weight: Tensor, statistic: Hessian) -> Codes:
+        """Codes of `weight` `[out, in]`, scales in its dtype.
+
+        Raises:
+            Refusal: the damped Hessian is not positive definite.
+        """
+        factor = statistic.inverse_factor(self.damping, descending=self.act_order)
+        columns, rows = weight.shape[1], weight.shape[0]
+        order = statistic.order() if self.act_order else torch.arange(columns, device=weight.device)
+        work = weight.float().T[order].contiguous()
+        keep = work != 0
+        size = self.group_size or columns
+        static = self.static_groups or self.act_order
+        place = order.tolist()
+        scales: list[Tensor] = []
+        zeros: list[Tensor] = []
+        codes = torch.zeros(columns, rows, dtype=torch.int8, device=weight.device)
+
+        def fit(group: Tensor) -> None:
+            scale, zero = self.grid.fit(group, weight.dtype)
+            scales.append(scale[:, 0])
+            if zero is not None:
+                zeros.append(zero[:, 0])
+
+        def settle(j: int, column: Tensor) -> Tensor:
+            if not static and j % size == 0:
+                fit((work[j : j + size] * keep[j : j + size]).T)
+            scale = scales[place[j] // size]
+            zero = zeros[place[j] // size] if zeros else None
+            codes[place[j]] = code = self.grid.round(column * keep[j], scale, zero)
+            return ((code if zero is None else code - zero) * scale).to(weight.dtype).float()
+
+        if static:
+            for group in weight.float().split(size, 1):
+                fit(group)
+        # Where scales come from up-to-date values, no group may straddle two runs.
+        run = COLUMNS if static or size == columns else size * max(1, COLUMNS // size)
+        sweep(work, factor, settle, run=run)
+        zero_point = torch.stack(zeros, 1) if zeros else None
+        return self.grid.made(codes.T, torch.stack(scales, 1), zero_point, weight.dtype)

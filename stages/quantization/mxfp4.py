@@ -1,0 +1,27 @@
+"""MXFP4 (2310.10537): four-bit floats, a power of two for every 32 columns. Needs no data.
+
+4.25 bits a weight. A power of two is a coarse scale: the largest of a group lands between 3.5 and 7 where
+the grid ends at 6, so up to half of the range goes unused. NVFP4 pays a quarter of a bit for a finer one.
+See `stages.model.floats`. Weights only: activations stay as they are.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from stages.core.schema import NoData
+from stages.model import floats
+from stages.quantization.quantizer import Quantizer
+
+
+class MXFP4(Quantizer):
+    """Round to the nearest E2M1 number times the power of two of its group."""
+
+    method: Literal["mxfp4"]
+    bits: Literal[4] = 4
+    group_size: Literal[32] = 32
+    calibration: NoData
+
+    def weights(self, weight: Tensor, statistic: None) -> floats.MXFP4:
+        """Codes of `weight` `[out, in]`."""
+        return floats.MXFP4.nearest(weight)

@@ -1,0 +1,27 @@
+"""NVFP4 (2509.25149): four-bit floats, an eight-bit float for every 16 columns. Needs no data.
+
+4.5 bits a weight. E4M3 scales have a small range, so one fp32 number a matrix brings the largest of them to
+448. See `stages.model.floats`. Weights only: activations stay as they are. An engine that fuses q, k and v,
+or gate and up, into one matrix takes one of their fp32 numbers for all, and may lose precision by it.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from stages.core.schema import NoData
+from stages.model import floats
+from stages.quantization.quantizer import Quantizer
+
+
+class NVFP4(Quantizer):
+    """Round to the nearest E2M1 number times the E4M3 scale of its group."""
+
+    method: Literal["nvfp4"]
+    bits: Literal[4] = 4
+    group_size: Literal[16] = 16
+    calibration: NoData
+
+    def weights(self, weight: Tensor, statistic: None) -> floats.NVFP4:
+        """Codes of `weight` `[out, in]`."""
+        return floats.NVFP4.nearest(weight)

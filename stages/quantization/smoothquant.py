@@ -1,0 +1,85 @@
+"""SmoothQuant (2211.10438): 8-bit weights and 8-bit inputs, the difficulty shared between the two.
+
+Rounded to 8 bits with one scale a token, inputs suffer from the few channels that are a hundred times larger
+than the rest, while weights have room to spare. Each channel's input is divided, and its weights multiplied,
+by s_j = max|x_j|^alpha / max|W_j|^(1 - alpha), which brings the two peaks together at alpha 0.5. The maximum
+of W_j is over all linears that read the channel.
+
+Weights are rounded one scale a row, here; inputs one scale a token, when the model runs. That lives in the
+checkpoint's format, so a family whose linears the format does not know is refused: without it, the model
+would compute with inputs that nobody rounded. Where a model hands a linear `[tokens, in]` without windows
+(OPT's fc1 and fc2), transformers finds one scale for all the tokens of a batch; the record names those.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stages.compress.statistics import Statistic
+from stages.core.numbers import finite
+from stages.model.grid import Int8, Integers
+from stages.quantization.fold import Folding
+from stages.quantization.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from stages.compress.walk import Group
+
+
+class Peak(Statistic):
+    """The largest absolute value of every input feature."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self._peak = torch.zeros(in_features, device=device)
+
+    def _add(self, inputs: Tensor) -> None:
+        self._peak = torch.maximum(self._peak, inputs.abs().amax(0).float())
+
+    def finite(self) -> bool:
+        """Whether every feature's is."""
+        return finite(self._peak)
+
+    def dead(self) -> Tensor:
+        """`[in_features]` bool: features that were zero on every token."""
+        return self._peak == 0
+
+    def peak(self) -> Tensor:
+        """`[in_features]` fp32: max over tokens of |x_j|."""
+        return self._peak
+
+
+class SmoothQuant(Folding, Quantizer):
+    """Balance inputs against weights, then round both to 8 bits."""
+
+    method: Literal["smoothquant"]
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """0 makes the columns of the weights equally large, 1 the inputs; in between both give way."""
+    bits: Literal[8] = 8
+    group_size: None = None
+
+    statistic = Peak
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Always."""
+        return True
+
+    def prepare(self, groups: "list[Group]", block: Callable[[], Any]) -> dict[str, list[str]]:
+        """Fold, and note the linears whose inputs plain transformers rounds with one scale a batch."""
+        together = [one.name for group in groups if group.inputs.ndim == 2 for one in group.linears]
+        return {**super().prepare(groups, block), "inputs_share_a_scale": together}
+
+    def scale(self, weights: list[Tensor], statistic: Peak, reachable: Callable[[Tensor], Tensor]) -> Tensor:
+        """max|x|^alpha / max|W|^(1 - alpha) over `weights` `[out, in]`, 1 where either is zero."""
+        inputs = statistic.peak()
+        columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float()
+        scale = inputs**self.alpha / columns ** (1 - self.alpha)
+        return reachable(torch.where((inputs == 0) | (columns == 0), torch.ones_like(scale), scale))
+
+    def weights(self, weight: Tensor, statistic: Peak) -> Int8:
+        """Codes of the scaled `weight` `[out, in]`, one scale a row, in its dtype."""
+        made = Integers(8, None).nearest(weight)
+        return Int8(made.codes, made.scale)

@@ -1,0 +1,72 @@
+"""LoRA (2106.09685) that leaves frozen weights alone, through training, merge and save.
+
+A plain adapter trains W + BA and merges it, which fills every zero of W again. Here the layer computes
+W + M * BA with M the positions that are not frozen (`stages.recovery.keep`), in the forward pass as in the
+merge: what is trained is what is merged, and a pruned weight stays exactly zero. The price is the product
+BA at full size once a forward and linear, small beside the forward of a few hundred tokens. With `keep: none`
+there is nothing to mask, and peft's own layer does what it does anywhere.
+
+On a quantized source these are adapters over its dequantized weights (QLoRA, 2305.14314, without its grid).
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from stages.recovery.adam import ByAdam
+from stages.recovery.arm import Arm, Finished
+from stages.recovery.keep import Keeping, moving
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.recovery.grids import SourceGrid
+
+
+class LoRA(Keeping):
+    """Train low-rank updates of every block linear, and merge them where weights are not frozen."""
+
+    method: Literal["lora"]
+    rank: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(gt=0)]
+    """The update is scaled by alpha / rank."""
+
+    def arm(self, model: "PreTrainedModel", grid: "SourceGrid | None") -> Arm:
+        """See `Tuning.arm`."""
+        return _LoRA(model, self, grid)
+
+
+class _LoRA(ByAdam):
+    def __init__(self, model: "PreTrainedModel", recipe: LoRA, grid: "SourceGrid | None") -> None:
+        import peft
+        from transformers.pytorch_utils import Conv1D
+
+        from stages.model.blocks import linears
+        from stages.recovery.masked import MaskedLinear
+
+        self._recipe, self._grid = recipe, grid
+        found = linears(model, recipe.ignore)
+        self._frozen = recipe.frozen(found)
+        config = peft.LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            target_modules=[linear.name for linear in found],
+            fan_in_fan_out=found[0].transposed,
+            task_type="CAUSAL_LM",
+        )
+        if self._frozen:
+            config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
+        torch.manual_seed(recipe.seed)
+        self._adapted = peft.get_peft_model(model, config)
+        self.model = self._adapted.get_base_model()
+        for name, mask in self._frozen.items():
+            layer = self.model.get_submodule(name)
+            assert isinstance(layer, MaskedLinear)
+            layer.moving = moving(mask)
+        trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        super().__init__(trained, weight_decay=recipe.weight_decay)
+
+    def finish(self) -> Finished:
+        return self._recipe.finished(self._adapted.eval().merge_and_unload(), self._frozen, self._grid)

@@ -1,0 +1,168 @@
+"""How sure is a number computed from per-item scores? Draw the items again, with replacement, many times.
+
+Every draw takes whole items, with the scores of all models on them, so that what makes an item hard stays
+with it (the paired bootstrap). Items of unlike kinds, such as levels of difficulty, are drawn each within
+its own kind (stratified), as there are so many of each by design. The interval is either the middle 95 % of
+the draws (percentile) or those percentiles corrected for bias and skew (BCa), which is the better one for
+few items (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 14; with strata Davison and
+Hinkley 1997, Bootstrap Methods and their Application, section 5.3).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from stages.core.errors import Refusal
+from stages.reporting.statistics.paired import LEVEL, refuse_missing
+
+DRAWS = 9999
+CHUNK = 2**22
+"""Drawn items held in memory at once."""
+
+Floats = NDArray[np.float64]
+Statistic = Callable[[Floats], Floats]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic, its bootstrap standard error, its interval, and a two-sided p of its being zero."""
+
+    value: float
+    stderr: float
+    low: float
+    high: float
+    p: float
+
+
+def bootstrap(
+    values: ArrayLike,
+    statistic: Statistic,
+    strata: ArrayLike | None = None,
+    *,
+    seed: int,
+    draws: int = DRAWS,
+    method: Literal["bca", "percentile"] = "bca",
+    level: float = LEVEL,
+) -> Estimate:
+    """The interval of a statistic of means of per-item scores.
+
+    Args:
+        values: `[items, columns]`, a column for each model or condition.
+        statistic: from means `[..., strata, columns]`, strata in sorted order, to `[...]`.
+        strata: `[items]`, what each item is drawn within; None for a single stratum.
+        level: the share of intervals that may miss, 0.05 for one of 95 %.
+
+    Raises:
+        Refusal: there are no items, a stratum has a single one, whose spread cannot be known, or a score is
+            no finite number.
+    """
+    scores = np.asarray(values, dtype=np.float64)
+    if not len(scores):
+        raise Refusal("no items given; a bootstrap needs at least two.")
+    refuse_missing("scores", scores)
+    _, stratum = np.unique(
+        np.zeros(len(scores)) if strata is None else np.asarray(strata), return_inverse=True
+    )
+    parts = [scores[stratum == kind] for kind in range(stratum.max() + 1)]
+    if single := [len(part) for part in parts if len(part) < 2]:
+        raise Refusal(
+            f"{len(single)} strata have a single item; a bootstrap within strata needs two of each."
+        )
+    means = np.stack([part.mean(axis=0) for part in parts])
+    value = float(statistic(means))
+    random = np.random.default_rng(seed)
+    drawn = statistic(np.stack([_drawn_means(part, draws, random) for part in parts], axis=1))
+    below = ((drawn < value).sum() + (drawn == value).sum() / 2) / draws
+    bias = skew = 0.0
+    if method == "bca" and 0 < below < 1:
+        bias, skew = float(stats.norm.ppf(below)), _skew(parts, means, statistic)
+    reach = stats.norm.ppf([level / 2, 1 - level / 2]) + bias
+    low, high = np.quantile(drawn, stats.norm.cdf(bias + reach / (1 - skew * reach)))
+    # The level at which an end of the interval would be zero; one more draw on either side keeps it from 0.
+    zero = stats.norm.ppf(((drawn < 0).sum() + (drawn == 0).sum() / 2 + 0.5) / (draws + 1)) - bias
+    tail = stats.norm.cdf(zero / (1 + skew * zero) - bias)
+    return Estimate(
+        value, float(drawn.std(ddof=1)), float(low), float(high), float(min(1.0, 2 * min(tail, 1 - tail)))
+    )
+
+
+def _drawn_means(part: Floats, draws: int, random: np.random.Generator) -> Floats:
+    """Means of `draws` samples of the items of one stratum: `[draws, columns]`."""
+    count = len(part)
+    each = max(1, CHUNK // count)
+    sizes = [min(each, draws - start) for start in range(0, draws, each)]
+    shares = np.full(count, 1 / count)
+    return np.concatenate([random.multinomial(count, shares, size) @ part / count for size in sizes])
+
+
+def _skew(parts: list[Floats], means: Floats, statistic: Statistic) -> float:
+    """BCa's acceleration, from what the statistic becomes without each item."""
+    cubes = squares = 0.0
+    for kind, part in enumerate(parts):
+        count = len(part)
+        without = np.repeat(means[None], count, axis=0)
+        without[:, kind] = (count * means[kind] - part) / (count - 1)
+        left = statistic(without)
+        influence = (count - 1) * (left.mean() - left)
+        cubes += float((influence**3).sum()) / count**3
+        squares += float((influence**2).sum()) / count**2
+    return cubes / (6 * squares**1.5) if squares > 0 else 0.0
+
+
+def mean_difference(
+    base: ArrayLike,
+    ours: ArrayLike,
+    strata: ArrayLike | None = None,
+    *,
+    seed: int,
+    draws: int = DRAWS,
+    method: Literal["bca", "percentile"] = "bca",
+) -> Estimate:
+    """The mean of `ours` minus `base`, per-item scores `[items]` of the same items in the same order."""
+    scores = np.stack([np.asarray(base, np.float64), np.asarray(ours, np.float64)], axis=1)
+    kinds = np.zeros(len(scores)) if strata is None else np.asarray(strata)
+    shares = np.unique(kinds, return_counts=True)[1] / len(scores)
+
+    def difference(means: Floats) -> Floats:
+        return (means[..., 1] - means[..., 0]) @ shares
+
+    return bootstrap(scores, difference, kinds, seed=seed, draws=draws, method=method)
+
+
+def difference_in_differences(
+    dense: ArrayLike,
+    compressed: ArrayLike,
+    hard: ArrayLike,
+    *,
+    seed: int,
+    draws: int = DRAWS,
+    method: Literal["bca", "percentile"] = "bca",
+) -> Estimate:
+    """What compression changes on hard items minus what it changes on easy ones (Card and Krueger 1994).
+
+    Below zero where hard items lose more, if a higher score is better. A difference of scores says so only
+    where neither kind lies at its floor or its ceiling.
+
+    Args:
+        dense: scores `[items]` before; `compressed`: after, of the same items in the same order.
+        hard: `[items]`, true for hard ones.
+
+    Raises:
+        Refusal: there are not at least two items of each kind.
+    """
+    kinds = np.asarray(hard, dtype=bool)
+    if min(kinds.sum(), (~kinds).sum()) < 2:
+        raise Refusal(
+            f"{kinds.sum()} hard and {(~kinds).sum()} easy items given; at least two of each are needed."
+        )
+    scores = np.stack([np.asarray(dense, np.float64), np.asarray(compressed, np.float64)], axis=1)
+
+    def contrast(means: Floats) -> Floats:
+        change = means[..., 1] - means[..., 0]
+        return change[..., 1] - change[..., 0]
+
+    return bootstrap(scores, contrast, kinds, seed=seed, draws=draws, method=method)

@@ -1,0 +1,120 @@
+"""Does a score rise with an ordered condition, such as difficulty, sparsity or size?
+
+- Jonckheere and Terpstra: groups of different items, one group a condition. J counts the pairs of items of
+  different groups in which the later group's is larger, a tie as a half (Jonckheere 1954,
+  doi:10.1093/biomet/41.1-2.133; Terpstra 1952; variance under ties: Hollander and Wolfe 1999,
+  Nonparametric Statistical Methods, section 6.2).
+- Page: the same blocks (items, seeds or candidates) under each condition. L is the sum over conditions of
+  their place times their rank sum within blocks (Page 1963, doi:10.1080/01621459.1963.10500843).
+
+Both are one-sided, for a rise in the order given; reverse the order to ask for a fall.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from stages.core.errors import Refusal
+from stages.reporting.statistics.paired import refuse_missing
+
+EXACT_ITEMS = 60
+"""Up to this many items, none tied, Jonckheere's distribution is counted out."""
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A trend statistic, the p-value of one so large without a trend, and whether p is exact."""
+
+    statistic: float
+    p: float
+    exact: bool
+
+
+def jonckheere(groups: Sequence[ArrayLike]) -> Trend:
+    """Whether values `[items]` rise from group to group; exact for few items without ties, else normal.
+
+    Raises:
+        Refusal: there are fewer than two groups, one is empty, or a value is no finite number.
+    """
+    values = [np.asarray(group, dtype=np.float64) for group in groups]
+    sizes = [len(group) for group in values]
+    if len(values) < 2 or not all(sizes):
+        raise Refusal(f"groups of {sizes} items given; a trend needs at least two groups, none empty.")
+    refuse_missing("values", *values)
+    statistic = 0.0
+    for place, later in enumerate(values[1:], 1):
+        earlier = np.sort(np.concatenate(values[:place]))
+        below, upto = (np.searchsorted(earlier, later, side) for side in ("left", "right"))
+        statistic += float((below + upto).sum()) / 2
+    total = sum(sizes)
+    ties = np.unique(np.concatenate(values), return_counts=True)[1]
+    if ties.max() == 1 and total <= EXACT_ITEMS:
+        counts = _arrangements(sizes)
+        return Trend(statistic, sum(counts[int(statistic) :]) / sum(counts), exact=True)
+    mean = (total**2 - sum(size**2 for size in sizes)) / 4
+    variance = _variance(sizes, [int(tie) for tie in ties])
+    p = float(stats.norm.sf((statistic - mean) / math.sqrt(variance))) if variance > 0 else 1.0
+    return Trend(statistic, p, exact=False)
+
+
+def _arrangements(sizes: Sequence[int]) -> list[int]:
+    """In how many of all assignments to groups J is 0, 1, 2, ...: the Gaussian multinomial coefficients."""
+    total, longest = 0, (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2 + 1
+    counts = [1] + [0] * (longest - 1)
+    for size in sizes:
+        for step in range(1, size + 1):
+            total += 1
+            for place in range(longest - 1, total - 1, -1):  # times 1 - q^total
+                counts[place] -= counts[place - total]
+            for place in range(step, longest):  # over 1 - q^step
+                counts[place] += counts[place - step]
+    return counts
+
+
+def _variance(sizes: Sequence[int], ties: Sequence[int]) -> float:
+    """The variance of J without a trend, given how many items share each value."""
+
+    def falling(counts: Sequence[int], length: int) -> int:
+        return sum(math.perm(count, length) for count in counts)
+
+    def plain(counts: Sequence[int]) -> int:
+        return sum(count * (count - 1) * (2 * count + 5) for count in counts)
+
+    total = sum(sizes)
+    variance = (plain([total]) - plain(sizes) - plain(ties)) / 72
+    if total > 2:
+        variance += falling(sizes, 3) * falling(ties, 3) / (36 * math.perm(total, 3))
+    return variance + falling(sizes, 2) * falling(ties, 2) / (8 * math.perm(total, 2))
+
+
+def page(blocks: ArrayLike) -> Trend:
+    """Whether values `[blocks, conditions]` rise along the conditions within blocks.
+
+    Without ties scipy's p-value, exact for few blocks and conditions; with ties a normal one whose variance
+    is that of the ranks as tied.
+
+    Raises:
+        Refusal: there are fewer than three conditions or two blocks, or a value is no finite number.
+    """
+    values = np.asarray(blocks, dtype=np.float64)
+    if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 3:
+        raise Refusal(
+            f"values of shape {values.shape} given; Page's test needs two blocks, three conditions."
+        )
+    refuse_missing("values", values)
+    ranks = stats.rankdata(values, axis=1)
+    if (np.diff(np.sort(values, axis=1), axis=1) > 0).all():
+        found = stats.page_trend_test(ranks, ranked=True)
+        return Trend(float(found.statistic), float(found.pvalue), found.method == "exact")
+    count, conditions = values.shape
+    places = np.arange(1, conditions + 1)
+    statistic = float((ranks @ places).sum())
+    spread = ((ranks - ranks.mean(axis=1, keepdims=True)) ** 2).sum()
+    variance = float(spread) * float(((places - places.mean()) ** 2).sum()) / (conditions - 1)
+    mean = count * conditions * (conditions + 1) ** 2 / 4
+    p = float(stats.norm.sf((statistic - mean) / math.sqrt(variance))) if variance > 0 else 1.0
+    return Trend(statistic, p, exact=False)

@@ -1,0 +1,102 @@
+"""A published benchmark's data in the hub's layout, `<config>/<split>.parquet`, for lm-eval's stock tasks.
+
+The source is a pinned revision on the hub or a local mirror of it. What is written is the same either
+way, and evaluation reads that alone, so it needs no hub. A benchmark of many tasks, such as MMLU, has a
+config a task; each is then written to a folder of its own.
+"""
+
+import re
+import shutil
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from stages.core.errors import Refusal
+from stages.core.schema import Sha256, Strict
+from stages.sources.dataset import Dataset
+from stages.sources.origin import InnerPath, Origin, fetched
+
+
+class NltkData(Strict):
+    """A zip of nltk's tokenizer data inside a source (IFEval's checker needs `punkt_tab`)."""
+
+    source: Origin
+    file: InnerPath
+    sha256: Sha256
+
+
+def _apart(configs: tuple[str, ...]) -> tuple[str, ...]:
+    """Each config is written to a folder of its own, so none may be another or hold it."""
+    for number, config in enumerate(configs):
+        path = PurePosixPath(config)
+        if not path.parts:
+            raise ValueError(f"{config!r} is the whole source; give that alone, not in a list")
+        for other in map(PurePosixPath, configs[:number]):
+            if path.is_relative_to(other) or other.is_relative_to(path):
+                raise ValueError(f"{other} and {path} are not folders apart; leave one out")
+    return configs
+
+
+class Benchmark(Dataset):
+    """One config of a data set's repository, or several."""
+
+    kind: Literal["benchmark"]
+    source: Origin
+    config: Annotated[
+        Annotated[InnerPath, Tag("one")]
+        | Annotated[tuple[InnerPath, ...], Field(min_length=1), AfterValidator(_apart), Tag("several")],
+        Discriminator(lambda given: "several" if isinstance(given, list | tuple) else "one"),
+    ]
+    """Folder of the config's parquet files, such as `main` or `ARC-Easy`, or a list of such folders."""
+    sha256: Sha256 | None = None
+    """Of that folder, of the whole source for a list; needed for a mirror, a commit pins the hub's."""
+    nltk_data: NltkData | None = None
+
+    @property
+    def pinned(self) -> str:
+        """The path inside the source that `sha256` is of."""
+        return self.config if isinstance(self.config, str) else ""
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write `<split>.parquet` for every split, and `nltk_data/` where asked for.
+
+        With a list of configs, `<config>/<split>.parquet`.
+        """
+        if isinstance(self.config, str):
+            with fetched(self.source, self.config, self.sha256, data=True) as path:
+                splits = self._write(path, folder)
+        else:
+            splits = []
+            if self.sha256 is not None:
+                with fetched(self.source, "", self.sha256, data=True):
+                    pass
+            for config in self.config:
+                (folder / config).mkdir(parents=True)
+                with fetched(self.source, config, None, data=True) as path:
+                    splits += [f"{config}/{split}" for split in self._write(path, folder / config)]
+        if self.nltk_data is not None:
+            data = self.nltk_data
+            with fetched(data.source, data.file, data.sha256) as archive, zipfile.ZipFile(archive) as opened:
+                opened.extractall(folder / "nltk_data" / "tokenizers")
+        return {"splits": splits}
+
+    def _write(self, path: Path, folder: Path) -> list[str]:
+        """The splits of the config at `path`, each now a file in `folder`."""
+        files = sorted(path.rglob("*.parquet"))
+        if not files:
+            raise Refusal(f"{self.source} has no parquet in {path.name}.")
+        splits: dict[str, list[Path]] = {}
+        # The hub shards a long split as <split>-00000-of-00003.parquet, and what it has converted itself
+        # (its branch refs/convert/parquet) as <split>/0000.parquet.
+        for file in files:
+            split = file.stem if file.parent == path else file.parent.name
+            splits.setdefault(re.sub(r"-\d{5}-of-\d{5}$", "", split), []).append(file)
+        for split, shards in splits.items():
+            if len(shards) == 1:
+                shutil.copyfile(shards[0], folder / f"{split}.parquet")
+            else:
+                pd.concat([pd.read_parquet(s) for s in shards]).to_parquet(folder / f"{split}.parquet")
+        return sorted(splits)

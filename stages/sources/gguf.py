@@ -1,0 +1,75 @@
+"""A model stored as GGUF, dequantized to plain safetensors.
+
+GGUF weights usually lie on a quantized grid already, and dequantizing does not take them off it. A later
+4-bit quantization with the same groups then costs almost nothing, which would flatter it beside a method
+judged on a full-precision model. The grid of every tensor is therefore counted and kept in the record.
+"""
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stages.core.reading import reading
+from stages.core.schema import Sha256
+from stages.model.artifact import pretrained
+from stages.sources.base import Model
+from stages.sources.origin import InnerPath, fetched
+
+GROUPS = {"Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "Q2_K": 16, "Q3_K": 16, "Q6_K": 16}
+FLOAT = ("F16", "F32", "BF16")
+
+
+class Gguf(Model):
+    """One `.gguf` file inside a source."""
+
+    format: Literal["gguf"]
+    file: InnerPath
+    sha256: Sha256
+
+    def write(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+        """Write config, tokenizer and `dtype` safetensors into `folder`; return what the record keeps."""
+        from transformers import AutoTokenizer, GgufConfig
+
+        # transformers logs the whole tensor map on conversion; the bar says enough.
+        logging.getLogger("gguf").setLevel(logging.WARNING)
+        with fetched(self.source, self.file, self.sha256) as path:
+            with reading(f"the tokenizer of {self.source}"):
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer.save_pretrained(folder)
+            model = pretrained(
+                self.source,
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+            )
+            model.config.__dict__.pop("quantization_config", None)
+            model.config._name_or_path = ""
+            model.save_pretrained(folder)
+            return {"grid": grid(path)}
+
+
+def grid(path: Path) -> dict[str, Any] | None:
+    """The grids of a GGUF file's weights: tensors and weights a type, and the type most weights have.
+
+    None when every tensor is a float.
+    """
+    from gguf import GGUFReader
+
+    tensors, weights = Counter[str](), Counter[str]()
+    for tensor in GGUFReader(path).tensors:
+        tensors[tensor.tensor_type.name] += 1
+        weights[tensor.tensor_type.name] += int(tensor.n_elements)
+    quantized = {name: count for name, count in weights.items() if name not in FLOAT}
+    if not quantized:
+        return None
+    main = max(quantized, key=lambda name: quantized[name])
+    return {
+        "format": main,
+        "group_size": GROUPS.get(main),
+        "tensors": dict(sorted(tensors.items())),
+        "weights": dict(sorted(weights.items())),
+    }

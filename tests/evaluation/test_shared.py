@@ -1,0 +1,130 @@
+"""What shares computation against lm-eval's own HFLM, in float32, over every family."""
+
+import random
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from stages.evaluation import shared
+from tests import families
+
+FEWSHOT = "2 + 3 = 5\n7 - 1 = 6\n"
+QUESTIONS = ["4 + 4 =", "10 + 21 =", "3 - 1 =", "100 - 99 ="]
+CHOICES = [" 8", " 9", " 31", " 2", " 128"]
+
+
+def both(family: str, batch_size: int) -> tuple[HFLM, shared.SharedPrefixLM]:
+    options = {"tokenizer": families.tokenizer(), "batch_size": batch_size, "softmax_dtype": "float32"}
+    model = families.model(family).float()
+    return tuple(kind(pretrained=model, **options) for kind in (HFLM, shared.SharedPrefixLM))
+
+
+def likelihoods(pairs: list[tuple[str, str]]) -> list[Instance]:
+    return [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+
+
+def generations(prompts: list[str], until: list[str], tokens: int = 9) -> list[Instance]:
+    options = {"until": until, "do_sample": False, "max_gen_toks": tokens}
+    return [Instance("generate_until", {}, (prompt, options), i) for i, prompt in enumerate(prompts)]
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, lm: HFLM) -> list[tuple[int, int]]:
+    """The shapes of all that `lm`'s model reads from now on."""
+    seen: list[tuple[int, int]] = []
+    before = lm.model.forward
+
+    def forward(*args, **options):
+        seen.append(tuple((args[0] if args else options["input_ids"]).shape))
+        return before(*args, **options)
+
+    monkeypatch.setattr(lm.model, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_likelihoods_are_lm_evals(family, batch_size):
+    plain, sharing = both(family, batch_size)
+    for before in (FEWSHOT, ""):
+        asked = likelihoods([(before + question, choice) for question in QUESTIONS for choice in CHOICES])
+        ours, theirs = (lm.loglikelihood(asked, disable_tqdm=True) for lm in (sharing, plain))
+        assert [one for one, _ in ours] == pytest.approx([one for one, _ in theirs], abs=1e-3)
+        assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_generations_are_lm_evals(family, batch_size):
+    plain, sharing = both(family, batch_size)
+    for before in ("5\n", FEWSHOT):  # gemma3's window is 16 tokens
+        asked = generations([before + question for question in QUESTIONS], until=["\n"])
+        assert sharing.generate_until(asked, disable_tqdm=True) == plain.generate_until(
+            asked, disable_tqdm=True
+        )
+
+
+def test_greedy_is_found_and_longest_choice_is_scored_whole():
+    plain, sharing = both("llama", 4)
+    said = plain.generate_until(generations([FEWSHOT + QUESTIONS[0]], until=[], tokens=3), disable_tqdm=True)
+    asked = likelihoods([(FEWSHOT + QUESTIONS[0], text) for text in (*said, " 8", " 1234567")])
+    found = sharing.loglikelihood(asked, disable_tqdm=True)
+    assert [greedy for _, greedy in found][1:] == [False, False]
+    theirs = plain.loglikelihood(asked, disable_tqdm=True)
+    assert found == [(pytest.approx(one, abs=1e-3), greedy) for one, greedy in theirs]
+
+
+def test_requests_of_any_shape_are_lm_evals():
+    """Drawn contexts and continuations: empty ones, equal ones, ones that begin another, ones too long."""
+    plain, sharing = both("llama", 4)
+    draw = random.Random(0)
+    for _ in range(12):
+        before = draw.choice(["", "abcd", FEWSHOT])
+        contexts = [before + "x" * draw.choice([0, 1, 2, 40, 300]) for _ in range(4)]
+        asked = likelihoods(
+            [
+                (c, draw.choice(["y", "yz", "zzz", "y" * 20]))
+                for c in contexts
+                for _ in range(draw.randint(1, 3))
+            ]
+        )
+        ours, theirs = (lm.loglikelihood(asked, disable_tqdm=True) for lm in (sharing, plain))
+        assert [one for one, _ in ours] == pytest.approx([one for one, _ in theirs], abs=2e-3)
+
+
+def test_examples_are_read_once_and_questions_once_for_all_choices(monkeypatch):
+    _, sharing = both("llama", 20)
+    asked = likelihoods([(FEWSHOT + question, choice) for question in QUESTIONS for choice in CHOICES])
+    seen = spy(monkeypatch, sharing)
+    sharing.loglikelihood(asked, disable_tqdm=True)
+    assert seen[0] == (1, len(FEWSHOT))
+    assert seen[1] == (4, min(map(len, QUESTIONS)) - 1)
+    rows = sum(len({choice[:-1] for choice in CHOICES}) for _ in QUESTIONS)
+    longest = max(map(len, QUESTIONS)) - (min(map(len, QUESTIONS)) - 1) + max(map(len, CHOICES)) - 1
+    assert seen[2:] == [(rows, longest)]
+
+    seen.clear()
+    sharing.generate_until(generations([FEWSHOT + q for q in QUESTIONS], until=["\n"]), disable_tqdm=True)
+    assert seen[0] == (1, len(FEWSHOT)) and seen[1] == (4, max(map(len, QUESTIONS)))
+    assert all(shape == (4, 1) for shape in seen[2:])
+
+
+def test_a_forward_has_no_more_rows_than_the_batch_size(monkeypatch):
+    _, sharing = both("llama", 3)
+    asked = likelihoods([(FEWSHOT + question, choice) for question in QUESTIONS for choice in CHOICES])
+    seen = spy(monkeypatch, sharing)
+    sharing.loglikelihood(asked, disable_tqdm=True)
+    assert max(rows for rows, _ in seen) == 3
+
+
+def test_perplexity_windows_share_nothing(monkeypatch):
+    plain, sharing = both("llama", 2)
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 255, (5, 32), generator=draw)
+    rows[:, 0] = 7  # one token in common
+    asked = [(("", ""), row[:1], row[1:]) for row in rows.tolist()]
+    seen = spy(monkeypatch, sharing)
+    ours = sharing._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert seen == [(2, 31), (2, 31), (1, 31)]
+    assert ours == plain._loglikelihood_tokens(asked, disable_tqdm=True)

@@ -1,0 +1,182 @@
+"""The flow over a tiny project: what it runs, says, skips and leaves behind."""
+
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import yaml
+
+from flows import graph
+from flows.graph import Stage
+from flows.plan import Run, plan
+from stages.core.errors import Refusal
+from tests import finished as sweep
+from tests import project
+
+
+def stages(**upstream: str) -> graph.Graph:
+    """A graph of do-nothing stages from `name="its upstream"`."""
+    return {name: Stage(name, "true", tuple(up.split()), (f"data/{name}",)) for name, up in upstream.items()}
+
+
+def test_the_first_run_makes_everything(finished):
+    said = (finished / "said.txt").read_text()
+    assert sweep.outcomes(finished) == dict.fromkeys(sweep.STAGES, "ran")
+    assert f"{len(sweep.STAGES)} stages: {len(sweep.STAGES)} ran" in said
+    assert str(finished / "data/report/index.html") in said
+    assert all(candidate in said.split("Results")[1] for candidate in sweep.CANDIDATES)
+    assert "prune@wanda-50 | prune/wanda-50: 100%" in said
+    assert "block" in (finished / "data/runs/logs/prune@wanda-50.log").read_text()
+    assert sweep.status(finished) == set()
+    names = list(yaml.safe_load((finished / "dvc.lock").read_text())["stages"])
+    assert names == sorted(names)
+
+
+def test_the_second_run_executes_nothing(copy):
+    lock, records = (copy / "dvc.lock").read_bytes(), sorted((copy / "data/runs").rglob("*.json"))
+    times = [record.stat().st_mtime for record in records if record.name != "flow.json"]
+    said = sweep.prunequant(copy, "run")
+    assert f"Everything is cached: {len(sweep.STAGES)} stages are up to date, nothing was run." in said
+    assert sweep.outcomes(copy) == dict.fromkeys(sweep.STAGES, "unchanged")
+    assert (copy / "dvc.lock").read_bytes() == lock
+    assert [record.stat().st_mtime for record in records if record.name != "flow.json"] == times
+
+
+@pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # raised while DVC plans
+def test_a_lost_lock_is_restored_without_running(copy, monkeypatch):
+    (copy / "dvc.lock").unlink()
+    monkeypatch.chdir(copy)
+    run = plan(1, ["prune/wanda-50", "noise"])
+    assert run.todo == list(run.graph)
+    assert {run.advance(name).state for name in run.todo} == {"restored"}
+    assert {outcome.stage for outcome in run.outcomes()} == {
+        "validate", "model@tiny", "dataset@news", "prune@wanda-50", "noise@tiny-batch-3"
+    }  # fmt: skip
+    assert graph.stale(run.graph) == set()
+
+
+def test_a_failed_branch_leaves_the_others_to_finish(copy):
+    sweep.edit(copy, "quantize.gptq-w4g32.calibration.num_samples", 100_000)
+    sweep.edit(copy, "prune.magnitude-50.sparsity", 0.25)
+    said = sweep.prunequant(copy, "run", code=1)
+    ended = sweep.outcomes(copy)
+    assert {name: state for name, state in ended.items() if state != "unchanged"} == {
+        "validate": "ran",
+        "prune@magnitude-50": "ran",
+        "quantize@gptq-w4g32": "failed",
+        "perplexity@quantize/gptq-w4g32-news": "skipped",
+        "graded@quantize/gptq-w4g32-arithmetic": "skipped",
+        "report": "skipped",
+    }
+    last = said.strip().splitlines()[-2:]
+    assert last[0] == "1 stage(s) failed:"
+    assert last[1].startswith(
+        "  - quantize@gptq-w4g32: data set news: 100000 windows of 32 tokens were asked for"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_no_process_and_no_half_output(copy, number):
+    sweep.edit(copy, "prune.magnitude-50.sparsity", 0.125)
+    mark = f"SWEEP_MARK={copy}"
+    env = {**sweep.environment(copy), "SWEEP_MARK": str(copy)}
+    flow = subprocess.Popen(
+        ["prunequant", "run", "prune/magnitude-50"],
+        cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell's background job, which this test may be part of, is born deaf to ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert flow.stdout is not None
+    for line in flow.stdout:
+        if "python -m stages.prune" in line:
+            break
+    assert any("stages.prune" in command for command in wait_for(mark, "stages.prune"))
+    assert any("uvicorn" in command for command in sweep.processes(mark))
+    flow.send_signal(number)
+    rest = flow.stdout.read()
+    assert flow.wait(60) == 128 + number, rest
+    flow.stdout.close()
+    assert "Traceback" not in rest
+    assert sweep.processes(mark) == []
+    assert not (copy / "data/models/prune/magnitude-50").exists()
+    assert sweep.repro(copy, "prune@magnitude-50") == {"prune@magnitude-50"}
+    assert sweep.status(copy) == {"report"}  # which was no target
+
+
+def wait_for(mark: str, word: str, seconds: float = 20) -> list[str]:
+    """The marked processes, as soon as one of them names `word`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = sweep.processes(mark)
+        if any(word in command for command in found):
+            return found
+        time.sleep(0.02)
+    return []
+
+
+def test_two_stages_run_side_by_side_and_no_more(monkeypatch):
+    whole = stages(a="", b="", c="", d="")
+    run = Run(whole, set(whole), list(whole), jobs=2)
+    busy, most = [], []
+
+    def repro(name, show):
+        busy.append(name)
+        most.append(len(busy))
+        time.sleep(0.2)
+        busy.remove(name)
+        return 0, "Running stage"
+
+    monkeypatch.setattr(run.children, "repro", repro)
+    with ThreadPoolExecutor(4) as pool:
+        assert {outcome.state for outcome in pool.map(run.advance, whole)} == {"ran"}
+    assert max(most) == 2
+
+
+def test_stopping_starts_nothing_more():
+    run = Run(stages(a=""), {"a"}, ["a"], jobs=1)
+    run.children.stop()
+    with pytest.raises(InterruptedError):
+        run.advance("a")
+
+
+def test_graph_below_and_select():
+    whole = stages(a="", b="a", c="b", d="a", e="")
+    assert graph.below(whole, {"b"}) == {"b", "c"}
+    assert list(graph.select(whole, ["c"])) == ["a", "b", "c"]
+    assert list(graph.select(whole, [])) == list(whole)
+    with pytest.raises(Refusal, match=r"'x'.*'bb', did you mean 'b'"):
+        graph.select(whole, ["x", "bb"])
+
+
+def test_the_lock_is_sorted_and_means_the_same(copy, monkeypatch):
+    before = yaml.safe_load((copy / "dvc.lock").read_text())
+    shuffled = {**before, "stages": dict(reversed(before["stages"].items()))}
+    (copy / "dvc.lock").write_text(yaml.safe_dump(shuffled, sort_keys=False))
+    monkeypatch.chdir(copy)
+    graph.sort_lock()
+    after = yaml.safe_load((copy / "dvc.lock").read_text())
+    assert after == before
+    assert list(after["stages"]) == sorted(after["stages"])
+    assert sweep.status(copy) == set()
+
+
+def test_a_half_written_lock_is_nothing_locked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert graph.locked_outs() == {}
+    for text in ("", "schema: '2.0'\n", "stages:\n  a:\n    cmd: 'x", "stages:\n  a:\n"):
+        (tmp_path / "dvc.lock").write_text(text)
+        assert graph.locked_outs() == {}
+
+
+def test_a_name_never_reaches_a_shell(tmp_path, inputs):
+    folder = sweep.make(tmp_path / "project", inputs)
+    values = project.read(folder)
+    values["prune"]["x; touch pwned"] = values["prune"]["magnitude-50"]
+    project.write(folder, values)
+    done = project.run(folder, "dvc", "repro", ok=False)
+    assert done.returncode != 0
+    assert "x; touch pwned" in done.stdout + done.stderr
+    assert not (folder / "pwned").exists()
+    assert not (folder / "data/models").exists()

@@ -1,0 +1,190 @@
+"""What is wrong between well-formed parts of params.yaml, each case on its own."""
+
+import pytest
+
+from stages.core.errors import Refusal
+from stages.job import checks as problems
+from stages.job import params
+from tests import project
+
+
+@pytest.fixture
+def raw(tmp_path):
+    inputs = tmp_path / "inputs"
+    project.make(tmp_path / "project", inputs=inputs)
+    return project.params(inputs)
+
+
+def refusal(raw) -> str:
+    with pytest.raises(Refusal) as caught:
+        params.validate(raw)
+    return str(caught.value)
+
+
+def test_the_sweep_of_the_tests_is_sound(raw):
+    assert params.validate(raw).models["tiny"].in_features == (32, 64)
+
+
+def test_a_noise_candidate_must_differ_in_its_batch_size(raw):
+    raw["noise"]["tiny-batch-3"]["batch_size"] = raw["suites"]["perplexity"]["news"]["batch_size"]
+    assert "noise.tiny-batch-3.batch_size: 2 is already the batch size of the suite(s) news" in refusal(raw)
+
+
+def test_a_suite_must_not_score_the_file_that_recipes_learn_from(raw):
+    raw["datasets"]["all-news"] = {**raw["datasets"]["news"], "calibration": 0.0}
+    raw["suites"]["perplexity"]["all-news"] = raw["suites"]["perplexity"]["news"]
+    assert "suites.perplexity.all-news: it would score the very file" in refusal(raw)
+
+
+def test_a_graded_suite_must_not_score_items_that_recipes_learn_from(raw):
+    (level,) = raw["datasets"]["arithmetic"]["levels"]
+    raw["datasets"]["drill"] = {
+        **raw["datasets"]["arithmetic"], "train": 4, "seed": 7, "levels": [{**level, "name": "sums"}],
+    }  # fmt: skip
+    assert "drill" in params.validate(raw).datasets
+    raw["prune"]["wanda-50"]["calibration"] = {**raw["prune"]["wanda-50"]["calibration"], "dataset": "drill"}
+    assert (
+        "suites.graded.arithmetic: it would score items that recipes learn from as datasets.drill"
+        in refusal(raw)
+    )
+    raw["datasets"]["drill"]["levels"][0]["digits"] = 2
+    assert "drill" in params.validate(raw).datasets
+
+
+LOGITS = {"source": "base/tiny", "method": "logits", "dataset": "news", "batch_size": 2}
+
+
+def test_training_settings_are_held_against_the_kind_of_data_set(raw):
+    raw["datasets"]["arithmetic"]["train"] = 4
+    raw["datasets"]["words"] = {
+        "kind": "benchmark", "source": "hub:org/words@" + "0" * 40, "config": "main",
+    }  # fmt: skip
+    raw["teach"] = {"taught": LOGITS}
+    train = raw["finetune"]["wanda-50-lora"]["train"]
+    for dataset, options, message in (
+        (
+            "arithmetic",
+            {"difficulty": "ad"},
+            "difficulty: there is no 'ad'; did you mean 'add'? allowed: add.",
+        ),
+        ("arithmetic", {"split": "train"}, "arithmetic is graded items, which has no use for split"),
+        ("words", {"difficulty": "add"}, "words is a benchmark, which has no use for difficulty"),
+        ("words", {"prompt": "ask"}, "words is a benchmark, so split, completion must be given"),
+        (
+            "taught",
+            {"chat_template": True},
+            "taught is made by stages.teach, in tokens already, which has no use",
+        ),
+        (
+            "tought",
+            {},
+            "'tought' is not there; did you mean 'taught'? allowed: arithmetic, news, speeches, taught",
+        ),
+    ):
+        raw["finetune"]["wanda-50-lora"]["train"] = train | {"dataset": dataset} | options
+        assert message in refusal(raw)
+
+
+def test_distillation_is_from_a_data_set_that_has_logits(raw):
+    raw["datasets"]["arithmetic"]["train"] = 4
+    answers = {"method": "answers", "dataset": "arithmetic", "max_new_tokens": 4}
+    raw["teach"] = {"taught": LOGITS, "said": LOGITS | answers}
+    raw["finetune"]["wanda-50-lora"]["distillation"] = {}
+    raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "said"}
+    assert "said holds no teacher's logits" in refusal(raw) and "allowed: taught." in refusal(raw)
+    raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "taught"}
+    assert params.validate(raw).finetune["wanda-50-lora"].distillation.weight == 1.0
+
+
+def test_a_data_set_must_not_be_made_from_itself(raw):
+    raw["teach"] = {"taught": LOGITS | {"source": "finetune/wanda-50-lora"}}
+    assert "taught" in params.validate(raw).teach
+    raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "taught"}
+    assert "teach.taught: a cycle, its teacher or its data set is made from itself" in refusal(raw)
+    raw["teach"] = {"taught": LOGITS | {"dataset": "again"}, "again": LOGITS | {"dataset": "taught"}}
+    assert "teach.taught: a cycle" in refusal(raw) and "teach.again: a cycle" in refusal(raw)
+
+
+def test_a_suite_must_not_score_what_a_taught_data_set_was_made_of(raw):
+    raw["teach"] = {"taught": LOGITS}
+    raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "taught"}
+    raw["prune"]["wanda-50"]["calibration"] = {"dataset": "speeches", "num_samples": 4, "sequence_length": 32}
+    raw["quantize"]["wanda-50-gptq-w4g32"]["calibration"] = raw["prune"]["wanda-50"]["calibration"]
+    raw["datasets"]["all-news"] = {**raw["datasets"]["news"], "calibration": 0.0}
+    raw["suites"]["perplexity"]["all-news"] = raw["suites"]["perplexity"]["news"]
+    assert "it would score the very file that recipes learn from as datasets.news" in refusal(raw)
+
+
+def test_a_suite_must_not_score_the_split_that_recipes_learn_from(raw):
+    raw["datasets"]["words"] = {
+        "kind": "benchmark", "source": "hub:org/words@" + "0" * 40, "config": "main",
+    }  # fmt: skip
+    raw["suites"]["benchmark"]["words"] = {"task": "words", "shots": 0, "batch_size": 2}
+    pair = {"dataset": "words", "prompt": "ask", "completion": "reply", "num_samples": 4}
+    raw["finetune"]["wanda-50-lora"]["train"] = pair | {"split": "test"}
+    assert "recipes learn from split test of datasets.words, which it may score" in refusal(raw)
+    raw["finetune"]["wanda-50-lora"]["train"] = pair | {"split": "train"}
+    assert params.validate(raw).finetune["wanda-50-lora"].train.split == "train"
+
+
+def test_two_evaluations_must_not_share_a_stage_name(raw):
+    raw["datasets"]["old-news"] = {**raw["datasets"]["speeches"]}
+    raw["suites"]["perplexity"]["old-news"] = raw["suites"]["perplexity"]["news"]
+    raw["prune"]["wanda"] = raw["prune"]["wanda-50"]
+    raw["prune"]["wanda-old"] = raw["prune"]["wanda-50"]
+    raw["evaluate"]["candidates"] += ["prune/wanda", "prune/wanda-old"]
+    assert "both be the stage perplexity@prune/wanda-old-news" in refusal(raw)
+
+
+def test_group_size_is_left_to_the_stage_when_linears_are_ignored(raw):
+    raw["quantize"]["rtn-w4g32"] |= {"group_size": 64, "ignore": ["self_attn.q_proj"]}
+    assert params.validate(raw).quantize["rtn-w4g32"].group_size == 64
+
+
+def test_a_changed_path_is_found(raw, tmp_path):
+    checked = params.validate(raw)
+    assert list(problems.changed_paths(checked)) == []
+    (tmp_path / "inputs" / "news.txt").write_text("other words\n")
+    (found,) = problems.changed_paths(checked)
+    assert found.startswith("datasets.news.sha256: ")
+    assert "write that if its content is right" in found
+
+
+@pytest.mark.parametrize("number", ["5e-4", "1e-05"])
+def test_numbers_are_read_as_dvc_reads_them(tmp_path, number):
+    folder = project.make(tmp_path / "project")
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("learning_rate: 0.001", f"learning_rate: {number}"))
+    assert params.load(folder / "params.yaml").finetune["wanda-50-lora"].learning_rate == float(number)
+
+
+def test_a_name_given_twice_is_refused(tmp_path):
+    folder = project.make(tmp_path / "project")
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text + "\nnoise: {}\n")
+    with pytest.raises(Refusal, match="is not YAML"):
+        params.load(folder / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("variant", "told"),
+    [
+        ({}, "noise.tiny-batch-3: nothing would differ from its source; give it a batch_size or a dtype"),
+        ({"dtype": "bfloat16"}, "noise.tiny-batch-3.dtype: bfloat16 is already that of the run"),
+        ({"dtype": "float32"}, None),
+        ({"dtype": "float32", "batch_size": 2}, None),
+    ],
+)
+def test_a_noise_candidate_may_differ_in_its_dtype(variant, told, raw):
+    raw["noise"]["tiny-batch-3"] = {"source": "base/tiny", **variant}
+    if told is None:
+        assert params.validate(raw).noise["tiny-batch-3"].dtype == "float32"
+    else:
+        assert told in refusal(raw)
+
+
+def test_a_floor_stands_beside_a_base_and_is_no_source(raw):
+    raw["floor"]["dot"] = {"source": "prune/wanda-50", "responder": "dot"}
+    assert "floor.dot.source: 'prune/wanda-50' given; allowed: base/<model>" in refusal(raw)
+    raw["floor"]["dot"] = {"source": "base/tiny", "responder": "dots"}
+    assert "floor.dot.responder: 'dots' given; it must be 'uniform', 'longest-choice'" in refusal(raw)

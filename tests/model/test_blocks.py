@@ -1,0 +1,127 @@
+"""Blocks and linears: which there are, how they are stored, and what is refused by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
+
+from stages.core.errors import Refusal
+from stages.model.blocks import blocks, linears
+from tests import families
+from tests.pipeline import NONE, TEXT, do, params
+
+FAMILIES = list(families.CONFIGS)
+
+
+def mixture() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = MixtralConfig(**families._GATED, num_local_experts=2, num_experts_per_tok=1)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def test_every_family_is_here():
+    assert len(FAMILIES) == 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_of_every_block_out_by_in(family):
+    model = families.model(family)
+    found = linears(model)
+    names = [name for name, _ in blocks(model)]
+    assert len(names) == 2
+    assert {linear.block for linear in found} == set(names)
+    assert len({linear.name for linear in found}) == len(found)
+    assert sorted({linear.weight.shape[1] for linear in found}) == families.IN_FEATURES[family]
+    assert all(linear.transposed == isinstance(linear.module, Conv1D) for linear in found)
+    assert all(linear.transposed for linear in found) == (family == "gpt2")
+    for linear in found:
+        stored = tuple(linear.module.weight.shape)
+        assert tuple(linear.weight.shape) == (stored[::-1] if linear.transposed else stored)
+        linear.weight.zero_()
+        assert not linear.module.weight.any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_weight_is_put_in_place_and_the_old_one_left_as_it_was(family):
+    one = linears(families.model(family))[0]
+    before = one.weight
+    kept = before.clone()
+    one.put(made := before * 2 + 1)
+    assert torch.equal(one.weight, made) and torch.equal(before, kept)
+    assert one.weight.shape == kept.shape and one.module.weight.is_contiguous()
+    with pytest.raises(ValueError, match="not \\[3, 5\\]"):
+        one.put(torch.ones(3, 5))
+
+
+def test_a_misspelt_ignore_is_refused():
+    with pytest.raises(
+        Refusal, match=r"ignore names no matrix of a block: mlp\.gate; there are .*mlp\.gate_proj"
+    ):
+        linears(families.model("llama"), ("mlp.gate",))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_ignore_that_leaves_nothing_is_refused(family):
+    model = families.model(family)
+    names = sorted({one.name.removeprefix(f"{one.block}.") for one in linears(model)})
+    (left,) = {one.name.removeprefix(f"{one.block}.") for one in linears(model, tuple(names[1:]))}
+    assert left == names[0]
+    with pytest.raises(Refusal, match=r"blocks is left to compress: ignore names .*; leave some of them out"):
+        linears(model, tuple(names))
+    assert linears(model, tuple(names), partial=True) == []
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"method": "magnitude", "scope": "global", "sparsity": 0.5, "calibration": NONE},
+        {"method": "wanda", "sparsity": 0.5, "allocation": {"kind": "erk"}, "calibration": TEXT},
+        {"method": "wanda", "sparsity": 0.5, "allocation": {"kind": "layer-if"}, "calibration": TEXT},
+        {
+            "method": "stepwise", "sparsity": 0.5, "max_rise": 1.0, "held_out": 1,
+            "policy": {"kind": "rules"}, "calibration": TEXT,
+        },
+        {
+            "method": "resp", "sparsity": 0.5, "scope": "row",
+            "calibration": TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 8},
+        },
+        {"method": "rtn", "bits": 4, "group_size": 32, "calibration": NONE},
+        {
+            "method": "lora", "train": TEXT, "rank": 2, "alpha": 4, "learning_rate": 0.01, "steps": 2,
+            "batch_size": 2,
+        },
+    ],
+    ids=lambda recipe: f"{recipe['method']}-{recipe.get('allocation', {}).get('kind', '')}",
+)  # fmt: skip
+def test_no_method_makes_a_copy_that_is_not_compressed(recipe, workspace):
+    section = {"rtn": "quantize", "lora": "finetune"}.get(recipe["method"], "prune")
+    names = sorted({one.name.removeprefix(f"{one.block}.") for one in linears(families.model("llama"))})
+    recipe = recipe | {"source": "base/tiny", "ignore": names}
+    with pytest.raises(Refusal, match="no linear of LlamaForCausalLM's blocks is left to compress"):
+        do(params("llama", {f"{section}/none": recipe}))
+    assert not Path("data/models", section).exists()
+
+
+def test_the_experts_of_a_mixture_are_refused_by_name():
+    model = mixture()
+    with pytest.raises(Refusal) as refusal:
+        linears(model)
+    stacked = [n for n, p in model.named_parameters() if p.ndim == 3]
+    assert stacked
+    for name in stacked:
+        assert name in str(refusal.value)
+
+
+def test_a_matrix_added_to_a_block_is_refused_by_name():
+    model = families.model("llama")
+    blocks(model)[1][1].mlp.gates = torch.nn.Parameter(torch.zeros(2, 8, 8))
+    with pytest.raises(Refusal, match=r"model\.layers\.1\.mlp\.gates \(2, 8, 8\)"):
+        linears(model)
+
+
+def test_an_encoder_decoder_is_refused():
+    config = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(Refusal, match="T5ForConditionalGeneration is an encoder-decoder"):
+        linears(T5ForConditionalGeneration(config))

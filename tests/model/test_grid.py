@@ -1,0 +1,119 @@
+"""The integer grid: zero is exact, codes stay in range, and a round trip loses at most half a step."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.model.grid import Codes, Int8, Integers, bounds, dequantize, round_to_codes, scale_of, stored
+
+BITS = st.integers(2, 8)
+SEED = st.integers(0, 2**31)
+
+
+def draw(seed: int, rows: int = 4, columns: int = 16) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@given(BITS, SEED)
+def test_codes_are_in_range_and_half_a_step_away(bits, seed):
+    values = draw(seed)
+    scale = scale_of(values, bits, torch.float32)
+    codes = round_to_codes(values, scale, bits)
+    low, high = bounds(bits)
+    assert codes.min() >= low and codes.max() <= high
+    assert torch.equal(codes, codes.round())
+    # The largest positive value may be clamped by half a step more than rounding loses.
+    assert ((codes * scale - values).abs() <= scale * 0.5001).all()
+
+
+@given(BITS, SEED)
+def test_zero_is_exactly_zero(bits, seed):
+    values = draw(seed)
+    values[:, ::3] = 0
+    scale = scale_of(values, bits, torch.bfloat16)
+    back = dequantize(round_to_codes(values, scale, bits).to(torch.int8), scale.bfloat16(), None)
+    assert (back[:, ::3] == 0).all()
+
+
+@given(
+    BITS,
+    st.sampled_from([4, 8, 16, None]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    SEED,
+)
+def test_what_lies_on_the_grid_is_found_again(bits, group_size, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    low, high = bounds(bits)
+    codes = torch.randint(low, high + 1, (4, 16), generator=generator, dtype=torch.int8)
+    scale = torch.rand(4, 16 // (group_size or 16), generator=generator).add(0.5).to(dtype)
+    wide = scale.float().repeat_interleave(group_size or 16, 1)
+    exact = codes.float() * wide
+    assert torch.equal(round_to_codes(exact, wide, bits).to(torch.int8), codes)
+    stored = Codes(codes, scale, bits, group_size).dequantize()
+    assert stored.dtype == dtype
+    assert torch.equal(stored, exact.to(dtype))
+
+
+def test_scales_are_rounded_to_what_is_stored_first():
+    values = draw(3)
+    scale = scale_of(values, 4, torch.bfloat16)
+    assert torch.equal(scale, scale.bfloat16().float())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_group_of_zeros_has_scale_one(bits):
+    assert torch.equal(scale_of(torch.zeros(3, 8), bits, torch.bfloat16), torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_scale_too_small_for_its_dtype_is_the_least_of_it(dtype):
+    least = torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)).double().item()
+    scales = torch.tensor([0.0, least / 4, least, 1.5, 8.0], dtype=torch.float64)
+    assert stored(scales, dtype).tolist() == [1.0, least, least, 1.5, 8.0]
+
+
+def test_bounds():
+    assert [bounds(bits) for bits in (2, 4, 8)] == [(-2, 1), (-8, 7), (-128, 127)]
+
+
+@given(
+    BITS,
+    st.sampled_from([4, 16, None]),
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    SEED,
+)
+def test_nearest_is_nearest_and_zero_is_on_the_grid(bits, group_size, symmetric, dtype, seed):
+    weight = (draw(seed) + seed % 5 - 2).to(dtype)  # on one side of zero, mostly
+    weight[:, ::3] = 0
+    found = Integers(bits, group_size, symmetric).nearest(weight)
+    low, high = bounds(bits)
+    wide = [
+        values.float().repeat_interleave(16 // found.scale.shape[1], 1)[..., None]
+        for values in (found.scale, torch.zeros_like(found.scale) if symmetric else found.zero_point)
+    ]
+    grid = wide[0] * (torch.arange(low, high + 1) - wide[1])
+    best = (grid - weight.float()[..., None]).abs().amin(2)
+    code = found.codes.float() if symmetric else found.codes.float() - wide[1][..., 0]
+    torch.testing.assert_close((code * wide[0][..., 0] - weight.float()).abs(), best)
+    assert found.dequantize().dtype == dtype
+    assert (found.dequantize()[:, ::3] == 0).all()
+    assert found.nonzero() == torch.count_nonzero(found.dequantize())
+
+
+@given(BITS, SEED)
+def test_an_asymmetric_grid_spans_the_group(bits, seed):
+    values = draw(seed).abs()
+    scale, zero = Integers(bits, None, symmetric=False).fit(values, torch.float32)
+    low, high = bounds(bits)
+    assert (zero == low).all()  # nothing is below zero, so every code is above it
+    torch.testing.assert_close(scale * (high - low), values.amax(1, keepdim=True))
+
+
+def test_bits_are_those_of_codes_scales_and_zero_points():
+    weight = draw(0).bfloat16()
+    assert Integers(3, 8).nearest(weight).stored_bits() == 64 * 3 + 8 * 16
+    assert Integers(3, 8, symmetric=False).nearest(weight).stored_bits() == 64 * 3 + 8 * (16 + 3)
+    near = Integers(8, None).nearest(weight)
+    assert Int8(near.codes, near.scale).stored_bits() == 64 * 8 + 4 * 16

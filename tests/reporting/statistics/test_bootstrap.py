@@ -1,0 +1,140 @@
+"""The bootstrap against the book, against scipy, and how often its intervals miss."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from stages.core.errors import Refusal
+from stages.reporting.statistics.bootstrap import bootstrap, difference_in_differences, mean_difference
+from stages.reporting.statistics.paired import LEVEL, interval
+from tests.chance import is_nominal, rate
+
+# Spatial ability of 26 children, test A (Efron and Tibshirani 1993, table 14.1).
+SPATIAL = np.array([
+    48, 36, 20, 29, 42, 42, 20, 42, 22, 41, 45, 14, 6,
+    0, 33, 28, 34, 4, 32, 24, 47, 41, 24, 26, 30, 41,
+], dtype=float)  # fmt: skip
+
+
+def variance(means):
+    return means[..., 0, 1] - means[..., 0, 0] ** 2
+
+
+def test_bca_and_percentile_intervals_are_the_books():
+    # Table 14.2, 90 % intervals of the variance 171.5 with 2000 draws: percentile (100.8, 233.9),
+    # BCa (115.8, 259.6). What 2000 draws leave to chance at these ends is a few units.
+    moments = np.stack([SPATIAL, SPATIAL**2], axis=1)
+    percentile = bootstrap(moments, variance, seed=0, level=0.1, method="percentile", draws=50_000)
+    bca = bootstrap(moments, variance, seed=0, level=0.1, draws=50_000)
+    assert percentile.value == pytest.approx(171.5, abs=0.05)
+    assert (percentile.low, percentile.high) == pytest.approx((100.8, 233.9), abs=4)
+    assert (bca.low, bca.high) == pytest.approx((115.8, 259.6), abs=5)
+
+
+@pytest.mark.parametrize("method", ["bca", "percentile"])
+def test_strata_are_scipys_samples(method):
+    random = np.random.default_rng(0)
+    samples = (random.exponential(1, 40), random.exponential(3, 25))
+    kinds = np.repeat([0, 1], [40, 25])
+    found = bootstrap(
+        np.concatenate(samples)[:, None],
+        lambda means: means[..., 1, 0] / means[..., 0, 0],
+        kinds,
+        seed=1,
+        draws=40_000,
+        method=method,
+    )
+    theirs = stats.bootstrap(
+        samples,
+        lambda a, b, axis: b.mean(axis=axis) / a.mean(axis=axis),
+        n_resamples=40_000,
+        method=method,
+        rng=2,
+    )
+    assert found.stderr == pytest.approx(theirs.standard_error, rel=0.02)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval), rel=0.02)
+
+
+def test_drawing_whole_items_is_drawing_their_differences():
+    random = np.random.default_rng(3)
+    base = random.normal(0, 5, 50)
+    ours = base + random.normal(0.4, 1, 50)
+    levels = random.permutation(np.repeat(["a", "b", "c"], [10, 15, 25]))
+    for strata in (None, levels):
+        found = mean_difference(base, ours, strata, seed=4)
+        assert found.value == pytest.approx((ours - base).mean())
+        assert found.stderr < 0.3  # of either score alone it is 0.7
+        assert found == mean_difference(base, ours, strata, seed=4)
+    # Levels apart in the mean: what lies between them is by design and no chance.
+    apart = ours + 10 * (levels == "c")
+    assert mean_difference(base, apart, levels, seed=4).stderr == pytest.approx(found.stderr, rel=1e-6)
+    assert mean_difference(base, apart, seed=4).stderr > 2 * found.stderr
+
+
+def test_p_is_the_level_at_which_an_end_of_the_interval_is_zero():
+    random = np.random.default_rng(5)
+    differences = random.exponential(1, 40) - 0.75
+    found = mean_difference(np.zeros(40), differences, seed=6)
+    at = bootstrap(differences[:, None], lambda m: m[..., 0, 0], seed=6, level=found.p)
+    assert min(abs(at.low), abs(at.high)) < 0.01 * (at.high - at.low)
+    assert (found.low <= 0 <= found.high) == (found.p > LEVEL)
+
+
+def test_equal_scores_have_no_spread():
+    found = mean_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], seed=0)
+    assert (found.value, found.stderr, found.low, found.high, found.p) == (0, 0, 0, 0, 1)
+
+
+def test_difference_in_differences_is_card_and_kruegers():
+    # Full-time employment in the balanced sample, change of means and standard errors (Card and Krueger
+    # 1994, table 3, row 4): New Jersey .47 (.48), Pennsylvania -2.28 (1.25), difference 2.75 (1.34).
+    def stores(count, change, stderr):
+        shape = np.linspace(-1, 1, count)
+        return change + shape / shape.std(ddof=1) * stderr * np.sqrt(count)
+
+    jersey, other = stores(290, 0.47, 0.48), stores(70, -2.28, 1.25)
+    before = np.random.default_rng(0).normal(21, 9, 360)
+    after = before + np.concatenate([jersey, other])
+    found = difference_in_differences(before, after, np.arange(360) < 290, seed=1)
+    assert found.value == pytest.approx(2.75)
+    assert found.stderr == pytest.approx(1.34, abs=0.03)
+    assert 0.02 < found.p < 0.07
+
+
+def test_too_few_items_are_refused():
+    with pytest.raises(Refusal, match="single item"):
+        mean_difference([1.0, 0.0, 1.0], [1.0, 1.0, 1.0], ["a", "a", "b"], seed=0)
+    with pytest.raises(Refusal, match="1 hard and 2 easy"):
+        difference_in_differences([1, 0, 1], [1, 0, 1], [True, False, False], seed=0)
+
+
+def test_what_is_missing_is_no_score():
+    with pytest.raises(Refusal, match="no items given"):
+        mean_difference([], [], seed=0)
+    with pytest.raises(Refusal, match="1 of 8 scores are NaN or infinite"):
+        mean_difference([1, 0, np.nan, 1], [0, 1, 1, 0], seed=0)
+    with pytest.raises(Refusal, match="2 of 8 scores are NaN or infinite"):
+        difference_in_differences([1, np.nan, 0, 1], [0, 0, np.inf, 1], [1, 1, 0, 0], seed=0)
+
+
+def lossy(hard_loss, easy_loss, random, count):
+    """Which tests find a difference between 60 hard and 60 easy items that lose these shares."""
+    hard = np.repeat([True, False], 60)
+    right = np.where(hard, 0.5, 0.8)
+    for _ in range(count):
+        dense = random.random(120) < right
+        kept = random.random(120) >= np.where(hard, hard_loss, easy_loss) / right
+        yield difference_in_differences(dense, dense & kept, hard, seed=0, draws=399).p <= LEVEL
+
+
+def test_tests_err_at_their_level_and_find_what_is_there():
+    random = np.random.default_rng(7)
+    # Loss is skewed, as nats a token are; the same of both models up to noise.
+    pairs = random.exponential(1, (600, 1, 80)) + random.normal(0, 0.3, (600, 2, 80))
+    equal = [mean_difference(a, b, seed=1, draws=399).p <= LEVEL for a, b in pairs]
+    assert is_nominal(equal, LEVEL)
+    assert rate(mean_difference(a, b - 0.2, seed=1, draws=399).p <= LEVEL for a, b in pairs[:100])[1] > 0.8
+    student = [interval(list(b - a)).p <= LEVEL for a, b in pairs]
+    assert np.mean(np.equal(equal, student)) > 0.97
+    assert is_nominal(lossy(0.2, 0.2, random, 500), LEVEL)
+    assert rate(lossy(0.4, 0.1, random, 100))[1] > 0.8
