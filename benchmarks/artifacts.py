@@ -10,6 +10,7 @@ column.
 """
 
 import hashlib
+import json
 import itertools
 import os
 import sys
@@ -25,6 +26,8 @@ from tests import families, project
 
 TEXT: dict[str, Any] = {"dataset": "news", "num_samples": 4, "sequence_length": 32}
 NONE = {"dataset": "none"}
+DRAWN: tuple[dict[str, Any], ...] = ({}, {"seed": 1})
+ORDERS: tuple[dict[str, Any], ...] = ({}, {"samples": 3})
 SKIPPED = ("runs", "scratch", "code", "validated.json")
 
 
@@ -32,7 +35,7 @@ def recipes(source: str = "base/tiny") -> dict[str, dict[str, dict[str, Any]]]:
     """By section, every recipe tried on a gated model."""
     made: dict[str, dict[str, dict[str, Any]]] = {"prune": {}, "quantize": {}, "teach": {}, "finetune": {}}
 
-    def add(section: str, name: str, method: str, at: str = source, **settings: Any) -> None:
+    def add(section: str, name: str, method: str, at: str = source, /, **settings: Any) -> None:
         made[section][name] = {"source": at, "method": method, **settings}
 
     block, dense = TEXT | {"sequential": "block"}, TEXT | {"sequential": "none", "batch_size": 2}
@@ -86,7 +89,7 @@ def recipes(source: str = "base/tiny") -> dict[str, dict[str, dict[str, Any]]]:
             importance=importance,
             remove=0.4,
             calibration=TEXT if measured else NONE,
-            **({"seed": 1} if importance == "random" else {}),
+            **DRAWN[importance == "random"],
         )
     for importance, unit in itertools.product(
         ("magnitude", "activation", "llm-bip", "random"), ("groups", "queries")
@@ -100,7 +103,7 @@ def recipes(source: str = "base/tiny") -> dict[str, dict[str, dict[str, Any]]]:
             unit=unit,
             remove=0.5,
             calibration=TEXT if measured else NONE,
-            **({"seed": 1} if importance == "random" else {}),
+            **DRAWN[importance == "random"],
         )
     for metric, target in itertools.product(
         ("block-influence", "angular", "reverse", "perplexity", "shapley", "greedy"), ("block", "attention")
@@ -114,7 +117,7 @@ def recipes(source: str = "base/tiny") -> dict[str, dict[str, dict[str, Any]]]:
                 target=target,
                 blocks=1,
                 calibration=NONE if metric == "reverse" else TEXT,
-                **({"samples": 3} if metric == "shapley" else {}),
+                **ORDERS[metric == "shapley"],
             )
     add(
         "prune",
@@ -359,7 +362,7 @@ def hashes(root: Path, label: str) -> None:
             continue
         if file.suffix == ".parquet" and name.parts[0] in ("results", "report"):
             for column, values in pd.read_parquet(file).items():
-                text = values.to_json(orient="values", double_precision=15)
+                text = json.dumps(values.tolist(), default=str)
                 print(f"{hashlib.sha256(text.encode()).hexdigest()[:16]}  {label}/{name}:{column}")
         else:
             print(f"{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}  {label}/{name}")

@@ -1,10 +1,14 @@
 """The arguments of one call of a block cut up by windows, and what the pieces return put together."""
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from stages.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class _Reached(Exception):
@@ -41,8 +45,8 @@ def split(call: Any, count: int, size: int, single: Any) -> list[Any]:
         return [call]
 
     def cut(value: Any, like: Any, start: int) -> Any:
-        if isinstance(value, Tensor) and value.ndim:
-            rows = len(like) if isinstance(like, Tensor) and like.ndim else 1
+        if isinstance(value, torch.Tensor) and value.ndim:
+            rows = len(like) if isinstance(like, torch.Tensor) and like.ndim else 1
             return value[start * rows : (start + size) * rows] if len(value) == count * rows else value
         if isinstance(value, tuple | list):
             alike = (
@@ -62,7 +66,7 @@ def joined(outputs: list[Any]) -> Any:
     first = outputs[0]
     if len(outputs) == 1:
         return first
-    if isinstance(first, Tensor):
+    if isinstance(first, torch.Tensor):
         return torch.cat(outputs)
     if isinstance(first, tuple | list):
         return type(first)(joined(list(parts)) for parts in zip(*outputs, strict=True))

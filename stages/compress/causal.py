@@ -7,15 +7,18 @@ bf16 values are exact and summed in fp32, the softmax is fp32, and probabilities
 second product, as torch does. `python -m benchmarks.compression` prints `attention.times_faster`.
 """
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from stages.compress.statistics import exact_products
+from stages.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENTRIES = 2**20
 """Probabilities held at a time, over all heads and windows."""
@@ -60,21 +63,22 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     return out.view(batch, heads, tokens, -1)
 
 
-class OnCPU(TorchFunctionMode):
-    """Inside it, `causal_attention` stands in for torch's wherever it computes the same.
+@contextmanager
+def by_queries() -> Iterator[None]:
+    """Use `causal_attention` in place of torch's attention wherever it computes the same.
 
-    But for rounding, and for scores that fp32 does not hold: these are NaN here, and found by whoever looks.
+    The results differ by rounding; scores beyond fp32 are NaN here, which whoever reads the output refuses.
     """
+    functional = torch.nn.functional
+    torchs = functional.scaled_dot_product_attention
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Every call of torch comes by here."""
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and _serves(*args, **kwargs):
-            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            return causal_attention(given["query"], given["key"], given["value"], given.get("scale"))
-        return func(*args, **kwargs)
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _serves(query, key, value, *args, **kwargs):
+            return causal_attention(query, key, value, kwargs.get("scale"))
+        return torchs(query, key, value, *args, **kwargs)
+
+    with mock.patch.object(functional, "scaled_dot_product_attention", attention):
+        yield
 
 
 def _serves(

@@ -1,15 +1,20 @@
 """Which linears of a block are handed the same tensor, and so share one statistic of it."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import ReferenceType, ref
-
-from torch import Tensor, nn
 
 from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.model.blocks import Linear
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass
@@ -48,7 +53,7 @@ def input_groups(block: nn.Module, found: list[Linear], run: Callable[[], object
         return module if made and made() is tensor else None  # an id is used again once its tensor is gone
 
     def after(module: nn.Module, _: object, output: object) -> None:
-        if isinstance(output, Tensor) and maker(output) is None:
+        if isinstance(output, torch.Tensor) and maker(output) is None:
             makers[id(output)] = ref(output), module
 
     handles = [linear.module.register_forward_pre_hook(before) for linear in found]

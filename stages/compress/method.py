@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
 from stages.compress.statistics import DeadInputs, Statistic
 from stages.core.schema import NoData, Recipe
 from stages.corpus.windows import Calibration, Tokens
 from stages.model.grid import Quantized
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.compress.walk import Group
@@ -38,7 +37,7 @@ class Compression(Recipe):
         free = isinstance(self.calibration, NoData) or getattr(self.calibration, "tokens", None) == "random"
         return {} if free else {"calibration": self.calibration}
 
-    def execute(self, artifact: str, run: "Run") -> None:
+    def execute(self, artifact: str, run: Run) -> None:
         """Write `artifact`, the compressed source.
 
         Raises:
@@ -114,7 +113,7 @@ class WeightMethod(Compression):
     calibration: Tokens | NoData
     """The text its statistic is taken on."""
 
-    def plan(self, source: "Empty", windows: Callable[[], Tensor]) -> Any:
+    def plan(self, source: Empty, windows: Callable[[], Tensor]) -> Any:
         """What has to be known of the whole source before the first block; handed to `replace`.
 
         Args:
@@ -124,7 +123,7 @@ class WeightMethod(Compression):
         """
         return None
 
-    def prepare(self, groups: "list[Group]", block: Callable[[], Any]) -> dict[str, list[str]]:
+    def prepare(self, groups: list[Group], block: Callable[[], Any]) -> dict[str, list[str]]:
         """Change a block before any of its weights is replaced; called where `prepares` is set.
 
         Args:
@@ -135,11 +134,11 @@ class WeightMethod(Compression):
         """
         return {}
 
-    def replace(self, linear: "Linear", statistic: Any, plan: Any) -> "Tensor | Quantized":
+    def replace(self, linear: Linear, statistic: Any, plan: Any) -> Tensor | Quantized:
         """The new weight of a linear, or its codes."""
         raise NotImplementedError
 
-    def execute(self, artifact: str, run: "Run") -> None:
+    def execute(self, artifact: str, run: Run) -> None:
         """Write `artifact`, the source with the weight of every linear of every block replaced."""
         from stages.compress.walk import walk
         from stages.corpus.generation import model_windows
@@ -148,7 +147,7 @@ class WeightMethod(Compression):
         home = Streamed(artifact, self, run)
         dead = DeadInputs(self.on_dead)
 
-        def prepare(groups: "list[Group]", block: Callable[[], Any]) -> None:
+        def prepare(groups: list[Group], block: Callable[[], Any]) -> None:
             home.noted |= self.prepare(groups, block)
 
         @cache
@@ -170,7 +169,7 @@ class WeightMethod(Compression):
                 "prepare": prepare if self.prepares else None,
             }
 
-        def compress(linear: "Linear", statistic: Statistic | None) -> Tensor:
+        def compress(linear: Linear, statistic: Statistic | None) -> Tensor:
             if statistic:
                 dead.tell(linear.name, statistic.dead())
             made = self.replace(linear, statistic, plan)

@@ -1,23 +1,27 @@
 """Choosing what goes: exact counts, ties to the lower column or flat index; and scores, Wanda's and draws."""
 
-import hashlib
+from __future__ import annotations
+
 from collections.abc import Callable
 from math import ceil
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor
+from stages.core.lazy import np, torch
+from stages.core.numbers import generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 PIECE = 2**18
 """Entries chosen from at a time where rows do not depend on each other: what is computed stays in a cache."""
-Scores = Callable[[slice], Tensor]
+Scores: TypeAlias = "Callable[[slice], Tensor]"
 """Some rows of a matrix -> their scores, `[those rows, columns]` fp32."""
 
 
 def drawn(seed: int, name: str, *shape: int) -> Tensor:
     """Scores by lot, `shape` fp32; they depend on the seed and the name of what they score alone."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.rand(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+    return torch.rand(shape, generator=generator(f"{seed} {name}"))
 
 
 def wanda_scores(weight: Tensor, norm: Tensor) -> Scores:
@@ -47,7 +51,7 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
         scores: fp32 or fp64, none of them NaN.
         count: of every row, or of each, `[rows]` int64; the marked entries of a row are exactly as many.
     """
-    if isinstance(count, Tensor):
+    if isinstance(count, torch.Tensor):
         different = count.unique().tolist()
         if len(different) == 1:
             return smallest(scores, different[0])

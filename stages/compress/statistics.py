@@ -5,16 +5,19 @@ Linears that read the same tensor (q, k and v; gate and up) share one statistic,
 expensive things derived from it, such as a Cholesky factor.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.numbers import finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ class Hessian(Statistic):
         self._factors: dict[tuple[float, bool], Tensor] = {}
 
     @classmethod
-    def of(cls, matrix: Tensor) -> "Hessian":
+    def of(cls, matrix: Tensor) -> Hessian:
         """A Hessian given as it is, `[in, in]`; for tests against other implementations."""
         made = cls(matrix.shape[0], matrix.device)
         made._sum, made.num_tokens = matrix.float() / 2, 1

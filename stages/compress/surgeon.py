@@ -6,13 +6,17 @@ still to come make up for it by losing e U[j, j+1:]: at once inside a run of col
 run is done (GPTQ 2210.17323, SparseGPT 2301.00774). With H = I nothing is passed on.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.numbers import finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLUMNS = 128
 """Columns in a run of eager updates."""

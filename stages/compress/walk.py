@@ -17,35 +17,35 @@ arguments the model passed:
     the block is compressed and run again. Two forwards.
   - `none`: every linear sees the dense model's inputs. One forward.
 
-A block takes `batch_size` windows at a time, or about `TOKENS` tokens: what a block computes then stays in a
-CPU's cache, and a forward costs less than one of all windows at once (`python -m benchmarks.compression`
-prints both), the less as attention is computed by `stages.compress.causal`. With `block` and `none` the
-inside of a block never holds more, only what flows between blocks is held for all tokens (0.07 GiB for
-64 x 512 tokens of SmolLM2). With `linear` every batch waits at a group until the last has come there, so
-each holds what its next linears need.
+With `block` and `none` a block takes `batch_size` windows at a time, or about `TOKENS` tokens, and only what flows
+between blocks is held for all tokens (0.07 GiB for 64 x 512 tokens of SmolLM2). With `linear` it takes all windows
+at once, as a group's statistic needs every token before any of its linears computes.
 
 A `Home` says where a block's weights come from and go to, so that a model larger than memory passes
 through the same code as one that is loaded.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-import torch
-from greenlet import getcurrent, greenlet
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from stages.compress.calls import arguments, joined, split
-from stages.compress.causal import OnCPU
+from stages.compress.causal import by_queries
 from stages.compress.groups import Group, input_groups
 from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.numbers import check_finite, finite
 from stages.model.blocks import Linear, blocks, check_length, forward, linears
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 TOKENS = 4096
 """Passed through a block at a time where nothing else is asked for."""
@@ -53,7 +53,7 @@ Sequential = Literal["linear", "block", "none"]
 """What a linear's statistic has seen: see the module's docstring."""
 
 
-Compress = Callable[[Linear, Statistic | None], Tensor | None]
+Compress: TypeAlias = "Callable[[Linear, Statistic | None], Tensor | None]"
 """(linear, statistic of its inputs) -> its new weight `[out, in]`; None leaves it."""
 Prepare = Callable[[list[Group], Callable[[], Any]], None]
 """What is done to a block's groups, their statistics taken, before any of its linears is compressed.
@@ -117,7 +117,8 @@ class _Walk:
         original = block.forward
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            calls = split((args, kwargs), count, self.batch_size, single)
+            together = count if self.sequential == "linear" else self.batch_size
+            calls = split((args, kwargs), count, together, single)
             with self.at(name, block) as done:
                 if done:
                     return joined(_run(original, calls))
@@ -151,13 +152,13 @@ class _Walk:
             group.linears[0].module.register_forward_pre_hook(partial(self.take, group)) for group in groups
         ]
         try:
-            if self.sequential == "linear":
-                return _in_step(original, calls, self.settle)
             outputs += _run(original, rest)
         finally:
             for handle in handles:
                 handle.remove()
         output = joined(outputs)
+        if self.sequential == "linear":  # each group was settled as the block came to it
+            return output
         if self.prepare:
             self.prepare(groups, lambda: joined(_run(original, first)))
         for group in groups:
@@ -165,13 +166,13 @@ class _Walk:
         return joined(_run(original, calls)) if self.sequential == "block" else output
 
     def take(self, group: Group, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """The hook before a group's first linear: add the inputs of one call to the group's statistic.
+        """Add the inputs of one call to the group's statistic; a hook before the group's first linear.
 
-        Where the group is compressed at once, the call waits for the others there.
+        With `linear` the call has all windows, so the group's linears are compressed before they compute.
         """
         self.add(group, args[0])
         if self.sequential == "linear":
-            getcurrent().parent.switch(group)
+            self.settle(group)
 
     def add(self, group: Group, inputs: Tensor) -> None:
         """Take `inputs`, `[..., in]`, into the group's statistic."""
@@ -276,29 +277,5 @@ def _about(name: str) -> Iterator[None]:
 
 def _run(original: Callable[..., Any], calls: list[tuple[Any, Any]]) -> list[Any]:
     """The block's output for every call, one after the other."""
-    with OnCPU():
+    with by_queries():
         return [original(*args, **kwargs) for args, kwargs in calls]
-
-
-def _in_step(
-    original: Callable[..., Any], calls: list[tuple[Any, Any]], reached: Callable[[Group], None]
-) -> Any:
-    """The block's output for all windows, every call on a stack of its own, all waiting for each other.
-
-    `OnCPU` is of the thread and not of a stack, so it is left whenever the calls wait; what is then done to
-    weights would take a tenth longer by way of it.
-
-    Args:
-        original: comes back here with a group wherever a call must wait, see `_Walk.take`.
-        reached: is told the group once all calls wait there.
-    """
-    running = [greenlet(original) for _ in calls]
-    with OnCPU():
-        at = [one.switch(*args, **kwargs) for one, (args, kwargs) in zip(running, calls, strict=True)]
-    while not all(one.dead for one in running):
-        if any(other is not at[0] for other in at):
-            raise AssertionError("the calls of a block came to different linears")
-        reached(at[0])
-        with OnCPU():
-            at = [one.switch() for one in running]
-    return joined(at)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from math import floor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def count_of(share: float, total: int) -> int:
@@ -53,6 +57,17 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     # Rounding may leave the total below 1, and the last number above it.
     drawn = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
     return drawn.clamp(max=logits.shape[1] - 1)
+
+
+def no_grad(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function without recording gradients; torch's own decorator would import torch with the module."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def finite(values: Tensor) -> bool:

@@ -9,17 +9,18 @@ a text, test items of a graded data set, other rows of a benchmark's split.
 graded data set, or taken from one `difficulty`, so that levels are compared at equal amounts of training.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import pandas as pd
-import torch
 from pydantic import Field
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
+from stages.core.lazy import pd, torch
 from stages.core.schema import Slug, Strict
 from stages.corpus.rows import Example, Row, example, pack
 from stages.corpus.taught import KIND, Graded, read
@@ -78,7 +79,7 @@ class Examples:
     held_out: list[Row]
 
 
-def load(train: Train, tokenizer: "PreTrainedTokenizerBase", config: Any) -> Examples:
+def load(train: Train, tokenizer: PreTrainedTokenizerBase, config: Any) -> Examples:
     """The rows that `train` asks for, packed where it says so; what is held out is never packed.
 
     Args:
@@ -109,7 +110,7 @@ def load(train: Train, tokenizer: "PreTrainedTokenizerBase", config: Any) -> Exa
 
 
 def choose(
-    chosen: Chosen, sequence_length: int, tokenizer: "PreTrainedTokenizerBase", config: Any
+    chosen: Chosen, sequence_length: int, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> tuple[list[Graded], list[Graded]]:
     """What is learned from and what is held out, as tokens, one example each.
 
@@ -173,7 +174,7 @@ def few_shot(dataset: str, shots: int) -> str:
     return "".join(f"{one.prompt} {one.completion}\n" for one in found[:shots])
 
 
-def prompt(asked: str, chat_template: bool, tokenizer: "PreTrainedTokenizerBase") -> str:
+def prompt(asked: str, chat_template: bool, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the model is given of a question.
 
     Raises:
@@ -187,7 +188,7 @@ def prompt(asked: str, chat_template: bool, tokenizer: "PreTrainedTokenizerBase"
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def answered(one: Question, chosen: Chosen, tokenizer: "PreTrainedTokenizerBase") -> Example:
+def answered(one: Question, chosen: Chosen, tokenizer: PreTrainedTokenizerBase) -> Example:
     """A question and its answer as an `Example` of which the answer is predicted.
 
     Raises:
@@ -215,7 +216,7 @@ def answered(one: Question, chosen: Chosen, tokenizer: "PreTrainedTokenizerBase"
     return example(torch.tensor(tokens), len(before) if start is None else start)
 
 
-def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token that ends a text.
 
     Raises:
@@ -264,7 +265,7 @@ def _kind(dataset: str) -> str:
 
 
 def _windows(
-    chosen: Chosen, sequence_length: int, tokenizer: "PreTrainedTokenizerBase"
+    chosen: Chosen, sequence_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Graded], list[Graded]]:
     wanted = Windows(dataset=chosen.dataset, num_samples=chosen.num_samples, sequence_length=sequence_length)
     learned = text_windows(tokenizer, wanted)

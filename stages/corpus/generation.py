@@ -11,23 +11,26 @@ the CPU, a row of them a window, so that neither the device nor the batch size d
 used; as everywhere, both can change the last bits of the logits.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
+from stages.core.numbers import no_grad, sample
 from stages.corpus.windows import Tokens, Windows, calibration_windows, ordinary, text_windows, unrepeated
 from stages.model.blocks import check_length
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def model_windows(
-    tokenizer: "PreTrainedTokenizerBase", wanted: Windows, whole: "Callable[[], PreTrainedModel]"
+    tokenizer: PreTrainedTokenizerBase, wanted: Windows, whole: Callable[[], PreTrainedModel]
 ) -> Tensor:
     """`[num_samples, sequence_length]` int64 token ids, distinct, of the kind `wanted` asks for.
 
@@ -45,8 +48,8 @@ def model_windows(
 
 
 def generated(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     wanted: Tokens,
     texts: Tensor,
     draw: torch.Generator,
@@ -83,9 +86,9 @@ def generated(
     return made
 
 
-@torch.no_grad()
+@no_grad
 def continued(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     prompts: Tensor,
     uniform: Tensor,
     ids: Tensor,
@@ -115,9 +118,7 @@ def continued(
         drawable = ids[ids < logits.shape[1]]
         if not logits.isfinite().all():
             raise Refusal("the model's logits are not finite numbers, so nothing can be generated from it.")
-        total = (logits[:, drawable].double() / temperature).softmax(1).cumsum(1)
-        place = torch.searchsorted(total, (column * total[:, -1])[:, None], right=True)
-        last = drawable[place.clamp(max=len(drawable) - 1)]
+        last = drawable[sample(logits[:, drawable], column, temperature)]
         out.append(last)
         told(len(last))
     return torch.cat(out, 1)

@@ -6,12 +6,16 @@ token is never predicted. What an example contributes to the loss is then what i
 own.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from stages.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED = -100
 """The label of a token that is not predicted, as transformers has it."""
@@ -103,8 +107,8 @@ def collate(rows: Sequence[Row]) -> Batch:
             torch.cat([one.tokens for one in taught]), torch.cat([one.log_probabilities for one in taught])
         )
     return Batch(
-        pad_sequence(ids, batch_first=True),
-        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
+        torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         positions,
         teacher,
         tokens=sum(map(len, ids)),

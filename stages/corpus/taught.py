@@ -6,19 +6,17 @@ of `train`, all examples' after each other: `tokens` `[n, k]` int32 and `log_pro
 (see `rows.TopLogits`). Tokens mean nothing to another vocabulary, so its hash is kept and compared.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
-import torch
-from safetensors.torch import load_file, save_file
-
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS, write_json
+from stages.core.lazy import np, pd, torch
 from stages.corpus.rows import Example, TopLogits, example
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ class Lesson:
 
 
 def write(
-    folder: Path, name: str, recipe: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", lesson: Lesson
+    folder: Path, name: str, recipe: dict[str, Any], tokenizer: PreTrainedTokenizerBase, lesson: Lesson
 ) -> None:
     """Write `lesson`, made by `recipe`, into `folder` as data set `name`."""
     for split, graded in (("train", lesson.train), ("held_out", lesson.held_out)):
@@ -64,6 +62,8 @@ def write(
         pd.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
     teachers = [one.example.teacher for one in lesson.train if one.example.teacher is not None]
     if teachers:
+        from safetensors.torch import save_file
+
         stored = {
             "tokens": torch.cat([one.tokens for one in teachers]).to(torch.int32),
             "log_probabilities": torch.cat([one.log_probabilities for one in teachers]),
@@ -84,7 +84,7 @@ def write(
 
 
 def read(
-    name: str, tokenizer: "PreTrainedTokenizerBase", root: Path = DATASETS
+    name: str, tokenizer: PreTrainedTokenizerBase, root: Path = DATASETS
 ) -> tuple[list[Graded], list[Graded]]:
     """What is trained on and what is held out, in the order written.
 
@@ -97,6 +97,8 @@ def read(
             f"data set {name} holds tokens of {told['recipe']['source']}, whose vocabulary is not that of "
             "the model to be trained; teach it by a model that has the same."
         )
+    from safetensors.torch import load_file
+
     stored = load_file(root / name / TEACHER) if (root / name / TEACHER).exists() else None
     splits: list[list[Graded]] = []
     for split in ("train", "held_out"):
@@ -113,7 +115,7 @@ def read(
     return splits[0], splits[1]
 
 
-def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """A sha256 of the tokens and their ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 

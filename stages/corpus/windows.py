@@ -12,15 +12,16 @@ A method's calibration may also be what the model itself says when given the beg
 evenly from the vocabulary (`tokens: random`).
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import pandas as pd
-import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
+from stages.core.lazy import pd, torch
 from stages.core.schema import NoData, Seed, Slug, Strict
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ OptionalTokens = Annotated[
 """Tokens, or none where the rest of the recipe reads none."""
 
 
-def windows(tokenizer: "PreTrainedTokenizerBase", documents: list[str], sequence_length: int) -> torch.Tensor:
+def windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], sequence_length: int) -> torch.Tensor:
     """Cut documents into `[windows, sequence_length]` int64 token ids, tail dropped.
 
     Special tokens are not added: the windows are running text, as in the pruning papers.
@@ -139,7 +140,7 @@ def learnable(dataset: str, root: Path = DATASETS) -> list[str]:
     return documents(dataset, "calibration", root)
 
 
-def calibration_windows(tokenizer: "PreTrainedTokenizerBase", wanted: Windows) -> torch.Tensor:
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows) -> torch.Tensor:
     """`[num_samples, sequence_length]` distinct windows, of text spread evenly over what may be learned from.
 
     Windows that the model generates need the model: see `stages.corpus.generation.model_windows`.
@@ -154,7 +155,7 @@ def calibration_windows(tokenizer: "PreTrainedTokenizerBase", wanted: Windows) -
     return text_windows(tokenizer, wanted)
 
 
-def text_windows(tokenizer: "PreTrainedTokenizerBase", wanted: Windows) -> torch.Tensor:
+def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows) -> torch.Tensor:
     """The data set's windows, whatever is to be made of them; see `calibration_windows`."""
     distinct = unrepeated(windows(tokenizer, learnable(wanted.dataset), wanted.sequence_length))
     if len(distinct) < wanted.num_samples:
@@ -173,7 +174,7 @@ def unrepeated(rows: torch.Tensor) -> torch.Tensor:
     return rows[sorted(first_seen)]
 
 
-def ordinary(tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
+def ordinary(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The ids of the vocabulary that stand for text, ascending, int64: special tokens are left out."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return torch.tensor(
@@ -181,7 +182,7 @@ def ordinary(tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
     )
 
 
-def _random(tokenizer: "PreTrainedTokenizerBase", wanted: Tokens) -> torch.Tensor:
+def _random(tokenizer: PreTrainedTokenizerBase, wanted: Tokens) -> torch.Tensor:
     assert wanted.seed is not None
     ids = ordinary(tokenizer)
     draw = torch.Generator().manual_seed(wanted.seed)

@@ -11,24 +11,23 @@ their pairs: a bound read where it was fitted grows with the network. What is re
 and at most about log2 of the pairs, so values compare models on the same text, windows and seed only.
 """
 
+from __future__ import annotations
+
 import math
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.schema import Strict
 from stages.corpus.windows import documents, windows
 from stages.model.blocks import blocks
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
-
-LEARNING_RATE = 1e-3
-DECAY = 1e-2
+    from torch import Tensor, nn
 
 
 class Emergence(Strict):
@@ -43,12 +42,14 @@ class Emergence(Strict):
     width: Annotated[int, Field(ge=1)] = 64
     """Of the network."""
 
-    def evaluate(self, lm: "HFLM", name: str, seed: int, batch_size: int) -> list[dict[str, Any]]:
+    def evaluate(self, lm: HFLM, name: str, seed: int, batch_size: int) -> list[dict[str, Any]]:
         """A score row a block, its place as `difficulty`, and their mean.
 
         Raises:
             Refusal: the text is shorter than the windows asked for.
         """
+        from stages.evaluation.mine import mutual_information
+
         cut = windows(lm.tokenizer, documents(name, "evaluation"), self.sequence_length)
         if len(cut) < self.windows:
             raise Refusal(
@@ -109,51 +110,3 @@ def states(model: nn.Module, rows: Tensor, batch_size: int) -> list[Tensor]:
     for hook in hooks:
         hook.remove()
     return [torch.cat(parts) for parts in seen]
-
-
-class _Critic(nn.Module):
-    """f(x, y), whose first layer reads either side by itself: all pairs of n cost n evaluations of it."""
-
-    def __init__(self, x: int, y: int, width: int) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(x, width), nn.Linear(y, width)
-        self.inner, self.out = nn.Linear(width, width), nn.Linear(width, 1)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of what `left` and `right` gave, `[..., width]`, which may broadcast."""
-        found: Tensor = self.out(torch.relu(self.inner(torch.relu(x + y)))).squeeze(-1)
-        return found
-
-
-def mutual_information(x: Tensor, y: Tensor, steps: int, width: int, seed: int) -> float:
-    """A lower bound on I(x; y) in bits, at least 0; fitted on the first half of rows, read on the second.
-
-    Args:
-        x, y: `[n, any]`, a pair a row.
-    """
-    half = len(x) // 2
-    x, y = (_standard(side, half) for side in (x, y))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        critic = _Critic(x.shape[1], y.shape[1], width)
-        optimizer = torch.optim.AdamW(critic.parameters(), LEARNING_RATE, weight_decay=DECAY)
-        for _ in range(steps):
-            left, right = critic.left(x[:half]), critic.right(y[:half])
-            other = right.roll(int(torch.randint(1, half, ())), 0)  # of another row, for every row
-            loss = critic(left, other).logsumexp(0) - math.log(half) - critic(left, right).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        left, right = critic.left(x[half:]), critic.right(y[half:])
-        pairs = torch.stack([critic(one, right) for one in left])
-        joint = pairs.diagonal().mean()
-        others = pairs[~torch.eye(len(pairs), dtype=torch.bool)]
-        nats = float(joint - others.logsumexp(0) + math.log(len(others)))
-    return max(nats, 0.0) / math.log(2)
-
-
-def _standard(side: Tensor, half: int) -> Tensor:
-    """Columns of mean 0 and variance 1 on the first half; the same information."""
-    mean, spread = side[:half].mean(0), side[:half].std(0)
-    return (side - mean) / spread.clamp(min=1e-6 * spread.max().clamp(min=1e-30))

@@ -4,13 +4,15 @@ Both readouts see the same prompt, the few-shot examples in their fixed order an
 generated answer ends with its line; how it is read and how long it may be, the data set says.
 """
 
+from __future__ import annotations
+
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 from pydantic import Field
 
 from stages.core.files import DATASETS
+from stages.core.lazy import pd
 from stages.corpus.readings import read, right
 from stages.evaluation.lm_tasks import Rows, load_tasks, rows, run_tasks, with_floors
 from stages.evaluation.suite import Suite
@@ -33,11 +35,11 @@ class GradedSuite(Suite):
     thinking: Thinking | None = None
     """Think before each answer, which is then generated only; see `stages.evaluation.thinking.scaling`."""
 
-    def evaluate(self, lm: "LM", name: str, seed: int) -> tuple[Rows, Rows]:
+    def evaluate(self, lm: LM, name: str, seed: int) -> tuple[Rows, Rows]:
         """Score rows, overall and by difficulty, and one sample row an item and readout."""
         tasks = load_tasks(self.tasks(name))
 
-        def answered(lm: "LM") -> tuple[Rows, Rows]:
+        def answered(lm: LM) -> tuple[Rows, Rows]:
             if self.thinking:
                 from stages.evaluation.thinking import scaling  # imports lm-eval, which takes seconds
 

@@ -7,6 +7,8 @@ that was killed ends with the bytes of one that was not. Tasks are kept whole, a
 on the batch it is in.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -15,10 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from stages.core import identity
 from stages.core.files import MODELS, SCRATCH, write_json
+from stages.core.lazy import torch
 
 if TYPE_CHECKING:
     from stages.core.run import Run
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 class Finished:
     """The answers of one candidate to one suite, a file a task and kind of request."""
 
-    def __init__(self, candidate: str, suite: str, batch_size: int, run: "Run", settings: Any) -> None:
+    def __init__(self, candidate: str, suite: str, batch_size: int, run: Run, settings: Any) -> None:
         self._device = run.resolved_device()
         code = [identity.digest("evaluate", type(settings).__module__), identity.versions()]
         key = hashlib.sha256(

@@ -6,14 +6,16 @@ is not the weight of a linear (the 3-D experts of a mixture, say) would be invis
 refused by name unless the recipe lists it in `ignore`.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     lists = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
     ]
     if not lists:
         raise Refusal(
@@ -81,13 +83,15 @@ def linears(model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = F
         Refusal: a matrix that is no linear's weight and not ignored, an `ignore` that names nothing, or no
             linear left (but where `partial`).
     """
+    from transformers.pytorch_utils import Conv1D
+
     found: list[Linear] = []
     unhandled: list[str] = []
     named: set[str] = set()
     for block_name, block in blocks(model):
         handled = set()
         for name, module in block.named_modules():
-            if not isinstance(module, nn.Linear | Conv1D):
+            if not isinstance(module, torch.nn.Linear | Conv1D):
                 continue
             handled.add(f"{name}.weight")
             if name in ignore:

@@ -10,24 +10,26 @@ Sizes are defined once, here:
 - `bytes_on_disk`: the safetensors as they are. Unstructured zeros save nothing here.
 """
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, MODELS, RECORD, read_json, writing
+from stages.core.lazy import torch
 from stages.core.numbers import check_finite
 from stages.model.artifact import load_record, load_tokenizer, pretrained
 from stages.model.blocks import Linear, linears
 from stages.model.grid import Quantized
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from stages.core.run import Run
@@ -79,7 +81,7 @@ def measure(model: nn.Module, quantized: Mapping[str, Quantized] | None = None) 
     return sizes.told()
 
 
-def lineage(artifact: str, recipe: "Recipe", run: "Run", notes: Mapping[str, Any] | None) -> dict[str, Any]:
+def lineage(artifact: str, recipe: Recipe, run: Run, notes: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the part of a record that says how `artifact` was made from the recipe's source."""
     source = load_record(recipe.source)
     return {
@@ -93,14 +95,14 @@ def lineage(artifact: str, recipe: "Recipe", run: "Run", notes: Mapping[str, Any
     }
 
 
-def _texts(recipe: "Recipe") -> dict[str, str]:
+def _texts(recipe: Recipe) -> dict[str, str]:
     """Return where the data sets that a recipe reads come from, by name."""
     names = [text.dataset for text in recipe.reads().values()]
     described = {name: read_json(DATASETS / name / DATASET) for name in names}
     return {name: facts.get("source", "reasoning-gym") for name, facts in described.items()}
 
 
-def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> "PreTrainedModel":
+def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> PreTrainedModel:
     """Write the record of a downloaded checkpoint in `folder` and return the model.
 
     Args:
@@ -113,9 +115,9 @@ def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> "PreTra
 
 def save(
     artifact: str,
-    model: "PreTrainedModel",
-    recipe: "Recipe",
-    run: "Run",
+    model: PreTrainedModel,
+    recipe: Recipe,
+    run: Run,
     *,
     keep: Mapping[str, Tensor] | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -159,7 +161,7 @@ def save(
 
 def _finish(
     folder: Path,
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     record: dict[str, Any],
     codes: Mapping[str, Quantized] | None = None,
 ) -> dict[str, Any]:

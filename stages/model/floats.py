@@ -9,17 +9,19 @@ for the whole matrix. Both come to about as many bits: 4.25 and 4.5 a weight.
 All grids have an exact 0, so a pruned weight stays pruned. compressed-tensors holds all three.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor
-
+from stages.core.lazy import torch
 from stages.model.grid import Quantized, stored
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = torch.finfo(E4M3).max
+if TYPE_CHECKING:
+    from torch import Tensor
+
+E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 
 
@@ -162,9 +164,9 @@ class NVFP4(Float4):
         peak = peaks.amax().view(1)
         whole = (E4M3_MAX * E2M1_MAX / peak).clamp(max=torch.finfo(torch.float32).max)
         whole = torch.where(peak == 0, 1.0, whole)
-        scale = (whole * (peaks / E2M1_MAX)).clamp(max=E4M3_MAX).to(E4M3)
+        scale = (whole * (peaks / E2M1_MAX)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
         # A group too small for any scale is rounded by the smallest.
-        scale = torch.where(scale.float() == 0, 2.0**-9, scale.float()).to(E4M3)
+        scale = torch.where(scale.float() == 0, 2.0**-9, scale.float()).to(torch.float8_e4m3fn)
         return cls(_to_e2m1(groups / (scale.float() / whole)[..., None]), scale, whole)
 
     def factor(self) -> Tensor:
@@ -177,7 +179,7 @@ class NVFP4(Float4):
 
     def scheme(self) -> dict[str, Any]:
         """nvfp4-pack-quantized, weights only."""
-        return _e2m1("nvfp4-pack-quantized", "tensor_group", self.group_size, str(E4M3))
+        return _e2m1("nvfp4-pack-quantized", "tensor_group", self.group_size, "torch.float8_e4m3fn")
 
     def tensors(self) -> dict[str, Tensor]:
         """Two codes a byte, scales, and the scale of scales."""
@@ -191,7 +193,7 @@ class NVFP4(Float4):
 
 def _to_e4m3(weight: Tensor, scale: Tensor) -> Tensor:
     """Nearest E4M3 numbers of `weight` `[out, in]` over `scale`, clamped to the largest."""
-    return (weight.float() / scale.float()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    return (weight.float() / scale.float()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def _power(scale: Tensor) -> Tensor:

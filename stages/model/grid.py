@@ -13,14 +13,17 @@ are stored in *before* anything is rounded to the grid, so that the codes are th
 reader will find. Grids of other numbers are in `stages.model.floats`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Quantized:

@@ -7,6 +7,8 @@ could not be loaded (Falcon), or no format of it can hold, is written as dense w
 `fake_quantized`.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 from collections.abc import Collection, Mapping
@@ -18,12 +20,13 @@ from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStatus,
 )
-from torch import Tensor, nn
 
+from stages.core.lazy import torch
 from stages.model.floats import MXFP4, NVFP4, Float8
 from stages.model.grid import Codes, Int8, Quantized
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Scheme = Mapping[str, Any]
@@ -54,10 +57,10 @@ def packable(module: nn.Module, code: Quantized) -> bool:
         isinstance(code, Codes) and code.zero_point is not None and code.bits == 4
         and len(code.codes) <= 8 and code.scale.shape[1] > 1
     )  # fmt: skip
-    return isinstance(module, nn.Linear) and code.scheme() is not None and not unread
+    return isinstance(module, torch.nn.Linear) and code.scheme() is not None and not unread
 
 
-def loads_packed(model: "PreTrainedModel", linears: Collection[str]) -> bool:
+def loads_packed(model: PreTrainedModel, linears: Collection[str]) -> bool:
     """Whether plain `from_pretrained` loads `model` when these linears of it, by full name, are packed.
 
     Loading calls the family's `_init_weights`, and that of some (Falcon, GPT-BigCode) reads weights of
@@ -102,9 +105,7 @@ def code_from(stored: Mapping[str, Tensor], name: str, scheme: Scheme) -> Quanti
     return FORMATS[scheme["format"]].read(stored, name, scheme)
 
 
-def described(
-    model: "PreTrainedModel", quantized: Collection[str], scheme: Scheme | None
-) -> "PreTrainedConfig":
+def described(model: PreTrainedModel, quantized: Collection[str], scheme: Scheme | None) -> PreTrainedConfig:
     """The model's config, saying how the linears named `quantized` are stored."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -114,7 +115,7 @@ def described(
     group = QuantizationScheme(
         targets=["Linear"], **{key: value and QuantizationArgs(**value) for key, value in args.items()}
     )
-    left = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    left = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     stored = QuantizationConfig(
         config_groups={"group_0": group},
         ignore=[name for name in left if name not in quantized],

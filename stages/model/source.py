@@ -5,6 +5,8 @@ read from the checkpoint's safetensors when asked for and given up again after. 
 every tensor, as pages of an open one count as memory in use.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from stages.core import memory
 from stages.core.errors import Refusal
 from stages.core.files import MODELS
+from stages.core.lazy import torch
 from stages.core.numbers import check_finite
 from stages.core.reading import reading
 from stages.model.artifact import attention, load_config, load_model, load_tokenizer, unlike
@@ -27,6 +28,7 @@ from stages.model.grid import Quantized
 from stages.model.packed import code_from, scheme_of, weight_from
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.core.run import Run
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def loaded(artifact: str, run: "Run") -> "PreTrainedModel":
+def loaded(artifact: str, run: Run) -> PreTrainedModel:
     """A source all in memory, in plain weights, for what cannot be done a block at a time.
 
     Raises:
@@ -59,7 +61,7 @@ class Files:
         Unreadable: a file cannot be read, now or when it is asked for a tensor.
     """
 
-    def __init__(self, artifact: str, model: "PreTrainedModel", scheme: Mapping[str, Any] | None) -> None:
+    def __init__(self, artifact: str, model: PreTrainedModel, scheme: Mapping[str, Any] | None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         renamings = get_model_conversion_mapping(model)
@@ -113,7 +115,7 @@ class Files:
 class Loaded:
     """The same of a model in memory, loaded when first read; for files that hold parameters otherwise."""
 
-    def __init__(self, names: Iterable[str], load: "Callable[[], PreTrainedModel]") -> None:
+    def __init__(self, names: Iterable[str], load: Callable[[], PreTrainedModel]) -> None:
         self._names, self._load = set(names), load
         self._tensors: Mapping[str, Tensor] | None = None
 
@@ -134,7 +136,7 @@ class Empty:
     looks at the source before it begins.
     """
 
-    def __init__(self, artifact: str, run: "Run") -> None:
+    def __init__(self, artifact: str, run: Run) -> None:
         from accelerate import init_empty_weights  # type: ignore[import-untyped]
         from transformers import AutoModelForCausalLM
 
@@ -166,11 +168,11 @@ class Empty:
         self._blocks = blocks(self.model)
 
     @cached_property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The source's."""
         return load_tokenizer(self.name)
 
-    def whole(self) -> "PreTrainedModel":
+    def whole(self) -> PreTrainedModel:
         """The source all in memory, which is given up again when the caller does."""
         return loaded(self.name, self._run)
 
@@ -212,4 +214,4 @@ class Empty:
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)

@@ -10,6 +10,8 @@ from, and the next run takes them as they are. (A refused one leaves nothing, bu
 When all are there they become the artifact: one file below `ONE_FILE` bytes, a shard a block beyond.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -22,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from stages.core.errors import Refusal, Unreadable
 from stages.core.files import MODELS, RECORD, SCRATCH, sha256, write_json, writing
+from stages.core.lazy import torch
 from stages.core.numbers import check_finite
 from stages.model.blocks import linears
 from stages.model.checkpoint import Sizes, check_codes, check_zeros, lineage, zero_masks
@@ -35,6 +37,8 @@ from stages.model.resume import place
 from stages.model.source import Empty, put
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from stages.core.run import Run
     from stages.core.schema import Recipe
 
@@ -53,7 +57,7 @@ class Streamed(Empty):
     them joined over blocks. Positions that are zero in the source must be zero when written.
     """
 
-    def __init__(self, artifact: str, recipe: "Recipe", run: "Run") -> None:
+    def __init__(self, artifact: str, recipe: Recipe, run: Run) -> None:
         super().__init__(recipe.source, run)
         self.artifact, self.recipe, self.run = artifact, recipe, run
         self.quantized: dict[str, Quantized] = {}
@@ -145,7 +149,7 @@ class Streamed(Empty):
         )
         if codes and not self.fake:
             self.scheme = next(iter(codes.values())).scheme()
-        sizes, stored = Sizes(), dict[str, Tensor]()
+        sizes, stored = Sizes(), dict[str, torch.Tensor]()
         for local, parameter in block.named_parameters():
             full = f"{name}.{local}"
             linear = full.removesuffix(".weight")
@@ -213,7 +217,7 @@ class Streamed(Empty):
         shutil.rmtree(self._folder.parent)
         return record
 
-    def _rest(self, sizes: "Sizes") -> dict[str, int]:
+    def _rest(self, sizes: Sizes) -> dict[str, int]:
         """What lies outside blocks, as bytes by name, counted into `sizes`. Tied tensors come once."""
         inside = tuple(f"{name}." for name in self._names)
         found = {}

@@ -6,10 +6,12 @@ NVML (`nvidia-ml-py`). Where there is no counter nothing is said: a figure made 
 rated power would be an estimate, and no two models would differ in it but by their time.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
+from stages.core.lazy import torch
 
 POWERCAP = Path("/sys/class/powercap")
 NOT_MEASURED = "not measured"

@@ -1,15 +1,17 @@
 """Measuring one candidate: time, memory and energy of generation, and how much of the machine others took."""
 
+from __future__ import annotations
+
 import logging
 import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
 
 from stages.core.files import PROFILES, write_json, writing
+from stages.core.lazy import pd
 from stages.core.run import Run
 from stages.model import artifact
 from stages.profiling.energy import Meter

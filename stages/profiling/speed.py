@@ -9,20 +9,22 @@ Reading the prompt is bound by arithmetic and writing by memory, so that the two
 batches of one from larger ones.
 """
 
+from __future__ import annotations
+
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.schema import Source, Strict
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 PROC = Path("/proc/self")
@@ -50,7 +52,7 @@ class Profile(Strict):
     threads: Annotated[int, Field(ge=1)]
     """CPU threads: a profile is alone on the machine, so it may take more than `run.threads`."""
 
-    def check(self, model: "PreTrainedModel", candidate: str) -> None:
+    def check(self, model: PreTrainedModel, candidate: str) -> None:
         """Refuse a length that the model does not read.
 
         Raises:
@@ -79,7 +81,7 @@ class Profile(Strict):
             }
 
 
-def generate(model: "PreTrainedModel", prompts: Tensor, new_tokens: int) -> list[float]:
+def generate(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> list[float]:
     """Write `new_tokens` after `prompts` `[rows, tokens]`, greedily; the seconds at which each was there."""
     clock = []
     ids, cache = prompts, None

@@ -5,25 +5,28 @@ An allocation gives each linear a share such that their mean, weighted by parame
 linear has its block's share, except under ERK, which looks at the shape of every matrix by itself.
 """
 
+from __future__ import annotations
+
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from math import floor, isfinite, nan
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from stages.compress.select import wanda_scores
 from stages.compress.statistics import ColumnNorm, Statistic
 from stages.compress.walk import walk
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.numbers import finite
 from stages.core.schema import Strict
 from stages.model.blocks import Linear, blocks, linears
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stages.model.stream import Empty
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ class _Allocation(Strict):
 
     def shares(
         self,
-        source: "Empty",
+        source: Empty,
         ignore: tuple[str, ...],
         sparsity: float,
         windows: Tensor | None,
@@ -65,7 +68,7 @@ class ERK(_Allocation):
 
     def shares(
         self,
-        source: "Empty",
+        source: Empty,
         ignore: tuple[str, ...],
         sparsity: float,
         windows: Tensor | None,
@@ -101,7 +104,7 @@ class OWL(_Allocation):
 
     def shares(
         self,
-        source: "Empty",
+        source: Empty,
         ignore: tuple[str, ...],
         sparsity: float,
         windows: Tensor | None,
@@ -148,7 +151,7 @@ class Alpha(_Allocation):
 
     def shares(
         self,
-        source: "Empty",
+        source: Empty,
         ignore: tuple[str, ...],
         sparsity: float,
         windows: Tensor | None,
@@ -201,7 +204,7 @@ class LayerIF(_Allocation):
 
     def shares(
         self,
-        source: "Empty",
+        source: Empty,
         ignore: tuple[str, ...],
         sparsity: float,
         windows: Tensor | None,

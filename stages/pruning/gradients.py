@@ -9,17 +9,19 @@ is added, with a drawn sign, to one of `WIDTH` drawn buckets. Dot products of sk
 gradients in expectation.
 """
 
+from __future__ import annotations
+
 import logging
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.model.blocks import blocks, check_length
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from stages.model.blocks import Linear
@@ -29,7 +31,7 @@ WIDTH = 2**14
 log = logging.getLogger(__name__)
 
 
-def window_loss(model: "PreTrainedModel", window: Tensor, prompt_length: int) -> Tensor:
+def window_loss(model: PreTrainedModel, window: Tensor, prompt_length: int) -> Tensor:
     """Mean nats of the tokens of a `window` after the first `prompt_length`, each given those before."""
     batch = window[None].to(model.device)
     labels = batch.clone()
@@ -38,14 +40,14 @@ def window_loss(model: "PreTrainedModel", window: Tensor, prompt_length: int) ->
     return loss
 
 
-def mean_loss(model: "PreTrainedModel", windows: Tensor, prompt_length: int = 1) -> float:
+def mean_loss(model: PreTrainedModel, windows: Tensor, prompt_length: int = 1) -> float:
     """Mean nats a token over `windows` `[num_samples, sequence_length]`, prompts left out."""
     with torch.no_grad():
         return sum(float(window_loss(model, window, prompt_length)) for window in windows) / len(windows)
 
 
 def loss_gradients(
-    model: "PreTrainedModel", found: "list[Linear]", windows: Tensor, *, prompt_length: int = 1, label: str
+    model: PreTrainedModel, found: list[Linear], windows: Tensor, *, prompt_length: int = 1, label: str
 ) -> tuple[dict[str, Tensor], float]:
     """The gradient of `mean_loss` in every linear, `[out, in]` fp32 by its full name, and the loss.
 
@@ -84,7 +86,7 @@ def loss_gradients(
     return gradients, total / len(windows)
 
 
-def sketches(model: "PreTrainedModel", windows: Tensor, names: list[str]) -> dict[str, Tensor]:
+def sketches(model: PreTrainedModel, windows: Tensor, names: list[str]) -> dict[str, Tensor]:
     """A sketch of each window's gradient in each block: `[windows, WIDTH]` fp32 by the block's full name.
 
     Args:

@@ -6,19 +6,22 @@ one output row. Under `global` ties at the threshold fall to the linear that com
 N:M` weights are compared within their M alone: `matrix` and `row` are the same and `global` is refused.
 """
 
-from math import floor
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Literal, Self
 
-import torch
 from pydantic import model_validator
-from torch import Tensor
 
+from stages.core.lazy import torch
+from stages.core.numbers import count_of
 from stages.corpus.windows import OptionalTokens
 from stages.pruning.allocation import Uniform
 from stages.pruning.pruner import Pruner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
     from stages.model.stream import Empty
 
@@ -44,7 +47,7 @@ class Magnitude(Pruner):
         """Where the scope says so."""
         return self.scope == "row"
 
-    def plan(self, source: "Empty", windows: "Callable[[], Tensor]") -> dict[str, int]:
+    def plan(self, source: Empty, windows: Callable[[], Tensor]) -> dict[str, int]:
         """Zeros of each linear; under `global` as many as it has below the one threshold."""
         if self.scope == "global":
             return global_zeros(source, self.ignore, self.sparsity)
@@ -55,7 +58,7 @@ class Magnitude(Pruner):
         return self.pruned(weight, lambda rows: weight[rows].float().abs(), zeros)
 
 
-def global_zeros(source: "Empty", ignore: tuple[str, ...], sparsity: float) -> dict[str, int]:
+def global_zeros(source: Empty, ignore: tuple[str, ...], sparsity: float) -> dict[str, int]:
     """How many weights of each linear are among the share `sparsity` of smallest |w| of them all.
 
     Blocks are looked at one at a time and nothing is sorted: |w| in 16 bits has 2^15 values, which are
@@ -65,7 +68,7 @@ def global_zeros(source: "Empty", ignore: tuple[str, ...], sparsity: float) -> d
     from stages.model.blocks import blocks, linears
 
     found = linears(source.model, ignore)
-    target = floor(sum(one.weight.numel() for one in found) * sparsity + 1e-6)
+    target = count_of(sparsity, sum(one.weight.numel() for one in found))
     zeros = dict.fromkeys((one.name for one in found), 0)
     upper: int | None = None
     counted: dict[str, Tensor] = {}

@@ -1,23 +1,26 @@
 """What every method that zeroes single weights shares: how many zeros, in which pattern, spread how."""
 
+from __future__ import annotations
+
 import logging
 import re
-from math import floor
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-import torch
 from pydantic import AfterValidator, model_validator
-from torch import Tensor
 
 from stages.compress.method import WeightMethod
 from stages.compress.select import Scores, by_pieces, lowest, smallest_in_groups, whole
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
+from stages.core.numbers import count_of
 from stages.core.schema import NoData, Sparsity
 from stages.corpus.windows import Tokens
 from stages.pruning.allocation import Allocation, LayerIF, Uniform
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
     from stages.model.blocks import Linear
     from stages.model.grid import Quantized
@@ -91,10 +94,10 @@ class Pruner(WeightMethod):
     def zeros(self, rows: int, columns: int) -> int:
         """How many weights of a matrix go when every matrix loses the same share."""
         if self._floors_rows:
-            return rows * floor(columns * self.sparsity + 1e-6)
-        return floor(rows * columns * self.sparsity + 1e-6)
+            return rows * count_of(self.sparsity, columns)
+        return count_of(self.sparsity, rows * columns)
 
-    def plan(self, source: "Empty", windows: "Callable[[], Tensor]") -> dict[str, int]:
+    def plan(self, source: Empty, windows: Callable[[], Tensor]) -> dict[str, int]:
         """Zeros of each linear by its full name; where they are allocated, no fewer than it has.
 
         Raises:
@@ -120,18 +123,18 @@ class Pruner(WeightMethod):
             with source.block(name, block):
                 there |= {one.name: int((one.weight == 0).sum()) for one in found if one.block == name}
         plan = budget(shares, sizes, self.sparsity, there)
-        if (zeros := sum(plan.values())) > (wanted := target(sizes, self.sparsity)):
+        if (zeros := sum(plan.values())) > (wanted := count_of(self.sparsity, sum(sizes.values()))):
             log.warning(
                 "%s: %d of %d weights are zero already, more than the %d that sparsity %g asks for; none go",
                 self.source, zeros, sum(sizes.values()), wanted, self.sparsity,
             )  # fmt: skip
         return plan
 
-    def replace(self, linear: "Linear", statistic: Any, plan: dict[str, int]) -> "Tensor | Quantized":
+    def replace(self, linear: Linear, statistic: Any, plan: dict[str, int]) -> Tensor | Quantized:
         """The linear's weight with as many zeros as planned."""
         return self.weights(linear.weight, statistic, plan[linear.name])
 
-    def weights(self, weight: Tensor, statistic: Any, zeros: int) -> "Tensor | Quantized":
+    def weights(self, weight: Tensor, statistic: Any, zeros: int) -> Tensor | Quantized:
         """`weight` `[out, in]` with `zeros` of its entries zeroed, in the pattern asked for."""
         raise NotImplementedError
 
@@ -184,7 +187,7 @@ def budget(
     Raises:
         ValueError: shares outside [0, 1], or whose mean by size is not `sparsity`; a bug of an allocation.
     """
-    total = target(sizes, sparsity)
+    total = count_of(sparsity, sum(sizes.values()))
     exact = {name: share * sizes[name] for name, share in shares.items()}
     if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(exact.values()) - total) > 1 + 1e-6:
         raise ValueError(f"shares average {sum(exact.values()) / sum(sizes.values())}, not {sparsity}")
@@ -197,8 +200,3 @@ def budget(
         part = left / sum(exact[name] for name in exact.keys() - full)
         exact = {name: there[name] if name in full else part * exact[name] for name in exact}
     return whole(exact, total)
-
-
-def target(sizes: dict[str, int], sparsity: float) -> int:
-    """Zeros of matrices of these sizes in all."""
-    return floor(sum(sizes.values()) * sparsity + 1e-6)

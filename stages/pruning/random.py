@@ -1,8 +1,8 @@
 """Random pruning, the control: what any choice of weights at all would cost."""
 
-from typing import TYPE_CHECKING, Literal
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from stages.compress.select import drawn
 from stages.core.schema import Seed
@@ -10,6 +10,8 @@ from stages.corpus.windows import OptionalTokens
 from stages.pruning.pruner import Pruner
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stages.model.blocks import Linear
 
 
@@ -21,7 +23,7 @@ class Random(Pruner):
     calibration: OptionalTokens
     """Read by an allocation that is measured on text, by nothing else."""
 
-    def replace(self, linear: "Linear", statistic: None, plan: dict[str, int]) -> Tensor:
+    def replace(self, linear: Linear, statistic: None, plan: dict[str, int]) -> Tensor:
         """Prune a linear; the draw depends on the seed and the linear's name, not on the order of linears."""
         weight = linear.weight
         scores = drawn(self.seed, linear.name, *weight.shape).to(weight.device)

@@ -9,13 +9,15 @@ The paper prunes coupled structures; here the same importance ranks single weigh
 or each matrix. The whole model is in memory beside the sums of its gradients in fp32.
 """
 
-from math import floor
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 
 from stages.compress.method import Change, Context, WholeModel
+from stages.core.lazy import torch
+from stages.core.numbers import count_of
 from stages.core.schema import Sparsity
 from stages.corpus.windows import Tokens
 
@@ -44,7 +46,7 @@ class RESP(WholeModel):
             )
         return self
 
-    def change(self, model: "PreTrainedModel", context: Context) -> Change:
+    def change(self, model: PreTrainedModel, context: Context) -> Change:
         """Prune every linear in steps."""
         from stages.model.blocks import linears
         from stages.model.checkpoint import zero_masks
@@ -52,7 +54,7 @@ class RESP(WholeModel):
         zeros = zero_masks(linears(model, self.ignore))
         return Change(zeros, self.prune(model, context.tokenizer))
 
-    def prune(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    def prune(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Prune `model` in place; returns what is noted: each step's sparsity and the loss it began with.
 
         Raises:
@@ -82,7 +84,7 @@ class RESP(WholeModel):
                 gradient = gradients.pop(one.name)
                 dead.tell(one.name, (gradient == 0).all(0))
                 scores = (one.weight.float() * gradient).abs()
-                count = floor(one.weight.numel() * self.sparsity * step / self.steps + 1e-6)
+                count = count_of(self.sparsity * step / self.steps, one.weight.numel())
                 gone = one.weight == 0
                 mask = lowest(scores.__getitem__, gone, count, by_row=self.scope == "row")
                 one.weight.masked_fill_(mask, 0)

@@ -11,17 +11,18 @@ the first to go, the smallest of them first, but no more of them than are to go 
 rules. The paper's code zeroes every one, however many there are.
 """
 
+from __future__ import annotations
+
 from math import lcm
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from stages.compress.select import grown, smallest_in_groups
 from stages.compress.statistics import Hessian
 from stages.compress.surgeon import COLUMNS, sweep
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.schema import Strict
 from stages.corpus.windows import Calibration
 from stages.model.grid import Codes, round_to_codes, scale_of
@@ -29,6 +30,8 @@ from stages.pruning.pruner import Pruner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
     from stages.model.stream import Empty
 
@@ -53,7 +56,7 @@ class SparseGPT(Pruner):
     statistic = Hessian
     on_dead = "the first to go, as far as the sparsity reaches"
 
-    def plan(self, source: "Empty", windows: "Callable[[], Tensor]") -> dict[str, int]:
+    def plan(self, source: Empty, windows: Callable[[], Tensor]) -> dict[str, int]:
         """Zeros of each linear.
 
         Raises:

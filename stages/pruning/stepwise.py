@@ -12,24 +12,27 @@ gradients, and one over the held-out windows. The whole model is in memory, besi
 and, while gradients are summed, their sums in fp32.
 """
 
+from __future__ import annotations
+
 import logging
 from collections import Counter
-from math import exp, floor, isfinite
+from math import exp, isfinite
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from stages.compress.method import Change, Context, WholeModel
 from stages.compress.select import grown_by_row, wanda_scores, whole
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
+from stages.core.numbers import count_of
 from stages.core.schema import Sparsity
 from stages.corpus.windows import Tokens
 from stages.pruning.policy import Answer, Block, Policy, Rules, State, Step, ask
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -63,7 +66,7 @@ class Stepwise(WholeModel):
             )
         return self
 
-    def change(self, model: "PreTrainedModel", context: Context) -> Change:
+    def change(self, model: PreTrainedModel, context: Context) -> Change:
         """Prune every linear in steps."""
         from stages.model.blocks import linears
         from stages.model.checkpoint import zero_masks
@@ -72,7 +75,7 @@ class Stepwise(WholeModel):
         zeros = zero_masks(linears(model, self.ignore))
         return Change(zeros, self.prune(model, windows))
 
-    def prune(self, model: "PreTrainedModel", windows: Tensor) -> dict[str, Any]:
+    def prune(self, model: PreTrainedModel, windows: Tensor) -> dict[str, Any]:
         """Prune `model` in place; returns what is noted: the target, what was reached, why, every step.
 
         Args:
@@ -121,14 +124,14 @@ class Stepwise(WholeModel):
         }
 
 
-Undo = dict[str, tuple[Tensor, int]]
+Undo: TypeAlias = "dict[str, tuple[Tensor, int]]"
 """By a linear's full name: its weight `[out, in]` before a step, and the zeros it is said to have."""
 
 
 class Work:
     """A model that is being pruned in steps: what it was, how far it is, how it fares."""
 
-    def __init__(self, model: "PreTrainedModel", recipe: Stepwise, seen: Tensor, held: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, recipe: Stepwise, seen: Tensor, held: Tensor) -> None:
         from stages.compress.statistics import DeadInputs
         from stages.model.blocks import check_length, linears
 
@@ -144,7 +147,7 @@ class Work:
     @property
     def missing(self) -> int:
         """Zeros that are still to be made."""
-        target = floor(self._size * self._recipe.sparsity + 1e-6)
+        target = count_of(self._recipe.sparsity, self._size)
         return max(0, target - sum(self._zeros.values()))
 
     @property

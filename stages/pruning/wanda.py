@@ -5,14 +5,17 @@ lowest-scoring share is zeroed. No weight is updated, so it costs one forward pa
 norm it is row-wise magnitude.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from stages.compress.select import wanda_scores
 from stages.compress.statistics import ColumnNorm
 from stages.corpus.windows import Calibration
 from stages.pruning.pruner import Pruner
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Wanda(Pruner):

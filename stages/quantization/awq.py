@@ -12,17 +12,21 @@ therefore never falls behind.
 own columns. Zeros of the source stay zero: neither a scale nor a narrower range moves them.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
+
 from pydantic import Field
-from torch import Tensor
 
 from stages.compress.statistics import Hessian
+from stages.core.lazy import torch
 from stages.model.grid import Codes
 from stages.quantization.fold import Folding
 from stages.quantization.quantizer import IntegerQuantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STRIPE = 192
 """Columns of a Hessian multiplied at a time, so that little of its empty half is."""

@@ -10,16 +10,18 @@ several inputs of the output projection; one linear for q, k and v; a norm whose
 residual stream.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.compress.walk import Group
+from stages.core.lazy import torch
 from stages.model.blocks import Linear
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Feed(Protocol):
@@ -110,7 +112,7 @@ def _divide(bias: Any, scale: Tensor) -> None:
 
 def _hidden(output: Any) -> Tensor:
     """The hidden states a block returns, by themselves or first of several things."""
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    hidden: Tensor = output if isinstance(output, torch.Tensor) else output[0]
     return hidden
 
 
@@ -140,7 +142,7 @@ def _origin(module: nn.Module, inputs: Tensor) -> float | None:
     def silent(origin: float) -> bool:
         swapped = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
         swapped["weight"] = torch.full_like(weight, -origin)
-        return not functional_call(module, swapped, (ramp[None, None],)).any()
+        return not torch.func.functional_call(module, swapped, (ramp[None, None],)).any()
 
     origins = [origin for origin in (0.0, 1.0) if silent(origin)]
     return origins[0] if len(origins) == 1 else None

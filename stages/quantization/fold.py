@@ -5,17 +5,21 @@ write x / s at no cost: a norm divides its weight (and bias), a linear its rows 
 AWQ and SmoothQuant choose s so that what is rounded afterwards loses less.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
-from torch import Tensor
 
 from stages.compress.method import WeightMethod
 from stages.compress.walk import Group
 from stages.core.errors import Refusal
 from stages.corpus.windows import Calibration
 from stages.quantization.feeds import Feed, feeds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Folding(WeightMethod):

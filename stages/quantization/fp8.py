@@ -7,13 +7,16 @@ all texts as one matrix (OPT's fc1), transformers finds one scale for all of the
 on what it is batched with. See `stages.model.floats`.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from stages.core.schema import NoData
 from stages.model.floats import Float8
 from stages.quantization.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FP8(Quantizer):

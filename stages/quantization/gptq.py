@@ -13,17 +13,21 @@ what matters most is rounded while most is left to make up for it. Columns of a 
 times, hence its scale must be static, and columns are stored where they were: the file is an ordinary one.
 """
 
-from typing import Annotated, Literal, Self
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from stages.compress.statistics import Hessian
 from stages.compress.surgeon import COLUMNS, sweep
+from stages.core.lazy import torch
 from stages.corpus.windows import Calibration
 from stages.model.grid import Codes
 from stages.quantization.quantizer import IntegerQuantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GPTQ(IntegerQuantizer):

@@ -12,15 +12,19 @@ passed through, each group keeps the one with the least error, and round to near
 Less error in the weights is no promise of less in what the model says.
 """
 
-from typing import Annotated, Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Annotated, Literal
+
 from pydantic import Field
-from torch import Tensor
 
+from stages.core.lazy import torch
 from stages.core.schema import NoData
 from stages.model.grid import Codes, bounds
 from stages.quantization.quantizer import IntegerQuantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HQQ(IntegerQuantizer):

@@ -5,13 +5,16 @@ the grid ends at 6, so up to half of the range goes unused. NVFP4 pays a quarter
 See `stages.model.floats`. Weights only: activations stay as they are.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from stages.core.schema import NoData
 from stages.model import floats
 from stages.quantization.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MXFP4(Quantizer):

@@ -9,18 +9,22 @@ No format of compressed-tensors knows these levels: the checkpoint is dense and 
 its `bits_per_weight` is what the codes would take.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from stages.core.lazy import torch
 from stages.core.schema import NoData
-from stages.model.floats import E4M3, E4M3_MAX
+from stages.model.floats import E4M3_MAX
 from stages.model.grid import Quantized
 from stages.quantization.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTERMOST = (1 - 1 / 30 + 1 - 1 / 32) / 2
 """The quantile that becomes 1: halfway between those at which 15 and 16 equal bins end, less half a bin."""
@@ -90,6 +94,6 @@ def rounded(scale: Tensor) -> tuple[Tensor, int]:
     flat, mean = scale.flatten(), scale.mean()
     chunks = torch.nn.functional.pad(flat - mean, (0, -len(flat) % SCALES)).view(-1, SCALES)
     unit = chunks.abs().amax(1, keepdim=True) / E4M3_MAX
-    codes = (chunks / torch.where(unit == 0, 1.0, unit)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    codes = (chunks / torch.where(unit == 0, 1.0, unit)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     back = (codes.float() * unit).flatten()[: len(flat)] + mean
     return back.clamp(min=0).view(scale.shape), len(flat) * 8 + unit.numel() * 32 + 32

@@ -5,13 +5,16 @@
 or gate and up, into one matrix takes one of their fp32 numbers for all, and may lose precision by it.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from stages.core.schema import NoData
 from stages.model import floats
 from stages.quantization.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class NVFP4(Quantizer):

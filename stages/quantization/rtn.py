@@ -1,12 +1,15 @@
 """Round to nearest: each weight goes to the closest point of its group's grid. Needs no data."""
 
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from stages.core.schema import NoData
 from stages.model.grid import Codes
 from stages.quantization.quantizer import IntegerQuantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RTN(IntegerQuantizer):

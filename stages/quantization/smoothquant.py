@@ -11,20 +11,23 @@ would compute with inputs that nobody rounded. Where a model hands a linear `[to
 (OPT's fc1 and fc2), transformers finds one scale for all the tokens of a batch; the record names those.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from stages.compress.statistics import Statistic
+from stages.core.lazy import torch
 from stages.core.numbers import finite
 from stages.model.grid import Int8, Integers
 from stages.quantization.fold import Folding
 from stages.quantization.quantizer import Quantizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stages.compress.walk import Group
 
 
@@ -67,7 +70,7 @@ class SmoothQuant(Folding, Quantizer):
         """Always."""
         return True
 
-    def prepare(self, groups: "list[Group]", block: Callable[[], Any]) -> dict[str, list[str]]:
+    def prepare(self, groups: list[Group], block: Callable[[], Any]) -> dict[str, list[str]]:
         """Fold, and note the linears whose inputs plain transformers rounds with one scale a batch."""
         together = [one.name for group in groups if group.inputs.ndim == 2 for one in group.linears]
         return {**super().prepare(groups, block), "inputs_share_a_scale": together}

@@ -6,15 +6,20 @@ the master under a mask, the master rounded to a grid. Every promise about weigh
 `ByAdam` is what the arms that are trained so have in common.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor, nn
-
+from stages.core.lazy import torch
+from stages.core.numbers import no_grad
 from stages.recovery.arm import Arm
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 EPSILON = 1e-8
-Publish = Callable[[Tensor, Tensor], Tensor]
+Publish: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 """The new weight from a master, fp32, and the weight as it is now; both shaped as stored."""
 
 
@@ -81,7 +86,7 @@ class Adam:
                 }
         self._publish_all()
 
-    @torch.no_grad()
+    @no_grad
     def _publish_all(self) -> None:
         for name, weight in self._weights.items():
             master = self._masters[name]

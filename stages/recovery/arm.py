@@ -4,14 +4,15 @@ The loop (`stages.recovery.training`) knows batches, schedules, clipping, checkp
 makes one method another, and every promise it gives (a mask, a grid), is behind `Arm`.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from stages.model.grid import Quantized
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 class Finished:
     """What a training leaves: a plain model, and what must hold of the file that it becomes."""
 
-    model: "PreTrainedModel"
+    model: PreTrainedModel
     keep: Mapping[str, Tensor] = field(default_factory=dict)
     """Positions that must be zero in the file, bool, shaped as stored, by linear; see `zero_masks`."""
-    codes: "Mapping[str, Quantized]" = field(default_factory=dict)
+    codes: Mapping[str, Quantized] = field(default_factory=dict)
     """By linear, what it is stored as; the model's weights are their values. Empty: a dense checkpoint."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Facts for the artifact's record, constant from run to run."""
@@ -33,7 +34,7 @@ class Finished:
 class Arm(ABC):
     """A model in training: which parameters get gradients, what a step does to them, and what comes out."""
 
-    model: "PreTrainedModel"
+    model: PreTrainedModel
     """What is run forward, in `run.dtype`."""
 
     @abstractmethod

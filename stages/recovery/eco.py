@@ -25,20 +25,22 @@ behind its masters' path by up to beta / (1 - beta) / 2 steps of the grid. The r
 plain training's. Rounding is to the nearest; the paper finds a drawn one somewhat better.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
+from stages.core.lazy import torch
+from stages.core.numbers import no_grad
 from stages.recovery.adam import EPSILON
 from stages.recovery.arm import Arm, Finished
 from stages.recovery.grids import SourceGrid, integers, rounded, unfrozen
 from stages.recovery.tuning import Tuning
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from stages.model.grid import Codes
@@ -63,7 +65,7 @@ class ECO(Tuning):
         """GPT-2, whose linears no format holds on a grid."""
         return {"gpt2": "no format holds codes of its Conv1D, so no source of it has a grid in its files"}
 
-    def arm(self, model: "PreTrainedModel", grid: SourceGrid | None) -> Arm:
+    def arm(self, model: PreTrainedModel, grid: SourceGrid | None) -> Arm:
         """Moments for every linear on the grid; nothing else is trained."""
         return ErrorCompensating(self, model, integers(grid))
 
@@ -71,7 +73,7 @@ class ECO(Tuning):
 class ErrorCompensating(Arm):
     """Weights on the grid and the moments of their gradients and errors."""
 
-    def __init__(self, recipe: ECO, model: "PreTrainedModel", grid: "Mapping[str, Codes]") -> None:
+    def __init__(self, recipe: ECO, model: PreTrainedModel, grid: Mapping[str, Codes]) -> None:
         self.model = model
         self._recipe, self._codes = recipe, dict(grid)
         self._weights = unfrozen(model, grid, recipe.ignore)
@@ -100,7 +102,7 @@ class ErrorCompensating(Arm):
         """The weights on the grid."""
         return self._weights
 
-    @torch.no_grad()
+    @no_grad
     def step(self, learning_rate: float) -> None:
         """A step of the optimizer, rounded; its error goes into the first moment."""
         self._steps += 1
@@ -133,7 +135,7 @@ class ErrorCompensating(Arm):
         told = {f"{name}.{kind}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
         return {**told, "steps": self._steps}
 
-    @torch.no_grad()
+    @no_grad
     def load(self, state: Mapping[str, Tensor]) -> None:
         """What `state` told, into place, and the weights."""
         for name, weight in self._weights.items():

@@ -5,17 +5,18 @@ anything but zero, AdamW moves them by exactly nothing, and a mask is not lost i
 Weight decay would move them where they are not zero; there they get back the very numbers they had.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from stages.core.lazy import torch
 from stages.recovery.adam import ByAdam, Publish
 from stages.recovery.arm import Arm, Finished
 from stages.recovery.keep import Keeping, moving
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from stages.recovery.grids import SourceGrid
@@ -26,13 +27,13 @@ class Full(Keeping):
 
     method: Literal["full"]
 
-    def arm(self, model: "PreTrainedModel", grid: "SourceGrid | None") -> Arm:
+    def arm(self, model: PreTrainedModel, grid: SourceGrid | None) -> Arm:
         """See `Tuning.arm`."""
         return _Full(model, self, grid)
 
 
 class _Full(ByAdam):
-    def __init__(self, model: "PreTrainedModel", recipe: Full, grid: "SourceGrid | None") -> None:
+    def __init__(self, model: PreTrainedModel, recipe: Full, grid: SourceGrid | None) -> None:
         from stages.model.blocks import blocks, linears
 
         self.model, self._recipe, self._grid = model, recipe, grid

@@ -5,19 +5,21 @@ on the source's own grid, scales and zero points as they are, or written dense. 
 source's files, so a source whose codes no format holds (`fake_quantized`) has none any more.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
+from stages.core.numbers import no_grad
 from stages.model.artifact import load_config, load_record
 from stages.model.blocks import linears
 from stages.model.grid import Codes, Quantized
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from stages.recovery.tuning import Tuning
@@ -27,7 +29,7 @@ SourceGrid = Mapping[str, Quantized]
 """What each quantized linear of a source is stored as, by the linear's full name."""
 
 
-def check(recipe: "Tuning") -> None:
+def check(recipe: Tuning) -> None:
     """Hold the recipe against how its source is stored; no weight is read.
 
     Raises:
@@ -60,7 +62,7 @@ def check(recipe: "Tuning") -> None:
         raise Refusal(f"requantize cannot be true: {fake}; write a dense checkpoint by false.")
 
 
-def source_grid(artifact: str, model: "PreTrainedModel") -> SourceGrid | None:
+def source_grid(artifact: str, model: PreTrainedModel) -> SourceGrid | None:
     """The grid that the linears of `artifact` are stored on; None where they are stored dense.
 
     Args:
@@ -84,7 +86,7 @@ def integers(grid: SourceGrid | None) -> dict[str, Codes]:
     return {name: code for name, code in (grid or {}).items() if isinstance(code, Codes)}
 
 
-def unfrozen(model: "PreTrainedModel", grid: SourceGrid, ignore: tuple[str, ...]) -> dict[str, nn.Parameter]:
+def unfrozen(model: PreTrainedModel, grid: SourceGrid, ignore: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """The weights of `model` on `grid`, by linear, which alone get gradients from here on, in fp32."""
     model.requires_grad_(False)
     names = [one.name for one in linears(model, ignore) if one.name in grid]
@@ -96,7 +98,9 @@ def unfrozen(model: "PreTrainedModel", grid: SourceGrid, ignore: tuple[str, ...]
 
 
 def _moved(code: Any, device: torch.device) -> Any:
-    tensors = {field: value.to(device) for field, value in vars(code).items() if isinstance(value, Tensor)}
+    tensors = {
+        field: value.to(device) for field, value in vars(code).items() if isinstance(value, torch.Tensor)
+    }
     return replace(code, **tensors)
 
 
@@ -112,8 +116,8 @@ def rounded(name: str, code: Code, weight: Tensor) -> Code:
     return made
 
 
-@torch.no_grad()
-def put_on(grid: SourceGrid, model: "PreTrainedModel") -> dict[str, Quantized]:
+@no_grad
+def put_on(grid: SourceGrid, model: PreTrainedModel) -> dict[str, Quantized]:
     """Round the linears of `model` to `grid`, in place, and return their codes by name. Zeros stay zero.
 
     Raises:

@@ -9,16 +9,16 @@ A frozen weight keeps the value it has when training begins, bit for bit. Four a
   worse than `small`, it is the values of small weights that counted, not that so many were left out.
 """
 
-import hashlib
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from math import floor
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from stages.compress.select import grown, lowest
+from stages.core.lazy import torch
+from stages.core.numbers import count_of, generator
 from stages.core.schema import Strict
 from stages.model.blocks import Linear
 from stages.recovery.arm import Finished
@@ -26,6 +26,7 @@ from stages.recovery.grids import put_on
 from stages.recovery.tuning import Tuning
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from stages.recovery.grids import SourceGrid
@@ -44,17 +45,14 @@ class Small(Strict):
         scores = {one.name: one.weight.float().abs() for one in found}
         if self.scope == "global":
             flat = torch.cat([score.flatten() for score in scores.values()])
-            chosen = grown(flat, flat == 0, self._count(len(flat)))
+            chosen = grown(flat, flat == 0, count_of(self.sparsity, len(flat)))
             parts = chosen.split([score.numel() for score in scores.values()])
             return {one.name: part.view(one.weight.shape) for one, part in zip(found, parts, strict=True)}
         by_row = self.scope == "row"
         return {
-            name: lowest(score.__getitem__, score == 0, self._count(score.numel()), by_row=by_row)
+            name: lowest(score.__getitem__, score == 0, count_of(self.sparsity, score.numel()), by_row=by_row)
             for name, score in scores.items()
         }
-
-    def _count(self, weights: int) -> int:
-        return floor(weights * self.sparsity + 1e-6)
 
 
 class Keeping(Tuning):
@@ -95,7 +93,7 @@ class Keeping(Tuning):
         return {one.name: (small[one.name].T if one.transposed else small[one.name]) for one in found}
 
     def finished(
-        self, model: "PreTrainedModel", frozen: Mapping[str, Tensor], grid: "SourceGrid | None"
+        self, model: PreTrainedModel, frozen: Mapping[str, Tensor], grid: SourceGrid | None
     ) -> Finished:
         """What was trained with these weights `frozen`, on the source's grid again where asked for."""
         model = model.requires_grad_(False).eval()
@@ -111,7 +109,6 @@ def moving(frozen: Tensor) -> Tensor:
 
 def _shuffle(weight: Tensor, chosen: Tensor, salt: str) -> None:
     """Permute the `chosen` entries of `weight` `[out, in]` in place, by a draw that `salt` decides alone."""
-    digest = hashlib.sha256(salt.encode()).digest()
-    draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    draw = generator(salt)
     values = weight[chosen]
     weight[chosen] = values[torch.randperm(len(values), generator=draw).to(values.device)]

@@ -9,12 +9,13 @@ there is nothing to mask, and peft's own layer does what it does anywhere.
 On a quantized source these are adapters over its dequantized weights (QLoRA, 2305.14314, without its grid).
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import nn
 
+from stages.core.lazy import torch
 from stages.recovery.adam import ByAdam
 from stages.recovery.arm import Arm, Finished
 from stages.recovery.keep import Keeping, moving
@@ -33,13 +34,13 @@ class LoRA(Keeping):
     alpha: Annotated[float, Field(gt=0)]
     """The update is scaled by alpha / rank."""
 
-    def arm(self, model: "PreTrainedModel", grid: "SourceGrid | None") -> Arm:
+    def arm(self, model: PreTrainedModel, grid: SourceGrid | None) -> Arm:
         """See `Tuning.arm`."""
         return _LoRA(model, self, grid)
 
 
 class _LoRA(ByAdam):
-    def __init__(self, model: "PreTrainedModel", recipe: LoRA, grid: "SourceGrid | None") -> None:
+    def __init__(self, model: PreTrainedModel, recipe: LoRA, grid: SourceGrid | None) -> None:
         import peft
         from transformers.pytorch_utils import Conv1D
 
@@ -57,7 +58,7 @@ class _LoRA(ByAdam):
             task_type="CAUSAL_LM",
         )
         if self._frozen:
-            config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
+            config._register_custom_module({torch.nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
         torch.manual_seed(recipe.seed)
         self._adapted = peft.get_peft_model(model, config)
         self.model = self._adapted.get_base_model()

@@ -10,34 +10,35 @@ k tokens alone it does not leave the student free to put what it likes on the ot
 size when T grows (Hinton et al. 2015, 1503.02531).
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.memory import exhausted
+from stages.core.numbers import no_grad
 from stages.corpus.rows import IGNORED, Batch, Row, TopLogits, collate
 from stages.recovery.tuning import Distillation
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
 
-def loss(model: "PreTrainedModel", batch: Batch, distillation: Distillation | None) -> tuple[Tensor, int]:
+def loss(model: PreTrainedModel, batch: Batch, distillation: Distillation | None) -> tuple[Tensor, int]:
     """The mean over predicted tokens, a scalar with its graph, and how many these are.
 
     Args:
         batch: on any device; its tensors are moved to the model's.
     """
     logits, wanted = predictions(model, batch)
-    found = F.cross_entropy(logits, wanted)
+    found = torch.nn.functional.cross_entropy(logits, wanted)
     if distillation is not None:
         if batch.teacher is None:
             raise ValueError("distillation needs a batch with a teacher")
@@ -46,7 +47,7 @@ def loss(model: "PreTrainedModel", batch: Batch, distillation: Distillation | No
     return found, batch.predicted
 
 
-def predictions(model: "PreTrainedModel", batch: Batch) -> tuple[Tensor, Tensor]:
+def predictions(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """`[n, vocabulary]` fp32 logits at the n predicted tokens, in order, and those tokens `[n]`.
 
     The output head is run only at places where some row predicts.
@@ -84,8 +85,8 @@ def own_text(positions: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-@torch.no_grad()
-def check_packing(model: "PreTrainedModel", rows: Sequence[Row]) -> None:
+@no_grad
+def check_packing(model: PreTrainedModel, rows: Sequence[Row]) -> None:
     """See that packed texts are apart for this model: what stands first in a row changes nothing behind it.
 
     Layers that carry a state along (recurrent ones, convolutions) take no notice of the mask, and others take
@@ -133,4 +134,4 @@ def divergence(logits: Tensor, teacher: TopLogits, temperature: float) -> Tensor
     log_p = (kept / temperature).log_softmax(1)
     # A student may have outcomes that its teacher, whose vocabulary is all kept, has not: of no probability.
     log_q = (student / temperature).log_softmax(1)[:, : kept.shape[1]]
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

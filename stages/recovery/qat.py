@@ -11,10 +11,10 @@ A code of zero may be a pruned weight or only a small one; the file cannot tell.
 them for pruned, as everything else in the project does; `keep: none` trains them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
-
-from torch import Tensor
 
 from stages.recovery.adam import ByAdam, Publish
 from stages.recovery.arm import Arm, Finished
@@ -22,6 +22,7 @@ from stages.recovery.grids import SourceGrid, integers, rounded, unfrozen
 from stages.recovery.tuning import Tuning
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from stages.model.grid import Codes
@@ -40,7 +41,7 @@ class QAT(Tuning):
         """GPT-2, whose linears no format holds on a grid."""
         return {"gpt2": "no format holds codes of its Conv1D, so no source of it has a grid in its files"}
 
-    def arm(self, model: "PreTrainedModel", grid: SourceGrid | None) -> Arm:
+    def arm(self, model: PreTrainedModel, grid: SourceGrid | None) -> Arm:
         """Masters for every linear on the grid; nothing else is trained."""
         return Rounded(self, model, integers(grid))
 
@@ -48,7 +49,7 @@ class QAT(Tuning):
 class Rounded(ByAdam):
     """Weights that are their masters rounded to the grid after every step."""
 
-    def __init__(self, recipe: QAT, model: "PreTrainedModel", grid: "Mapping[str, Codes]") -> None:
+    def __init__(self, recipe: QAT, model: PreTrainedModel, grid: Mapping[str, Codes]) -> None:
         self.model = model
         self._codes = dict(grid)
         weights = unfrozen(model, grid, recipe.ignore)

@@ -4,18 +4,22 @@ There is one at a time, `step-000050.safetensors` with what else is to be known 
 named after all the training is computed from. The JSON is written last: where it is, the step is whole.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from stages.core.files import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 

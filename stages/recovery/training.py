@@ -6,18 +6,19 @@ loop is our own: transformers' Trainer picks a device by itself, pickles its sta
 not an optimizer's.
 """
 
-import hashlib
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.memory import TRAINED, exhausted, keep_freed
+from stages.core.numbers import generator, seed_of
 from stages.corpus.rows import Row, collate
 from stages.recovery import objective
 from stages.recovery.arm import Arm
@@ -42,7 +43,7 @@ class Plan:
         sizes: tokens of each row.
     """
 
-    def __init__(self, recipe: "Tuning", sizes: Sequence[int]) -> None:
+    def __init__(self, recipe: Tuning, sizes: Sequence[int]) -> None:
         self._recipe, self._sizes = recipe, sizes
         self._epoch, self._order = -1, list[int]()
         self.steps = recipe.steps or self._steps(recipe.tokens or 0)
@@ -72,7 +73,7 @@ class Plan:
     def _at(self, place: int) -> int:
         epoch, inside = divmod(place, len(self._sizes))
         if epoch != self._epoch:
-            draw = torch.Generator().manual_seed(_drawn(self._recipe.seed, f"epoch {epoch}"))
+            draw = generator(f"{self._recipe.seed} epoch {epoch}")
             self._epoch, self._order = epoch, torch.randperm(len(self._sizes), generator=draw).tolist()
         return self._order[inside]
 
@@ -84,9 +85,7 @@ class Plan:
         return step
 
 
-def train(
-    label: str, recipe: "Tuning", arm: Arm, examples: "Examples", checkpoints: Checkpoints
-) -> list[Point]:
+def train(label: str, recipe: Tuning, arm: Arm, examples: Examples, checkpoints: Checkpoints) -> list[Point]:
     """Train `arm` to the end of its budget, from the last checkpoint if there is one.
 
     Args:
@@ -109,7 +108,7 @@ def train(
         raise
 
 
-def _prepare(model: "PreTrainedModel", recipe: "Tuning") -> None:
+def _prepare(model: PreTrainedModel, recipe: Tuning) -> None:
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -117,7 +116,7 @@ def _prepare(model: "PreTrainedModel", recipe: "Tuning") -> None:
 
 
 def _train(
-    label: str, recipe: "Tuning", arm: Arm, examples: "Examples", checkpoints: Checkpoints, plan: Plan
+    label: str, recipe: Tuning, arm: Arm, examples: Examples, checkpoints: Checkpoints, plan: Plan
 ) -> list[Point]:
     def held_out(step: int) -> float | None:
         if step not in plan.evaluated:
@@ -147,11 +146,11 @@ def _train(
     return curve
 
 
-def _step(recipe: "Tuning", arm: Arm, parts: Sequence[Sequence[Row]], step: int, rate: float) -> float:
+def _step(recipe: Tuning, arm: Arm, parts: Sequence[Sequence[Row]], step: int, rate: float) -> float:
     """Do one step and return its loss, the mean over the predicted tokens of all its micro-batches."""
     batches = [collate(rows) for rows in parts]
     predicted = sum(batch.predicted for batch in batches)
-    torch.manual_seed(_drawn(recipe.seed, f"step {step}"))
+    torch.manual_seed(seed_of(f"{recipe.seed} step {step}"))
     total = 0.0
     for batch in batches:
         mean, count = objective.loss(arm.model, batch, recipe.distillation)
@@ -159,17 +158,17 @@ def _step(recipe: "Tuning", arm: Arm, parts: Sequence[Sequence[Row]], step: int,
         _check(total, "training loss", recipe, step)
         (mean * (count / predicted)).backward()
     trained = list(arm.trained().values())
-    norm = nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None])
+    norm = torch.nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None])
     _check(norm.item(), "training gradient", recipe, step)
     if norm > recipe.clip:
-        nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
     arm.step(rate)
     for parameter in trained:
         parameter.grad = None
     return total
 
 
-def _check(value: float, what: str, recipe: "Tuning", step: int) -> None:
+def _check(value: float, what: str, recipe: Tuning, step: int) -> None:
     if not -torch.inf < value < torch.inf:
         raise Diverged(
             f"the {what} became {value} at step {step}; lower learning_rate "
@@ -178,7 +177,7 @@ def _check(value: float, what: str, recipe: "Tuning", step: int) -> None:
         )
 
 
-def held_out_loss(model: "PreTrainedModel", rows: Sequence[Row], batch_size: int) -> float:
+def held_out_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int) -> float:
     """Mean cross entropy over all predicted tokens of `rows`, in nats; the model is left as it was."""
     was, total, predicted = model.training, 0.0, 0
     model.eval()
@@ -191,7 +190,7 @@ def held_out_loss(model: "PreTrainedModel", rows: Sequence[Row], batch_size: int
 
 
 @contextmanager
-def memory(recipe: "Tuning") -> Iterator[None]:
+def memory(recipe: Tuning) -> Iterator[None]:
     """Tell of memory that does not suffice as what it is, on whatever device.
 
     Raises:
@@ -208,8 +207,3 @@ def memory(recipe: "Tuning") -> Iterator[None]:
             f"{recipe.train.sequence_length}), or set gradient_checkpointing: true"
             f"{' (it is)' if recipe.gradient_checkpointing else ''}."
         ) from error
-
-
-def _drawn(seed: int, what: str) -> int:
-    """The seed of one draw, decided by the recipe's seed and what is drawn."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:7], "big")

@@ -1,12 +1,14 @@
 """What every downloaded model declares, whatever format it is stored in."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.schema import Strict
 from stages.sources.origin import Origin, portable
 
@@ -26,7 +28,7 @@ class Model(Strict):
         """Write config, tokenizer and `dtype` safetensors into `folder`; return facts for the record."""
         raise NotImplementedError
 
-    def download(self, key: str, run: "Run") -> None:
+    def download(self, key: str, run: Run) -> None:
         """Write data/models/base/<key>.
 
         Raises:

@@ -5,16 +5,18 @@ way, and evaluation reads that alone, so it needs no hub. A benchmark of many ta
 config a task; each is then written to a folder of its own.
 """
 
+from __future__ import annotations
+
 import re
 import shutil
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-import pandas as pd
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from stages.core.errors import Refusal
+from stages.core.lazy import pd
 from stages.core.schema import Sha256, Strict
 from stages.sources.dataset import Dataset
 from stages.sources.origin import InnerPath, Origin, fetched

@@ -5,13 +5,14 @@ GGUF weights usually lie on a quantized grid already, and dequantizing does not 
 judged on a full-precision model. The grid of every tensor is therefore counted and kept in the record.
 """
 
+from __future__ import annotations
+
 import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from stages.core.lazy import torch
 from stages.core.reading import reading
 from stages.core.schema import Sha256
 from stages.model.artifact import pretrained

@@ -1,12 +1,13 @@
 """A model stored as a transformers checkpoint: safetensors, a config and a tokenizer."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.reading import reading
 from stages.core.schema import Sha256
 from stages.model.artifact import pretrained

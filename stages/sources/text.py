@@ -5,17 +5,18 @@ with the calibration split is dropped (the overlap test of the GPT-3 paper, 2005
 calibrated on the very text it is judged on looks better than it is.
 """
 
+from __future__ import annotations
+
 import io
 import re
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pandas as pd
-import pyarrow as pa
 from pydantic import Field
 
 from stages.core.errors import Refusal
+from stages.core.lazy import pd
 from stages.core.schema import Sha256
 from stages.sources.dataset import Dataset
 from stages.sources.origin import InnerPath, Origin, fetched
@@ -37,6 +38,8 @@ class Text(Dataset):
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write `calibration.parquet` and `evaluation.parquet`, each with one column `text`."""
+        import pyarrow as pa
+
         with fetched(self.source, self.file, self.sha256, data=True) as path:
             try:
                 found = split_documents(path.read_bytes(), self.documents)

@@ -14,21 +14,15 @@ the numbers are drawn on the CPU, a row of them a question, so that neither the 
 decides which are used.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
 from pydantic import Field, model_validator
-from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.schema import Seed
 from stages.corpus.examples import end_of_text, few_shot, prompt, questions
 from stages.corpus.rows import example
@@ -68,13 +62,15 @@ class Answers(Teaching):
             raise ValueError("method answers makes the answers itself; leave completion out")
         return self
 
-    def teach(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Lesson:
+    def teach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Lesson:
         """The questions with the model's answers as what is predicted.
 
         Raises:
             Refusal: the data set has too few questions, they and an answer are longer than the model reads,
                 its logits are not numbers, or it answers nothing.
         """
+        from stages.teaching.decoding import Until, generated
+
         learned, held_out = questions(self)
         asked = learned + held_out
         given = [prompt(one.prompt, self.chat_template, tokenizer) for one in asked]
@@ -95,7 +91,7 @@ class Answers(Teaching):
         said: list[list[int]] = []
         for at in tqdm(range(0, len(prompts), self.batch_size), desc="answering", unit="batch"):
             part = slice(at, at + self.batch_size)
-            ended = _Until(tokenizer, self.until)
+            ended = Until(tokenizer, self.until)
             said += generated(model, shown[part], uniform[part], self.temperature, ends, ended)
         finished = [finished_answer(one, ends, self.until, tokenizer) for one in said]
         if not any(tokenizer.decode(one, skip_special_tokens=True).strip() for one in finished):
@@ -108,42 +104,8 @@ class Answers(Teaching):
         return Lesson(made[: len(learned)], made[len(learned) :], {"cut_at_max_new_tokens": cut})
 
 
-@torch.no_grad()
-def generated(
-    model: "PreTrainedModel",
-    prompts: list[list[int]],
-    uniform: Tensor,
-    temperature: float,
-    ends: list[int],
-    until: "_Until",
-) -> list[list[int]]:
-    """What the model says after each prompt, at most as many tokens as `uniform` `[n, m]` has columns.
-
-    An answer goes on to the end of the longest; what follows the first of `ends` is padding.
-
-    Raises:
-        Refusal: the logits are not numbers.
-    """
-    length = max(map(len, prompts))
-    ids = torch.tensor([[ends[0]] * (length - len(one)) + one for one in prompts])
-    seen = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in prompts])
-    model.generation_config = GenerationConfig()  # the checkpoint's may sample, or punish repetition
-    until.start = length
-    out: Any = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=seen.to(model.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=uniform.shape[1], do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
-        ),
-        logits_processor=LogitsProcessorList([_Drawn(uniform, temperature, length)]),
-        stopping_criteria=StoppingCriteriaList([until]),
-    )
-    said: list[list[int]] = out[:, length:].tolist()
-    return said
-
-
 def finished_answer(
-    said: list[int], ends: list[int], until: str | None, tokenizer: "PreTrainedTokenizerBase"
+    said: list[int], ends: list[int], until: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """`said` to where it ends, the end of text included; all of it where it does not."""
     for count, token in enumerate(said):
@@ -155,39 +117,8 @@ def finished_answer(
     return said
 
 
-def _ends(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's end of text, and what else the checkpoint stops at, a chat's end of turn."""
     config = model.generation_config
     stops = (config.eos_token_id if config is not None else None) or []
     return list(dict.fromkeys([end_of_text(tokenizer), *([stops] if isinstance(stops, int) else stops)]))
-
-
-class _Drawn(LogitsProcessor):
-    """Leaves the token that is drawn as the only possible one."""
-
-    def __init__(self, uniform: Tensor, temperature: float, start: int) -> None:
-        self._uniform, self._temperature, self._start = uniform, temperature, start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not scores.isfinite().all():
-            raise Refusal("the teacher's logits are not finite numbers; take another one.")
-        if not self._temperature:
-            return scores
-        total = (scores.cpu().double() / self._temperature).softmax(1).cumsum(1)
-        column = self._uniform[:, input_ids.shape[1] - self._start, None]
-        place = torch.searchsorted(total, column * total[:, -1:], right=True).clamp(max=total.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, place.to(scores.device), 0.0)
-
-
-class _Until(StoppingCriteria):
-    """Stops where an answer holds `until`; `start` is where answers begin."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", until: str | None) -> None:
-        self._tokenizer, self._until, self.start = tokenizer, until, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        said = [
-            self._until is not None and self._until in self._tokenizer.decode(row[self.start :])
-            for row in input_ids
-        ]
-        return torch.tensor(said, device=input_ids.device)

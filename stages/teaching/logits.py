@@ -5,15 +5,17 @@ it is kept instead of the teacher: the `top` likeliest tokens of every predicted
 log-probabilities, and that of all others together (see `stages.recovery.objective`).
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
+from stages.core.numbers import no_grad
 from stages.corpus.examples import choose
 from stages.corpus.rows import TopLogits, collate
 from stages.corpus.taught import Graded, Lesson
@@ -21,6 +23,7 @@ from stages.recovery.objective import predictions
 from stages.teaching.teaching import Teaching
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -33,8 +36,8 @@ class Logits(Teaching):
     top: Annotated[int, Field(ge=1)] | None = 64
     """Tokens kept of each distribution, eight bytes each; null keeps the whole vocabulary."""
 
-    @torch.no_grad()
-    def teach(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Lesson:
+    @no_grad
+    def teach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Lesson:
         """The examples, those to train on with a teacher.
 
         Raises:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from stages.compress import causal
-from stages.compress.causal import OnCPU, causal_attention
+from stages.compress.causal import by_queries, causal_attention
 from stages.compress.statistics import ColumnNorm
 from stages.compress.walk import walk
 from tests import families
@@ -64,7 +64,7 @@ def test_values_may_be_of_another_size():
 def test_it_stands_in_where_it_computes_the_same_however_it_is_called():
     q, k, v = drawn(6, 2, 70, 16)
     ours = causal_attention(q, k, v)
-    with torch.no_grad(), OnCPU():
+    with torch.no_grad(), by_queries():
         assert torch.equal(scaled_dot_product_attention(q, k, v, None, 0.0, True, enable_gqa=True), ours)
         made = scaled_dot_product_attention(query=q, key=k, value=v, is_causal=True, enable_gqa=True)
         assert torch.equal(made, ours)
@@ -96,7 +96,7 @@ def test_torch_computes_all_else(asked, monkeypatch):
     }
     with torch.set_grad_enabled("grad" in asked):
         wanted = scaled_dot_product_attention(q, k, v, **given)
-        with OnCPU():
+        with by_queries():
             assert torch.equal(scaled_dot_product_attention(q, k, v, **given), wanted)
 
 
@@ -120,7 +120,7 @@ def test_what_torch_broadcasts_or_refuses_is_left_to_it(shapes, monkeypatch):
 
     with torch.no_grad():
         wanted = outcome()
-        with OnCPU():
+        with by_queries():
             assert outcome() == wanted
 
 
@@ -128,7 +128,7 @@ def test_a_scale_of_nothing_is_torchs():
     q, k, v = drawn(4, 4, 40, 16)
     with torch.no_grad():
         wanted = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)
-        with OnCPU():
+        with by_queries():
             made = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)
     torch.testing.assert_close(made, wanted, rtol=0, atol=0, equal_nan=True)
 

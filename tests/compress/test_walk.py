@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
-from stages.compress.causal import OnCPU
+from stages.compress.causal import by_queries
 from stages.compress.statistics import ColumnNorm, Hessian, Statistic
 from stages.compress.walk import Group, walk
 from stages.core.errors import Refusal
@@ -97,7 +97,7 @@ def honest(family: str, sequential: str, tokens: torch.Tensor) -> tuple[dict, to
         for step in steps:
             names = [f"{block}.{name}" for name in step]
             watched = families.model(family) if sequential == "none" else model
-            with torch.no_grad(), OnCPU():
+            with torch.no_grad(), by_queries():
                 seen |= inputs_of(watched, names, tokens)
             for linear in (one for one in linears(model) if one.name in names):
                 linear.weight.copy_(coarse(linear.weight))

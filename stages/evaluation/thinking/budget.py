@@ -13,7 +13,6 @@ An answer is what comes after thinking; the task sees nothing else. Tokens are c
 generated them: all of its thinking, over every "Wait", and its answer. What was appended is not counted.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, StoppingCriteria
 
 from stages.core.errors import Refusal
+from stages.core.numbers import generator, sample
 from stages.evaluation.shared import SharedPrefixLM
 from stages.evaluation.thinking.settings import Thinking
 
@@ -169,8 +169,7 @@ class BudgetLM(SharedPrefixLM):
 
     def _numbers(self, prompt: str, what: str, count: int) -> Tensor:
         """`count` numbers in [0, 1), float64, that decide on what is drawn."""
-        key = hashlib.sha256(repr((self._seed, self.draw, what, prompt)).encode()).digest()
-        draw = torch.Generator().manual_seed(int.from_bytes(key[:8], "big", signed=True))
+        draw = generator(repr((self._seed, self.draw, what, prompt)), size=8)
         return torch.rand(count, generator=draw, dtype=torch.float64)
 
     def _generate(
@@ -255,9 +254,7 @@ class _Drawn(LogitsProcessor):
         step = input_ids.shape[1] - self.start
         # A row that has used up its numbers is finished; what comes after is cut off.
         at = [float(row[step]) if step < len(row) else 0.0 for row in self.numbers]
-        total = (scores.float().cpu().double() / self.temperature).softmax(1).cumsum(1)
-        aim = torch.tensor(at, dtype=torch.float64)[:, None] * total[:, -1:]
-        place = torch.searchsorted(total, aim, right=True).clamp(max=scores.shape[1] - 1)
+        place = sample(scores, torch.tensor(at, dtype=torch.float64), self.temperature)
         others = torch.arange(scores.shape[1]) != place
         return torch.zeros_like(scores).masked_fill(others.to(scores.device), -torch.inf)
 

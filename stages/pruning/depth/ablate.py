@@ -5,21 +5,23 @@ blocks left out share how they begin: they are run in such an order that a run s
 it first differs from the run before, whose residual stream is kept.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.model.blocks import blocks, check_length, forward
 from stages.pruning.depth.observe import Target, first_of, stream_of
 from stages.pruning.depth.remove import output_projections
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -31,7 +33,7 @@ class Rows:
     predicted: Tensor
 
     @classmethod
-    def of(cls, windows: Tensor) -> "Rows":
+    def of(cls, windows: Tensor) -> Rows:
         """Running text: every token of a window but its first is predicted."""
         predicted = torch.ones_like(windows, dtype=torch.bool)
         predicted[:, 0] = False
@@ -46,7 +48,7 @@ class Ablation:
     """
 
     def __init__(
-        self, model: "PreTrainedModel", rows: Rows, batch_size: int, target: Target, label: str
+        self, model: PreTrainedModel, rows: Rows, batch_size: int, target: Target, label: str
     ) -> None:
         check_length(model, rows.tokens)
         self._model, self._rows, self._batch_size, self._label = model, rows, batch_size, label
@@ -142,7 +144,7 @@ class Ablation:
         return step
 
 
-def _chain(model: "PreTrainedModel") -> int | None:
+def _chain(model: PreTrainedModel) -> int | None:
     """How many values a block returns, None for a bare tensor.
 
     Raises:
@@ -167,4 +169,4 @@ def _chain(model: "PreTrainedModel") -> int | None:
         raise Refusal(
             f"{type(model).__name__} does something between its blocks, so they cannot be left out singly."
         )
-    return None if isinstance(outputs[0], Tensor) else len(outputs[0])
+    return None if isinstance(outputs[0], torch.Tensor) else len(outputs[0])

@@ -7,18 +7,21 @@ sparsity counts those zeros. Instead of nothing a removed block can leave its me
 calibration text behind, x -> x + E f(x) (2407.16286), in the bias of the block before it.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
-from torch import Tensor
 
 from stages.compress.method import Change, Context, WholeModel
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.schema import NoData, Seed
 from stages.corpus.windows import Tokens
 from stages.pruning.depth.tasks import Asked, Items
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from stages.pruning.depth.rank import Ranking
@@ -90,7 +93,7 @@ class Depth(WholeModel):
             )
         return self
 
-    def change(self, model: "PreTrainedModel", context: Context) -> Change:
+    def change(self, model: PreTrainedModel, context: Context) -> Change:
         """Remove blocks, or zero their attention."""
         from stages.model.blocks import linears
         from stages.model.checkpoint import zero_masks
@@ -106,7 +109,7 @@ class Depth(WholeModel):
         ranking = self.rank(model, data, context.seed)
         means: dict[int, Tensor] = {}
         if self.replace_by_mean:
-            assert isinstance(self.calibration, Batches) and isinstance(data, Tensor)
+            assert isinstance(self.calibration, Batches) and isinstance(data, torch.Tensor)
             means = mean.updates(model, data, self.calibration.batch_size, self.target)
         done = self._remove(model, ranking.removed, means)
         notes = {"removed": list(ranking.removed), **ranking.notes, **done}
@@ -132,7 +135,7 @@ class Depth(WholeModel):
                 "fewer, or keep fewer."
             )
 
-    def _choices(self, model: "PreTrainedModel") -> list[int]:
+    def _choices(self, model: PreTrainedModel) -> list[int]:
         """Blocks that may go, in ascending order."""
         from stages.model.blocks import blocks
         from stages.pruning.depth.remove import output_projections
@@ -150,7 +153,7 @@ class Depth(WholeModel):
             )
         return choices
 
-    def rank(self, model: "PreTrainedModel", data: "Tensor | Asked | None", seed: int) -> "Ranking":
+    def rank(self, model: PreTrainedModel, data: Tensor | Asked | None, seed: int) -> Ranking:
         """Which blocks of `model` go, and why.
 
         Args:
@@ -184,7 +187,7 @@ class Depth(WholeModel):
         return rank.of(rank.shapley(ablation, choices, self.samples, drawn), self.blocks)
 
     def _remove(
-        self, model: "PreTrainedModel", removed: tuple[int, ...], means: dict[int, Tensor]
+        self, model: PreTrainedModel, removed: tuple[int, ...], means: dict[int, Tensor]
     ) -> dict[str, Any]:
         """Do it, in place; returns facts for the notes."""
         from stages.pruning.depth import mean

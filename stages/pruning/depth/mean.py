@@ -5,21 +5,22 @@ no block, only a bias that adds to the residual stream: that of the last kept bl
 attention that of its own output projection. Which linear has such a bias is found by moving it.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.model.blocks import Linear, blocks, forward, linears
 from stages.pruning.depth.observe import Target, first_of, observe
 from stages.pruning.depth.remove import output_projections
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
-def check(model: "PreTrainedModel", target: Target) -> None:
+def check(model: PreTrainedModel, target: Target) -> None:
     """Refuse a family without a bias that could hold a mean.
 
     Raises:
@@ -35,7 +36,7 @@ def check(model: "PreTrainedModel", target: Target) -> None:
         )
 
 
-def updates(model: "PreTrainedModel", windows: Tensor, batch_size: int, target: Target) -> dict[int, Tensor]:
+def updates(model: PreTrainedModel, windows: Tensor, batch_size: int, target: Target) -> dict[int, Tensor]:
     """E f(x) over all tokens, `[hidden]` fp64 on the CPU, by block number.
 
     Of an attention it is the mean of what its output projection gives.
@@ -65,7 +66,7 @@ def updates(model: "PreTrainedModel", windows: Tensor, batch_size: int, target: 
     return {number: total / windows.numel() for number, total in sums.items()}
 
 
-def leave(model: "PreTrainedModel", removed: tuple[int, ...], means: dict[int, Tensor]) -> None:
+def leave(model: PreTrainedModel, removed: tuple[int, ...], means: dict[int, Tensor]) -> None:
     """Add the mean of each block to be removed to a bias of the last block before it that stays.
 
     Args:
@@ -77,7 +78,7 @@ def leave(model: "PreTrainedModel", removed: tuple[int, ...], means: dict[int, T
         held.copy_(held.double() + means[number].to(held.device))
 
 
-def holder(model: "PreTrainedModel", number: int) -> Linear:
+def holder(model: PreTrainedModel, number: int) -> Linear:
     """The last linear of a block whose bias, when moved, moves the block's output by as much.
 
     Raises:
@@ -102,7 +103,7 @@ def holder(model: "PreTrainedModel", number: int) -> Linear:
     )
 
 
-def _output(model: "PreTrainedModel", block: nn.Module) -> Tensor:
+def _output(model: PreTrainedModel, block: nn.Module) -> Tensor:
     """What a block gives for two tokens, `[1, 2, hidden]`."""
     seen: list[Tensor] = []
     handle = block.register_forward_hook(lambda _, __, output: seen.append(first_of(output)))

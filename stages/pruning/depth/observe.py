@@ -4,23 +4,26 @@ A block reads the stream x and adds to it: x -> x + f(x). `observe` shows every 
 those of its attention, through hooks on the model's own forward.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.model.blocks import blocks, check_length, forward
 from stages.pruning.depth.remove import attention_of
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 Target = Literal["block", "attention"]
 """What is removed: whole blocks, or their attention."""
-See = Callable[[int, Tensor, Tensor], None]
+See: TypeAlias = "Callable[[int, Tensor, Tensor], None]"
 """(block number, the stream before it, the stream after it), both `[windows, tokens, hidden]`."""
 
 
@@ -31,7 +34,7 @@ def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def observe(
-    model: "PreTrainedModel", windows: Tensor, batch_size: int, target: Target, see: See, label: str
+    model: PreTrainedModel, windows: Tensor, batch_size: int, target: Target, see: See, label: str
 ) -> None:
     """Call `see` for every block and every `batch_size` windows of one forward.
 
@@ -80,5 +83,5 @@ def _watch(number: int, block: nn.Module, attention: nn.Module | None, see: See,
 
 def first_of(output: Any) -> Tensor:
     """The hidden states among what a block or an attention returns."""
-    stream: Tensor = output if isinstance(output, Tensor) else output[0]
+    stream: Tensor = output if isinstance(output, torch.Tensor) else output[0]
     return stream

@@ -6,21 +6,23 @@ model's predictions lose without a block (perplexity, Shapley, greedy), and `rev
 Blocks are numbered as in the source; `choices` are those that may go.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.model.blocks import blocks
 from stages.pruning.depth.ablate import Ablation
 from stages.pruning.depth.observe import Target, observe
 from stages.pruning.depth.tasks import Asked
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -52,7 +54,7 @@ def reverse(choices: list[int], count: int) -> Ranking:
 
 
 def block_influence(
-    model: "PreTrainedModel", windows: Tensor, batch_size: int, target: Target
+    model: PreTrainedModel, windows: Tensor, batch_size: int, target: Target
 ) -> dict[int, float]:
     """1 - E cos(x_in, x_out) over tokens (ShortGPT, 2403.03853).
 
@@ -67,7 +69,7 @@ def block_influence(
     return {number: 1 - total / windows.numel() for number, total in sums.items()}
 
 
-def angular(model: "PreTrainedModel", windows: Tensor, batch_size: int, count: int) -> dict[int, float]:
+def angular(model: PreTrainedModel, windows: Tensor, batch_size: int, count: int) -> dict[int, float]:
     """arccos(cos(x_n, x_{n + count})) / pi by the first block n of a run of `count` (2403.17887).
 
     x_n is the stream before block n at the last token of a window; averaged over windows.

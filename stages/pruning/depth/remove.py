@@ -7,23 +7,24 @@ those kept, or the family cannot say such a model and is refused. An attention c
 plain checkpoint at all; its output projection is zeroed instead.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.model.blocks import Linear, blocks, forward, linears
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 PLAIN = (bool, int, float, str, type(None))
 
 
-def drop(model: "PreTrainedModel", removed: Iterable[int]) -> None:
+def drop(model: PreTrainedModel, removed: Iterable[int]) -> None:
     """Take the blocks of these numbers out of `model` and its config, in place.
 
     Raises:
@@ -33,7 +34,7 @@ def drop(model: "PreTrainedModel", removed: Iterable[int]) -> None:
     kept = sorted(set(range(len(found))) - set(removed))
     _shorten(model.config.get_text_config(), kept)
     parent, _, leaf = found[0][0].rpartition(".")[0].rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.ModuleList(found[number][1] for number in kept))
+    setattr(model.get_submodule(parent), leaf, torch.nn.ModuleList(found[number][1] for number in kept))
     for number, (_, block) in enumerate(blocks(model)):
         for module in block.modules():
             if isinstance(vars(module).get("layer_idx"), int):
@@ -50,7 +51,7 @@ def _shorten(config: Any, kept: list[int]) -> None:
             setattr(config, key, type(value)(value[number] for number in kept))
 
 
-def _check(model: "PreTrainedModel") -> None:
+def _check(model: PreTrainedModel) -> None:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
@@ -91,7 +92,7 @@ def _differences(ours: nn.Module, theirs: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def output_projections(model: "PreTrainedModel") -> list[Linear]:
+def output_projections(model: PreTrainedModel) -> list[Linear]:
     """The linear through which each block's attention leaves, in the order of the blocks.
 
     It is the last to compute of those in the block's one child that holds a place in the cache of keys.

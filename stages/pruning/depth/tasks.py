@@ -5,21 +5,22 @@ The prompt is that of the graded suite's likelihood readout: examples in their f
 and each choice after a space.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import fsum
 from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
+from stages.core.lazy import pd, torch
 from stages.core.schema import Slug, Strict
 from stages.pruning.depth.ablate import Rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -32,7 +33,7 @@ class Items(Strict):
     batch_size: Annotated[int, Field(ge=1)] = 4
     """Answers run at a time."""
 
-    def asked(self, tokenizer: "PreTrainedTokenizerBase") -> "Asked":
+    def asked(self, tokenizer: PreTrainedTokenizerBase) -> Asked:
         """The items as rows of tokens.
 
         Raises:

@@ -11,16 +11,19 @@ between:
 - every feature of that token: a norm, so they have nothing to do with each other.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.numbers import finite
 from stages.model.blocks import Linear, blocks, forward, linears
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 TOKENS, TOUCHED = 4, 1
 """Tokens of the dry run, and the one at which a linear's output is changed."""

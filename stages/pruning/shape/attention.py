@@ -1,17 +1,18 @@
 """The heads of an attention: how many, how they share keys and values, and whether there can be fewer."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.pruning.shape.anatomy import Part, reach
 from stages.pruning.shape.shrink import CONFIG, columns, misfits
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 NO_FEWER = "its config cannot say fewer heads"
@@ -35,14 +36,14 @@ class Shape:
         return (heads[:, None] * self.size + torch.arange(self.size, device=heads.device)).flatten()
 
 
-def shape_of(model: "PreTrainedModel", part: Part) -> Shape:
+def shape_of(model: PreTrainedModel, part: Part) -> Shape:
     """The heads of every attention of a model, given one."""
     config: Any = model.config.get_text_config()
     queries: int = config.num_attention_heads
     return Shape(queries, getattr(config, "num_key_value_heads", None) or queries, part.width // queries)
 
 
-def numbers(model: "PreTrainedModel", shape: Shape) -> dict[str, int]:
+def numbers(model: PreTrainedModel, shape: Shape) -> dict[str, int]:
     """What a config must say of these heads."""
     config = model.config.get_text_config()
     said = {"num_attention_heads": shape.queries}
@@ -54,7 +55,7 @@ def numbers(model: "PreTrainedModel", shape: Shape) -> dict[str, int]:
 
 
 def check_family(
-    model: "PreTrainedModel", part: Part, before: Shape, after: Shape, possible: list[Shape]
+    model: PreTrainedModel, part: Part, before: Shape, after: Shape, possible: list[Shape]
 ) -> None:
     """Refuse a model that cannot have the heads of `after`, or any fewer, saying which.
 
@@ -89,7 +90,7 @@ def check_family(
         )
 
 
-def check_apart(model: "PreTrainedModel", parts: Mapping[str, Part], shape: Shape) -> None:
+def check_apart(model: PreTrainedModel, parts: Mapping[str, Part], shape: Shape) -> None:
     """Refuse a model whose heads reach each other before o, as without one the others would change.
 
     Args:

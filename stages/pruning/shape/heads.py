@@ -17,15 +17,16 @@ a head is the hidden size over the number of heads, so they are refused. So is a
 other before o, through a norm over all of them (BitNet) or in pairs (DiffLlama).
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from stages.compress.select import drawn
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.schema import Seed
 from stages.pruning.shape.anatomy import Part, attentions
 from stages.pruning.shape.attention import NO_FEWER, Shape, check_apart, check_family, numbers, shape_of
@@ -33,6 +34,7 @@ from stages.pruning.shape.shrink import Cuts, columns, misfits, rows
 from stages.pruning.shape.shrinker import Shrinker, change_bound, most_important, remaining
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -85,12 +87,12 @@ class Heads(Shrinker):
                 )
         return Shape(left * step, left if whole else shape.groups, shape.size)
 
-    def parts(self, model: "PreTrainedModel") -> dict[str, Part]:
+    def parts(self, model: PreTrainedModel) -> dict[str, Part]:
         """The attentions."""
         return attentions(model)
 
     def plan(
-        self, model: "PreTrainedModel", parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
+        self, model: PreTrainedModel, parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
     ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
         """The heads kept of every block."""
         before = shape_of(model, next(iter(parts.values())))

@@ -6,19 +6,20 @@ that column zeroed. It is a plain checkpoint if the family's config can say its 
 model built empty from the config: every parameter must have the shape of what is kept.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor, nn
-
+from stages.core.lazy import torch
 from stages.model.blocks import Linear
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Cuts = dict[str, tuple[int, Tensor]]
+Cuts: TypeAlias = "dict[str, tuple[int, Tensor]]"
 """What is kept of parameters, by full name: the dimension, as stored, and the indices, ascending int64."""
 CONFIG = "config"
 """Where `misfits` says what the config itself refuses."""
@@ -43,19 +44,19 @@ def kept(tensor: Tensor, name: str, cuts: Cuts) -> Tensor:
     return tensor.index_select(dim, indices.to(tensor.device)).contiguous()
 
 
-def shrink(model: "PreTrainedModel", cuts: Cuts, changes: Mapping[str, int]) -> None:
+def shrink(model: PreTrainedModel, cuts: Cuts, changes: Mapping[str, int]) -> None:
     """Cut the parameters of `model` and change its config, in place; it is then fit to be saved only."""
     for name in cuts:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         tensor = kept(module.get_parameter(leaf).data, name, cuts)
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
     model.config = copy.deepcopy(model.config)  # whoever made the model may hold on to it
     for key, value in changes.items():
         setattr(model.config.get_text_config(), key, value)
 
 
-def misfits(model: "PreTrainedModel", cuts: Cuts, changes: Mapping[str, int]) -> dict[str, str]:
+def misfits(model: PreTrainedModel, cuts: Cuts, changes: Mapping[str, int]) -> dict[str, str]:
     """What a model built from the changed config would have in other shapes than what is kept.
 
     Returns:
@@ -78,7 +79,7 @@ def misfits(model: "PreTrainedModel", cuts: Cuts, changes: Mapping[str, int]) ->
     return told
 
 
-def _changed(model: "PreTrainedModel", changes: Mapping[str, int]) -> "PreTrainedConfig":
+def _changed(model: PreTrainedModel, changes: Mapping[str, int]) -> PreTrainedConfig:
     """A copy of the config with other numbers, checked as if it were read from a file."""
     config: Any = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
@@ -88,7 +89,7 @@ def _changed(model: "PreTrainedModel", changes: Mapping[str, int]) -> "PreTraine
     return made
 
 
-def _shapes(config: "PreTrainedConfig") -> dict[str, torch.Size]:
+def _shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
 

@@ -4,12 +4,13 @@ Importance is taken on the dense model, from its weights or from one forward pas
 same number, so that one number in the config says it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import model_validator
-from torch import Tensor, nn
 
 from stages.compress.method import Change, Context, WholeModel
 from stages.compress.select import smallest
@@ -22,6 +23,7 @@ from stages.pruning.shape.anatomy import Part
 from stages.pruning.shape.shrink import Cuts, kept, shrink
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -53,7 +55,7 @@ class Shrinker(WholeModel):
             raise ValueError(f"importance {self.importance} is measured on text; name one to calibrate")
         return self
 
-    def parts(self, model: "PreTrainedModel") -> dict[str, Part]:
+    def parts(self, model: PreTrainedModel) -> dict[str, Part]:
         """What holds the many things, by the name of its block.
 
         Raises:
@@ -62,7 +64,7 @@ class Shrinker(WholeModel):
         raise NotImplementedError
 
     def plan(
-        self, model: "PreTrainedModel", parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
+        self, model: PreTrainedModel, parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
     ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
         """What is kept, the config's new numbers, and facts for the record.
 
@@ -75,7 +77,7 @@ class Shrinker(WholeModel):
         """
         raise NotImplementedError
 
-    def change(self, model: "PreTrainedModel", context: Context) -> Change:
+    def change(self, model: PreTrainedModel, context: Context) -> Change:
         """Leave out what matters least."""
         from stages.model.blocks import linears
         from stages.model.checkpoint import zero_masks

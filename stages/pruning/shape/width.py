@@ -15,23 +15,25 @@ of down. Every block keeps the same number, so the checkpoint stays plain. With 
 - `random`, the control.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from stages.compress.select import drawn
 from stages.core.errors import Refusal
+from stages.core.lazy import torch
 from stages.core.schema import Seed
 from stages.pruning.shape.anatomy import Part, mlps
 from stages.pruning.shape.shrink import Cuts, columns, misfits, rows
 from stages.pruning.shape.shrinker import Shrinker, change_bound, most_important, remaining
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -93,12 +95,12 @@ class Width(Shrinker):
         assert loudness is not None
         return loudness if self.importance == "activation" else change_bound(part.writer.weight, loudness)
 
-    def parts(self, model: "PreTrainedModel") -> dict[str, Part]:
+    def parts(self, model: PreTrainedModel) -> dict[str, Part]:
         """The MLPs."""
         return mlps(model)
 
     def plan(
-        self, model: "PreTrainedModel", parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
+        self, model: PreTrainedModel, parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
     ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
         """The neurons kept of every block."""
         hidden, width = next(iter(parts.values())).writer.weight.shape
@@ -138,7 +140,7 @@ BY_WEIGHT: dict[str, Callable[[list[Tensor]], Tensor]] = {
 }  # fmt: skip
 
 
-def ruling(model: "PreTrainedModel", cuts: Cuts, width: int, count: int) -> dict[str, int]:
+def ruling(model: PreTrainedModel, cuts: Cuts, width: int, count: int) -> dict[str, int]:
     """The config's number that rules the width of the MLPs, by its key, set to `count`.
 
     It is found by trying: those that are `width` now, and those that are unset, where a family derives it.

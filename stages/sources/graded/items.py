@@ -8,15 +8,17 @@ near misses, and the right one stands at each place alike. Few-shot examples, tr
 are disjoint by a key of the item, such as its terms in order. All is drawn from the seed.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import pandas as pd
 from pydantic import Field, field_validator
 
 from stages.core.errors import Refusal
+from stages.core.lazy import pd
 from stages.core.schema import Seed, Slug, Strict
 from stages.sources.dataset import Dataset
 
