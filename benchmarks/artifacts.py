@@ -432,9 +432,12 @@ def make(raw: dict[str, Any]) -> None:
                     print(f"{artifact}: {type(error).__name__}: {error}")
                 done.add(artifact)
                 todo.remove(artifact)
-    for name in params.evaluations():
-        evaluate(*STAGES["evaluate"].arguments(params, name))
-    report(*STAGES["report"].arguments(params, "all"))
+    for stage, function, names in (("evaluate", evaluate, params.evaluations()), ("report", report, ["all"])):
+        for name in names:
+            try:
+                function(*STAGES[stage].arguments(params, name))
+            except Exception as error:
+                print(f"{stage} {name}: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

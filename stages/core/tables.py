@@ -1,40 +1,151 @@
-"""The two tidy tables every evaluation writes: one row a score, one row an answered item.
+"""The two tidy tables every evaluation writes: a row a score, a row an answered item.
 
-A score row names everything a reader needs to compare it fairly: what the candidate is and how large,
-what it was calibrated on, which task, prompt and readout it answered, and how it was batched.
+A score row names everything that a fair comparison needs: what the candidate is and how large (`Subject`), how it
+was asked (`Setting`), and what it scored on what (`Score`). A column holds one fact, so that nobody has to take a
+text apart again: `metric` is a name, its filter, budget and the metric it counts have columns of their own.
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+from stages.core.lazy import pd
 
 SCORES = "scores.parquet"
 SAMPLES = "samples.parquet"
-
-SCORE_COLUMNS: dict[str, str] = {
-    "candidate": "str", "base": "str", "base_source": "str", "base_grid": "str", "lineage": "str",
-    "prune_method": "str", "sparsity": "float64", "structure": "str", "quantize_method": "str",
-    "bits": "Int64", "group_size": "Int64", "finetune_method": "str", "calibration": "str",
-    "layout": "str", "num_parameters": "Int64", "bits_per_weight": "float64", "bytes_ideal": "Int64",
-    "bytes_on_disk": "Int64", "suite": "str", "dataset_source": "str", "task": "str",
-    "task_version": "str", "template": "str", "shots": "Int64", "prompt_hash": "str",
-    "batch_size": "Int64", "dtype": "str", "device": "str", "threads": "Int64", "difficulty": "str",
-    "readout": "str", "metric": "str", "value": "float64", "floor": "float64", "stderr": "float64",
-    "num_items": "Int64", "higher_is_better": "boolean", "seed": "Int64", "budget": "Int64",
-    "draws": "Int64", "temperature": "float64",
-}  # fmt: skip
-SAMPLE_COLUMNS: dict[str, str] = {
-    "candidate": "str", "suite": "str", "task": "str", "readout": "str", "doc_id": "Int64",
-    "difficulty": "str", "prompt_hash": "str", "target": "str", "response": "str", "metric": "str",
-    "score": "float64", "log_likelihoods": "object", "generated_tokens": "Int64", "budget": "Int64",
-    "draw": "Int64", "thinking": "str",
-}  # fmt: skip
+MEASURE = ("suite", "task", "readout", "metric", "counted", "filter", "budget")
+"""The columns that make two scores, of one difficulty, the same measure."""
 
 
-def table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> pd.DataFrame:
-    """A frame with exactly `columns`, in order, missing values where a row has none.
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a candidate is."""
+
+    candidate: str
+    base: str
+    """The name of the dense model it descends from; that model is the candidate `base/<base>`."""
+    base_source: str
+    base_grid: str | None = None
+    """The number grid the base's weights already lie on, such as `Q4_1 g32`."""
+    source: str | None = None
+    """The artifact it was made from; None for a base."""
+    lineage: list[str]
+    """Its ancestors from the base on, and itself."""
+    prune_method: str | None = None
+    sparsity: float
+    structure: str
+    quantize_method: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    finetune_method: str | None = None
+    calibration: str
+    """What its recipes read, for people."""
+    layout: str
+    num_parameters: int
+    bits_per_weight: float
+    bytes_ideal: int
+    bytes_on_disk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a candidate was asked a suite."""
+
+    suite: str
+    dataset_source: str
+    batch_size: int
+    dtype: str
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One score: a metric of a task, overall or at one level of difficulty."""
+
+    task: str
+    task_version: str
+    template: str = "none"
+    """The sha256 of the chat template around the prompts, or `none`."""
+    shots: int
+    prompt_hash: str | None = None
+    difficulty: str = "all"
+    readout: str
+    """`likelihood`, `generation` or `states`."""
+    metric: str
+    counted: str | None = None
+    """The metric of one answer that a metric over draws counts; None for a metric that is not over draws."""
+    filter: str | None = None
+    """The task's filter of answers; None where it has one only."""
+    budget: int | None = None
+    """Most tokens of thinking; None where nothing is thought."""
+    draws: int | None = None
+    temperature: float | None = None
+    value: float
+    floor: float | None = None
+    """The best score of a responder without knowledge; None where there is no such thing."""
+    stderr: float | None = None
+    num_items: int
+    higher_is_better: bool
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One answer, or one item's score."""
+
+    task: str
+    readout: str
+    doc_id: int
+    difficulty: str = "all"
+    prompt_hash: str
+    target: str | None = None
+    response: str | None = None
+    metric: str
+    counted: str | None = None
+    filter: str | None = None
+    budget: int | None = None
+    draw: int | None = None
+    """The number of the draw that this answer is; None for an item's score."""
+    score: float
+    log_likelihoods: list[float] | None = None
+    generated_tokens: int | None = None
+    thinking: str | None = None
+
+
+KINDS = {"str": "str", "float": "float64", "int": "Int64", "bool": "boolean"}
+
+
+def _columns(*rows: type) -> dict[str, str]:
+    """The columns of a table with the dtypes they are stored in, from the fields of its rows."""
+    return {
+        field.name: KINDS.get(str(field.type).removesuffix(" | None"), "object")
+        for row in rows
+        for field in fields(row)
+    }
+
+
+SCORE_COLUMNS = _columns(Subject, Setting, Score)
+SAMPLE_COLUMNS = {"candidate": "str", "suite": "str", **_columns(Sample)}
+
+
+def score_table(subject: Subject, setting: Setting, scores: Iterable[Score]) -> pd.DataFrame:
+    """Put scores together with whose they are and how they were asked for."""
+    shared = asdict(subject) | asdict(setting)
+    return table((shared | asdict(score) for score in scores), SCORE_COLUMNS)
+
+
+def sample_table(candidate: str, suite: str, samples: Iterable[Sample]) -> pd.DataFrame:
+    """Put answers together with whose they are."""
+    asked = {"candidate": candidate, "suite": suite}
+    return table((asked | asdict(sample) for sample in samples), SAMPLE_COLUMNS)
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:
+    """Make a frame with exactly `columns`, in order, missing where a row has no value.
 
     Raises:
         ValueError: a row has a column that the schema does not know.
@@ -42,54 +153,57 @@ def table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> pd.DataFra
     rows = list(rows)
     if unknown := {key for row in rows for key in row} - columns.keys():
         raise ValueError(f"columns outside the schema: {', '.join(sorted(unknown))}")
-    frame = pd.DataFrame(rows, columns=list(columns))
-    return frame.astype(columns)
+    return pd.DataFrame(rows, columns=list(columns)).astype(dict(columns))
 
 
-def describe(record: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a score row that say what a candidate is, from its `artifact.json`."""
-    row: dict[str, Any] = {
-        "candidate": record["artifact"],
-        "base": record["base"]["name"],
-        "base_source": record["base"]["source"],
-        "base_grid": _grid(record["base"]),
-        "lineage": " > ".join(record["lineage"]),
-        "structure": "dense",
-        **{
-            key: record[key]
-            for key in (
-                "sparsity", "layout", "num_parameters", "bits_per_weight", "bytes_ideal", "bytes_on_disk",
-            )
-        },
-    }  # fmt: skip
+def subject(record: Mapping[str, Any]) -> Subject:
+    """Say what a candidate is, from its `artifact.json`."""
+    facts: dict[str, Any] = {"structure": "dense"}
     read: list[str] = []
     for artifact in record["lineage"]:  # the last recipe of a stage names its method
         if artifact not in record["recipes"]:
             continue
         stage, recipe = artifact.split("/")[0], record["recipes"][artifact]
-        row[f"{stage}_method"] = recipe["method"]
+        facts[f"{stage}_method"] = recipe["method"]
         if stage == "prune":
-            row["structure"] = recipe.get("structure", "unstructured")
+            facts["structure"] = recipe.get("structure", "unstructured")
         grid = recipe if stage == "quantize" else recipe.get("grid")
         if grid and record["layout"] != "dense":  # later steps may have left the grid
-            row |= {"bits": grid["bits"], "group_size": grid["group_size"]}
-        text = recipe.get("calibration") or recipe.get("train")
-        if "shots" in text:
-            read.append(f"{stage}: {text['dataset']} ({record['texts'][text['dataset']]}) graded items")
-        elif "num_samples" in text:
-            kind = text.get("tokens", "text")
-            what = {"text": "", "generated": "generated from ", "random": "random tokens "}[kind]
-            if kind != "random":
-                what += f"{text['dataset']} ({record['texts'][text['dataset']]}) "
-            read.append(f"{stage}: {what}{text['num_samples']}x{text['sequence_length']}")
-    row["calibration"] = "; ".join(read) or "none"
-    return row
+            facts |= {"bits": grid["bits"], "group_size": grid["group_size"]}
+        read += _read(stage, recipe.get("calibration") or recipe.get("train"), record["texts"])
+    lineage = list(record["lineage"])
+    sizes = ("sparsity", "layout", "num_parameters", "bits_per_weight", "bytes_ideal", "bytes_on_disk")
+    return Subject(
+        candidate=record["artifact"],
+        base=record["base"]["name"],
+        base_source=record["base"]["source"],
+        base_grid=_grid(record["base"]),
+        source=lineage[-2] if len(lineage) > 1 else None,
+        lineage=lineage,
+        calibration="; ".join(read) or "none",
+        **{key: record[key] for key in sizes},
+        **facts,
+    )
 
 
-def _grid(base: dict[str, Any]) -> str:
+def _read(stage: str, text: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
+    """Say what a recipe reads, for people."""
+    name = text["dataset"]
+    if "shots" in text:
+        return [f"{stage}: {name} ({sources[name]}) graded items"]
+    if "num_samples" not in text:
+        return []
+    size = f"{text['num_samples']}x{text['sequence_length']}"
+    kind = text.get("tokens", "text")
+    if kind == "random":
+        return [f"{stage}: random tokens {size}"]
+    return [f"{stage}: {'generated from ' if kind == 'generated' else ''}{name} ({sources[name]}) {size}"]
+
+
+def _grid(base: Mapping[str, Any]) -> str | None:
     grid = base.get("grid")
     if not grid:
-        return "none"
+        return None
     return str(grid["format"]) + (f" g{grid['group_size']}" if grid.get("group_size") else "")
 
 
