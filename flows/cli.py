@@ -1,6 +1,6 @@
 """The command line: `prunequant run`, `check`, `diff`, `cost`, `batch-size`, `profile`.
 
-What a user can mend is one message and exit code 2, never a traceback; a stage that fails is exit code 1.
+A mistake that the user can mend is one message and exit code 2, never a traceback; a stage that fails is exit code 1.
 Heavy imports are inside the commands, so that `check` answers without starting Prefect.
 """
 
@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Show a refusal as it is and exit with 2."""
+    """Print a refusal as it is and exit with 2."""
     try:
         yield
     except Refusal as refusal:
@@ -33,13 +33,20 @@ def refusals() -> Iterator[None]:
 def check() -> None:
     """Check params.yaml as a whole; runs nothing."""
     with refusals():
-        from stages.job import load
+        from stages.job.entry import outdated
+        from stages.job.load import load_verified
 
-        checked = load.load_verified()
+        params = load_verified()
     typer.echo(
-        f"params.yaml is sound: {len(checked.models)} model(s), {len(checked.recipes())} recipe(s), "
-        f"{len(checked.evaluate.candidates)} candidate(s) on {len(checked.suites.by_name())} suite(s)."
+        f"params.yaml is sound: {len(params.models)} model(s), {len(params.recipes())} recipe(s), "
+        f"{len(params.evaluate.candidates)} candidate(s) on {len(params.suites.by_name())} suite(s)."
     )
+    if names := outdated():
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        typer.echo(
+            f"data/code does not know the code of {', '.join(names[:6])}{more}: `dvc status` and `dvc repro --dry` "
+            "cannot show what is stale until `dvc repro code` has run (`prunequant run` starts with it)."
+        )
 
 
 @app.command()
@@ -55,11 +62,11 @@ def run(
     """Bring everything, or the targets and what they need, up to date."""
     with refusals():
         from flows import graph
-        from stages.job import load
+        from stages.job.load import load
 
-        load.load()  # a mistake is told before a server is started
-        graph.select(graph.read(), targets or [])
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # all is told below
+        load()  # report a mistake before a server is started
+        graph.select(graph.read_graph(), targets or [])
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow prints for itself
     signal.signal(signal.SIGTERM, _terminated)
     from flows.compare import compare, start_server
 
@@ -67,7 +74,7 @@ def run(
         start_server()
         state = compare(jobs=jobs, targets=targets or [], return_state=True)
     except KeyboardInterrupt:
-        typer.echo("interrupted; finished stages are kept, run again to go on.", err=True)
+        typer.echo("interrupted; finished stages are kept, run again to continue.", err=True)
         raise typer.Exit(130) from None
     if not state.is_completed():
         typer.echo(state.message, err=True)
@@ -84,14 +91,14 @@ def diff(
     with refusals():
         from flows.diff import diff as compare_revisions
 
-        found = compare_revisions(a, b)
+        changes = compare_revisions(a, b)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(changes, indent=2))
     else:
         from flows.show import show
         from flows.terminal import console
 
-        show(found, console)
+        show(changes, console)
 
 
 @app.command()
@@ -103,10 +110,10 @@ def cost(
     os.environ.setdefault("TQDM_DISABLE", "1")
     with refusals():
         from flows import costs
-        from stages.job import load
+        from stages.job.load import load
 
-        found = costs.costs(load.load(), candidate)
-    _tell(found, as_json, costs.cost_table)
+        rows = costs.costs(load(), candidate)
+    _print(rows, as_json, costs.cost_table)
 
 
 @app.command(name="batch-size")
@@ -118,15 +125,15 @@ def batch_size(
 ) -> None:
     """Propose a batch size: the smallest that is about as fast as the fastest, for a model and a suite.
 
-    Take one for all candidates of a suite, for in bfloat16 the batch size changes answers.
+    Use the same for all candidates of a suite, as in bfloat16 the batch size changes answers.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     with refusals():
         from flows import costs
-        from stages.job import load
+        from stages.job.load import load
 
-        found = costs.trials(load.load(), candidate, suite, items)
-    _tell([trial._asdict() for trial in found] if as_json else found, as_json, costs.trial_table)
+        trials = costs.trials(load(), candidate, suite, items)
+    _print([trial._asdict() for trial in trials] if as_json else trials, as_json, costs.trial_table)
 
 
 @app.command()
@@ -137,17 +144,17 @@ def profile(
     with refusals():
         from flows import profiles
 
-        found = profiles.read()
-    _tell(found, as_json, profiles.table)
+        measured = profiles.read_profiles()
+    _print(measured, as_json, profiles.profile_table)
 
 
-def _tell(found: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
+def _print(values: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(values, indent=2))
     else:
         from flows.terminal import console
 
-        console.print(table(found))
+        console.print(table(values))
 
 
 def _terminated(*_: object) -> NoReturn:

@@ -1,9 +1,9 @@
 """The flow: bring every stale stage of DVC's graph up to date, as many side by side as there are cores.
 
-DVC says what there is to do and keeps every result; Prefect runs it. A stage is a task that waits for
-the tasks it depends on and then calls `dvc repro --single-item`. If one fails, what depends on it is
-skipped, everything else still ends, and then the flow fails and says which and why. `dvc repro` alone
-does the same work one stage at a time.
+DVC decides what there is to do and keeps every result; Prefect runs it. A stage is a task that waits for the tasks
+it depends on and then calls `dvc repro --single-item`. If a stage fails, those that depend on it are skipped and all
+others still end; then the flow fails and says which stage failed and why. `dvc repro` alone does the same work one
+stage at a time.
 """
 
 import os
@@ -11,7 +11,9 @@ import signal
 
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")  # it makes a database first
+os.environ.setdefault(
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180"
+)  # it creates a database first
 
 from typing import Any
 
@@ -28,16 +30,16 @@ from flows.plan import plan
 from flows.terminal import console
 from stages.core.errors import Refusal
 
-# A task that waits for its upstream holds a thread, so there are threads for long waits; how many stages
-# really run is decided by `jobs`. Tasks are submitted upstream first, so waits can never be circular.
+# A task that waits for its upstream holds a thread, so there are many threads; `jobs` decides how many stages
+# really run. Tasks are submitted upstream first, so waits are never circular.
 THREADS = 256
 
 
 def start_server() -> None:
-    """Start Prefect's temporary server where none is configured, deaf to ctrl-C.
+    """Start Prefect's temporary server, deaf to ctrl-C, unless a server is configured.
 
-    A terminal sends ctrl-C to every process of the group. Were the server to end with the rest, the flow
-    would wait long to tell it how it ended; it is stopped when this process exits.
+    A terminal sends ctrl-C to every process of the group. If the server ended with the rest, the flow would wait
+    long to report how it ended; the server stops when this process exits.
     """
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_URL
@@ -56,8 +58,8 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
     """Bring the project in the current folder up to date.
 
     Args:
-        jobs: stages side by side; None is as many as there are cores for, one on a GPU.
-        targets: stages or artifacts to make, with all they need; None or empty is everything.
+        jobs: stages side by side; None for as many as there are cores for, one on a GPU.
+        targets: stages or artifacts to make, with all they need; None or empty for everything.
     """
     try:
         run = plan(jobs, targets or [])
@@ -67,11 +69,11 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
     @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
     def stage(name: str) -> Any:
         outcome = run.advance(name)
-        said = f"{outcome.state} in {outcome.seconds:.1f} s"
-        get_run_logger().info("%s: %s", name, said)
+        message = f"{outcome.state} in {outcome.seconds:.1f} s"
+        get_run_logger().info("%s: %s", name, message)
         if outcome.state == "failed":
             return Failed(message=outcome.reason)
-        return Completed(name=outcome.state.capitalize(), message=said)
+        return Completed(name=outcome.state.capitalize(), message=message)
 
     futures: dict[str, Any] = {}
     try:
@@ -80,7 +82,7 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
             futures[name] = stage.submit(name, wait_for=before, return_state=False)
         wait(list(futures.values()))
     except BaseException:
-        console.print("stopping: the stages that run are ended, no other starts")
+        console.print("stopping: running stages are ended, no other starts")
         run.children.stop()
         raise
     finally:

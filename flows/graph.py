@@ -1,8 +1,8 @@
-"""DVC's graph, read and never written: which stages there are, which are stale, what a run changed.
+"""DVC's graph: which stages it has, which are stale, what a run changed.
 
-DVC owns the graph and the cache; everything here is a question put to it. `dvc status` names the stages
-whose own inputs or outputs differ from the lock; whether a stage below them must run too is known only
-once they have run and their new hashes stand in `dvc.lock`.
+DVC owns the graph and the cache; this module only asks. `dvc status` lists the stages whose own inputs or outputs
+differ from the lock. Whether a stage below them must run as well is known once they have run and `dvc.lock` holds
+their new hashes.
 """
 
 import difflib
@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from stages.core.errors import Refusal
+from stages.core.files import RUNS, write_text
 
 LOCK = Path("dvc.lock")
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
@@ -38,17 +39,17 @@ class Stage:
 
     @property
     def record(self) -> Path:
-        """Where `python -m stages.<stage> <recipe>` writes how it ended."""
+        """The run record that `python -m stages.<stage> <recipe>` writes."""
         module, _, recipe = self.cmd.partition("stages.")[2].partition(" ")
-        return Path("data/runs") / module / f"{recipe or 'all'}.json"
+        return RUNS / module / f"{recipe or 'all'}.json"
 
 
 Graph = dict[str, Stage]
 """Stages by name, each after all it depends on."""
 
 
-def read() -> Graph:
-    """The whole graph of the project in the current folder.
+def read_graph() -> Graph:
+    """Read the whole graph of the project in the current folder.
 
     Raises:
         Refusal: DVC cannot read dvc.yaml.
@@ -61,25 +62,25 @@ def read() -> Graph:
         graph = Repo().index.graph
     except DvcException as error:
         raise Refusal(f"DVC cannot read the graph: {error}") from None
-    found: Graph = {}
+    stages: Graph = {}
     for stage in reversed(list(networkx.topological_sort(graph))):
-        found[stage.addressing] = Stage(
+        stages[stage.addressing] = Stage(
             name=stage.addressing,
             cmd=str(stage.cmd),
             upstream=tuple(sorted(up.addressing for up in graph.successors(stage))),
             outs=tuple(out.def_path for out in stage.outs),
         )
-    return found
+    return stages
 
 
 def select(graph: Graph, targets: Iterable[str]) -> Graph:
-    """The part of the graph that makes `targets`, everything where there are none.
+    """Return the part of the graph that makes `targets`, all of it if there are none.
 
     Args:
         targets: a stage (`prune@wanda-50`), a group of stages (`prune`) or an artifact (`prune/wanda-50`).
 
     Raises:
-        Refusal: targets that name nothing, all of them.
+        Refusal: some targets name nothing; all of these are listed.
     """
     names: dict[str, set[str]] = {}
     for stage in graph.values():
@@ -102,10 +103,10 @@ def select(graph: Graph, targets: Iterable[str]) -> Graph:
 
 
 def stale(graph: Graph) -> set[str]:
-    """The stages whose own command, inputs or outputs are not those of dvc.lock.
+    """Return the stages whose own command, inputs or outputs differ from dvc.lock.
 
     Raises:
-        Refusal: DVC cannot tell.
+        Refusal: `dvc status` failed.
     """
     done = subprocess.run([*DVC, "status", "--json", *graph], capture_output=True, text=True)
     if done.returncode:
@@ -114,19 +115,19 @@ def stale(graph: Graph) -> set[str]:
 
 
 def below(graph: Graph, names: set[str]) -> set[str]:
-    """`names` and every stage that depends on one of them, near or far."""
-    found = set(names)
+    """Return `names` and every stage that depends on them, near or far."""
+    below = set(names)
     for stage in graph.values():  # upstream stages come first
-        if found & set(stage.upstream):
-            found.add(stage.name)
-    return found
+        if below & set(stage.upstream):
+            below.add(stage.name)
+    return below
 
 
 def locked_outs() -> dict[str, Any]:
-    """What dvc.lock holds for each stage's outputs; empty where there is none or it is half written.
+    """Return what dvc.lock holds for each stage's outputs; nothing if the file is missing or half written.
 
-    Another process may be writing the file. A missing or cut-off entry differs from every whole one, so
-    the stages below are looked at once more than needed and never once too little.
+    Another process may be writing the file. A missing or cut-off entry differs from every whole entry, so the stages
+    below are checked once too often and never too seldom.
     """
     try:
         lock = yaml.load(LOCK.read_text(), yaml.CSafeLoader)
@@ -136,7 +137,7 @@ def locked_outs() -> dict[str, Any]:
 
 
 def sort_lock() -> None:
-    """Order the stages of dvc.lock by name; DVC leaves them as they ended, which is noise to git."""
+    """Order the stages of dvc.lock by name; DVC leaves them in the order they ended, which git shows as changes."""
     from dvc.lock import LockError
     from dvc.repo import Repo
     from dvc.utils.serialize import dumps_yaml
@@ -150,11 +151,9 @@ def sort_lock() -> None:
             ordered = {**lock, "stages": dict(sorted(lock["stages"].items()))}
             after = dumps_yaml(ordered)
             if after != before:
-                partial = LOCK.with_name(".dvc.lock.partial")
-                partial.write_text(after)
-                partial.replace(LOCK)
+                write_text(LOCK, after)
     except LockError:
-        return  # another run is at work here and sorts when it ends
+        return  # another run works here and sorts when it ends
 
 
 def _like(target: str, names: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
-"""What a run does, apart from who schedules it: the plan, one stage at a time, and how each ended."""
+"""What a run does, apart from who schedules it: what is out of date, one stage at a time, how each ended."""
 
-import json
 import os
 import threading
 import time
@@ -13,8 +12,9 @@ from flows import graph
 from flows.graph import Graph, Stage
 from flows.process import CHATTER, Children
 from flows.terminal import console
-from stages.core.files import RUNS, write_json
-from stages.job import load
+from stages.core.errors import Refusal
+from stages.core.files import RUNS, read_json, write_json
+from stages.job.load import load_verified
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Outcome:
 
 
 @dataclass
-class Run:
+class Plan:
     """One run over the graph.
 
     Attributes:
-        graph: the stages asked for and all they need, upstream first.
-        stale: those out of date by themselves.
+        graph: the requested stages and all they need, upstream first.
+        jobs: how many stages run side by side.
+        stale: the stages that are out of date by themselves.
         todo: those and all that depend on them, upstream first.
-        jobs: how many run side by side.
     """
 
     graph: Graph
-    stale: set[str]
-    todo: list[str]
     jobs: int
+    stale: set[str] = field(default_factory=set)
+    todo: list[str] = field(default_factory=list)
     children: Children = field(default_factory=Children)
 
     def __post_init__(self) -> None:
@@ -51,14 +51,30 @@ class Run:
         self._ended: dict[str, Outcome] = {}
         self._changed: set[str] = set()
 
+    def find_stale(self) -> None:
+        """Bring the code identities up to date, then ask DVC which stages are stale.
+
+        Recipes depend on `data/code` and not on the sources, so before stage `code` has run DVC cannot tell what an
+        edit made stale.
+
+        Raises:
+            Refusal: stage `code` failed, or DVC cannot answer.
+        """
+        self.stale = {"code"} & set(self.graph)
+        if self.stale and self.advance("code").state == "failed":
+            raise Refusal(f"code: {self._ended['code'].reason}")
+        self.stale = graph.stale(self.graph)
+        below = graph.below(self.graph, self.stale)
+        self.todo = [name for name in self.graph if name in below]
+
     def advance(self, name: str) -> Outcome:
-        """Bring one stage up to date, those above it being so already.
+        """Bring one stage up to date, after all stages above it.
 
         Raises:
             InterruptedError: the run was stopped.
         """
         if name not in self.stale and not self._changed & set(self.graph[name].upstream):
-            # Out of date only if something above had come out differently, and nothing has.
+            # It would be out of date only if a stage above had changed its outputs, and none has.
             return self._end(Outcome(name, "unchanged"))
         with self._room(self.graph[name]):
             if self.children.stopped.is_set():
@@ -77,7 +93,7 @@ class Run:
         return self._end(outcome)
 
     def outcomes(self) -> list[Outcome]:
-        """How every stage of the graph ended, in the graph's order; written to data/runs/flow.json too."""
+        """Return how every stage of the graph ended, in the graph's order; write it to data/runs/flow.json too."""
         ended = [
             self._ended.get(name, Outcome(name, "skipped" if name in self.todo else "unchanged"))
             for name in self.graph
@@ -87,11 +103,11 @@ class Run:
 
     @contextmanager
     def _room(self, stage: Stage) -> Iterator[None]:
-        """A slot for the stage; all of them for one that must be alone."""
+        """Hold a slot for the stage; all slots for a stage that must run alone."""
         taken = 0
         try:
             if stage.alone:
-                with self._collecting:  # two that each held some would wait for each other
+                with self._collecting:  # two stages that each held some slots would wait for each other
                     while taken < self.jobs:
                         self._slots.acquire()
                         taken += 1
@@ -108,31 +124,34 @@ class Run:
         return outcome
 
     def _reason(self, name: str, started: float, output: str) -> str:
-        """What the stage wrote of its failure, or the last it said."""
+        """Return the error in the stage's run record, or else the last line it printed."""
         record = self.graph[name].record
         if record.exists() and record.stat().st_mtime >= started - 1:
-            error = json.loads(record.read_text())["error"]
-            if error:
+            if error := read_json(record)["error"]:
                 return str(error)
         lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
-        return ([line for line in lines if "failed to reproduce" not in line] or lines or [""])[-1].strip()
+        own = [line for line in lines if "failed to reproduce" not in line]
+        return (own or lines or [""])[-1].strip()
 
 
-def plan(jobs: int | None, targets: Iterable[str]) -> Run:
-    """Check params.yaml, then find out what is out of date.
+def plan(jobs: int | None, targets: Iterable[str]) -> Plan:
+    """Check params.yaml, bring the code identities up to date, and find what is stale.
+
+    Args:
+        jobs: stages side by side; None for as many as there are cores for, one on a GPU.
 
     Raises:
-        Refusal: bad params, unknown targets or a graph DVC cannot read; nothing has been run.
+        Refusal: bad params, unknown targets or a graph that DVC cannot read; no stage but `code` has run.
     """
-    checked = load.load_verified()
-    whole = graph.select(graph.read(), targets)
-    console.print(f"{len(whole)} stages; looking for what is out of date", markup=False)
-    stale = graph.stale(whole)
-    below = graph.below(whole, stale)
+    params = load_verified()
+    stages = graph.select(graph.read_graph(), targets)
     if jobs is None:
-        on_cpu = checked.run.resolved_device().type == "cpu"
-        jobs = max(1, (os.cpu_count() or 1) // checked.run.threads) if on_cpu else 1
-    return Run(whole, stale, [name for name in whole if name in below], jobs)
+        on_cpu = params.run.resolved_device().type == "cpu"
+        jobs = max(1, (os.cpu_count() or 1) // params.run.threads) if on_cpu else 1
+    run = Plan(stages, jobs)
+    console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
+    run.find_stale()
+    return run
 
 
 def _say(stage: str, line: str, style: str | None = None) -> None:
@@ -140,7 +159,7 @@ def _say(stage: str, line: str, style: str | None = None) -> None:
 
 
 def _state(output: str) -> Literal["ran", "restored", "unchanged"]:
-    """What DVC did, from what it said."""
+    """Tell from DVC's output what it did."""
     if "is cached - skipping run" in output:
         return "restored"
     return "unchanged" if "didn't change, skipping" in output else "ran"

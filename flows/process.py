@@ -1,7 +1,7 @@
-"""One stage as a child process: its output shown and kept, its whole family ended when the run stops.
+"""One stage as a child process: its output is shown and kept, and all its processes end when the run stops.
 
-DVC does not pass a signal on to the command it runs, so each `dvc repro` leads a process group of its
-own and the group is what gets signalled: first SIGTERM, and SIGKILL to what is still there.
+DVC does not pass a signal on to the command it runs. So each `dvc repro` leads a process group of its own, and the
+group gets SIGTERM first and SIGKILL if it is still alive.
 """
 
 import os
@@ -26,11 +26,11 @@ CHATTER = re.compile(
     r"|\s*dvc config core.autostage true|Use `dvc push` .*|(Updating|Generating) lock file .*"
     r"|.*:\s+0%\|.*"
 )
-"""Lines of DVC that teach its use once a stage, and bars that have not begun."""
+"""Lines in which DVC explains itself at every stage, and bars that have not begun."""
 
 
 class Children:
-    """The child processes of one run, and the order to stop."""
+    """The child processes of one run."""
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
@@ -41,7 +41,7 @@ class Children:
         """Run `dvc repro --single-item <stage>` and return its exit code and output.
 
         Args:
-            show: takes each line worth showing, as it comes.
+            show: gets each line worth showing, as it comes.
 
         Raises:
             InterruptedError: the run was stopped before or during the stage.
@@ -75,7 +75,7 @@ class Children:
         return code, output
 
     def stop(self) -> None:
-        """Start no further child, and end those that run with all their descendants."""
+        """Start no further child, and end the running children with all their descendants."""
         with self._lock:
             self.stopped.set()
             groups = {child.pid for child in self._alive}
@@ -89,7 +89,7 @@ class Children:
 
 
 def environment() -> dict[str, str]:
-    """What a stage runs under: this interpreter as `python`, and bars that write a line now and then."""
+    """Return a stage's environment: this interpreter as `python`, and progress bars that print now and then."""
     return {
         "TQDM_MININTERVAL": "10",
         "DVC_NO_ANALYTICS": "1",
@@ -100,20 +100,20 @@ def environment() -> dict[str, str]:
 
 
 def _follow(stream: IO[str], file: IO[str], show: Callable[[str], None]) -> str:
-    """Copy a stream to `file` line by line, a redrawn bar being a line, and return all of it."""
-    kept = []
+    """Copy a stream to `file` line by line, each redrawing of a bar a line of its own, and return all of it."""
+    lines = []
     for raw in stream:  # text mode ends a line at \r too
         line = raw.rstrip()
         file.write(f"{line}\n")
         file.flush()
-        kept.append(line)
+        lines.append(line)
         if not CHATTER.fullmatch(line):
             show(line)
-    return "\n".join(kept)
+    return "\n".join(lines)
 
 
 def _signal(group: int, number: int) -> bool:
-    """Signal a process group; False where nothing of it is left."""
+    """Signal a process group; return whether any of it is alive."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:

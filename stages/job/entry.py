@@ -18,7 +18,7 @@ from stages.core.files import CODE
 from stages.job import lineage
 from stages.job.load import load
 from stages.job.params import Params
-from stages.job.pieces import STAGES, method_of
+from stages.job.pieces import STAGES, identified, method_of
 from stages.job.record import recorded
 
 CHATTY = ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "lm_eval")
@@ -68,14 +68,24 @@ def check_identity(stage: str, method: str, module: str | None) -> None:
         Refusal: the record is missing, or names other code.
     """
     record = CODE / stage / method
-    cure = "run `dvc repro code` or `prunequant run`, which see to that first"
+    cure = "run `dvc repro code`, or `prunequant run`, which does so first"
     if not record.exists():
-        raise Refusal(f"there is no {record}, the identity of this code; {cure}.")
+        raise Refusal(f"{record}, the identity of this code, does not exist; {cure}.")
     now, then = identity.text(identity.of(stage, module)), record.read_text()
     if now != then:
         changed = sorted({line.split("  ")[1] for line in {*now.splitlines()} ^ {*then.splitlines()}})
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise Refusal(f"{record} is out of date, as {', '.join(changed[:4])}{more} changed; {cure}.")
+        raise Refusal(f"{', '.join(changed[:4])}{more} changed since {record} was written; {cure}.")
+
+
+def outdated() -> list[str]:
+    """Return every `<stage>/<method>` whose record in `data/code` is missing or of other code."""
+    names = []
+    for stage, method, module in identified():
+        record = CODE / stage / method
+        if not record.exists() or record.read_text() != identity.text(identity.of(stage, module)):
+            names.append(f"{stage}/{method}")
+    return names
 
 
 def _sentence(error: Exception) -> str:

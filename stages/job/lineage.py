@@ -22,26 +22,26 @@ def downloaded(params: Params, dataset: str) -> str:
 
 def learned_from(params: Params, candidate: str) -> list[str]:
     """Return every data set that a candidate's lineage learned from, taught ones and what they were made from."""
-    found: list[str] = []
+    datasets: list[str] = []
     for artifact in params.lineage(candidate):
         for dataset in datasets_of(params, artifact):
-            found += [dataset, downloaded(params, dataset)]
-    return list(dict.fromkeys(found))
+            datasets += [dataset, downloaded(params, dataset)]
+    return list(dict.fromkeys(datasets))
 
 
 def ancestors(params: Params, artifact: str) -> set[str]:
     """Return every recipe that an artifact or taught data set is made from, near or far."""
     recipes = params.recipes()
-    found: set[str] = set()
+    behind: set[str] = set()
     todo = [artifact]
     while todo:
         if (recipe := recipes.get(todo.pop())) is None:
             continue
         named = [recipe.source, *(f"teach/{text.dataset}" for text in recipe.reads().values())]
-        new = [name for name in named if name in recipes and name not in found]
+        new = [name for name in named if name in recipes and name not in behind]
         todo += new
-        found |= set(new)
-    return found
+        behind |= set(new)
+    return behind
 
 
 def unmade(params: Params, models: Iterable[str], datasets: Iterable[str]) -> list[str]:

@@ -55,8 +55,8 @@ from stages.teaching.answers import Answers
 from stages.teaching.logits import Logits
 from stages.teaching.teaching import Teaching
 
-Model = Annotated[Gguf | Safetensors, Field(discriminator="format")]
-Dataset = Annotated[
+AnyModel = Annotated[Gguf | Safetensors, Field(discriminator="format")]
+AnyDataset = Annotated[
     Text | Arithmetic | Brackets | Letters | Sorting | Classification | Instructions | Benchmark,
     Field(discriminator="kind"),
 ]
@@ -72,7 +72,7 @@ Teach = Annotated[Answers | Logits, Field(discriminator="method")]
 REGISTRY: dict[str, tuple[type[Strict], ...]] = {
     section: get_args(get_args(union)[0])
     for section, union in {
-        "models": Model, "datasets": Dataset, "prune": Prune, "quantize": Quantize, "teach": Teach,
+        "models": AnyModel, "datasets": AnyDataset, "prune": Prune, "quantize": Quantize, "teach": Teach,
         "finetune": Finetune,
     }.items()
 }  # fmt: skip
@@ -80,33 +80,34 @@ REGISTRY: dict[str, tuple[type[Strict], ...]] = {
 
 
 class Suites(Strict):
-    """What candidates are asked, by kind. A suite scores the data set of its own name."""
+    """Section `suites`: the questions every candidate is asked, by kind; a suite scores the data set of its name."""
 
     perplexity: dict[Slug, PerplexitySuite] = Field(default_factory=dict)
     graded: dict[Slug, GradedSuite] = Field(default_factory=dict)
     benchmark: dict[Slug, BenchmarkSuite] = Field(default_factory=dict)
 
     def by_kind(self) -> dict[str, dict[str, Suite]]:
-        """Return the suites of every kind."""
+        """Return the suites by kind and name."""
         return {kind: getattr(self, kind) for kind in SUITES}
 
     def by_name(self) -> dict[str, Suite]:
-        """Return every suite."""
+        """Return all suites by name."""
         return {name: suite for suites in self.by_kind().values() for name, suite in suites.items()}
 
 
 class Evaluate(Strict):
-    """Which models every suite is asked of."""
+    """Section `evaluate`."""
 
     candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)]
+    """The models that every suite is asked of."""
 
 
 class Params(Strict):
     """All of params.yaml."""
 
     run: Run
-    models: dict[Slug, Model]
-    datasets: dict[Slug, Dataset]
+    models: dict[Slug, AnyModel]
+    datasets: dict[Slug, AnyDataset]
     prune: dict[Slug, Prune]
     quantize: dict[Slug, Quantize]
     teach: dict[Slug, Teach]
@@ -118,21 +119,19 @@ class Params(Strict):
     profile: Profile
 
     def recipes(self) -> dict[str, Recipe | Noise | Floor | Teaching]:
-        """Every recipe that has a source, as `<stage>/<recipe>`."""
-        stages: dict[str, Mapping[str, Recipe | Noise | Floor | Teaching]] = {
-            "prune": self.prune,
-            "quantize": self.quantize,
-            "teach": self.teach,
-            "finetune": self.finetune,
-            "noise": self.noise,
-            "floor": self.floor,
-        }
+        """Return every recipe that has a source, by `<stage>/<recipe>`."""
+        sections: dict[str, Mapping[str, Recipe | Noise | Floor | Teaching]] = {
+            "prune": self.prune, "quantize": self.quantize, "teach": self.teach, "finetune": self.finetune,
+            "noise": self.noise, "floor": self.floor,
+        }  # fmt: skip
         return {
-            f"{stage}/{name}": recipe for stage, found in stages.items() for name, recipe in found.items()
+            f"{stage}/{name}": recipe
+            for stage, recipes in sections.items()
+            for name, recipe in recipes.items()
         }
 
     def evaluations(self) -> list[str]:
-        """Every `<candidate>/<suite>` there is a result of."""
+        """Return every `<candidate>/<suite>` to be evaluated."""
         return [
             f"{candidate}/{suite}"
             for candidate in self.evaluate.candidates
@@ -147,10 +146,10 @@ class Params(Strict):
 
     def lineage(self, artifact: str) -> list[str]:
         """Return an artifact and its ancestors, nearest first, up to one that is missing or comes again."""
-        recipes, found = self.recipes(), [artifact]
-        while found[-1] in recipes and (source := recipes[found[-1]].source) not in found:
-            found.append(source)
-        return found
+        recipes, chain = self.recipes(), [artifact]
+        while chain[-1] in recipes and (source := recipes[chain[-1]].source) not in chain:
+            chain.append(source)
+        return chain
 
 
 def methods(section: str) -> dict[str, type[Any]]:

@@ -31,7 +31,7 @@ class Pieces:
 
 
 def _section(stage: str, *, methods: bool = True) -> Pieces:
-    """The pieces of a stage whose section of params is named like the stage."""
+    """Return the pieces of a stage whose section of params has the stage's name."""
     return Pieces(
         arguments=lambda params, name: (getattr(params, stage)[name], params.run, name),
         recipes=lambda params: list(getattr(params, stage)),
@@ -84,7 +84,7 @@ STAGES: dict[str, Pieces] = {
 
 
 def scope(params: Params) -> Scope:
-    """What the report compares, as params name it."""
+    """Return what the report compares."""
     return Scope(
         evaluations=tuple(params.evaluations()),
         candidates=params.evaluate.candidates,
@@ -96,27 +96,30 @@ def scope(params: Params) -> Scope:
 
 
 def identified() -> list[tuple[str, str, str | None]]:
-    """Every (stage, method, module of the method) that has a code identity; `all` for a stage without methods."""
-    found: list[tuple[str, str, str | None]] = []
+    """Return every (stage, method, module of the method) with a code identity.
+
+    The method of a stage without methods is `all`, and has no module.
+    """
+    identities: list[tuple[str, str, str | None]] = []
     for stage, section in {
         "download": ("models", "datasets"), "prune": ("prune",), "quantize": ("quantize",), "teach": ("teach",),
         "finetune": ("finetune",),
     }.items():  # fmt: skip
         classes: Sequence[Any] = [config for name in section for config in REGISTRY[name]]
-        found += [(stage, tag(config), config.__module__) for config in classes]
-    found += [("evaluate", kind, config.__module__) for kind, config in SUITES.items()]
-    found += [
+        identities += [(stage, tag(config), config.__module__) for config in classes]
+    identities += [("evaluate", kind, config.__module__) for kind, config in SUITES.items()]
+    identities += [
         (stage, "all", None)
         for stage, pieces in STAGES.items()
         if pieces.settings is None and stage != "code"
     ]
-    return found
+    return identities
 
 
-def method_of(stage: str, params: Params, name: str) -> tuple[str, str | None]:
-    """The method of a stage's recipe and the method's module, as `identified` has them."""
+def method_of(stage: str, params: Params, recipe: str) -> tuple[str, str | None]:
+    """Return the method of a stage's recipe and the method's module, as `identified` lists them."""
     settings = STAGES[stage].settings
     if settings is None:
         return "all", None
-    module = type(settings(params, name)).__module__
-    return next((method, found) for known, method, found in identified() if (known, found) == (stage, module))
+    module = type(settings(params, recipe)).__module__
+    return next((method, file) for name, method, file in identified() if (name, file) == (stage, module))

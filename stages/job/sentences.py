@@ -1,7 +1,7 @@
-"""One of pydantic's errors as one sentence: where in params.yaml, what was given, what is allowed.
+"""Turning a pydantic error into one sentence: where in params.yaml, which value, which values are allowed.
 
-The place is followed through the schema's annotations, as pydantic's own has the tags of unions in it and its
-messages say neither which fields there are nor which methods.
+Pydantic's own location contains the tags of unions, and its messages list neither fields nor methods, so the location
+is followed through the schema's annotations instead.
 """
 
 import difflib
@@ -25,14 +25,14 @@ PLAINER = {
 
 
 def allowed(known: Iterable[str], given: str | None = None) -> str:
-    """`allowed: a, b`, after a guess at what was meant."""
+    """Format `allowed: a, b`, after the name that `given` was probably meant to be."""
     names = sorted(known)
     close = difflib.get_close_matches(given, names, 1) if given else []
     return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(names) or 'none'}"
 
 
 def tag(config: type[Strict]) -> str:
-    """The word that picks a class of a union: its `method`, `kind` or `format`."""
+    """Return the word that picks a class of a union: its `method`, `kind` or `format`."""
     field = next(
         config.model_fields[key] for key in ("method", "kind", "format") if key in config.model_fields
     )
@@ -40,21 +40,21 @@ def tag(config: type[Strict]) -> str:
 
 
 def _tag_of(member: Any) -> str:
-    """The word that stands in an error's location for a member of a union."""
-    named = [extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag)]
-    return named[0] if named else tag(member)
+    """Return the word that stands for a member of a union in an error's location."""
+    tags = [extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag)]
+    return tags[0] if tags else tag(member)
 
 
 def _bare(annotation: Any) -> Any:
-    """An annotation without its Annotated and without `| None`."""
+    """Strip `Annotated` and `| None` from an annotation."""
     while get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    some = [part for part in get_args(annotation) if part is not type(None)]
-    return _bare(some[0]) if type(None) in get_args(annotation) and len(some) == 1 else annotation
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    return _bare(parts[0]) if type(None) in get_args(annotation) and len(parts) == 1 else annotation
 
 
 def _follow(root: type[Strict], loc: tuple[Any, ...]) -> tuple[Any, list[str]]:
-    """The annotation that `loc` leads to from `root`, and `loc` without the tags of unions."""
+    """Follow `loc` from `root`; return the annotation there, and `loc` without the tags of unions."""
     at: Any = root
     words: list[str] = []
     for part in loc:
@@ -71,12 +71,12 @@ def _follow(root: type[Strict], loc: tuple[Any, ...]) -> tuple[Any, list[str]]:
 
 
 def follows(details: Any) -> bool:
-    """Whether an error is only what another leaves: a list too short without its bad items."""
+    """Tell whether an error only follows from another: a list is too short without its bad items."""
     return details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]
 
 
 def sentence(details: Any, root: type[Strict]) -> str:
-    """One of pydantic's errors as: where, what was given, what is allowed."""
+    """Say where a pydantic error is, which value was given and which are allowed."""
     kind, given, loc, context = details["type"], details["input"], details["loc"], details.get("ctx", {})
     name = loc[-1] == "[key]"
     at, words = _follow(root, loc[:-1] if name else loc)
@@ -96,12 +96,12 @@ def sentence(details: Any, root: type[Strict]) -> str:
     if kind == "union_tag_not_found":
         field = context["discriminator"].strip("'")
         return f"{where}.{field}: this field is missing; {allowed(tag(config) for config in get_args(at))}."
-    said = PLAINER.get(kind) or str(details["msg"]).removeprefix("Value error, ").replace(
+    message = PLAINER.get(kind) or str(details["msg"]).removeprefix("Value error, ").replace(
         "Input should be", "it must be"
     )
     if kind == "value_error" and isinstance(given, dict):  # fields that disagree; the sentence names them
-        return f"{where}: {said}."
-    return f"{where}: {'bad name ' if name else ''}{_shown(given)}{'' if name else ' given'}; {said}."
+        return f"{where}: {message}."
+    return f"{where}: {'bad name ' if name else ''}{_shown(given)}{'' if name else ' given'}; {message}."
 
 
 def _shown(given: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe is made from and with: text that is not there, groups that divide no width."""
+"""What recipes read and how they group weights: data must exist and fit, groups must divide every width."""
 
 from collections.abc import Iterator
 from typing import Literal, get_origin
@@ -63,23 +63,22 @@ def _of_text(at: str, name: str, params: Params) -> Iterator[str]:
     dataset = params.datasets.get(name)
     if not isinstance(dataset, Text | Graded):
         texts = [key for key, other in params.datasets.items() if learnable(other)]
-        yield f"{at}.dataset: {name!r} {'is no text' if dataset else 'is not there'}; {allowed(texts, name)}."
+        fault = f"{name!r} is no text" if dataset else f"there is no {name!r}"
+        yield f"{at}.dataset: {fault}; {allowed(texts, name)}."
     elif not learnable(dataset):
         yield all_evaluated(at, name, dataset)
 
 
 def _of_groups(at: str, settings: Strict, base: str, widths: tuple[int, ...]) -> Iterator[str]:
-    """A group_size that does not divide input widths of linears of `base`."""
+    """Yield a group_size that does not divide the input widths of all linears of `base`."""
     size = getattr(settings, "group_size", None)
     if not size or not (uneven := [str(width) for width in widths if width % size]):
         return
-    fixed = get_origin(type(settings).model_fields["group_size"].annotation) is Literal
-    fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
-    cure = (
-        "this method has no other; take another method, or list those linears in ignore"
-        if fixed
-        else f"allowed: {', '.join([*map(str, fitting), 'null'])}"
-    )
+    if get_origin(type(settings).model_fields["group_size"].annotation) is Literal:
+        cure = "this method has no other; use another method, or list those linears in ignore"
+    else:
+        fitting = [n for n in range(8, min(widths) + 1) if not any(width % n for width in widths)]
+        cure = f"allowed: {', '.join([*map(str, fitting), 'null'])}"
     yield (
         f"{at}.group_size: {size} does not divide {', '.join(uneven)}, the input width of linears of {base}; "
         f"{cure}."

@@ -1,92 +1,109 @@
-"""What suites score: data that is not there or of another kind, and data that recipes learn from."""
+"""Data that suites score: it must exist, be of the right kind, and not be what recipes learn from."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from stages.core.schema import Strict
 from stages.corpus.examples import Chosen
 from stages.evaluation.graded import GradedSuite
+from stages.evaluation.suite import Suite
 from stages.job.lineage import downloaded
-from stages.job.params import SUITES
+from stages.job.params import SUITES, Params
 from stages.job.sentences import allowed, tag
 from stages.sources.graded.items import Graded, Level
 from stages.sources.text import Text
 
-if TYPE_CHECKING:
-    from stages.job.params import Params
-
 SCORED = ("test", "validation")
-"""Splits that lm-eval's tasks score."""
+"""The splits that lm-eval's tasks score."""
 
 
-def of_suites(params: "Params", broken: set[str]) -> Iterator[str]:
+@dataclass
+class _Learned:
+    """What recipes learn from, by what would make a suite score the same."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    """sha256 of a text -> its data set."""
+    levels: list[tuple[Level, str]] = field(default_factory=list)
+    """Levels of graded items, without their names, and their data set."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """A benchmark -> its split, where lm-eval scores it."""
+
+
+def of_suites(params: Params, broken: set[str]) -> Iterator[str]:
+    """Yield the mistakes of every suite, at most one a suite.
+
+    Args:
+        broken: data sets with mistakes of their own.
+    """
+    learned = _learned(params)
     seen: set[str] = set()
-    learned: dict[str, str] = {}
-    drilled: list[tuple[Level, str]] = []
-    rehearsed: dict[str, str] = {}
-    for recipe in params.recipes().values():
-        for wanted in recipe.reads().values():
-            origin = downloaded(params, wanted.dataset)
-            dataset = params.datasets.get(origin)
-            if isinstance(dataset, Text):
-                learned[dataset.sha256] = origin
-            elif isinstance(dataset, Graded):
-                drilled += [(_unnamed(level), origin) for level in dataset.levels]
-            elif isinstance(wanted, Chosen) and wanted.split in SCORED:
-                rehearsed[origin] = wanted.split
     for kind, suites in params.suites.by_kind().items():
-        config = SUITES[kind].scores
         candidates = dict.fromkeys(params.evaluate.candidates)
         stages = [f"{candidate}-{name}" for candidate in candidates for name in suites]
         for stage in sorted({stage for stage in stages if stages.count(stage) > 1}):
-            yield f"suites.{kind}: two evaluations would both be the stage {kind}@{stage}; rename a suite."
+            yield f"suites.{kind}: two evaluations would both be stage {kind}@{stage}; rename a suite."
         for name, suite in suites.items():
-            at, dataset = f"suites.{kind}.{name}", params.datasets.get(name)
+            at = f"suites.{kind}.{name}"
             if name in seen:
-                yield f"{at}: the name is taken by a suite of another kind; rename one."
+                yield f"{at}: a suite of another kind has this name; rename one."
             seen.add(name)
-            if name in broken:
-                continue
-            if not isinstance(dataset, config):
-                fitting = [key for key, found in params.datasets.items() if isinstance(found, config)]
-                yield (
-                    f"{at}: a suite scores the data set of its own name, and datasets has no {name!r} of "
-                    f"{_kind(config)}; {allowed(fitting, name)}."
-                )
-            elif name in rehearsed:
-                yield (
-                    f"{at}: recipes learn from split {rehearsed[name]} of datasets.{name}, which it may "
-                    "score; let them learn from another split, such as train."
-                )
-            elif isinstance(dataset, Text) and learned.get(dataset.sha256, name) != name:
-                yield (
-                    f"{at}: it would score the very file that recipes learn from as "
-                    f"datasets.{learned[dataset.sha256]}; name that suite {learned[dataset.sha256]}, whose "
-                    "two splits are kept apart."
-                )
-            elif isinstance(dataset, Graded) and (
-                others := {
-                    other
-                    for level, other in drilled
-                    if other != name and level in map(_unnamed, dataset.levels)
-                }
+            if name not in broken and (
+                mistake := _mistake(name, suite, SUITES[kind].scores, params, learned)
             ):
-                yield (
-                    f"{at}: it would score items that recipes learn from as datasets.{min(others)}, for they "
-                    f"have levels in common; name that suite {min(others)}, whose splits are kept apart."
-                )
-            elif (
-                isinstance(suite, GradedSuite)
-                and isinstance(dataset, Graded)
-                and suite.shots > dataset.num_examples
-            ):
-                yield f"{at}.shots: {suite.shots} given; datasets.{name} has {dataset.num_examples} examples."
+                yield f"{at}{mistake}"
 
 
-def _kind(config: type[Strict]) -> str:
-    return "a graded kind" if config is Graded else f"kind {tag(config)}"
+def _learned(params: Params) -> _Learned:
+    learned = _Learned()
+    for recipe in params.recipes().values():
+        for text in recipe.reads().values():
+            name = downloaded(params, text.dataset)
+            dataset = params.datasets.get(name)
+            if isinstance(dataset, Text):
+                learned.texts[dataset.sha256] = name
+            elif isinstance(dataset, Graded):
+                learned.levels += [(_unnamed(level), name) for level in dataset.levels]
+            elif isinstance(text, Chosen) and text.split in SCORED:
+                learned.splits[name] = text.split
+    return learned
+
+
+def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, learned: _Learned) -> str:
+    """Say what is wrong with a suite, starting after its name in params; empty if nothing is.
+
+    Args:
+        scores: the kind of data set that a suite of this kind scores.
+    """
+    dataset = params.datasets.get(name)
+    if not isinstance(dataset, scores):
+        fitting = [key for key, other in params.datasets.items() if isinstance(other, scores)]
+        kind = "a graded kind" if scores is Graded else f"kind {tag(scores)}"
+        return (
+            f": a suite scores the data set of its own name, and datasets has no {name!r} of {kind}; "
+            f"{allowed(fitting, name)}."
+        )
+    if name in learned.splits:
+        return (
+            f": recipes learn from split {learned.splits[name]} of datasets.{name}, which it may score; let them "
+            "learn from another split, such as train."
+        )
+    if isinstance(dataset, Text) and (other := learned.texts.get(dataset.sha256, name)) != name:
+        return (
+            f": it would score the very file that recipes learn from as datasets.{other}; name the suite {other}, "
+            "whose two splits are kept apart."
+        )
+    if isinstance(dataset, Graded):
+        levels = [_unnamed(level) for level in dataset.levels]
+        if shared := sorted(other for level, other in learned.levels if other != name and level in levels):
+            return (
+                f": it would score items that recipes learn from as datasets.{shared[0]}, with which it shares "
+                f"levels; name the suite {shared[0]}, whose splits are kept apart."
+            )
+        if isinstance(suite, GradedSuite) and suite.shots > dataset.num_examples:
+            return f".shots: {suite.shots} given; datasets.{name} has {dataset.num_examples} examples."
+    return ""
 
 
 def _unnamed(level: Level) -> Level:
-    """What decides on a level's items."""
+    """Return a level without its name: the settings that decide its items."""
     return level.model_copy(update={"name": "any"})

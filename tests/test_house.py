@@ -1,0 +1,207 @@
+"""The house: imports run down only, names mean one thing, and dvc.yaml depends on identities of code."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.core import identity
+from stages.job import pieces
+from tests import project
+
+ROOT = project.ROOT
+FLOORS = (
+    "core", "model", "corpus", "compress", "sources", "pruning", "quantization", "recovery", "teaching", "controls",
+    "evaluation", "profiling", "reporting", "job", "doors", "flows",
+)  # fmt: skip
+"""From the ground up. The doors are the files of `stages/` itself, one a stage."""
+FILES = sorted(
+    file.relative_to(ROOT) for folder in ("stages", "flows") for file in (ROOT / folder).rglob("*.py")
+)
+GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+LIBRARIES = (
+    "torch", "numpy", "pandas", "pyarrow", "transformers", "scipy", "lm_eval", "safetensors", "datasets", "peft",
+    "matplotlib", "prefect", "dvc",
+)  # fmt: skip
+
+
+def floor(file: Path) -> str:
+    if file.parts[0] == "flows":
+        return "flows"
+    return file.parts[1] if len(file.parts) > 2 else "doors"
+
+
+def imports(file: Path) -> Iterator[Path]:
+    """Our own files that a file imports: at the top, inside functions, and for types alone."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: relative imports are not used here"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] not in ("stages", "flows"):
+                continue
+            paths = [Path(*parts[:count]) for count in range(len(parts), 0, -1)]
+            yield next(
+                path.with_suffix(".py") if (ROOT / path.with_suffix(".py")).exists() else path / "__init__.py"
+                for path in paths
+                if (ROOT / path.with_suffix(".py")).exists() or (ROOT / path / "__init__.py").exists()
+            )
+
+
+def test_imports_run_down_only():
+    assert {floor(file) for file in FILES} == set(FLOORS)
+    upward = [
+        f"{file} imports {other}"
+        for file in FILES
+        for other in imports(file)
+        if FLOORS.index(floor(other)) > FLOORS.index(floor(file))
+    ]
+    assert not upward
+
+
+def test_no_file_imports_itself_through_others():
+    needs = {file: set(imports(file)) - {file} for file in FILES}
+    while leaves := [file for file, others in needs.items() if not others & needs.keys()]:
+        for file in leaves:
+            del needs[file]
+    assert not needs, "these files import each other in a circle"
+
+
+def test_nothing_is_imported_by_a_name_in_a_string():
+    dynamic = re.compile(r"import_module\(|__import__\(|runpy")
+    users = {str(file) for file in FILES if dynamic.search((ROOT / file).read_text())}
+    assert users == {"stages/core/lazy.py"}
+
+
+def test_no_two_files_share_a_name():
+    stems = [file.stem for file in FILES if file.stem != "__init__"]
+    assert sorted(stems) == sorted(set(stems))
+
+
+def test_a_public_name_means_one_thing():
+    where = defaultdict(list)
+    for file in FILES:
+        if str(file) == "flows/cli.py":  # a command is named like what it runs
+            continue
+        for node in ast.parse((ROOT / file).read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                where[node.name].append(str(file))
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    if isinstance(target, ast.Name):
+                        where[target.id].append(str(file))
+    public = {name: files for name, files in where.items() if not name.startswith("_")}
+    shared = {"log", "P", "T"}  # a logger, type variables
+    assert not {name: files for name, files in public.items() if len(files) > 1 and name not in shared}
+
+
+def test_every_stage_has_a_door_and_every_door_a_stage():
+    doors = {file.stem for file in FILES if floor(file) == "doors"} - {"__init__"}
+    assert doors == set(pieces.STAGES)
+    commands = {re.search(r"python -m stages\.(\w+)", entry["cmd"])[1] for entry in entries().values()}
+    assert commands == doors
+
+
+def entries() -> dict[str, dict]:
+    return {name: stage.get("do", stage) for name, stage in GRAPH.items()}
+
+
+def test_a_stage_depends_on_the_identity_of_its_code():
+    known = {f"{stage}/{method}" for stage, method, _ in pieces.identified()}
+    used = set()
+    for name, entry in entries().items():
+        stage = re.search(r"python -m stages\.(\w+)", entry["cmd"])[1]
+        code = [dep.removeprefix("data/code/") for dep in entry["deps"] if dep.startswith("data/code/")]
+        if stage == "code":
+            assert entry["deps"] == ["stages"], "the identities are read off the sources"
+            continue
+        (own,) = code
+        methods = {own} if "$" not in own else {one for one in known if one.startswith(f"{stage}/")}
+        assert methods and methods <= known, name
+        used |= methods
+        assert not [dep for dep in entry["deps"] if dep.startswith("stages")], name
+        assert "requirements.lock" in entry["deps"], name
+        assert name == "validate" or "data/validated.json" in entry["deps"], name
+    assert used == known
+
+
+def test_methods_of_a_stage_have_names_of_their_own():
+    names = [(stage, method) for stage, method, _ in pieces.identified()]
+    assert len(names) == len(set(names))
+    modules = [(stage, module) for stage, _, module in pieces.identified() if module]
+    assert len(modules) == len(set(modules)), "a method is a file"
+
+
+def test_no_method_needs_the_file_of_another():
+    modules = {f"{module.replace('.', '/')}.py" for _, _, module in pieces.identified() if module}
+    for stage, method, module in pieces.identified():
+        if module and stage != "evaluate":
+            others = set(identity.of(stage, module)) & modules - {f"{module.replace('.', '/')}.py"}
+            assert not others, f"{stage}/{method} runs {others}"
+
+
+def test_what_modules_read_beside_them_counts_as_code():
+    """Every file in stages/ that is no module is claimed by a module's `beside`, or is DVC's."""
+    claimed = {
+        file
+        for stage, _, module in pieces.identified()
+        for file in identity.of(stage, module)
+        if not file.endswith(".py")
+    }
+    others = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "stages").rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    named = {file for file in others if file in (ROOT / "dvc.yaml").read_text()}
+    assert others - named == claimed
+    assert any(file.endswith(".yaml") for file in claimed) and any(file.endswith(".html") for file in claimed)
+
+
+def test_nothing_in_job_counts_for_an_artifact():
+    for stage, method, module in pieces.identified():
+        job = [file for file in identity.of(stage, module) if file.startswith("stages/job/")]
+        assert bool(job) == (stage == "validate"), f"{stage}/{method}"
+
+
+def test_doors_take_nothing_from_job_but_the_entry():
+    for file in FILES:
+        if floor(file) == "doors" and file.stem != "__init__":
+            taken = {str(other) for other in imports(file) if floor(other) == "job"}
+            assert taken == {"stages/job/entry.py"}, file
+
+
+def test_no_stage_hides_an_output_from_the_run_cache():
+    text = (ROOT / "dvc.yaml").read_text()
+    assert "cache: false" not in text and "persist: true" not in text
+
+
+def modules_after(code: str, cwd: Path) -> set[str]:
+    """The top-level packages that a fresh interpreter has imported after `code`."""
+    code += "\nimport sys, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd, env={**project.ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("door", sorted(pieces.STAGES))
+def test_a_door_opens_without_heavy_libraries(door):
+    """`python -m stages.<stage> --help`, and with it the reading of params, imports no library of seconds."""
+    heavy = set(LIBRARIES)
+    if door == "report":
+        heavy -= {"numpy", "pandas", "pyarrow", "scipy", "matplotlib"}
+    assert not modules_after(f"import stages.{door}", ROOT) & heavy
