@@ -59,7 +59,7 @@ def of(stage: str, method: str | None = None, *, root: Path = ROOT) -> dict[str,
         stage: its name, such as `prune`; its file is `stages/prune.py`.
         method: the method's module, such as `stages.pruning.wanda`; None for a stage without methods.
     """
-    starts = [f"stages/{stage}.py", *([f"{method.replace('.', '/')}.py"] if method else [])]
+    starts = _named([f"stages.{stage}", *([method] if method else [])], root)
     excluded = () if stage == "validate" else EXCLUDED  # validate runs what the others only pass through
     return {file: _hash(root, file) for file in closure(starts, root, excluded)}
 
