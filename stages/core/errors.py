@@ -1,13 +1,13 @@
-"""The one exception that stands for a user's mistake or an input the project will not work on.
+"""The exception for a user's mistake, or for an input the project will not work on.
 
-Its text is shown without a traceback after the names of stage and recipe, which it need not repeat, so it is
-whole sentences: what was given, what is allowed, and how to mend it.
+Its text is printed without a traceback after the names of the stage and the recipe, which it need not repeat. It is
+whole sentences: what was given, what is allowed, how to mend it.
 """
 
 
 class Refusal(Exception):
-    """An input refused by name; no artifact has been written when it is raised."""
+    """An input refused by name; no artifact has been written."""
 
 
 class Unreadable(Refusal):
-    """Files that cannot be read. What was made from them before stays, as they may be read another time."""
+    """Files that cannot be read. Finished work made from them stays, as they may be readable later."""

@@ -1,7 +1,7 @@
-"""Reading files that somebody else wrote: what is damaged is refused in a sentence.
+"""Reading files that somebody else wrote: damage is refused in one sentence.
 
-Checkpoints and data sets come from wherever params say. Damage shows as errors of any type, as those who
-parse a file do not look at it first. Too little memory and a missing package are no damage.
+Checkpoints and data sets come from wherever params say. Damage shows as errors of any type, as parsers do not look
+at a file before they parse it. Too little memory and a missing package are not damage.
 """
 
 from collections.abc import Iterator
@@ -13,21 +13,21 @@ from stages.core.memory import exhausted
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """The body reads files of `what`, and nothing else; whatever stops it is told as theirs.
+    """Report any error in the body, which only reads files, as damage to these files.
 
     Args:
-        what: as a refusal names it.
+        what: the files' name in the message.
 
     Raises:
-        Unreadable: files are missing, cut off, closed to us, or hold something else.
+        Unreadable: files are missing, cut off, not permitted, or hold something else.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, Refusal | ImportError) or exhausted(error):
             raise
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise Unreadable(
-            f"{what} cannot be loaded ({said[:300].rstrip('.')}); see that its files can be read and are all "
-            "there and whole, or get it anew."
+            f"{what} cannot be loaded ({reason[:300].rstrip('.')}); check that its files are all there, whole and "
+            "readable, or get them again."
         ) from error

@@ -1,23 +1,22 @@
 """The words every part of `params.yaml` is made of: names, sources, and the strict base class.
 
-A recipe's name becomes a folder, a DVC stage and an argument on a command line, so it is a slug and
-nothing else: lower-case letters, digits and single dashes. A slug cannot leave `data/`, cannot mean
-anything to a shell, and cannot be mistaken for nesting by DVC (a dot) or for its separator (`@`).
+A recipe's name becomes a folder, a DVC stage and an argument on a command line, so it is a slug: lower-case letters,
+digits and single dashes. A slug cannot leave `data/`, means nothing to a shell, and DVC cannot take it for nesting
+(a dot) or for its separator (`@`).
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 SLUG = r"[a-z0-9]+(?:-[a-z0-9]+)*"
-LONGEST = 100
+LONGEST_NAME = 100
 """Characters of a name: two names and what is put around them make a file name, which has 255 at most."""
 
 
 def _matches(pattern: str, allowed: str) -> AfterValidator:
-    import re
-
     compiled = re.compile(pattern)
 
     def check(value: str) -> str:
@@ -29,9 +28,9 @@ def _matches(pattern: str, allowed: str) -> AfterValidator:
 
 
 def _short(value: str) -> str:
-    if len(value) > LONGEST:
+    if len(value) > LONGEST_NAME:
         raise ValueError(
-            f"it has {len(value)} characters; allowed: at most {LONGEST}, as names become those of files"
+            f"it has {len(value)} characters; allowed: at most {LONGEST_NAME}, as names become those of files"
         )
     return value
 
@@ -45,7 +44,7 @@ Source = Annotated[
     str,
     _matches(
         rf"(?:base|prune|quantize|finetune)/{SLUG}",
-        "<stage>/<recipe> with stage one of base, prune, quantize, finetune, such as base/smollm2",
+        "<stage>/<recipe> with stage base, prune, quantize or finetune, such as base/smollm2",
     ),
 ]
 Base = Annotated[str, _matches(rf"base/{SLUG}", "base/<model>, such as base/smollm2")]
@@ -53,7 +52,7 @@ Candidate = Annotated[
     str,
     _matches(
         rf"(?:base|prune|quantize|finetune|noise|floor)/{SLUG}",
-        "<stage>/<recipe> with stage one of base, prune, quantize, finetune, noise, floor",
+        "<stage>/<recipe> with stage base, prune, quantize, finetune, noise or floor",
     ),
 ]
 Sha256 = Annotated[str, _matches(r"[0-9a-f]{64}", "the 64 hexadecimal digits of a sha256")]
@@ -64,13 +63,13 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 class Strict(BaseModel):
-    """Frozen settings that refuse a field they do not know, a string for a number, and NaN."""
+    """Frozen settings that refuse an unknown field, a string for a number, and NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class NoData(Strict):
-    """The calibration of a data-free method: none, and said so."""
+    """The calibration of a data-free method: none, written out."""
 
     dataset: Annotated[str, _matches("none", "none, as this method reads no data")]
 

@@ -185,7 +185,9 @@ def newer_pythons() -> list[str]:
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     named = [found for minor in range(12, 20) if (found := shutil.which(f"python3.{minor}"))]
     named += [str(file) for file in sorted(pyenv.glob("3.1[2-9]*/bin/python"))]
-    return [python for python in named if not subprocess.run([python, "-c", ""], capture_output=True).returncode]
+    return [
+        python for python in named if not subprocess.run([python, "-c", ""], capture_output=True).returncode
+    ]
 
 
 OTHERS = newer_pythons()

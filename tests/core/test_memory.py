@@ -87,7 +87,7 @@ import ctypes
 from pathlib import Path
 from transformers import LlamaConfig
 from stages.core.run import Run
-from stages.core.source import Empty
+from stages.model.source import Empty
 
 class Mallinfo(ctypes.Structure):
     _fields_ = [(f"unused{number}", ctypes.c_size_t) for number in range(8)]

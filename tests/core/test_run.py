@@ -1,21 +1,12 @@
-"""What surrounds a stage: the device, the switches that make it repeatable, and how it ends."""
+"""The device, and the switches that make a run repeatable."""
 
-import errno
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
-from stages.core import run
 from stages.core.errors import Refusal
 from stages.core.run import Run
-from stages.job import params
-from tests import project
 
 
 def settings(**changed) -> Run:
@@ -35,9 +26,7 @@ def test_the_device_asked_for_is_the_one_given(monkeypatch):
 def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
     for backend in (torch.cuda, torch.xpu, torch.backends.mps):
         monkeypatch.setattr(backend, "is_available", lambda: False)
-    with pytest.raises(
-        Refusal, match=f"run.device: {device} was asked for and this machine has none; use cpu or auto"
-    ):
+    with pytest.raises(Refusal, match=f"run.device is {device}, which this machine lacks; use cpu or auto"):
         settings(device=device).resolved_device()
 
 
@@ -86,153 +75,3 @@ def test_numerics_name_what_bytes_depend_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU at {device}")
     assert settings(device="cuda:1").numerics()["device"] == "GPU at cuda:1"
-
-
-def test_a_run_is_recorded_however_it_ends(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with run.recorded("prune", "x"):
-        pass
-    told = json.loads(Path("data/runs/prune/x.json").read_text())
-    assert (told["state"], told["error"]) == ("done", None)
-    assert told["seconds"] >= 0 and told["versions"]["torch"] == torch.__version__
-    with pytest.raises(Refusal), run.recorded("prune", "x"):
-        raise Refusal("no.")
-    told = json.loads(Path("data/runs/prune/x.json").read_text())
-    assert (told["state"], told["error"]) == ("failed", "no.")
-
-
-def stage(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=folder, env={**project.ENV, "PYTHONPATH": str(project.ROOT)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-        # what safetensors and tokenizers say on a full disk
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        Exception("No space left on device (os error 28)"),
-    ],
-)
-def test_a_full_disk_is_told_in_a_sentence(error, workspace, monkeypatch, capsys):
-    def work(params, name):
-        raise error
-
-    project.write(workspace, project.params(Path("inputs")))
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["validate"])
-    with pytest.raises(SystemExit, match="2"):
-        run.entry("validate", work)
-    assert "no space is left on the disk" in capsys.readouterr().err
-    error = OSError(errno.EIO, "Input/output error")
-    with pytest.raises(OSError, match="Input/output"):
-        run.entry("validate", work)
-
-
-def test_a_refusal_is_told_after_the_stages_name(workspace, monkeypatch, capsys):
-    def work(params, name):
-        raise Refusal("so it is.")
-
-    project.write(workspace, project.params(Path("inputs")))
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["validate"])
-    with pytest.raises(SystemExit, match="2"):
-        run.entry("validate", work)
-    assert capsys.readouterr().err.splitlines()[-1] == "validate all: so it is."
-
-
-def test_json_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
-    def full(path, text):
-        path.touch()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space"):
-        run.write_json(tmp_path / "made.json", {})
-    assert not list(tmp_path.iterdir())
-
-
-def test_validate_marks_good_params_and_refuses_bad_ones(workspace):
-    raw = project.params(Path("inputs"))
-    project.write(workspace, raw)
-    assert stage(workspace, "stages.validate").returncode == 0
-    marks = [Path("data/validated.json"), Path("data/datasets/none/dataset.json")]
-    before = [mark.read_bytes() for mark in marks]
-    raw["prune"]["wanda-50"]["sparsity"] = 0.6
-    project.write(workspace, raw)
-    assert stage(workspace, "stages.validate").returncode == 0
-    assert [mark.read_bytes() for mark in marks] == before  # constant, so that nothing goes stale
-    raw["prune"]["wanda-50"]["sparsity"] = 1.5
-    raw["quantize"]["rtn-w4g32"]["bits"] = 3.5
-    project.write(workspace, raw)
-    done = stage(workspace, "stages.prune", "magnitude-50")
-    assert done.returncode == 2
-    assert "prune.wanda-50.sparsity: 1.5 given" in done.stderr
-    assert "quantize.rtn-w4g32.bits: 3.5 given" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not Path("data/models").exists()
-
-
-@pytest.mark.parametrize(
-    ("section", "name", "missing"),
-    [
-        ("prune", "magnitude-50", {"models/base/tiny": "python -m stages.download base/tiny"}),
-        (
-            "quantize", "wanda-50-gptq-w4g32",
-            {
-                "models/prune/wanda-50": "dvc repro prune@wanda-50",
-                "datasets/news": "python -m stages.download datasets/news",
-            },
-        ),
-        (
-            "finetune", "wanda-50-lora",
-            {
-                "models/prune/wanda-50": "dvc repro prune@wanda-50",
-                "datasets/news": "python -m stages.download datasets/news",
-            },
-        ),
-        ("noise", "tiny-batch-3", {"models/base/tiny": "python -m stages.download base/tiny"}),
-        (
-            "evaluate", "noise/tiny-batch-3/arithmetic",
-            {
-                "models/noise/tiny-batch-3": "dvc repro noise@tiny-batch-3",
-                "datasets/arithmetic": "python -m stages.download datasets/arithmetic",
-            },
-        ),
-    ],
-)  # fmt: skip
-def test_what_a_recipe_is_made_from_must_be_there(section, name, missing, workspace):
-    project.write(workspace, project.params(Path("inputs")))
-    checked = params.load()
-    told = [f"there is no data/{path} yet (`{maker}` makes it)" for path, maker in missing.items()]
-    assert checked.unmade(section, name) == told
-    for path in missing:
-        Path("data", path).mkdir(parents=True)
-        (Path("data", path) / ("artifact.json" if "models" in path else "dataset.json")).write_text("{}")
-        assert checked.unmade(section, name) == (told := told[1:])
-
-
-def test_a_stage_without_its_source_says_so(workspace):
-    project.write(workspace, project.params(Path("inputs")))
-    done = stage(workspace, "stages.prune", "magnitude-50")
-    assert done.returncode == 2
-    assert done.stderr == (
-        "prune magnitude-50: nothing was run, for there is no data/models/base/tiny yet "
-        "(`python -m stages.download base/tiny` makes it).\n"
-    )
-    assert not Path("data").exists()
-    done = stage(workspace, "stages.report")
-    assert done.returncode == 2 and "`dvc repro` makes them" in done.stderr
-
-
-def test_an_unknown_recipe_is_refused(workspace):
-    project.write(workspace, project.params(Path("inputs")))
-    done = stage(workspace, "stages.noise", "nothing")
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith(
-        "noise nothing: there is no recipe of this name; params.yaml has tiny-batch-3."
-    )

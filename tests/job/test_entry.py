@@ -1,0 +1,204 @@
+"""The command line of every stage: what is checked before the work, how it ends, what is recorded."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from stages.core import identity
+from stages.core.errors import Refusal
+from stages.job import entry as command
+from stages.job import lineage, pieces
+from stages.job.load import load
+from stages.job.record import recorded
+from tests import project
+
+
+def test_a_run_is_recorded_however_it_ends(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with recorded("prune", "x"):
+        pass
+    record = json.loads(Path("data/runs/prune/x.json").read_text())
+    assert (record["state"], record["error"]) == ("done", None)
+    assert record["seconds"] >= 0 and record["versions"]["torch"] == torch.__version__
+    with pytest.raises(Refusal), recorded("prune", "x"):
+        raise Refusal("no.")
+    record = json.loads(Path("data/runs/prune/x.json").read_text())
+    assert (record["state"], record["error"]) == ("failed", "no.")
+
+
+def identify(folder: Path) -> None:
+    """Write `data/code`, as the first stage of every run does."""
+    done = stage(folder, "stages.code")
+    assert done.returncode == 0, done.stderr
+
+
+def stage(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=folder, env={**project.ENV, "PYTHONPATH": str(project.ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        # what safetensors and tokenizers say on a full disk
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_reported_in_a_sentence(error, workspace, monkeypatch, capsys):
+    def validate(evaluations):
+        raise error
+
+    project.write(workspace, project.params(Path("inputs")))
+    identify(workspace)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["validate"])
+    with pytest.raises(SystemExit, match="2"):
+        run.entry("validate", work)
+    assert "no space is left on the disk" in capsys.readouterr().err
+    error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output"):
+        run.entry("validate", work)
+
+
+def test_a_refusal_follows_the_names_of_stage_and_recipe(workspace, monkeypatch, capsys):
+    def validate(evaluations):
+        raise Refusal("so it is.")
+
+    project.write(workspace, project.params(Path("inputs")))
+    identify(workspace)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["validate"])
+    with pytest.raises(SystemExit, match="2"):
+        run.entry("validate", work)
+    assert capsys.readouterr().err.splitlines()[-1] == "validate all: so it is."
+
+
+def test_validate_marks_good_params_and_refuses_bad_ones(workspace):
+    raw = project.params(Path("inputs"))
+    project.write(workspace, raw)
+    identify(workspace)
+    assert stage(workspace, "stages.validate").returncode == 0
+    marks = [Path("data/validated.json"), Path("data/datasets/none/dataset.json")]
+    before = [mark.read_bytes() for mark in marks]
+    raw["prune"]["wanda-50"]["sparsity"] = 0.6
+    project.write(workspace, raw)
+    assert stage(workspace, "stages.validate").returncode == 0
+    assert [mark.read_bytes() for mark in marks] == before  # constant, so that nothing goes stale
+    raw["prune"]["wanda-50"]["sparsity"] = 1.5
+    raw["quantize"]["rtn-w4g32"]["bits"] = 3.5
+    project.write(workspace, raw)
+    done = stage(workspace, "stages.prune", "magnitude-50")
+    assert done.returncode == 2
+    assert "prune.wanda-50.sparsity: 1.5 given" in done.stderr
+    assert "quantize.rtn-w4g32.bits: 3.5 given" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Path("data/models").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "missing"),
+    [
+        ("prune", "magnitude-50", {"models/base/tiny": "dvc repro model@tiny"}),
+        (
+            "quantize", "wanda-50-gptq-w4g32",
+            {
+                "models/prune/wanda-50": "dvc repro prune@wanda-50",
+                "datasets/news": "dvc repro dataset@news",
+            },
+        ),
+        (
+            "finetune", "wanda-50-lora",
+            {
+                "models/prune/wanda-50": "dvc repro prune@wanda-50",
+                "datasets/news": "dvc repro dataset@news",
+            },
+        ),
+        ("noise", "tiny-batch-3", {"models/base/tiny": "dvc repro model@tiny"}),
+        (
+            "evaluate", "noise/tiny-batch-3/arithmetic",
+            {
+                "models/noise/tiny-batch-3": "dvc repro noise@tiny-batch-3",
+                "datasets/arithmetic": "dvc repro dataset@arithmetic",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_is_made_from_must_be_there(section, name, missing, workspace):
+    project.write(workspace, project.params(Path("inputs")))
+    params, stage = load(), pieces.STAGES[section]
+
+    def unmade() -> list[str]:
+        return lineage.unmade(params, stage.models(params, name), stage.datasets(params, name))
+
+    expected = [f"there is no data/{path} yet (`{maker}` makes it)" for path, maker in missing.items()]
+    assert unmade() == expected
+    for path in missing:
+        Path("data", path).mkdir(parents=True)
+        (Path("data", path) / ("artifact.json" if "models" in path else "dataset.json")).write_text("{}")
+        expected = expected[1:]
+        assert unmade() == expected
+
+
+def test_a_stage_without_its_source_says_so(workspace):
+    project.write(workspace, project.params(Path("inputs")))
+    done = stage(workspace, "stages.prune", "magnitude-50")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "prune magnitude-50: nothing was run, for there is no data/models/base/tiny yet "
+        "(`dvc repro model@tiny` makes it).\n"
+    )
+    assert not Path("data").exists()
+    identify(workspace)
+    done = stage(workspace, "stages.report")
+    assert done.returncode == 2 and "`dvc repro` makes them" in done.stderr
+
+
+def test_an_unknown_recipe_is_refused(workspace):
+    project.write(workspace, project.params(Path("inputs")))
+    done = stage(workspace, "stages.noise", "nothing")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(
+        "noise nothing: there is no recipe of this name; params.yaml has tiny-batch-3."
+    )
+
+
+def test_code_that_data_code_does_not_know_is_not_run(workspace):
+    """A recipe depends on the recorded identity, so other code must not run under its name."""
+    project.write(workspace, project.params(Path("inputs")))
+    done = stage(workspace, "stages.validate")
+    assert (done.returncode, "data/code/validate/all, the identity of this code, does not exist" in done.stderr) == (
+        2, True
+    )  # fmt: skip
+    assert "`dvc repro code`" in done.stderr
+    identify(workspace)
+    record = Path("data/code/validate/all")
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text(
+        "".join(line.replace(line[:4], "0000", 1) if "sentences" in line else line for line in lines)
+    )
+    done = stage(workspace, "stages.validate")
+    assert done.returncode == 2
+    assert "stages/job/sentences.py changed since data/code/validate/all was written" in done.stderr
+    assert command.outdated() == ["validate/all"]
+    assert not Path("data/validated.json").exists()
+
+
+def test_the_recorded_identities_are_those_of_the_code(workspace):
+    project.write(workspace, project.params(Path("inputs")))
+    identify(workspace)
+    assert command.outdated() == []
+    for stage_name, method, module in pieces.identified():
+        written = Path("data/code", stage_name, method).read_text()
+        assert written == identity.text(identity.of(stage_name, module))
