@@ -65,11 +65,11 @@ def test_a_full_disk_is_reported_in_a_sentence(error, workspace, monkeypatch, ca
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["validate"])
     with pytest.raises(SystemExit, match="2"):
-        run.entry("validate", work)
+        command.entry(validate)
     assert "no space is left on the disk" in capsys.readouterr().err
     error = OSError(errno.EIO, "Input/output error")
     with pytest.raises(OSError, match="Input/output"):
-        run.entry("validate", work)
+        command.entry(validate)
 
 
 def test_a_refusal_follows_the_names_of_stage_and_recipe(workspace, monkeypatch, capsys):
@@ -81,7 +81,7 @@ def test_a_refusal_follows_the_names_of_stage_and_recipe(workspace, monkeypatch,
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["validate"])
     with pytest.raises(SystemExit, match="2"):
-        run.entry("validate", work)
+        command.entry(validate)
     assert capsys.readouterr().err.splitlines()[-1] == "validate all: so it is."
 
 
