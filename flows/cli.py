@@ -1,7 +1,7 @@
 """The command line: `prunequant run`, `check`, `diff`, `cost`, `batch-size`, `profile`.
 
-A mistake that the user can mend is one message and exit code 2, never a traceback; a stage that fails is exit code 1.
-Heavy imports are inside the commands, so that `check` answers without starting Prefect.
+A mistake that the user can mend is one message and exit code 2, never a traceback; a stage that fails is exit
+code 1. Heavy imports are inside the commands, so that `check` answers without starting Prefect.
 """
 
 import json
@@ -44,8 +44,8 @@ def check() -> None:
     if names := outdated():
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         typer.echo(
-            f"data/code does not know the code of {', '.join(names[:6])}{more}: `dvc status` and `dvc repro --dry` "
-            "cannot show what is stale until `dvc repro code` has run (`prunequant run` starts with it)."
+            f"data/code does not know the code of {', '.join(names[:6])}{more}: `dvc status` and `dvc repro "
+            "--dry` cannot show what is stale until `dvc repro code` has run; `prunequant run` does so first."
         )
 
 

@@ -1,9 +1,9 @@
 """The flow: bring every stale stage of DVC's graph up to date, as many side by side as there are cores.
 
-DVC decides what there is to do and keeps every result; Prefect runs it. A stage is a task that waits for the tasks
-it depends on and then calls `dvc repro --single-item`. If a stage fails, those that depend on it are skipped and all
-others still end; then the flow fails and says which stage failed and why. `dvc repro` alone does the same work one
-stage at a time.
+DVC decides what there is to do and keeps every result; Prefect runs it. A stage is a task that waits for the
+tasks it depends on and then calls `dvc repro --single-item`. If a stage fails, those that depend on it are
+skipped and all others still end; then the flow fails and says which stage failed and why. `dvc repro` alone
+does the same work one stage at a time.
 """
 
 import os
@@ -38,8 +38,8 @@ THREADS = 256
 def start_server() -> None:
     """Start Prefect's temporary server, deaf to ctrl-C, unless a server is configured.
 
-    A terminal sends ctrl-C to every process of the group. If the server ended with the rest, the flow would wait
-    long to report how it ended; the server stops when this process exits.
+    A terminal sends ctrl-C to every process of the group. If the server ended with the rest, the flow would
+    wait long to report how it ended; the server stops when this process exits.
     """
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_URL

@@ -1,8 +1,8 @@
 """DVC's graph: which stages it has, which are stale, what a run changed.
 
-DVC owns the graph and the cache; this module only asks. `dvc status` lists the stages whose own inputs or outputs
-differ from the lock. Whether a stage below them must run as well is known once they have run and `dvc.lock` holds
-their new hashes.
+DVC owns the graph and the cache; this module only asks. `dvc status` lists the stages whose own inputs or
+outputs differ from the lock. Whether a stage below them must run as well is known once they have run and
+`dvc.lock` holds their new hashes.
 """
 
 import difflib
@@ -126,8 +126,8 @@ def below(graph: Graph, names: set[str]) -> set[str]:
 def locked_outs() -> dict[str, Any]:
     """Return what dvc.lock holds for each stage's outputs; nothing if the file is missing or half written.
 
-    Another process may be writing the file. A missing or cut-off entry differs from every whole entry, so the stages
-    below are checked once too often and never too seldom.
+    Another process may be writing the file. A missing or cut-off entry differs from every whole entry, so the
+    stages below are checked once too often and never too seldom.
     """
     try:
         lock = yaml.load(LOCK.read_text(), yaml.CSafeLoader)
@@ -137,7 +137,7 @@ def locked_outs() -> dict[str, Any]:
 
 
 def sort_lock() -> None:
-    """Order the stages of dvc.lock by name; DVC leaves them in the order they ended, which git shows as changes."""
+    """Order the stages of dvc.lock by name; DVC leaves them as they ended, which git shows as changes."""
     from dvc.lock import LockError
     from dvc.repo import Repo
     from dvc.utils.serialize import dumps_yaml

@@ -54,8 +54,8 @@ class Plan:
     def find_stale(self) -> None:
         """Bring the code identities up to date, then ask DVC which stages are stale.
 
-        Recipes depend on `data/code` and not on the sources, so before stage `code` has run DVC cannot tell what an
-        edit made stale.
+        Recipes depend on `data/code` and not on the sources, so before stage `code` has run DVC cannot tell
+        what an edit made stale.
 
         Raises:
             Refusal: stage `code` failed, or DVC cannot answer.
@@ -93,7 +93,7 @@ class Plan:
         return self._end(outcome)
 
     def outcomes(self) -> list[Outcome]:
-        """Return how every stage of the graph ended, in the graph's order; write it to data/runs/flow.json too."""
+        """Return how every stage ended, in the graph's order; write it to data/runs/flow.json too."""
         ended = [
             self._ended.get(name, Outcome(name, "skipped" if name in self.todo else "unchanged"))
             for name in self.graph
@@ -126,9 +126,9 @@ class Plan:
     def _reason(self, name: str, started: float, output: str) -> str:
         """Return the error in the stage's run record, or else the last line it printed."""
         record = self.graph[name].record
-        if record.exists() and record.stat().st_mtime >= started - 1:
-            if error := read_json(record)["error"]:
-                return str(error)
+        fresh = record.exists() and record.stat().st_mtime >= started - 1
+        if fresh and (error := read_json(record)["error"]):
+            return str(error)
         lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
         own = [line for line in lines if "failed to reproduce" not in line]
         return (own or lines or [""])[-1].strip()

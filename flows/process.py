@@ -1,7 +1,7 @@
 """One stage as a child process: its output is shown and kept, and all its processes end when the run stops.
 
-DVC does not pass a signal on to the command it runs. So each `dvc repro` leads a process group of its own, and the
-group gets SIGTERM first and SIGKILL if it is still alive.
+DVC does not pass a signal on to the command it runs. So each `dvc repro` leads a process group of its own,
+and the group gets SIGTERM first and SIGKILL if it is still alive.
 """
 
 import os
@@ -89,7 +89,7 @@ class Children:
 
 
 def environment() -> dict[str, str]:
-    """Return a stage's environment: this interpreter as `python`, and progress bars that print now and then."""
+    """Return a stage's environment: this interpreter as `python`, and bars that print now and then."""
     return {
         "TQDM_MININTERVAL": "10",
         "DVC_NO_ANALYTICS": "1",
@@ -100,7 +100,7 @@ def environment() -> dict[str, str]:
 
 
 def _follow(stream: IO[str], file: IO[str], show: Callable[[str], None]) -> str:
-    """Copy a stream to `file` line by line, each redrawing of a bar a line of its own, and return all of it."""
+    """Copy a stream to `file` line by line, a redrawn bar as a line of its own, and return all of it."""
     lines = []
     for raw in stream:  # text mode ends a line at \r too
         line = raw.rstrip()

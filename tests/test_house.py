@@ -19,8 +19,8 @@ from tests import project
 
 ROOT = project.ROOT
 FLOORS = (
-    "core", "model", "corpus", "compress", "sources", "pruning", "quantization", "recovery", "teaching", "controls",
-    "evaluation", "profiling", "reporting", "job", "doors", "flows",
+    "core", "model", "corpus", "compress", "sources", "pruning", "quantization", "recovery", "teaching",
+    "controls", "evaluation", "profiling", "reporting", "job", "doors", "flows",
 )  # fmt: skip
 """From the ground up. The doors are the files of `stages/` itself, one a stage."""
 FILES = sorted(
@@ -28,8 +28,8 @@ FILES = sorted(
 )
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 LIBRARIES = (
-    "torch", "numpy", "pandas", "pyarrow", "transformers", "scipy", "lm_eval", "safetensors", "datasets", "peft",
-    "matplotlib", "prefect", "dvc",
+    "torch", "numpy", "pandas", "pyarrow", "transformers", "scipy", "lm_eval", "safetensors", "datasets",
+    "peft", "matplotlib", "prefect", "dvc",
 )  # fmt: skip
 
 

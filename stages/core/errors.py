@@ -1,7 +1,7 @@
 """The exception for a user's mistake, or for an input the project will not work on.
 
-Its text is printed without a traceback after the names of the stage and the recipe, which it need not repeat. It is
-whole sentences: what was given, what is allowed, how to mend it.
+Its text is printed without a traceback after the names of the stage and the recipe, which it need not repeat.
+It is whole sentences: what was given, what is allowed, how to mend it.
 """
 
 

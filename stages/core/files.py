@@ -1,8 +1,8 @@
 """Where everything under `data/` lies, and writes that happen whole or not at all.
 
 A killed stage leaves nothing half written: a file or folder is written beside its target or in
-`data/scratch/`, and moved into place at the end. DVC deletes a stage's outputs before it runs, so whatever must
-survive a kill belongs in scratch as well.
+`data/scratch/`, and moved into place at the end. DVC deletes a stage's outputs before it runs, so whatever
+must survive a kill belongs in scratch as well.
 """
 
 import hashlib

@@ -1,13 +1,14 @@
 """The identity of the code behind a result: the modules it runs, without their comments and docstrings.
 
-A recipe must run again when its code changes and only then. Its code is its stage's file and its method's module
-with everything they import, directly or not, inside functions too, found by parsing and never by importing. An
-import for types alone does not run, so it does not count. `stages/job` only reads params and calls the stage
-function, so it counts for no artifact. What a module reads with `beside` counts as the module does: a page's
-template, a folder of task files with the modules that these name.
+A recipe must run again when its code changes and only then. Its code is its stage's file and its method's
+module with everything they import, directly or not, inside functions too, found by parsing and never by
+importing. An import for types alone does not run, so it does not count. `stages/job` only reads params and
+calls the stage function, so it counts for no artifact. What a module reads with `beside` counts as the module
+does: a page's template, a folder of task files with the modules that these name.
 
-Comments, docstrings, blank lines and blanks at line ends are cut out of the source and the rest is hashed with its
-indentation. Neither the token stream nor `ast.dump` would do: both differ between versions of Python.
+Comments, docstrings, blank lines and blanks at line ends are cut out of the source and the rest is hashed
+with its indentation. Neither the token stream nor `ast.dump` would do: both differ between versions of
+Python.
 """
 
 import ast
@@ -31,7 +32,7 @@ RECORDED = ("torch", "transformers", "lm-eval", "compressed-tensors", "peft", "d
 
 
 def beside(module: str, name: str) -> Path:
-    """Return the path of a data file or folder in a module's own folder; its content counts as the module's code.
+    """Return the path of a data file or folder beside a module; its content counts as the module's code.
 
     Args:
         module: `__file__` of the caller.
@@ -136,7 +137,10 @@ def _read(node: ast.AST, file: str, root: Path) -> list[str]:
 
 
 def _named(names: Iterable[str], root: Path) -> list[str]:
-    """Return the files of dotted names and of the packages around them; a name may be of something in a module."""
+    """Return the files of dotted names and of the packages around them.
+
+    A name may continue into a module, to what is defined there.
+    """
     found: list[str] = []
     for name in names:
         parts = name.split(".")

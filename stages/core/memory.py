@@ -1,14 +1,14 @@
 """Keep freed memory in the process so it can be reused.
 
-glibc returns a large block to the system as soon as it is freed, and the free end of its heap as well. The next
-request gets new memory, of which the system must clear every page first. Layers and training steps free and request
-the same megabytes over and over, so on a CPU this is a good part of their time.
+glibc returns a large block to the system as soon as it is freed, and the free end of its heap as well. The
+next request gets new memory, of which the system must clear every page first. Layers and training steps free
+and request the same megabytes over and over, so on a CPU this is a good part of their time.
 
-How much to keep depends on the work. A training holds its whole model and requests its largest blocks again at every
-step. A model beyond `LARGE` that is streamed block by block has few large tensors beside much other work: there all
-but pieces below `SMALL` goes back at once, from before its modules are made. Each module makes a weight and drops it
-again; with many blocks these would leave a heap full of holes, which the work on blocks then fills bit by bit
-(`python -m benchmarks.memory` prints the peak for few and for many blocks).
+How much to keep depends on the work. A training holds its whole model and requests its largest blocks again
+at every step. A model beyond `LARGE` that is streamed block by block has few large tensors beside much other
+work: there all but pieces below `SMALL` goes back at once, from before its modules are made. Each module
+makes a weight and drops it again; with many blocks these would leave a heap full of holes, which the work on
+blocks then fills bit by bit (`python -m benchmarks.memory` prints the peak for few and for many blocks).
 """
 
 import ctypes

@@ -27,7 +27,7 @@ def count_of(share: float, total: int) -> int:
 
 
 def seed_of(text: str, size: int = 7) -> int:
-    """Derive a seed of `size` bytes from a text that names the draw, such as `"7 model.layers.0.mlp.up_proj"`.
+    """Derive a seed of `size` bytes from a text that names the draw, such as `"7 model.layers.0.mlp"`.
 
     Draws with different names are independent, whatever order they are made in.
     """
@@ -42,8 +42,8 @@ def generator(text: str, size: int = 7) -> torch.Generator:
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """Draw one token a row by inverting the cumulative distribution.
 
-    The token is the first at which the cumulative probability exceeds the row's number. Numbers are drawn by the
-    caller, so neither the device nor the batch size decides which number a row gets.
+    The token is the first at which the cumulative probability exceeds the row's number. Numbers are drawn by
+    the caller, so neither the device nor the batch size decides which number a row gets.
 
     Args:
         logits: `[rows, vocabulary]`, any float dtype, on any device.
@@ -60,7 +60,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 
 def no_grad(function: Callable[P, T]) -> Callable[P, T]:
-    """Run a function without recording gradients; torch's own decorator would import torch with the module."""
+    """Run a function without recording gradients; torch's own decorator would import torch here."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:

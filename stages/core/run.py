@@ -1,7 +1,8 @@
 """The device, the number type, and every switch that decides the bits of a result.
 
-Equal inputs give equal bytes on one machine: threads, seeds and determinism are set here and nowhere else. The
-device is recorded with every artifact and is no dependency, so a model may be made on a GPU and used on a CPU.
+Equal inputs give equal bytes on one machine: threads, seeds and determinism are set here and nowhere else.
+The device is recorded with every artifact and is no dependency, so a model may be made on a GPU and used on a
+CPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The words every part of `params.yaml` is made of: names, sources, and the strict base class.
 
-A recipe's name becomes a folder, a DVC stage and an argument on a command line, so it is a slug: lower-case letters,
-digits and single dashes. A slug cannot leave `data/`, means nothing to a shell, and DVC cannot take it for nesting
-(a dot) or for its separator (`@`).
+A recipe's name becomes a folder, a DVC stage and an argument on a command line, so it is a slug: lower-case
+letters, digits and single dashes. A slug cannot leave `data/`, means nothing to a shell, and DVC cannot take
+it for nesting (a dot) or for its separator (`@`).
 """
 
 import re

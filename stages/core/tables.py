@@ -1,8 +1,9 @@
 """The two tidy tables every evaluation writes: a row a score, a row an answered item.
 
-A score row names everything that a fair comparison needs: what the candidate is and how large (`Subject`), how it
-was asked (`Setting`), and what it scored on what (`Score`). A column holds one fact, so that nobody has to take a
-text apart again: `metric` is a name, its filter, budget and the metric it counts have columns of their own.
+A score row names everything that a fair comparison needs: what the candidate is and how large (`Subject`),
+how it was asked (`Setting`), and what it scored on what (`Score`). A column holds one fact, so that nobody
+has to take a text apart again: `metric` is a name, its filter, budget and the metric it counts have columns
+of their own.
 """
 
 from __future__ import annotations

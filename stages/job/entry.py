@@ -1,7 +1,7 @@
 """The command line of every stage: `python -m stages.<stage> <recipe>`.
 
-Params are checked as a whole, the recipe's inputs and the identity of its code as well, then the stage function
-gets its own pieces. A refusal is printed without a traceback and ends the process with exit code 2.
+Params are checked as a whole, the recipe's inputs and the identity of its code as well, then the stage
+function gets its own pieces. A refusal is printed without a traceback and ends the process with exit code 2.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def _check(stage: str, params: Params, name: str) -> None:
 
 
 def check_identity(stage: str, method: str, module: str | None) -> None:
-    """Refuse to run code other than that recorded in `data/code/<stage>/<method>`, on which the recipe depends.
+    """Refuse to run other code than `data/code/<stage>/<method>` records, as the recipe depends on that file.
 
     Raises:
         Refusal: the record is missing, or names other code.
@@ -94,8 +94,8 @@ def _sentence(error: Exception) -> str:
         return str(error)
     if _without_room(error):
         return (
-            f"no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace drops what no recipe "
-            "needs any more) and run it again."
+            f"no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace drops what no "
+            "recipe needs any more) and run it again."
         )
     raise error
 

@@ -21,7 +21,7 @@ def downloaded(params: Params, dataset: str) -> str:
 
 
 def learned_from(params: Params, candidate: str) -> list[str]:
-    """Return every data set that a candidate's lineage learned from, taught ones and what they were made from."""
+    """Return every data set that a candidate's lineage learned from, and what taught ones were made from."""
     datasets: list[str] = []
     for artifact in params.lineage(candidate):
         for dataset in datasets_of(params, artifact):

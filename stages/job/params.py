@@ -1,8 +1,8 @@
 """The whole of `params.yaml` as one strict schema.
 
-A method is its settings class: the unions below are the registry, so a misspelt method is answered with the legal
-names. This file names every method and counts for no artifact (see `stages.core.identity`): adding a method makes
-no old recipe run again.
+A method is its settings class: the unions below are the registry, so a misspelt method is answered with the
+legal names. This file names every method and counts for no artifact (see `stages.core.identity`): adding a
+method makes no old recipe run again.
 """
 
 from collections.abc import Mapping
@@ -80,7 +80,7 @@ REGISTRY: dict[str, tuple[type[Strict], ...]] = {
 
 
 class Suites(Strict):
-    """Section `suites`: the questions every candidate is asked, by kind; a suite scores the data set of its name."""
+    """Section `suites`: the questions every candidate is asked. A suite scores the data set of its name."""
 
     perplexity: dict[Slug, PerplexitySuite] = Field(default_factory=dict)
     graded: dict[Slug, GradedSuite] = Field(default_factory=dict)
@@ -139,7 +139,7 @@ class Params(Strict):
         ]
 
     def base_of(self, artifact: str) -> str | None:
-        """Return the model an artifact descends from; None if a source is missing or the lineage is a cycle."""
+        """Return the model an artifact descends from; None if a source is missing or there is a cycle."""
         first = self.lineage(artifact)[-1]
         base = first.removeprefix("base/")
         return base if first.startswith("base/") and base in self.models else None

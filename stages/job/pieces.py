@@ -1,10 +1,11 @@
 """What each stage function is given of params, and what each stage reads.
 
-A stage function takes its own pieces, `prune(recipe, run, name)`; only here and in `stages.job.entry` are params
-known as a whole. An artifact therefore depends on its recipe and the `run` section and on nothing else in params.
+A stage function takes its own pieces, `prune(recipe, run, name)`; only here and in `stages.job.entry` are
+params known as a whole. An artifact therefore depends on its recipe and the `run` section and on nothing else
+in params.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +102,8 @@ def identified() -> list[tuple[str, str, str | None]]:
     The method of a stage without methods is `all`, and has no module.
     """
     identities: list[tuple[str, str, str | None]] = []
-    for stage, section in {
-        "download": ("models", "datasets"), "prune": ("prune",), "quantize": ("quantize",), "teach": ("teach",),
-        "finetune": ("finetune",),
-    }.items():  # fmt: skip
-        classes: Sequence[Any] = [config for name in section for config in REGISTRY[name]]
+    for section, classes in REGISTRY.items():
+        stage = "download" if section in ("models", "datasets") else section
         identities += [(stage, tag(config), config.__module__) for config in classes]
     identities += [("evaluate", kind, config.__module__) for kind, config in SUITES.items()]
     identities += [

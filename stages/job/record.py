@@ -1,6 +1,7 @@
 """The run record `data/runs/<stage>/<recipe>.json`: everything about a run that varies from run to run.
 
-Times, host, versions, commit and peak memory are here and not in artifacts, so that equal inputs give equal bytes.
+Times, host, versions, commit and peak memory are here and not in artifacts, so that equal inputs give equal
+bytes.
 """
 
 import platform

@@ -1,7 +1,7 @@
 """Turning a pydantic error into one sentence: where in params.yaml, which value, which values are allowed.
 
-Pydantic's own location contains the tags of unions, and its messages list neither fields nor methods, so the location
-is followed through the schema's annotations instead.
+Pydantic's own location contains the tags of unions, and its messages list neither fields nor methods, so the
+location is followed through the schema's annotations instead.
 """
 
 import difflib

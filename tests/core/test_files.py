@@ -54,7 +54,7 @@ def test_a_hash_of_a_folder_is_of_names_and_contents(tmp_path):
 
 
 def test_json_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
-    def full(path, text):
+    def full(path, text, **options):
         path.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -3,8 +3,8 @@
 import pytest
 
 from stages.core.errors import Refusal
-from stages.job import checks as problems
-from stages.job import params
+from stages.job import checks
+from stages.job.load import load, validate
 from tests import project
 
 
@@ -17,17 +17,17 @@ def raw(tmp_path):
 
 def refusal(raw) -> str:
     with pytest.raises(Refusal) as caught:
-        params.validate(raw)
+        validate(raw)
     return str(caught.value)
 
 
 def test_the_sweep_of_the_tests_is_sound(raw):
-    assert params.validate(raw).models["tiny"].in_features == (32, 64)
+    assert validate(raw).models["tiny"].in_features == (32, 64)
 
 
 def test_a_noise_candidate_must_differ_in_its_batch_size(raw):
     raw["noise"]["tiny-batch-3"]["batch_size"] = raw["suites"]["perplexity"]["news"]["batch_size"]
-    assert "noise.tiny-batch-3.batch_size: 2 is already the batch size of the suite(s) news" in refusal(raw)
+    assert "noise.tiny-batch-3.batch_size: 2 is already the batch size of suite(s) news" in refusal(raw)
 
 
 def test_a_suite_must_not_score_the_file_that_recipes_learn_from(raw):
@@ -41,14 +41,14 @@ def test_a_graded_suite_must_not_score_items_that_recipes_learn_from(raw):
     raw["datasets"]["drill"] = {
         **raw["datasets"]["arithmetic"], "train": 4, "seed": 7, "levels": [{**level, "name": "sums"}],
     }  # fmt: skip
-    assert "drill" in params.validate(raw).datasets
+    assert "drill" in validate(raw).datasets
     raw["prune"]["wanda-50"]["calibration"] = {**raw["prune"]["wanda-50"]["calibration"], "dataset": "drill"}
     assert (
         "suites.graded.arithmetic: it would score items that recipes learn from as datasets.drill"
         in refusal(raw)
     )
     raw["datasets"]["drill"]["levels"][0]["digits"] = 2
-    assert "drill" in params.validate(raw).datasets
+    assert "drill" in validate(raw).datasets
 
 
 LOGITS = {"source": "base/tiny", "method": "logits", "dataset": "news", "batch_size": 2}
@@ -78,7 +78,7 @@ def test_training_settings_are_held_against_the_kind_of_data_set(raw):
         (
             "tought",
             {},
-            "'tought' is not there; did you mean 'taught'? allowed: arithmetic, news, speeches, taught",
+            "there is no 'tought'; did you mean 'taught'? allowed: arithmetic, news, speeches, taught",
         ),
     ):
         raw["finetune"]["wanda-50-lora"]["train"] = train | {"dataset": dataset} | options
@@ -93,12 +93,12 @@ def test_distillation_is_from_a_data_set_that_has_logits(raw):
     raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "said"}
     assert "said holds no teacher's logits" in refusal(raw) and "allowed: taught." in refusal(raw)
     raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "taught"}
-    assert params.validate(raw).finetune["wanda-50-lora"].distillation.weight == 1.0
+    assert validate(raw).finetune["wanda-50-lora"].distillation.weight == 1.0
 
 
 def test_a_data_set_must_not_be_made_from_itself(raw):
     raw["teach"] = {"taught": LOGITS | {"source": "finetune/wanda-50-lora"}}
-    assert "taught" in params.validate(raw).teach
+    assert "taught" in validate(raw).teach
     raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "taught"}
     assert "teach.taught: a cycle, its teacher or its data set is made from itself" in refusal(raw)
     raw["teach"] = {"taught": LOGITS | {"dataset": "again"}, "again": LOGITS | {"dataset": "taught"}}
@@ -124,7 +124,7 @@ def test_a_suite_must_not_score_the_split_that_recipes_learn_from(raw):
     raw["finetune"]["wanda-50-lora"]["train"] = pair | {"split": "test"}
     assert "recipes learn from split test of datasets.words, which it may score" in refusal(raw)
     raw["finetune"]["wanda-50-lora"]["train"] = pair | {"split": "train"}
-    assert params.validate(raw).finetune["wanda-50-lora"].train.split == "train"
+    assert validate(raw).finetune["wanda-50-lora"].train.split == "train"
 
 
 def test_two_evaluations_must_not_share_a_stage_name(raw):
@@ -138,14 +138,14 @@ def test_two_evaluations_must_not_share_a_stage_name(raw):
 
 def test_group_size_is_left_to_the_stage_when_linears_are_ignored(raw):
     raw["quantize"]["rtn-w4g32"] |= {"group_size": 64, "ignore": ["self_attn.q_proj"]}
-    assert params.validate(raw).quantize["rtn-w4g32"].group_size == 64
+    assert validate(raw).quantize["rtn-w4g32"].group_size == 64
 
 
 def test_a_changed_path_is_found(raw, tmp_path):
-    checked = params.validate(raw)
-    assert list(problems.changed_paths(checked)) == []
+    checked = validate(raw)
+    assert list(checks.changed_paths(checked)) == []
     (tmp_path / "inputs" / "news.txt").write_text("other words\n")
-    (found,) = problems.changed_paths(checked)
+    (found,) = checks.changed_paths(checked)
     assert found.startswith("datasets.news.sha256: ")
     assert "write that if its content is right" in found
 
@@ -155,7 +155,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path, number):
     folder = project.make(tmp_path / "project")
     text = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(text.replace("learning_rate: 0.001", f"learning_rate: {number}"))
-    assert params.load(folder / "params.yaml").finetune["wanda-50-lora"].learning_rate == float(number)
+    assert load(folder / "params.yaml").finetune["wanda-50-lora"].learning_rate == float(number)
 
 
 def test_a_name_given_twice_is_refused(tmp_path):
@@ -163,7 +163,7 @@ def test_a_name_given_twice_is_refused(tmp_path):
     text = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(text + "\nnoise: {}\n")
     with pytest.raises(Refusal, match="is not YAML"):
-        params.load(folder / "params.yaml")
+        load(folder / "params.yaml")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_name_given_twice_is_refused(tmp_path):
 def test_a_noise_candidate_may_differ_in_its_dtype(variant, told, raw):
     raw["noise"]["tiny-batch-3"] = {"source": "base/tiny", **variant}
     if told is None:
-        assert params.validate(raw).noise["tiny-batch-3"].dtype == "float32"
+        assert validate(raw).noise["tiny-batch-3"].dtype == "float32"
     else:
         assert told in refusal(raw)
 

@@ -120,11 +120,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "cycle": (
         "prune//wanda-50//source", "quantize/wanda-50-gptq-w4g32",
         "prune.wanda-50.source: a cycle, prune/wanda-50 <- quantize/wanda-50-gptq-w4g32 <- prune/wanda-50; "
-        "one must start from base/.",
+        "start from a model of base/.",
     ),
     "cycle of one": (
         "prune//wanda-50//source", "prune/wanda-50",
-        "prune.wanda-50.source: a cycle, prune/wanda-50 <- prune/wanda-50; one must start from base/.",
+        "prune.wanda-50.source: a cycle, prune/wanda-50 <- prune/wanda-50; start from a model of base/.",
     ),
     "sparsity of 1.5": (
         "prune//wanda-50//sparsity", 1.5, "prune.wanda-50.sparsity: 1.5 given; it must be less than 1.",
@@ -198,7 +198,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "null recipe": ("noise//tiny-batch-3", None, "noise.tiny-batch-3: null given; it must be a mapping of fields."),
     "path without sha256": (
         "models//tiny//sha256", ...,
-        "models.tiny.sha256: this field is missing; only the commit of a hub: source can stand for it.",
+        "models.tiny.sha256: this field is missing; only the commit of a hub: source replaces it.",
     ),
     "bad sha256": (
         "models//tiny//sha256", "abc",
@@ -245,7 +245,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "calibration on what is not there": (
         "finetune//wanda-50-lora//train", TEXT | {"dataset": "new"},
-        "finetune.wanda-50-lora.train.dataset: 'new' is not there; did you mean 'news'? allowed: news, speeches.",
+        "finetune.wanda-50-lora.train.dataset: there is no 'new'; did you mean 'news'? allowed: news, speeches.",
     ),
     "training on what is all for evaluation": (
         "finetune//wanda-50-lora//train", TEXT | {"dataset": "arithmetic"},
@@ -278,7 +278,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "teach//news", LOGITS, "teach.news: datasets has this name too, and both are data sets; rename one.",
     ),
     "a made data set by the name of none": (
-        "teach//none", LOGITS, "teach.none: the name none is taken, it stands for no data; rename it.",
+        "teach//none", LOGITS, "teach.none: the name none stands for no data; rename this data set.",
     ),
     "a teacher that is not there": (
         "teach//logits", LOGITS | {"source": "base/huge"},
@@ -372,7 +372,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "run//device", "meta", "run.device: 'meta' given; allowed: auto, cpu, cuda, cuda:<index>, mps or xpu.",
     ),
     "a device this machine lacks": (
-        "run//device", "xpu", "run.device: xpu was asked for and this machine has none; use cpu or auto.",
+        "run//device", "xpu", "run.device is xpu, which this machine lacks; use cpu or auto.",
     ),
     "a dtype that is none": (
         "run//dtype", "int8", "run.dtype: 'int8' given; it must be 'bfloat16', 'float16' or 'float32'.",
@@ -426,7 +426,7 @@ def test_a_group_size_that_its_method_fixes_has_no_other(raw):
     raw["evaluate"]["candidates"] = ["base/tiny"]
     assert told(raw) == [
         "quantize.four.group_size: 32 does not divide 48, the input width of linears of tiny; this method has no "
-        "other; take another method, or list those linears in ignore."
+        "other; use another method, or list those linears in ignore."
     ]
 
 

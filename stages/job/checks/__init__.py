@@ -1,9 +1,9 @@
 """Mistakes between the parts of params.yaml, one sentence each.
 
-A field is wrong by itself (`stages.job.sentences`) or beside the others: a source that does not exist, a cycle, a
-group_size that does not divide. Both kinds are reported at once. Lineage is read from the raw file (`entries`), the
-rest from its sound entries: what recipes read (`recipes`), what they learn from (`learning`), what suites score
-(`suites`), and the remaining sections here.
+A field is wrong by itself (`stages.job.sentences`) or beside the others: a source that does not exist, a
+cycle, a group_size that does not divide. Both kinds are reported at once. Lineage is read from the raw file
+(`entries`), the rest from its sound entries: what recipes read (`recipes`), what they learn from
+(`learning`), what suites score (`suites`), and the remaining sections here.
 """
 
 from collections.abc import Iterator
@@ -75,7 +75,7 @@ def _of_source(at: str, entry: Any) -> Iterator[str]:
 
 
 def changed_paths(params: Params) -> Iterator[str]:
-    """Yield `path:` sources whose content has another sha256 than params say; this reads all of their content."""
+    """Yield `path:` sources whose content, all of which is read, has another sha256 than params say."""
     for section in SOURCED:
         for name, entry in getattr(params, section).items():
             source, expected = getattr(entry, "source", ""), getattr(entry, "sha256", None)
@@ -88,6 +88,6 @@ def changed_paths(params: Params) -> Iterator[str]:
                 yield f"{section}.{name}.source: {source} has no {inner}."
             elif (actual := sha256(path)) != expected:
                 yield (
-                    f"{section}.{name}.sha256: {path} has {actual}; write this hash if its content is what you "
-                    "want."
+                    f"{section}.{name}.sha256: {path} has {actual}; write this hash if its content is what "
+                    "you want."
                 )

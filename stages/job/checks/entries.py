@@ -55,7 +55,7 @@ def _without(entries: dict[Any, Any], name: Any) -> dict[Any, Any]:
 
 
 def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield sources and candidates that do not exist, cycles, and candidates listed twice or without a model."""
+    """Yield sources and candidates that do not exist, cycles, candidates listed twice or without a model."""
 
     def entries(section: str) -> dict[str, Any]:
         value = raw.get(section)
@@ -101,6 +101,6 @@ def _of_candidates(section: str, known: list[str], listed: list[str]) -> Iterato
             yield f"{section}.candidates: {candidate} is listed twice; list it once."
     if section == "evaluate" and listed and all(name.startswith(("noise/", "floor/")) for name in listed):
         yield (
-            f"{section}.candidates: there is no model to compare, as noise/ and floor/ only say what scores mean; "
-            f"add a model, such as {known[0] if known else 'a base'}."
+            f"{section}.candidates: there is no model to compare, as noise/ and floor/ only say what scores "
+            f"mean; add a model, such as {known[0] if known else 'a base'}."
         )

@@ -1,15 +1,15 @@
-"""Data that recipes learn from: it must exist, be set apart for learning, and fit the settings that choose from it."""
+"""Data that recipes learn from: it must exist, be set apart for learning, and fit the recipe's settings."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from stages.core.schema import Strict
-from stages.corpus.examples import Chosen
+from stages.corpus.examples import Selection
 from stages.job.lineage import ancestors
 from stages.job.params import Params
 from stages.job.sentences import allowed
 from stages.sources.benchmark import Benchmark
-from stages.sources.graded.items import Graded
+from stages.sources.graded.items import GradedData
 from stages.sources.text import Text
 from stages.teaching.answers import Answers
 from stages.teaching.logits import Logits
@@ -18,15 +18,15 @@ from stages.teaching.teaching import Teaching
 PAIRED = ("split", "prompt", "completion")
 FIT: tuple[tuple[type[Strict], str, tuple[str, ...], tuple[str, ...]], ...] = (
     (Text, "running text", ("difficulty", "chat_template", "packing", *PAIRED), ()),
-    (Graded, "graded items", PAIRED, ()),
+    (GradedData, "graded items", PAIRED, ()),
     (Benchmark, "a benchmark", ("difficulty",), PAIRED),
     (Teaching, "made by a teacher, in tokens already", ("chat_template", *PAIRED), ()),
 )
-"""Kinds of data sets: their class, a name for messages, the settings of `Chosen` they cannot use, those they need."""
+"""Kinds of data sets: class, name in messages, settings of `Selection` they cannot use, those they need."""
 
 
-def of_chosen(at: str, chosen: Chosen, params: Params) -> Iterator[str]:
-    """Yield a data set that is missing or has nothing to learn from, and settings that do not fit its kind."""
+def of_chosen(at: str, chosen: Selection, params: Params) -> Iterator[str]:
+    """Yield a data set that is missing or has nothing to learn from, or settings that do not fit it."""
     name = chosen.dataset
     dataset = params.datasets.get(name) or params.teach.get(name)
     if dataset is None:
@@ -35,7 +35,7 @@ def of_chosen(at: str, chosen: Chosen, params: Params) -> Iterator[str]:
         ]
         yield f"{at}.dataset: there is no {name!r}; {allowed([*usable, *params.teach], name)}."
         return
-    if isinstance(dataset, Text | Graded) and not learnable(dataset):
+    if isinstance(dataset, Text | GradedData) and not learnable(dataset):
         yield all_evaluated(at, name, dataset)
     kind, unusable, needed = next(facts for config, *facts in FIT if isinstance(dataset, config))
     answers = isinstance(chosen, Answers)
@@ -51,23 +51,23 @@ def of_chosen(at: str, chosen: Chosen, params: Params) -> Iterator[str]:
     ]:
         yield f"{at}: {name} is {kind}, so {', '.join(missing)} must be given."
     if isinstance(chosen, Answers) and chosen.shots:
-        available = dataset.num_examples if isinstance(dataset, Graded) else 0
+        available = dataset.num_examples if isinstance(dataset, GradedData) else 0
         if chosen.shots > available:
             yield f"{at}.shots: {chosen.shots} given; {name} has {available} few-shot examples; lower it."
-    levels = [level.name for level in dataset.levels] if isinstance(dataset, Graded) else []
+    levels = [level.name for level in dataset.levels] if isinstance(dataset, GradedData) else []
     if levels and chosen.difficulty not in (None, *levels):
         yield f"{at}.difficulty: there is no {chosen.difficulty!r}; {allowed(levels, chosen.difficulty)}."
 
 
 def of_teaching(params: Params) -> Iterator[str]:
-    """Yield names of data sets used twice, data sets made from themselves, and distillation without a teacher."""
+    """Yield names used twice, data sets made from themselves, and distillation without a teacher."""
     for name in params.teach:
         if name in params.datasets:
             yield f"teach.{name}: datasets has this name too, and both are data sets; rename one."
         if f"teach/{name}" in ancestors(params, f"teach/{name}"):
             yield (
-                f"teach.{name}: a cycle, its teacher or its data set is made from itself; use a teacher that is "
-                "not trained on it."
+                f"teach.{name}: a cycle, its teacher or its data set is made from itself; use a teacher that "
+                "is not trained on it."
             )
     with_logits = [key for key, teaching in params.teach.items() if isinstance(teaching, Logits)]
     for name, recipe in params.finetune.items():
@@ -87,13 +87,13 @@ def all_evaluated(at: str, name: str, dataset: Any) -> str:
         else ("items", "train", "the number of items a level")
     )
     return (
-        f"{at}.dataset: {name} keeps all its {kept} for evaluation; set datasets.{name}.{option} to {meaning} "
-        "that may be learned from."
+        f"{at}.dataset: {name} keeps all its {kept} for evaluation; set datasets.{name}.{option} to "
+        f"{meaning} that may be learned from."
     )
 
 
 def learnable(dataset: Any) -> bool:
     """Tell whether part of a data set is set apart to be learned from."""
-    if isinstance(dataset, Graded):
+    if isinstance(dataset, GradedData):
         return dataset.train > 0
     return isinstance(dataset, Text) and dataset.calibration > 0

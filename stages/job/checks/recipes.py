@@ -4,17 +4,17 @@ from collections.abc import Iterator
 from typing import Literal, get_origin
 
 from stages.core.schema import Strict
-from stages.corpus.examples import Chosen
+from stages.corpus.examples import Selection
 from stages.job.checks.learning import all_evaluated, learnable, of_chosen
 from stages.job.params import Params
 from stages.job.sentences import allowed
 from stages.pruning.depth.tasks import Items
-from stages.sources.graded.items import Graded
+from stages.sources.graded.items import GradedData
 from stages.sources.text import Text
 
 
 def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
-    """Yield recipes that read data which is missing, unfit or kept for evaluation, or whose groups do not divide.
+    """Yield recipes whose data is missing, unfit or kept for evaluation, or whose groups do not divide.
 
     Args:
         broken: data sets with mistakes of their own.
@@ -25,7 +25,7 @@ def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
             where = f"{at}.{field}".rstrip(".")
             if text.dataset in broken:
                 continue
-            if isinstance(text, Chosen):
+            if isinstance(text, Selection):
                 yield from of_chosen(where, text, params)
             elif isinstance(text, Items):
                 yield from _of_items(where, text, params)
@@ -48,8 +48,8 @@ def _reshaped(params: Params, artifact: str) -> bool:
 
 def _of_items(at: str, items: Items, params: Params) -> Iterator[str]:
     dataset = params.datasets.get(items.dataset)
-    if not isinstance(dataset, Graded):
-        graded = [name for name, other in params.datasets.items() if isinstance(other, Graded)]
+    if not isinstance(dataset, GradedData):
+        graded = [name for name, other in params.datasets.items() if isinstance(other, GradedData)]
         yield f"{at}.dataset: {items.dataset!r} has no graded items; {allowed(graded, items.dataset)}."
     elif not learnable(dataset):
         yield all_evaluated(at, items.dataset, dataset)
@@ -61,7 +61,7 @@ def _of_items(at: str, items: Items, params: Params) -> Iterator[str]:
 
 def _of_text(at: str, name: str, params: Params) -> Iterator[str]:
     dataset = params.datasets.get(name)
-    if not isinstance(dataset, Text | Graded):
+    if not isinstance(dataset, Text | GradedData):
         texts = [key for key, other in params.datasets.items() if learnable(other)]
         fault = f"{name!r} is no text" if dataset else f"there is no {name!r}"
         yield f"{at}.dataset: {fault}; {allowed(texts, name)}."

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from stages.core.schema import Strict
-from stages.corpus.examples import Chosen
+from stages.corpus.examples import Selection
 from stages.evaluation.graded import GradedSuite
 from stages.evaluation.suite import Suite
 from stages.job.lineage import downloaded
 from stages.job.params import SUITES, Params
 from stages.job.sentences import allowed, tag
-from stages.sources.graded.items import Graded, Level
+from stages.sources.graded.items import GradedData, Level
 from stages.sources.text import Text
 
 SCORED = ("test", "validation")
@@ -61,9 +61,9 @@ def _learned(params: Params) -> _Learned:
             dataset = params.datasets.get(name)
             if isinstance(dataset, Text):
                 learned.texts[dataset.sha256] = name
-            elif isinstance(dataset, Graded):
+            elif isinstance(dataset, GradedData):
                 learned.levels += [(_unnamed(level), name) for level in dataset.levels]
-            elif isinstance(text, Chosen) and text.split in SCORED:
+            elif isinstance(text, Selection) and text.split in SCORED:
                 learned.splits[name] = text.split
     return learned
 
@@ -77,27 +77,27 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
     dataset = params.datasets.get(name)
     if not isinstance(dataset, scores):
         fitting = [key for key, other in params.datasets.items() if isinstance(other, scores)]
-        kind = "a graded kind" if scores is Graded else f"kind {tag(scores)}"
+        kind = "a graded kind" if scores is GradedData else f"kind {tag(scores)}"
         return (
             f": a suite scores the data set of its own name, and datasets has no {name!r} of {kind}; "
             f"{allowed(fitting, name)}."
         )
     if name in learned.splits:
         return (
-            f": recipes learn from split {learned.splits[name]} of datasets.{name}, which it may score; let them "
-            "learn from another split, such as train."
+            f": recipes learn from split {learned.splits[name]} of datasets.{name}, which it may score; let "
+            "them learn from another split, such as train."
         )
     if isinstance(dataset, Text) and (other := learned.texts.get(dataset.sha256, name)) != name:
         return (
-            f": it would score the very file that recipes learn from as datasets.{other}; name the suite {other}, "
-            "whose two splits are kept apart."
+            f": it would score the very file that recipes learn from as datasets.{other}; name the suite "
+            f"{other}, whose two splits are kept apart."
         )
-    if isinstance(dataset, Graded):
+    if isinstance(dataset, GradedData):
         levels = [_unnamed(level) for level in dataset.levels]
         if shared := sorted(other for level, other in learned.levels if other != name and level in levels):
             return (
-                f": it would score items that recipes learn from as datasets.{shared[0]}, with which it shares "
-                f"levels; name the suite {shared[0]}, whose splits are kept apart."
+                f": it would score items that recipes learn from as datasets.{shared[0]}, with which it "
+                f"shares levels; name the suite {shared[0]}, whose splits are kept apart."
             )
         if isinstance(suite, GradedSuite) and suite.shots > dataset.num_examples:
             return f".shots: {suite.shots} given; datasets.{name} has {dataset.num_examples} examples."
