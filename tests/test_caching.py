@@ -1,5 +1,6 @@
 """What runs again and what does not, on a tiny model, with real stages."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,10 +12,16 @@ from tests import project
 EVALUATIONS = {name for name in sweep.STAGES if name.startswith(("perplexity@", "graded@"))}
 
 
-def append(folder: Path, name: str) -> None:
-    """Change a file without changing what it does."""
+def comment(folder: Path, name: str) -> None:
+    """Change a file without changing its code."""
     with (folder / name).open("a") as file:
-        file.write("# changed\n")
+        file.write("\n\n# changed\n")
+
+
+def code(folder: Path, name: str) -> None:
+    """Change the code of a file, without changing what it does."""
+    with (folder / name).open("a") as file:
+        file.write("\n_changed = True\n")
 
 
 def outs(folder: Path) -> dict[str, str]:
@@ -32,28 +39,49 @@ def test_editing_a_recipe_runs_it_and_its_consumers(edited):
     assert sweep.status(folder) == set()
 
 
-def test_editing_a_methods_file_runs_its_recipes(copy):
-    append(copy, "stages/pruning/wanda.py")
-    assert sweep.status(copy) == {"prune@wanda-50"}
-    # Its consumers are looked at, and left alone, as the pruned model has come out the same.
-    assert sweep.repro(copy) == {"prune@wanda-50"}
+def test_a_comment_runs_nothing(copy):
+    for name in ("stages/prune.py", "stages/pruning/wanda.py", "stages/core/run.py"):
+        comment(copy, name)
+    assert sweep.status(copy) == {"code"}
+    assert sweep.repro(copy) == {"code"}
+    comment(copy, "stages/pruning/wanda.py")
+    logs = {log: log.stat().st_mtime_ns for log in (copy / "data/runs/logs").iterdir()}
+    output = sweep.prunequant(copy, "run")
+    assert {name for name, state in sweep.outcomes(copy).items() if state != "unchanged"} == {"code"}
+    assert "1 ran" in output
+    written = {log.name for log in logs if log.stat().st_mtime_ns != logs[log]}
+    assert written == {"code.log"}  # no process was started for any other stage
 
 
-def test_adding_a_method_runs_nothing(copy):
+def test_editing_a_methods_code_runs_its_recipes(copy):
+    code(copy, "stages/pruning/wanda.py")
+    # Until stage `code` has run, DVC cannot tell, and `check` says so.
+    assert sweep.status(copy) == {"code"}
+    assert "data/code does not know the code of prune/wanda" in sweep.prunequant(copy, "check")
+    # The pruned model comes out the same, so its consumers are left alone; the schema checks params again.
+    assert sweep.repro(copy) == {"code", "validate", "prune@wanda-50"}
+    assert sweep.status(copy) == set()
+    assert "does not know" not in sweep.prunequant(copy, "check")
+
+
+def test_adding_a_method_runs_no_recipe(copy):
     source = (copy / "stages/pruning/magnitude.py").read_text()
     added = source.replace("class Magnitude", "class Least").replace('"magnitude"', '"least"')
+    added = added.replace("def global_zeros", "def least_zeros").replace("global_zeros(", "least_zeros(")
     assert added != source
-    (copy / "stages/prune/least.py").write_text(added)
-    names = copy / "stages/job/params.py"
-    text = names.read_text().replace(
-        "from stages.pruning.magnitude", "from stages.prune.least import Least\nfrom stages.pruning.magnitude"
+    (copy / "stages/pruning/least.py").write_text(added)
+    schema = copy / "stages/job/params.py"
+    text = schema.read_text().replace(
+        "from stages.pruning.magnitude",
+        "from stages.pruning.least import Least\nfrom stages.pruning.magnitude",
     )
     text, count = re.subn(r"Magnitude \| Wanda", "Magnitude | Least | Wanda", text)
     assert count == 1
-    names.write_text(text)
-    assert sweep.status(copy) == set()
+    schema.write_text(text)
+    assert sweep.repro(copy) == {"code", "validate"}
     sweep.edit(copy, "prune.magnitude-50.method", "least")
     sweep.prunequant(copy, "check")
+    assert sweep.repro(copy, "prune@magnitude-50") == {"validate", "prune@magnitude-50"}
 
 
 def test_a_suite_more_makes_only_itself_stale(copy):
@@ -67,18 +95,28 @@ def test_a_suite_more_makes_only_itself_stale(copy):
 
 
 def test_the_lock_file_makes_everything_stale(copy):
-    append(copy, "requirements.lock")
-    assert sweep.status(copy) == sweep.STAGES
+    with (copy / "requirements.lock").open("a") as file:
+        file.write("# changed\n")
+    assert sweep.status(copy) == sweep.STAGES - {"code"}
 
 
-def test_a_core_module_makes_its_users_stale(copy):
-    append(copy, "stages/core/tables.py")
-    assert sweep.status(copy) == {*EVALUATIONS, "report"}
-    append(copy, "stages/model/grid.py")
-    walked = {
-        name for name in sweep.STAGES if name.startswith(("model@", "prune@", "quantize@", "finetune@"))
-    }
-    assert sweep.status(copy) == {*EVALUATIONS, "report", *walked}
+def test_editing_a_shared_module_makes_its_users_stale(copy):
+    code(copy, "stages/core/tables.py")
+    assert sweep.repro(copy, "code") == {"code"}
+    assert sweep.status(copy) == {*EVALUATIONS, "report", "validate"}
+    code(copy, "stages/model/grid.py")
+    assert sweep.repro(copy, "code") == {"code"}
+    kinds = ("model@", "prune@", "quantize@", "finetune@")
+    walked = {name for name in sweep.STAGES if name.startswith(kinds)}
+    assert sweep.status(copy) == {*EVALUATIONS, "report", "validate", *walked}
+
+
+def test_the_committed_lock_knows_the_code():
+    """`dvc repro code` after an edit in stages/, and a commit of dvc.lock, keep it so."""
+    done = project.run(project.ROOT, "dvc", "--wait-for-lock", "status", "--json", "code")
+    status = json.loads(done.stdout)
+    changes = [change for entry in status.get("code", []) for change in entry]
+    assert "changed deps" not in changes and "changed command" not in changes
 
 
 def test_two_clones_make_the_same_bytes(finished, tmp_path):

@@ -108,24 +108,24 @@ LAYOUTS = {
 """How a quantizing method's checkpoint is laid out, where it is not pack-quantized."""
 
 
-def test_what_is_enumerated():
-    for section, count in {"prune": 9, "quantize": 9, "finetune": 4}.items():
-        assert {case.split()[0] for case in OPTIONS[section]} == set(methods(section))
-        assert len(methods(section)) == count
-    assert len(families.CONFIGS) == 7
-    assert len(SERVED) == 154
-    assert len(REFUSED) == 7
+def test_every_method_is_tried_on_every_family():
+    for section, cases in OPTIONS.items():
+        assert {case.split()[0] for case in cases} == set(methods(section)), (
+            "give a new method a line in OPTIONS"
+        )
+    assert len(SERVED) + len(REFUSED) == len(CASES) * len(families.CONFIGS)
+    # Against an enumeration that finds nothing.
+    assert len(SERVED) > 20 * len(REFUSED) > 0 and len(families.CONFIGS) >= 7
 
 
-def test_the_docs_have_the_declarations():
-    header = f"| method | {' | '.join(families.CONFIGS)} |"
-    after = DOCS.read_text().partition(f"{header}\n")[2].splitlines()
+def test_the_docs_name_the_families_that_are_refused():
+    after = DOCS.read_text().partition("| method | does not serve |\n")[2].splitlines()
     rows = list(takewhile(lambda line: line.startswith("|"), after))[1:]
-    cells = [
-        [case, *("no" if (section, case, family) in REFUSED else "yes" for family in families.CONFIGS)]
-        for section, case in CASES
+    refusing = dict.fromkeys(case for _, case, _ in REFUSED)
+    assert rows == [
+        f"| {case} | {', '.join(family for _, other, family in REFUSED if other == case)} |"
+        for case in refusing
     ]
-    assert rows == [f"| {' | '.join(row)} |" for row in cells]
 
 
 def smaller(made: torch.nn.Module, base: torch.nn.Module, told: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from flows import graph
 from flows.graph import Stage
-from flows.plan import Run, plan
+from flows.plan import Plan, plan
 from stages.core.errors import Refusal
 from tests import finished as sweep
 from tests import project
@@ -49,10 +49,11 @@ def test_a_lost_lock_is_restored_without_running(copy, monkeypatch):
     (copy / "dvc.lock").unlink()
     monkeypatch.chdir(copy)
     run = plan(1, ["prune/wanda-50", "noise"])
-    assert run.todo == list(run.graph)
+    assert ["code", *run.todo] == list(run.graph)
     assert {run.advance(name).state for name in run.todo} == {"restored"}
-    assert {outcome.stage for outcome in run.outcomes()} == {
-        "validate", "model@tiny", "dataset@news", "prune@wanda-50", "noise@tiny-batch-3"
+    assert {(outcome.stage, outcome.state) for outcome in run.outcomes()} == {
+        (name, "restored")
+        for name in ("code", "validate", "model@tiny", "dataset@news", "prune@wanda-50", "noise@tiny-batch-3")
     }  # fmt: skip
     assert graph.stale(run.graph) == set()
 
@@ -118,7 +119,7 @@ def wait_for(mark: str, word: str, seconds: float = 20) -> list[str]:
 
 def test_two_stages_run_side_by_side_and_no_more(monkeypatch):
     whole = stages(a="", b="", c="", d="")
-    run = Run(whole, set(whole), list(whole), jobs=2)
+    run = Plan(whole, jobs=2, stale=set(whole), todo=list(whole))
     busy, most = [], []
 
     def repro(name, show):
@@ -135,7 +136,7 @@ def test_two_stages_run_side_by_side_and_no_more(monkeypatch):
 
 
 def test_stopping_starts_nothing_more():
-    run = Run(stages(a=""), {"a"}, ["a"], jobs=1)
+    run = Plan(stages(a=""), jobs=1, stale={"a"}, todo=["a"])
     run.children.stop()
     with pytest.raises(InterruptedError):
         run.advance("a")
