@@ -114,8 +114,7 @@ def test_every_method_is_tried_on_every_family():
             "give a new method a line in OPTIONS"
         )
     assert len(SERVED) + len(REFUSED) == len(CASES) * len(families.CONFIGS)
-    # Against an enumeration that finds nothing.
-    assert len(SERVED) > 20 * len(REFUSED) > 0 and len(families.CONFIGS) >= 7
+    assert len(SERVED) > 100 and REFUSED and len(families.CONFIGS) >= 7, "the enumeration must not come out empty"
 
 
 def test_the_docs_name_the_families_that_are_refused():
