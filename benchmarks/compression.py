@@ -48,7 +48,7 @@ from stages.compress.causal import causal_attention
 from stages.compress.method import WeightMethod
 from stages.compress.walk import Sequential, walk
 from stages.core.run import Run
-from stages.corpus.windows import Calibration, calibration_windows, documents, windows
+from stages.corpus.windows import Calibration, calibration_windows, cut_windows, read_documents
 from stages.model.blocks import forward
 from stages.model.grid import Quantized
 from stages.pruning.pruner import Pruner
@@ -243,9 +243,9 @@ def main() -> None:
         wanted = Calibration(
             dataset=text, num_samples=options.samples, sequence_length=options.sequence_length
         )
-        tokens = calibration_windows(tokenizer, wanted)
-        held_out = windows(tokenizer, documents(text, "evaluation"), 512)[:EVALUATED]
         dense = load(MODEL)
+        tokens = calibration_windows(tokenizer, wanted, dense.config.vocab_size)
+        held_out = cut_windows(tokenizer, read_documents(text, "evaluation"), 512)[:EVALUATED]
         batches = tokens.split(max(1, BATCH // options.sequence_length))
         for _ in range(options.runs):
             plain.append(sum(seconds(lambda: forward(dense, batch)) for batch in batches))  # noqa: B023

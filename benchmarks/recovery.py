@@ -168,7 +168,7 @@ def main() -> None:
     Run(device="cpu", dtype="bfloat16", threads=options.threads, seed=0).start()
     tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
     text = Train(dataset="news", num_samples=64, held_out=1, sequence_length=options.sequence_length)
-    found = examples.load(text, tokenizer, load(torch.bfloat16).config)
+    found = examples.load_examples(text, tokenizer, load(torch.bfloat16).config)
     tuned, clock = recipes(text, options), CLOCKS[options.clock]
     sides: dict[str, Callable[[], list[float]]] = {
         name: lambda recipe=recipe: ours(recipe, found, clock)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Download: bring in a model or data set from its pinned source, checked against its hash.
+"""Download: fetch a model or data set from its pinned source and check it against its hash.
 
 `base/<model>` is written to data/models/base/<model>, `datasets/<name>` to data/datasets/<name>.
 """
@@ -10,7 +10,11 @@ from stages.job.entry import entry
 
 
 def download(source: Any, run: Run, name: str) -> None:
-    """Download `base/<model>` or `datasets/<name>` from its `source` in params."""
+    """Download `base/<model>` or `datasets/<name>`.
+
+    Args:
+        source: the entry of section models or datasets.
+    """
     kind, key = name.split("/")
     if kind == "base":
         source.download(key, run)

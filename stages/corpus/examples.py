@@ -1,30 +1,37 @@
-"""Which examples a recipe trains on: read from its data set, made into tokens, and some held out.
+"""The examples a recipe trains on: chosen from its data set, tokenized, some of them held out.
 
-Running text is cut into windows and every token but a window's first is predicted. Of a question and its
-answer the answer alone is predicted, the end of text with it, so that the model learns to give answers and
-not to write questions (completion-only loss). What is held out is never trained on: the evaluation split of
-a text, test items of a graded data set, other rows of a benchmark's split.
+Running text is cut into windows, and every token of a window except the first is predicted. Of a question
+with its answer only the answer is predicted, including the end of text, so that the model learns to give
+answers and not to write questions (completion-only loss). Held-out examples are never trained on: they come
+from the evaluation split of a text, the test items of a graded data set, or other rows of a benchmark's
+split.
 
-`num_samples` is the size of the training set whatever it is made of: spread evenly over the levels of a
-graded data set, or taken from one `difficulty`, so that levels are compared at equal amounts of training.
+`num_samples` is the size of the training set whatever the data set: spread evenly over the levels of a graded
+data set, or taken from one `difficulty`, so that levels are compared at equal amounts of training.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from stages.core.errors import Refusal
-from stages.core.files import DATASETS
+from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd, torch
 from stages.core.schema import Slug, Strict
 from stages.corpus.rows import Example, Row, example, pack
-from stages.corpus.taught import KIND, Graded, read
-from stages.corpus.windows import Windows, documents, text_windows, unrepeated, windows
+from stages.corpus.taught import TAUGHT, GradedExample, read_lesson
+from stages.corpus.windows import (
+    Windows,
+    check_token_ids,
+    cut_windows,
+    distinct_rows,
+    read_documents,
+    text_windows,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,39 +39,41 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Chosen(Strict):
-    """Which examples of a data set are asked for, and how a question is put."""
+class Selection(Strict):
+    """The examples that are taken from a data set, and the form of its questions."""
 
     dataset: Slug
     num_samples: Annotated[int, Field(ge=1)] = 64
-    """Examples that are learned from."""
+    """Examples to learn from."""
     held_out: Annotated[int, Field(ge=1)] = 16
     """Examples that are not learned from; the held-out loss is the mean over their predicted tokens."""
     difficulty: Slug | None = None
-    """The one level that all are taken from; null spreads them over all levels. Of levels only."""
+    """The only level to take examples from; null spreads them over all levels. Only for data sets with
+    levels."""
     chat_template: bool = False
-    """Whether a question is the user's turn and the answer the assistant's. Without it they are parted by a
-    space and the end of text follows. Of questions only, as graded data sets and benchmarks have them."""
+    """Whether a question is the user's turn and its answer the assistant's. Otherwise a space separates them
+    and the end of text follows. Only for data sets of questions: graded ones and benchmarks."""
     split: str | None = None
-    """A benchmark's split, such as train; both what is trained on and what is held out are rows of it."""
+    """A benchmark's split, such as train; training and held-out examples are both rows of it."""
     prompt: str | None = None
     """The benchmark's column of questions."""
     completion: str | None = None
     """The benchmark's column of answers."""
 
 
-class Train(Chosen):
-    """What a recipe trains on."""
+class Train(Selection):
+    """The examples a recipe trains on, in rows."""
 
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of a window, or at most of a row of questions and answers."""
     packing: bool = False
-    """Whether a row holds as many questions and answers as fit; else it is as long as its batch's longest."""
+    """Whether a row holds as many questions and answers as fit; otherwise each has its own row, padded to the
+    longest of its batch."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, what is to be answered, and how difficult that is."""
+    """A question, its answer and its difficulty."""
 
     prompt: str
     completion: str
@@ -73,229 +82,257 @@ class Question:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a recipe trains on and what its held-out loss is taken on, in rows; no example is in both."""
+    """The rows a recipe trains on, and those of its held-out loss; no example is in both."""
 
     train: list[Row]
     held_out: list[Row]
 
 
-def load(train: Train, tokenizer: PreTrainedTokenizerBase, config: Any) -> Examples:
-    """The rows that `train` asks for, packed where it says so; what is held out is never packed.
+def load_examples(train: Train, tokenizer: PreTrainedTokenizerBase, config: Any) -> Examples:
+    """Return the rows that `train` describes; held-out examples are never packed.
 
     Args:
-        config: of the model to be trained.
+        config: the config of the model to train.
 
     Raises:
-        Refusal: the data set has too few examples, or they are longer than `sequence_length`, or that is
-            longer than the model reads.
+        Refusal: the data set has too few examples, they are longer than `sequence_length` or the model's
+            context, or they have tokens without a row in the embedding.
     """
-    learned, held_out = choose(train, train.sequence_length, tokenizer, config)
-    longest = max(len(one.example.input_ids) for one in learned + held_out)
+    learned, held_out = choose_examples(train, train.sequence_length, tokenizer, config)
+    longest = max(len(item.example.input_ids) for item in learned + held_out)
     if longest > train.sequence_length:
         raise Refusal(
-            f"data set {train.dataset}: an example has {longest} tokens, sequence_length is "
+            f"data set {train.dataset}: an example has {longest} tokens, but sequence_length is "
             f"{train.sequence_length}; raise it to {longest} or more."
         )
     window = getattr(config.get_text_config(), "sliding_window", None)
     if train.packing and window and longest > window:
         raise Refusal(
-            f"data set {train.dataset}: an example has {longest} tokens, and layers of the model see the "
-            f"last {window} only, which packed rows do not serve; say packing: false."
+            f"data set {train.dataset}: an example has {longest} tokens, but some layers of the model see "
+            f"only the last {window}, which packed rows do not support; set packing: false."
         )
-    found = [one.example for one in learned]
-    rows: list[Row] = [(one,) for one in found]
+    examples = [item.example for item in learned]
+    rows: list[Row] = [(item,) for item in examples]
     if train.packing:
-        rows = pack(found, train.sequence_length)
-    return Examples(rows, [(one.example,) for one in held_out])
+        rows = pack(examples, train.sequence_length)
+    return Examples(rows, [(item.example,) for item in held_out])
 
 
-def choose(
-    chosen: Chosen, sequence_length: int, tokenizer: PreTrainedTokenizerBase, config: Any
-) -> tuple[list[Graded], list[Graded]]:
-    """What is learned from and what is held out, as tokens, one example each.
+def choose_examples(
+    chosen: Selection, sequence_length: int, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> tuple[list[GradedExample], list[GradedExample]]:
+    """Return the examples to learn from and those held out, tokenized.
 
     Args:
-        sequence_length: of windows; questions and answers have the length they have.
+        sequence_length: length of the windows of running text; questions and answers keep their lengths.
+        config: the config of the model that reads the examples.
 
     Raises:
-        Refusal: the data set has too few, or they are longer than the model reads.
+        Refusal: the data set has too few examples, they are longer than the model's context, or they have
+            tokens without a row in the embedding.
     """
-    kind = _kind(chosen.dataset)
+    kind, text_config = _kind(chosen.dataset), config.get_text_config()
     if kind == "text":
-        learned, held_out = _windows(chosen, sequence_length, tokenizer)
-    elif kind == KIND:
-        every, others = read(chosen.dataset, tokenizer)
-        learned = spread(chosen, every, chosen.num_samples, "examples")
-        held_out = spread(chosen, others, chosen.held_out, "held-out examples")
+        learned, held_out = _window_examples(chosen, sequence_length, tokenizer, text_config.vocab_size)
+    elif kind == TAUGHT:
+        train, rest = read_lesson(chosen.dataset, tokenizer)
+        learned = take_evenly(chosen, train, "num_samples", "examples")
+        held_out = take_evenly(chosen, rest, "held_out", "held-out examples")
     else:
-        asked, others_asked = questions(chosen)
         learned, held_out = (
-            [Graded(answered(one, chosen, tokenizer), one.difficulty) for one in part]
-            for part in (asked, others_asked)
+            [
+                GradedExample(answer_example(question, chosen, tokenizer), question.difficulty)
+                for question in part
+            ]
+            for part in choose_questions(chosen)
         )
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(one.example.input_ids) for one in learned + held_out)
+    examples = [item.example.input_ids for item in learned + held_out]
+    limit = getattr(text_config, "max_position_embeddings", None)
+    longest = max(map(len, examples))
     if limit is not None and longest > limit:
         raise Refusal(
-            f"data set {chosen.dataset}: an example has {longest} tokens, the model reads {limit} at most; "
-            f"{'lower sequence_length' if kind == 'text' else 'choose another data set or split'}."
+            f"data set {chosen.dataset}: an example has {longest} tokens, but the model reads at most "
+            f"{limit}; {'lower sequence_length' if kind == 'text' else 'use another data set or split'}."
         )
+    check_token_ids(torch.cat(examples), text_config.vocab_size, f"data set {chosen.dataset}", tokenizer)
     return learned, held_out
 
 
-def questions(chosen: Chosen) -> tuple[list[Question], list[Question]]:
-    """The questions that are learned from, and those held out; no prompt is in both.
+def choose_questions(chosen: Selection) -> tuple[list[Question], list[Question]]:
+    """Return the questions to learn from and those held out; no prompt is in both.
 
     Raises:
         Refusal: the data set has too few.
     """
     if _kind(chosen.dataset) == "benchmark":
-        every = _of_benchmark(chosen)
-        learned = spread(chosen, every, chosen.num_samples, f"questions in its split {chosen.split}")
+        pool = _benchmark_questions(chosen)
+        learned = take_evenly(chosen, pool, "num_samples", f"questions in split {chosen.split}")
     else:
-        every = _of_graded(chosen.dataset, "test")
-        learned = spread(chosen, _of_graded(chosen.dataset, "train"), chosen.num_samples, "training items")
-    seen = {one.prompt for one in learned}
-    rest = [one for one in every if one.prompt not in seen]
-    return learned, spread(chosen, rest, chosen.held_out, "other questions to hold out")
+        pool = _graded_questions(chosen.dataset, "test")
+        training = _graded_questions(chosen.dataset, "train")
+        learned = take_evenly(chosen, training, "num_samples", "training items")
+    seen = {question.prompt for question in learned}
+    rest = [question for question in pool if question.prompt not in seen]
+    return learned, take_evenly(chosen, rest, "held_out", "other questions")
 
 
-def few_shot(dataset: str, shots: int) -> str:
-    """The first `shots` examples of a graded data set, solved, a line each.
+def few_shot_text(dataset: str, shots: int) -> str:
+    """Return the first `shots` few-shot examples of a graded data set with their answers, one per line.
 
     Raises:
         Refusal: it has fewer.
     """
     if not shots:
         return ""
-    found = _of_graded(dataset, "fewshot")
-    if len(found) < shots:
-        raise Refusal(f"data set {dataset} has {len(found)} examples, {shots} were asked for; lower shots.")
-    return "".join(f"{one.prompt} {one.completion}\n" for one in found[:shots])
+    examples = _graded_questions(dataset, "fewshot")
+    if len(examples) < shots:
+        raise Refusal(
+            f"data set {dataset} has {len(examples)} few-shot examples, fewer than {shots}; lower shots."
+        )
+    return "".join(f"{question.prompt} {question.completion}\n" for question in examples[:shots])
 
 
-def prompt(asked: str, chat_template: bool, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model is given of a question.
+def prompt_text(question: str, chat_template: bool, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text before an answer: the question, in the tokenizer's chat template if wanted.
 
     Raises:
-        Refusal: a chat template is asked for and the tokenizer has none.
+        Refusal: the tokenizer has no chat template.
     """
     if not chat_template:
-        return asked
+        return question
     if not tokenizer.chat_template:
-        raise Refusal("chat_template: true was asked for and the model's tokenizer has none; say false.")
-    turns = [{"role": "user", "content": asked}]
+        raise Refusal(
+            "chat_template is true, but the model's tokenizer has no chat template; set it to false."
+        )
+    turns = [{"role": "user", "content": question}]
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def answered(one: Question, chosen: Chosen, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """A question and its answer as an `Example` of which the answer is predicted.
+def answer_example(question: Question, chosen: Selection, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Return a question and its answer as an `Example` that predicts the answer.
 
     Raises:
-        Refusal: there is no answer, or the tokenizer cannot say where it begins or ends.
+        Refusal: the answer is empty, or the tokenizer does not show where it begins or ends.
     """
-    given = prompt(one.prompt, chosen.chat_template, tokenizer)
+    before = prompt_text(question.prompt, chosen.chat_template, tokenizer)
     if chosen.chat_template:
-        turns = [{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.completion}]
+        turns = [
+            {"role": "user", "content": question.prompt},
+            {"role": "assistant", "content": question.completion},
+        ]
         whole, end = str(tokenizer.apply_chat_template(turns, tokenize=False)), []
-        if not whole.startswith(given):
+        if not whole.startswith(before):
             raise Refusal(
-                "the chat template of the model's tokenizer does not begin an answered conversation as the "
-                "one to be answered, so the answer cannot be told apart; say chat_template: false."
+                "the chat template of the model's tokenizer changes the question once it is answered, so the "
+                "answer cannot be separated from it; set chat_template: false."
             )
     else:
-        whole, end = f"{given} {one.completion}", [end_of_text(tokenizer)]
-    if not one.completion.strip():
-        raise Refusal(f"data set {chosen.dataset}: the answer to {one.prompt[:60]!r} is empty.")
-    before = tokenizer.encode(given, add_special_tokens=False)
+        whole, end = f"{before} {question.completion}", [end_of_text(tokenizer)]
+    if not question.completion.strip():
+        raise Refusal(f"data set {chosen.dataset}: the answer to {question.prompt[:60]!r} is empty.")
+    prompt = tokenizer.encode(before, add_special_tokens=False)
     tokens = tokenizer.encode(whole, add_special_tokens=False) + end
-    # A tokenizer may join the last letters of the prompt to the answer: that token is predicted too.
+    # A tokenizer may merge the prompt's last letters with the answer; that token is predicted too.
     start = next(
-        (at for at, pair in enumerate(zip(before, tokens, strict=False)) if len(set(pair)) > 1), None
+        (at for at, pair in enumerate(zip(prompt, tokens, strict=False)) if len(set(pair)) > 1), len(prompt)
     )
-    return example(torch.tensor(tokens), len(before) if start is None else start)
+    return example(torch.tensor(tokens), start)
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that ends a text.
+    """Return the id of the token that ends a text.
 
     Raises:
-        Refusal: there is none.
+        Refusal: the tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
-        raise Refusal("the model's tokenizer has no end-of-text token, so no answer could end.")
+        raise Refusal(
+            "the model's tokenizer has no end-of-text token, so answers have no end; set its eos_token."
+        )
     return int(tokenizer.eos_token_id)
 
 
-def spread(chosen: Chosen, found: Sequence[T], count: int, what: str) -> list[T]:
-    """`count` of `found`, evenly over their difficulties and over each one's order, or of one difficulty.
+def take_evenly(
+    chosen: Selection, pool: Sequence[T], setting: Literal["num_samples", "held_out"], noun: str
+) -> list[T]:
+    """Take as many of `pool` as a setting says, evenly over difficulties and over the order within each.
 
-    Where levels cannot share evenly, the first ones have one more.
+    If the levels cannot share evenly, the first ones contribute one more. With `difficulty`, that level alone
+    contributes.
+
+    Args:
+        noun: the members of `pool`, as a refusal names them.
 
     Raises:
-        Refusal: some level has too few, or there is no such level.
+        Refusal: a level has too few, or there is no such level.
     """
+    count: int = getattr(chosen, setting)
     levels: dict[str, list[T]] = {}
-    for one in found:
-        levels.setdefault(getattr(one, "difficulty", "all"), []).append(one)
+    for item in pool:
+        levels.setdefault(getattr(item, "difficulty", "all"), []).append(item)
+    if not levels:
+        raise Refusal(
+            f"data set {chosen.dataset} has no {noun}, but {setting} is {count}; use another data set."
+        )
     if chosen.difficulty is not None:
         if chosen.difficulty not in levels:
             raise Refusal(
-                f"data set {chosen.dataset} has no {what} of difficulty {chosen.difficulty}; it has some of "
-                f"{', '.join(levels) or 'none'}."
+                f"data set {chosen.dataset} has no {noun} of difficulty {chosen.difficulty}; set difficulty "
+                f"to one of {', '.join(levels)}."
             )
         levels = {chosen.difficulty: levels[chosen.difficulty]}
     picked: list[T] = []
-    for number, (level, every) in enumerate(levels.items()):
+    for number, (level, items) in enumerate(levels.items()):
         share = count // len(levels) + (number < count % len(levels))
-        if share > len(every):
-            of = "" if len(levels) == 1 and chosen.difficulty is None else f" of difficulty {level}"
+        if share > len(items):
+            of_level = "" if len(levels) == 1 and chosen.difficulty is None else f" of difficulty {level}"
             raise Refusal(
-                f"data set {chosen.dataset}: {share} {what}{of} were asked for, there are {len(every)}; ask "
-                "for fewer, or for a larger data set."
+                f"data set {chosen.dataset} has {len(items)} {noun}{of_level}, fewer than the {share} that "
+                f"{setting} {count} takes; lower {setting}, or use a larger data set."
             )
-        picked += [every[int(at)] for at in torch.linspace(0, len(every) - 1, share).round()]
-    if not picked:
-        raise Refusal(f"data set {chosen.dataset} has no {what}; {count} were asked for.")
+        picked += [items[int(at)] for at in torch.linspace(0, len(items) - 1, share).round()]
     return picked
 
 
 def _kind(dataset: str) -> str:
-    return str(json.loads((DATASETS / dataset / "dataset.json").read_text())["kind"])
+    return str(read_json(DATASETS / dataset / DATASET)["kind"])
 
 
-def _windows(
-    chosen: Chosen, sequence_length: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Graded], list[Graded]]:
+def _window_examples(
+    chosen: Selection, sequence_length: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[list[GradedExample], list[GradedExample]]:
     wanted = Windows(dataset=chosen.dataset, num_samples=chosen.num_samples, sequence_length=sequence_length)
-    learned = text_windows(tokenizer, wanted)
-    cut = windows(tokenizer, documents(chosen.dataset, "evaluation"), sequence_length)
-    held_out = spread(
-        chosen, list(unrepeated(cut)), chosen.held_out, f"held-out windows of {sequence_length} tokens"
+    learned = text_windows(tokenizer, wanted, vocab_size)
+    evaluation = cut_windows(tokenizer, read_documents(chosen.dataset, "evaluation"), sequence_length)
+    held_out = take_evenly(
+        chosen, list(distinct_rows(evaluation)), "held_out", f"held-out windows of {sequence_length} tokens"
     )
-    return [Graded(example(row)) for row in learned], [Graded(example(row)) for row in held_out]
+    return [GradedExample(example(row)) for row in learned], [GradedExample(example(row)) for row in held_out]
 
 
-def _of_graded(dataset: str, split: str) -> list[Question]:
+def _graded_questions(dataset: str, split: str) -> list[Question]:
     rows = pd.read_parquet(DATASETS / dataset / f"{split}.parquet")
-    return [Question(*one) for one in zip(rows["question"], rows["answer"], rows["difficulty"], strict=True)]
+    return [Question(*row) for row in zip(rows["question"], rows["answer"], rows["difficulty"], strict=True)]
 
 
-def _of_benchmark(chosen: Chosen) -> list[Question]:
-    """The rows of the split, each prompt once, where it comes first."""
+def _benchmark_questions(chosen: Selection) -> list[Question]:
+    """Return the questions of the split; a prompt that repeats keeps its first row."""
     folder = DATASETS / chosen.dataset
     if not (folder / f"{chosen.split}.parquet").exists():
-        there = ", ".join(sorted(file.stem for file in folder.glob("*.parquet")))
-        raise Refusal(f"data set {chosen.dataset} has no split {chosen.split}; it has {there}.")
+        splits = ", ".join(sorted(file.stem for file in folder.glob("*.parquet")))
+        raise Refusal(f"data set {chosen.dataset} has no split {chosen.split}; set split to one of {splits}.")
     rows = pd.read_parquet(folder / f"{chosen.split}.parquet")
-    wanted = [column for column in (chosen.prompt, chosen.completion) if column is not None]
-    for column in wanted:
-        if column not in rows or not all(isinstance(value, str) for value in rows[column]):
-            texts = [str(name) for name in rows if all(isinstance(value, str) for value in rows[name])]
+    for column in (chosen.prompt, chosen.completion):
+        if column is not None and (column not in rows or not _is_text(rows[column])):
+            texts = [str(name) for name in rows if _is_text(rows[name])]
             raise Refusal(
-                f"data set {chosen.dataset} has no column {column} of text; "
-                f"it has {', '.join(texts) or 'none'}."
+                f"data set {chosen.dataset} has no text column {column}; its text columns: "
+                f"{', '.join(texts) or 'none'}."
             )
     distinct = rows.drop_duplicates(chosen.prompt)
     answers = distinct[chosen.completion] if chosen.completion else [""] * len(distinct)
-    return [Question(*one) for one in zip(distinct[chosen.prompt], answers, strict=True)]
+    return [Question(*row) for row in zip(distinct[chosen.prompt], answers, strict=True)]
+
+
+def _is_text(column: pd.Series) -> bool:
+    return all(isinstance(value, str) for value in column)

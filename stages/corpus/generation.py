@@ -1,13 +1,13 @@
-"""Calibration on what the model itself says: continuations sampled from it, token by token.
+"""Calibration on the model's own text: continuations sampled from it, token by token.
 
-A pruned model is used on text it writes, which is not the text it was calibrated on: it is likelier under
-the model, and its errors are the model's own. RESP (2512.02185) therefore calibrates on self-generated
-windows. Here the first tokens of a data set's windows are the prompts, and the rest of each window is drawn
-from the model with a cache of keys, many windows at a time. Special tokens, an end of text among them, are
-never drawn: a window is running text of full length, without padding.
+A pruned model is used on text that it writes itself. This text differs from its calibration text: it is
+likelier under the model, and its errors are the model's own. RESP (2512.02185) therefore calibrates on
+self-generated windows. Here the first tokens of a data set's windows are prompts, and the rest of each window
+is sampled from the model with a cache of keys, many windows at a time. Special tokens, including the end of
+text, are never sampled: a window is running text of full length, without padding.
 
-The draw is the inverse of the cumulative distribution at uniform numbers that come from one generator on
-the CPU, a row of them a window, so that neither the device nor the batch size decides on which numbers are
+A token is drawn by inverting the cumulative distribution at a uniform number. The numbers come from one
+generator on the CPU, a row per window, so neither the device nor the batch size decides which numbers are
 used; as everywhere, both can change the last bits of the logits.
 """
 
@@ -21,7 +21,14 @@ from tqdm import tqdm
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.numbers import no_grad, sample
-from stages.corpus.windows import Tokens, Windows, calibration_windows, ordinary, text_windows, unrepeated
+from stages.corpus.windows import (
+    Tokens,
+    Windows,
+    calibration_windows,
+    distinct_rows,
+    text_token_ids,
+    text_windows,
+)
 from stages.model.blocks import check_length
 
 if TYPE_CHECKING:
@@ -30,95 +37,101 @@ if TYPE_CHECKING:
 
 
 def model_windows(
-    tokenizer: PreTrainedTokenizerBase, wanted: Windows, whole: Callable[[], PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Windows,
+    vocab_size: int,
+    load: Callable[[], PreTrainedModel],
 ) -> Tensor:
-    """`[num_samples, sequence_length]` int64 token ids, distinct, of the kind `wanted` asks for.
+    """Return `[num_samples, sequence_length]` int64 token ids, distinct windows of the kind `wanted` names.
 
     Args:
-        whole: loads the model all in memory; called only where it is to generate.
+        vocab_size: rows of the model's embedding.
+        load: returns the whole model in memory; called only to generate.
 
     Raises:
-        Refusal: there are fewer distinct windows than asked for, or they are longer than the model reads.
+        Refusal: there are too few distinct windows, they have tokens without a row in the embedding, or they
+            are longer than the model's context.
     """
     if not isinstance(wanted, Tokens) or wanted.tokens != "generated":
-        return calibration_windows(tokenizer, wanted)
+        return calibration_windows(tokenizer, wanted, vocab_size)
     assert wanted.seed is not None
     draw = torch.Generator().manual_seed(wanted.seed)
-    return generated(whole(), tokenizer, wanted, text_windows(tokenizer, wanted), draw)
+    return generate_windows(load(), tokenizer, wanted, text_windows(tokenizer, wanted, vocab_size), draw)
 
 
-def generated(
+def generate_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     wanted: Tokens,
     texts: Tensor,
     draw: torch.Generator,
 ) -> Tensor:
-    """Windows that begin as `texts` `[num_samples, sequence_length]` do and go on as the model does.
+    """Return windows that begin as those of `texts` `[num_samples, sequence_length]` and continue as the
+    model does.
 
     Args:
-        wanted: its `prompt_length`, `temperature` and `batch_size` are read.
-        draw: a generator on the CPU; one number is taken from it for every token generated.
+        wanted: `prompt_length`, `temperature` and `batch_size` are read.
+        draw: a CPU generator, advanced by one number per generated token.
 
     Raises:
-        Refusal: windows came out alike, or are longer than the model reads, or logits are not numbers.
+        Refusal: some windows are equal or longer than the model's context, or logits are not finite.
     """
     assert wanted.prompt_length is not None and wanted.temperature is not None
     check_length(model, texts)
     length = texts.shape[1] - wanted.prompt_length
     numbers = torch.rand(len(texts), length, generator=draw, dtype=torch.float64)
     size = wanted.batch_size or len(texts)
-    ids = ordinary(tokenizer)
+    ids = text_token_ids(tokenizer, model.config.get_text_config().vocab_size)
     with tqdm(total=len(texts) * length, desc="generating", unit="token") as bar:
-        made = torch.cat(
+        windows = torch.cat(
             [
-                continued(model, prompts, uniform, ids, wanted.temperature, bar.update)
+                continue_prompts(model, prompts, uniform, ids, wanted.temperature, bar.update)
                 for prompts, uniform in zip(
                     texts[:, : wanted.prompt_length].split(size), numbers.split(size), strict=True
                 )
             ]
         )
-    if (distinct := len(unrepeated(made))) < len(made):
+    if (distinct := len(distinct_rows(windows))) < len(windows):
         raise Refusal(
-            f"the model generated {distinct} distinct windows where {len(made)} were asked for; raise "
-            "temperature or prompt_length, or lower num_samples."
+            f"only {distinct} of {len(windows)} generated windows are distinct; raise temperature or "
+            "prompt_length, or lower num_samples."
         )
-    return made
+    return windows
 
 
 @no_grad
-def continued(
+def continue_prompts(
     model: PreTrainedModel,
     prompts: Tensor,
     uniform: Tensor,
     ids: Tensor,
     temperature: float,
-    told: Callable[[int], object] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Tensor:
-    """`prompts` `[n, p]` followed by as many sampled tokens as `uniform` `[n, m]` has numbers, `[n, p + m]`.
+    """Return `prompts` `[n, p]` followed by one sampled token per number of `uniform` `[n, m]`, as `[n, p +
+    m]`.
 
     Args:
         uniform: in [0, 1), fp64; the token is the first at which the cumulative probability exceeds it.
         ids: the tokens that may be drawn, ascending.
-        told: called with the number of tokens drawn.
+        progress: called with the number of tokens drawn at each step.
 
     Raises:
-        Refusal: the model's logits are not finite, or it hands out no keys and values to go on from.
+        Refusal: the model's logits are not finite, or it returns no keys and values to continue from.
     """
-    out, cache, last = [prompts], None, prompts
-    for column in uniform.T:
+    columns, cache, last = [prompts], None, prompts
+    for numbers in uniform.T:
         step = model(input_ids=last.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = getattr(step, "past_key_values", None)
         if cache is None:
             raise Refusal(
-                f"{type(model).__name__} hands out no keys and values of the tokens it has read, which "
-                "generating goes on from; calibrate on tokens: text."
+                f"{type(model).__name__} returns no cache of keys and values, which generating needs; set "
+                "tokens: text."
             )
         logits = step.logits[:, -1].float().cpu()
-        drawable = ids[ids < logits.shape[1]]
         if not logits.isfinite().all():
-            raise Refusal("the model's logits are not finite numbers, so nothing can be generated from it.")
-        last = drawable[sample(logits[:, drawable], column, temperature)]
-        out.append(last)
-        told(len(last))
-    return torch.cat(out, 1)
+            raise Refusal("the model's logits are not finite, so it cannot generate; set tokens: text.")
+        last = ids[sample(logits[:, ids], numbers, temperature)]
+        columns.append(last)
+        progress(len(last))
+    return torch.cat(columns, 1)

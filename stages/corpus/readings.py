@@ -1,11 +1,11 @@
-"""What a generated answer is read as, and whether it is right.
+"""Readings of generated answers, and whether an answer is right.
 
-A graded data set says in its `dataset.json` how its answers are read; evaluation looks the reading up here.
-A response is one line, without what surrounds it. What a reading does not find is no answer, and no answer
-is never right. A free answer, of which there are many right ones, is held against the item's constraints,
-each with a checker of its own, in the way of IFEval (2311.07911): no model judges another.
+A graded data set names its reading in `dataset.json`, and evaluation looks it up here. A response is one
+line, without the white space around it. A reading that finds nothing is no answer, and no answer is never
+right. Where many answers are right, the response is checked against the item's constraints, each with a
+checker of its own, as in IFEval (2311.07911): no model judges another.
 
-A constraint is a word and what it is about, such as `words 4` or `without river`.
+A constraint is a kind and its argument, such as `words 4` or `without river`.
 """
 
 import re
@@ -14,32 +14,32 @@ from itertools import takewhile
 from typing import Any
 
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
-"""What opens, and what closes it."""
+"""Each opening bracket and the one that closes it."""
 
 
 def words(text: str) -> list[str]:
-    """Its runs of letters and digits, in lower case."""
+    """Return the runs of letters and digits, in lower case."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def _number(response: str) -> str:
-    """The first number."""
-    found = re.search(r"-?\d+", response)
-    return found[0] if found else ""
+    """Return the first number."""
+    number = re.search(r"-?\d+", response)
+    return number[0] if number else ""
 
 
 def _word(response: str) -> str:
-    """The first word, in lower case."""
+    """Return the first word, in lower case."""
     return " ".join(words(response)[:1])
 
 
 def _words(response: str) -> str:
-    """All words, in lower case; what stands between them does not count."""
+    """Return all words, in lower case; what separates them does not count."""
     return " ".join(words(response))
 
 
 def _brackets(response: str) -> str:
-    """The brackets it begins with; spaces do not count."""
+    """Return the brackets at the beginning; spaces do not count."""
     kinds = {*BRACKETS, *BRACKETS.values()}
     return "".join(takewhile(kinds.__contains__, "".join(response.split())))
 
@@ -53,23 +53,23 @@ READINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-def read(reading: str, response: str) -> str:
-    """What a response is read as by one of `READINGS`; nothing where it does not answer."""
+def read_answer(reading: str, response: str) -> str:
+    """Return the answer that one of `READINGS` finds in a response, empty if there is none."""
     return READINGS[reading](response)
 
 
-def right(reading: str, response: str, item: Mapping[str, Any]) -> bool:
-    """Whether `response` is a right answer to `item`, by one of `READINGS`.
+def is_right(reading: str, response: str, item: Mapping[str, Any]) -> bool:
+    """Tell whether `response` answers `item` rightly by one of `READINGS`.
 
-    Of words as many count as the answer has: where to stop is not what was asked.
+    Of a list of words, only as many count as the answer has, since the task does not test where to stop.
     """
-    found = read(reading, response)
+    response = read_answer(reading, response)
     if reading == "constraints":
-        return bool(words(found)) and all(satisfies(found, one) for one in item["constraints"])
-    answer = read(reading, item["answer"])
+        return bool(words(response)) and all(satisfies(response, each) for each in item["constraints"])
+    answer = read_answer(reading, item["answer"])
     if reading == "words":
-        found = " ".join(found.split()[: len(answer.split())])
-    return found != "" and found == answer
+        response = " ".join(response.split()[: len(answer.split())])
+    return response != "" and response == answer
 
 
 def _list(text: str) -> list[str]:
@@ -85,10 +85,10 @@ CHECKERS: dict[str, Callable[[str, str], bool]] = {
     "case": lambda text, case: text == {"upper": text.upper(), "title": text.title()}[case],
     "list": lambda text, number: len(_list(text)) == int(number) and all(map(words, _list(text))),
 }
-"""By the word a constraint begins with: is the text so?"""
+"""The checker of each kind of constraint, called with a text and the constraint's argument."""
 
 
 def satisfies(text: str, constraint: str) -> bool:
-    """Whether a text satisfies one constraint, such as `words 4`."""
-    kind, _, about = constraint.partition(" ")
-    return CHECKERS[kind](text, about)
+    """Tell whether a text satisfies one constraint, such as `words 4`."""
+    kind, _, argument = constraint.partition(" ")
+    return CHECKERS[kind](text, argument)

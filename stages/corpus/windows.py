@@ -1,15 +1,18 @@
-"""Calibration and training windows: the tokens a data-driven method is allowed to see.
+"""Calibration and training windows: the tokens a data-driven method may see.
 
 Documents of a data set's calibration split are joined by a blank line, tokenized once and cut into
-non-overlapping windows of equal length, the tail dropped. A graded data set is a document whose lines are
-its training items, question and answer, as they are asked. No window is padded, so padding can never enter
-a statistic; windows are disjoint pieces of the text, so they are distinct unless the text itself repeats,
-and repeated windows are dropped. Evaluation reads the other split (see `stages.sources.text`), which
-shares no document and no run of 13 words with this one; a graded data set's splits have no item in common.
+non-overlapping windows of equal length; the tail is dropped. A graded data set counts as one document, whose
+lines are its training items, question and answer. Windows are never padded, so padding cannot enter a
+statistic. They are disjoint pieces of the text, so they are distinct unless the text itself repeats, and
+repeated windows are dropped. Evaluation reads the other split (see `stages.sources.text`), which shares no
+document and no run of 13 words with this one; the splits of a graded data set share no item.
 
-A method's calibration may also be what the model itself says when given the beginnings of those windows
-(`tokens: generated`, see `stages.corpus.generation`), or, as the control, no text at all: token ids drawn
-evenly from the vocabulary (`tokens: random`).
+A method may also be calibrated on the model's own continuations of those windows (`tokens: generated`, see
+`stages.corpus.generation`) or, as a control, on no text at all: token ids drawn uniformly from the vocabulary
+(`tokens: random`).
+
+A tokenizer may have more tokens than the model's embedding has rows. Every id must be below the number of
+rows, `vocab_size`: random ids are drawn below it, and text with other tokens is refused.
 """
 
 from __future__ import annotations
@@ -25,18 +28,19 @@ from stages.core.lazy import pd, torch
 from stages.core.schema import NoData, Seed, Slug, Strict
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-DRAWN: dict[str, tuple[str, ...]] = {
+_DRAW_SETTINGS: dict[str, tuple[str, ...]] = {
     "text": (),
     "generated": ("prompt_length", "seed", "temperature"),
     "random": ("seed",),
 }
-"""The settings each kind of tokens needs, and without which the others do."""
+"""The settings that each kind of tokens needs; the other kinds refuse them."""
 
 
 class Windows(Strict):
-    """Which text is learned from: `num_samples` windows of `sequence_length` tokens of a data set."""
+    """`num_samples` windows of `sequence_length` tokens of a data set."""
 
     dataset: Slug
     num_samples: Annotated[int, Field(ge=1)] = 64
@@ -44,152 +48,177 @@ class Windows(Strict):
 
 
 class Tokens(Windows):
-    """What a method is calibrated on: windows of text, of what the model says, or of nothing but noise."""
+    """The tokens a method is calibrated on: windows of text, of the model's own text, or of random ids."""
 
     tokens: Literal["text", "generated", "random"] = "text"
-    """`text` of the data set; `generated` by the source model from the beginnings of the data set's
-    windows; `random` ids without special ones, of no data set (`dataset: none`)."""
+    """`text` of the data set; `generated` by the source model from the beginnings of the data set's windows;
+    `random` ids other than special tokens, without a data set (`dataset: none`)."""
     seed: Seed | None = None
-    """Of what is drawn, where something is."""
+    """Seed of generated and random tokens."""
     temperature: Annotated[float, Field(ge=1e-6)] | None = None
-    """Of what is generated: logits are divided by it. Next to zero the likeliest token is drawn."""
+    """Divides the logits of generated tokens; near zero the likeliest token is drawn."""
     prompt_length: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of a window that are given to the model, which generates the others."""
+    """Tokens of each window that prompt the model, which generates the rest."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Windows at a time, where memory is short; null is all of them where the model generates
-    and about 4096 tokens where it reads."""
+    """Windows per batch, for when memory is short; null is all of them for generating and about 4096 tokens
+    for reading."""
 
     @model_validator(mode="after")
     def _settings_of_a_kind(self) -> Self:
-        given = {name for name in DRAWN["generated"] if getattr(self, name) is not None}
-        needed = set(DRAWN[self.tokens])
-        wrong = []
+        given = {name for name in _DRAW_SETTINGS["generated"] if getattr(self, name) is not None}
+        needed = set(_DRAW_SETTINGS[self.tokens])
+        mistakes = []
         if missing := sorted(needed - given):
-            wrong.append(f"tokens {self.tokens} needs {', '.join(missing)}")
+            mistakes.append(f"tokens {self.tokens} needs {', '.join(missing)}")
         if spare := sorted(given - needed):
-            wrong.append(f"tokens {self.tokens} has no use for {', '.join(spare)}")
+            mistakes.append(f"tokens {self.tokens} does not use {', '.join(spare)}; remove that")
         if self.tokens == "random" and self.dataset != "none":
-            wrong.append("tokens random reads no data set, say dataset: none")
+            mistakes.append("tokens random reads no data set; set dataset: none")
         if self.prompt_length and self.prompt_length >= self.sequence_length:
-            wrong.append(
-                f"a prompt_length of {self.prompt_length} leaves none of sequence_length "
-                f"{self.sequence_length} to generate"
+            mistakes.append(
+                f"prompt_length {self.prompt_length} leaves no tokens of sequence_length "
+                f"{self.sequence_length} to generate; lower it"
             )
-        if wrong:
-            raise ValueError("; ".join(wrong))
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
         return self
 
 
 class Calibration(Tokens):
-    """The tokens a method's statistics are taken on, and what has happened to them on their way."""
+    """The tokens a method's statistics are taken on, and how compressed the layers below are by then."""
 
     sequential: Literal["linear", "block", "none"] = "linear"
-    """What a statistic has seen: inputs `linear` compressed by every linear before, `block` only by the
-    blocks before, `none` dense throughout. `linear` needs all windows at once."""
+    """Which linears are compressed when a statistic is taken: every one before (`linear`), those of the
+    blocks before (`block`), or none. `linear` needs all windows at once."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.sequential == "linear" and (self.batch_size or self.num_samples) < self.num_samples:
             raise ValueError(
-                f"sequential linear takes all {self.num_samples} windows at once; leave batch_size out, or "
-                "say sequential: block (two passes) or none"
+                f"sequential linear needs all {self.num_samples} windows at once; remove batch_size, or set "
+                "sequential: block (two passes) or none"
             )
         return self
 
 
 def _kind(value: Any) -> str:
-    def of(name: str) -> Any:
+    def field(name: str) -> Any:
         return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
 
-    return "no-data" if of("dataset") == "none" and of("tokens") in (None, "text") else "tokens"
+    return "no-data" if field("dataset") == "none" and field("tokens") in (None, "text") else "tokens"
 
 
 OptionalTokens = Annotated[
     Annotated[Tokens, Tag("tokens")] | Annotated[NoData, Tag("no-data")], Discriminator(_kind)
 ]
-"""Tokens, or none where the rest of the recipe reads none."""
+"""Tokens, or no data where the rest of the recipe reads none."""
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], sequence_length: int) -> torch.Tensor:
+def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], sequence_length: int) -> Tensor:
     """Cut documents into `[windows, sequence_length]` int64 token ids, tail dropped.
 
-    Special tokens are not added: the windows are running text, as in the pruning papers.
+    No special tokens are added: the windows are running text, as in the pruning papers.
     """
     ids = tokenizer("\n\n".join(documents), add_special_tokens=False, return_tensors="pt").input_ids[0]
     count = ids.numel() // sequence_length
     return ids[: count * sequence_length].view(count, sequence_length)
 
 
-def documents(dataset: str, split: str, root: Path = DATASETS) -> list[str]:
-    """The documents of a data set's split, in order.
+def read_documents(dataset: str, split: str, root: Path = DATASETS) -> list[str]:
+    """Return the documents of a data set's split, in order.
 
     Args:
-        split: `calibration` or `evaluation` of a text data set, `train` of a graded one, whose documents
-            are a question and its answer.
+        split: `calibration` or `evaluation` of a text data set, or `train` of a graded one, each of whose
+            documents is a question and its answer.
     """
-    read = pd.read_parquet(root / dataset / f"{split}.parquet")
+    rows = pd.read_parquet(root / dataset / f"{split}.parquet")
     if split == "train":
-        return (read["question"] + " " + read["answer"]).tolist()
-    return read["text"].tolist()
+        return (rows["question"] + " " + rows["answer"]).tolist()
+    return rows["text"].tolist()
 
 
-def learnable(dataset: str, root: Path = DATASETS) -> list[str]:
-    """The documents of a data set that may be learned from, a graded one's items being lines of one."""
+def training_documents(dataset: str, root: Path = DATASETS) -> list[str]:
+    """Return the documents that may be learned from; the items of a graded data set are the lines of one."""
     if (root / dataset / "train.parquet").exists():
-        return ["\n".join(documents(dataset, "train", root))]
-    return documents(dataset, "calibration", root)
+        return ["\n".join(read_documents(dataset, "train", root))]
+    return read_documents(dataset, "calibration", root)
 
 
-def calibration_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows) -> torch.Tensor:
-    """`[num_samples, sequence_length]` distinct windows, of text spread evenly over what may be learned from.
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size: int) -> Tensor:
+    """Return `[num_samples, sequence_length]` int64 distinct windows, of text or of random ids.
 
-    Windows that the model generates need the model: see `stages.corpus.generation.model_windows`.
+    Generating windows takes the model: see `stages.corpus.generation.model_windows`.
+
+    Args:
+        vocab_size: rows of the model's embedding.
 
     Raises:
-        Refusal: there are fewer distinct windows than asked for.
+        Refusal: there are too few distinct windows, or they have tokens without a row in the embedding.
     """
     if isinstance(wanted, Tokens) and wanted.tokens == "generated":
         raise ValueError("generated windows come from stages.corpus.generation.model_windows")
     if isinstance(wanted, Tokens) and wanted.tokens == "random":
-        return _random(tokenizer, wanted)
-    return text_windows(tokenizer, wanted)
+        return _random_windows(tokenizer, wanted, vocab_size)
+    return text_windows(tokenizer, wanted, vocab_size)
 
 
-def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows) -> torch.Tensor:
-    """The data set's windows, whatever is to be made of them; see `calibration_windows`."""
-    distinct = unrepeated(windows(tokenizer, learnable(wanted.dataset), wanted.sequence_length))
+def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size: int) -> Tensor:
+    """Return windows spread evenly over the text, whatever `wanted.tokens`; see `calibration_windows`."""
+    distinct = distinct_rows(
+        cut_windows(tokenizer, training_documents(wanted.dataset), wanted.sequence_length)
+    )
     if len(distinct) < wanted.num_samples:
         raise Refusal(
-            f"data set {wanted.dataset}: {wanted.num_samples} windows of {wanted.sequence_length} "
-            f"tokens were asked for, what may be learned from it holds {len(distinct)} distinct ones; lower "
-            "num_samples or sequence_length, or name a longer data set."
+            f"data set {wanted.dataset} has {len(distinct)} distinct windows of {wanted.sequence_length} "
+            f"tokens to learn from, fewer than {wanted.num_samples}; lower num_samples or sequence_length, "
+            "or use a longer data set."
         )
     picked = torch.linspace(0, len(distinct) - 1, wanted.num_samples).round().long()
-    return distinct[picked]
+    chosen = distinct[picked]
+    check_token_ids(chosen, vocab_size, f"data set {wanted.dataset}", tokenizer)
+    return chosen
 
 
-def unrepeated(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of `[n, length]`, each once, where it comes first."""
+def distinct_rows(rows: Tensor) -> Tensor:
+    """Return the rows of `[n, length]` without repetitions, in order of first occurrence."""
     first_seen = list({tuple(row): i for i, row in reversed(list(enumerate(rows.tolist())))}.values())
     return rows[sorted(first_seen)]
 
 
-def ordinary(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """The ids of the vocabulary that stand for text, ascending, int64: special tokens are left out."""
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return torch.tensor(
-        sorted(set(tokenizer.get_vocab().values()) - special - set(tokenizer.all_special_ids))
-    )
+def text_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
+    """Return the ids below `vocab_size` that stand for text, so not for special tokens, ascending, int64."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    text = set(tokenizer.get_vocab().values()) - special - set(tokenizer.all_special_ids)
+    return torch.tensor(sorted(token_id for token_id in text if token_id < vocab_size))
 
 
-def _random(tokenizer: PreTrainedTokenizerBase, wanted: Tokens) -> torch.Tensor:
-    assert wanted.seed is not None
-    ids = ordinary(tokenizer)
-    draw = torch.Generator().manual_seed(wanted.seed)
-    made = ids[torch.randint(len(ids), (wanted.num_samples, wanted.sequence_length), generator=draw)]
-    if len(unrepeated(made)) < wanted.num_samples:
+def check_token_ids(ids: Tensor, vocab_size: int, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse token ids that have no row in the model's embedding.
+
+    Args:
+        ids: any shape, not empty.
+        vocab_size: rows of the embedding.
+        source: the source of the ids, as the refusal names it.
+
+    Raises:
+        Refusal: some id is `vocab_size` or more.
+    """
+    if (highest := int(ids.max())) >= vocab_size:
         raise Refusal(
-            f"random tokens: of {wanted.num_samples} windows of {wanted.sequence_length} tokens out of "
-            f"{len(ids)} some are alike; take another seed, fewer num_samples or a longer sequence_length."
+            f"{source}: token {tokenizer.decode([highest])!r} has id {highest}, but the model's embedding "
+            f"has {vocab_size} rows; use text without this token, or a checkpoint whose embedding covers its "
+            "tokenizer."
         )
-    return made
+
+
+def _random_windows(tokenizer: PreTrainedTokenizerBase, wanted: Tokens, vocab_size: int) -> Tensor:
+    assert wanted.seed is not None
+    ids = text_token_ids(tokenizer, vocab_size)
+    draw = torch.Generator().manual_seed(wanted.seed)
+    rows = ids[torch.randint(len(ids), (wanted.num_samples, wanted.sequence_length), generator=draw)]
+    if len(distinct_rows(rows)) < wanted.num_samples:
+        raise Refusal(
+            f"random tokens: some of {wanted.num_samples} windows of {wanted.sequence_length} tokens drawn "
+            f"from {len(ids)} ids are equal; use another seed, fewer num_samples or a longer sequence_length."
+        )
+    return rows

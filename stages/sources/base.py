@@ -1,4 +1,4 @@
-"""What every downloaded model declares, whatever format it is stored in."""
+"""Settings and download shared by base models of every format."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from stages.core.errors import Refusal
+from stages.core.files import MODELS, writing
 from stages.core.lazy import torch
 from stages.core.schema import Strict
+from stages.model.blocks import linears
 from stages.sources.origin import Origin, portable
 
 if TYPE_CHECKING:
@@ -17,12 +19,13 @@ if TYPE_CHECKING:
 
 
 class Model(Strict):
-    """A base model: where it is from, and the input widths of its block linears."""
+    """A base model: its source, and the input widths of its block linears."""
 
     source: Origin
     in_features: Annotated[tuple[int, ...], Field(min_length=1)]
-    """Input widths of the linears in its blocks, ascending. Declared so that a `group_size` that does not
-    divide them is refused before anything is downloaded; checked against the model when it is."""
+    """Input widths of the linears in its blocks, ascending. They are declared so that a `group_size` that
+    does not divide them is refused before anything is downloaded, and checked against the downloaded
+    model."""
 
     def write(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         """Write config, tokenizer and `dtype` safetensors into `folder`; return facts for the record."""
@@ -32,20 +35,18 @@ class Model(Strict):
         """Write data/models/base/<key>.
 
         Raises:
-            Refusal: the source cannot be had or is not what params say.
+            Refusal: the source cannot be fetched or differs from params.
         """
-        from stages.core.files import MODELS, writing
-        from stages.model.blocks import linears
-        from stages.model.checkpoint import finish_base
+        from stages.model.checkpoint import finish_base  # imports safetensors
 
         run.start()
         with writing(MODELS / "base" / key) as folder:
             facts = self.write(folder, run.torch_dtype)
-            told = {"name": key, **portable(self.model_dump(mode="json")), **facts}
-            model = finish_base(f"base/{key}", folder, told)
+            record = {"name": key, **portable(self.model_dump(mode="json")), **facts}
+            model = finish_base(f"base/{key}", folder, record)
             widths = tuple(sorted({linear.weight.shape[1] for linear in linears(model, partial=True)}))
             if widths != self.in_features:
                 raise Refusal(
-                    f"models.{key}.in_features is {list(self.in_features)}, the model has {list(widths)}; "
-                    f"write in_features: {list(widths)}."
+                    f"models.{key}.in_features is {list(self.in_features)}, but the model has "
+                    f"{list(widths)}; write in_features: {list(widths)}."
                 )

@@ -1,8 +1,8 @@
 """A published benchmark's data in the hub's layout, `<config>/<split>.parquet`, for lm-eval's stock tasks.
 
-The source is a pinned revision on the hub or a local mirror of it. What is written is the same either
-way, and evaluation reads that alone, so it needs no hub. A benchmark of many tasks, such as MMLU, has a
-config a task; each is then written to a folder of its own.
+The source is a pinned revision on the hub or a local mirror of it. Both give the same files, and evaluation
+reads only these, so it needs no hub. A benchmark of many tasks, such as MMLU, has a config per task, each
+written to a folder of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stages.sources.origin import InnerPath, Origin, fetched
 
 
 class NltkData(Strict):
-    """A zip of nltk's tokenizer data inside a source (IFEval's checker needs `punkt_tab`)."""
+    """A zip of nltk's tokenizer data inside a source; IFEval's checker needs `punkt_tab`."""
 
     source: Origin
     file: InnerPath
@@ -31,41 +31,42 @@ class NltkData(Strict):
 
 
 def _apart(configs: tuple[str, ...]) -> tuple[str, ...]:
-    """Each config is written to a folder of its own, so none may be another or hold it."""
+    """Refuse configs that are the same folder or contain each other, as each is written to its own folder."""
     for number, config in enumerate(configs):
         path = PurePosixPath(config)
         if not path.parts:
-            raise ValueError(f"{config!r} is the whole source; give that alone, not in a list")
+            raise ValueError(f"{config!r} is the whole source; write it alone, not in a list")
         for other in map(PurePosixPath, configs[:number]):
             if path.is_relative_to(other) or other.is_relative_to(path):
-                raise ValueError(f"{other} and {path} are not folders apart; leave one out")
+                raise ValueError(f"the folders {other} and {path} overlap; remove one")
     return configs
 
 
 class Benchmark(Dataset):
-    """One config of a data set's repository, or several."""
+    """One or several configs of a data set's repository."""
 
     kind: Literal["benchmark"]
     source: Origin
     config: Annotated[
         Annotated[InnerPath, Tag("one")]
         | Annotated[tuple[InnerPath, ...], Field(min_length=1), AfterValidator(_apart), Tag("several")],
-        Discriminator(lambda given: "several" if isinstance(given, list | tuple) else "one"),
+        Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
     ]
     """Folder of the config's parquet files, such as `main` or `ARC-Easy`, or a list of such folders."""
     sha256: Sha256 | None = None
-    """Of that folder, of the whole source for a list; needed for a mirror, a commit pins the hub's."""
+    """Hash of that folder, or of the whole source for a list. Needed for a mirror; a commit pins the hub's
+    content."""
     nltk_data: NltkData | None = None
 
     @property
     def pinned(self) -> str:
-        """The path inside the source that `sha256` is of."""
+        """The path inside the source that `sha256` hashes."""
         return self.config if isinstance(self.config, str) else ""
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write `<split>.parquet` for every split, and `nltk_data/` where asked for.
+        """Write `<split>.parquet` for every split, or `<config>/<split>.parquet` for a list of configs.
 
-        With a list of configs, `<config>/<split>.parquet`.
+        Unpack `nltk_data` into a folder of that name.
         """
         if isinstance(self.config, str):
             with fetched(self.source, self.config, self.sha256, data=True) as path:
@@ -86,13 +87,15 @@ class Benchmark(Dataset):
         return {"splits": splits}
 
     def _write(self, path: Path, folder: Path) -> list[str]:
-        """The splits of the config at `path`, each now a file in `folder`."""
+        """Write each split of the config at `path` as one file into `folder`; return the splits' names."""
         files = sorted(path.rglob("*.parquet"))
         if not files:
-            raise Refusal(f"{self.source} has no parquet in {path.name}.")
+            raise Refusal(
+                f"{self.source} has no parquet files in {path.name}; set config to a folder that has."
+            )
         splits: dict[str, list[Path]] = {}
-        # The hub shards a long split as <split>-00000-of-00003.parquet, and what it has converted itself
-        # (its branch refs/convert/parquet) as <split>/0000.parquet.
+        # The hub shards a long split as <split>-00000-of-00003.parquet; its branch refs/convert/parquet has
+        # <split>/0000.parquet.
         for file in files:
             split = file.stem if file.parent == path else file.parent.name
             splits.setdefault(re.sub(r"-\d{5}-of-\d{5}$", "", split), []).append(file)
@@ -100,5 +103,7 @@ class Benchmark(Dataset):
             if len(shards) == 1:
                 shutil.copyfile(shards[0], folder / f"{split}.parquet")
             else:
-                pd.concat([pd.read_parquet(s) for s in shards]).to_parquet(folder / f"{split}.parquet")
+                pd.concat([pd.read_parquet(shard) for shard in shards]).to_parquet(
+                    folder / f"{split}.parquet"
+                )
         return sorted(splits)

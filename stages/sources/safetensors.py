@@ -1,12 +1,12 @@
-"""A model stored as a transformers checkpoint: safetensors, a config and a tokenizer."""
+"""Base models stored as transformers checkpoints: safetensors, a config and a tokenizer."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from stages.core.errors import Refusal
+from stages.core.files import read_json
 from stages.core.lazy import torch
 from stages.core.reading import reading
 from stages.core.schema import Sha256
@@ -16,37 +16,41 @@ from stages.sources.origin import InnerPath, fetched
 
 
 class Safetensors(Model):
-    """A folder with `*.safetensors`; `sha256` is needed for `path:`, the hub's commit pins it otherwise."""
+    """A folder with `*.safetensors`. `sha256` is needed for `path:`; a commit pins the hub's content."""
 
     format: Literal["safetensors"]
     folder: InnerPath = ""
     sha256: Sha256 | None = None
 
     def write(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-        """Write config, tokenizer and `dtype` safetensors into `folder`; return what the record keeps.
+        """Write config, tokenizer and `dtype` safetensors into `folder`; return facts for the record.
 
         Raises:
-            Refusal: the checkpoint has no safetensors, is not whole, or wants code of its own to be run.
+            Refusal: the checkpoint has no safetensors, is incomplete, or needs code of its own.
         """
         from transformers import AutoTokenizer, CompressedTensorsConfig
 
         with fetched(self.source, self.folder, self.sha256) as path:
             if not list(path.glob("*.safetensors")):
                 raise Refusal(
-                    f"{self.source} has no safetensors; checkpoints in pickle formats are not read."
+                    f"{self.source} has no safetensors, and pickle formats are never loaded; use a "
+                    "checkpoint in safetensors."
                 )
             if not (path / "config.json").exists():
-                raise Refusal(f"{self.source} has no config.json; a transformers checkpoint is needed.")
+                raise Refusal(f"{self.source} has no config.json; use a transformers checkpoint.")
             with reading(f"the config of {self.source}"):
-                config = json.loads((path / "config.json").read_text())
+                config = read_json(path / "config.json")
             quantization = config.get("quantization_config")
             if quantization and quantization.get("quant_method") != "compressed-tensors":
                 raise Refusal(
-                    f"{self.source} is quantized as {quantization.get('quant_method')!r}; a base is a plain "
+                    f"{self.source} is quantized with {quantization.get('quant_method')!r}; use a plain "
                     "checkpoint or one of compressed-tensors."
                 )
             if "auto_map" in config:
-                raise Refusal(f"{self.source} wants its own code to be run (auto_map); that is never done.")
+                raise Refusal(
+                    f"{self.source} needs code of its own (auto_map), which is never run; use a model that "
+                    "transformers has built in."
+                )
             with reading(f"the tokenizer of {self.source}"):
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             tokenizer.save_pretrained(folder)

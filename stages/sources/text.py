@@ -1,8 +1,8 @@
-"""Running text: cut into documents, and into a calibration and an evaluation split that share nothing.
+"""Running text in documents, split into a calibration and an evaluation part that have nothing in common.
 
-The first documents calibrate, the rest evaluate. An evaluation document that shares a run of 13 words
-with the calibration split is dropped (the overlap test of the GPT-3 paper, 2005.14165), as a method
-calibrated on the very text it is judged on looks better than it is.
+The first documents are for calibration, the rest for evaluation. An evaluation document that shares a run of
+13 words with the calibration part is dropped (the overlap test of the GPT-3 paper, 2005.14165), as a method
+looks better than it is when it is evaluated on its own calibration text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from stages.core.schema import Sha256
 from stages.sources.dataset import Dataset
 from stages.sources.origin import InnerPath, Origin, fetched
 
-RUN = 13
+_OVERLAP = 13
+"""Words of a run that marks an overlap."""
 
 
 class Text(Dataset):
@@ -32,37 +33,42 @@ class Text(Dataset):
     file: InnerPath
     sha256: Sha256
     documents: Literal["lines", "paragraphs", "csv", "parquet"]
-    """What a document is: a line, a run of lines between blank ones, or a row's text in a csv or parquet."""
+    """A document is a line, a paragraph between blank lines, or the text of a csv or parquet row."""
     calibration: Annotated[float, Field(ge=0, lt=1)]
-    """Share of the characters that may be calibrated or trained on; the rest evaluates."""
+    """Share of the characters for calibration or training; the rest is for evaluation."""
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write `calibration.parquet` and `evaluation.parquet`, each with one column `text`."""
+        """Write `calibration.parquet` and `evaluation.parquet`, each with the column `text`."""
         import pyarrow as pa
 
         with fetched(self.source, self.file, self.sha256, data=True) as path:
             try:
-                found = split_documents(path.read_bytes(), self.documents)
+                documents = split_documents(path.read_bytes(), self.documents)
             except (UnicodeDecodeError, pa.ArrowInvalid) as error:
                 expected = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "parquet"
-                raise Refusal(f"{self.source} {self.file} is not {expected}.") from None
-        if not found:
-            raise Refusal(f"{self.source} {self.file} holds no {self.documents}.")
-        seen, evaluation, dropped = split(found, self.calibration)
-        for name, texts in (("calibration", seen), ("evaluation", evaluation)):
+                raise Refusal(
+                    f"{self.source} {self.file} is not {expected}; set documents to the file's format."
+                ) from None
+        if not documents:
+            raise Refusal(f"{self.source} {self.file} has no {self.documents} with text.")
+        calibration, evaluation, dropped = split_calibration(documents, self.calibration)
+        for name, texts in (("calibration", calibration), ("evaluation", evaluation)):
             pd.DataFrame({"text": pd.Series(texts, dtype="str")}).to_parquet(folder / f"{name}.parquet")
         return {
-            "split": {"calibration": len(seen), "evaluation": len(evaluation), "dropped": dropped},
-            "characters": {"calibration": sum(map(len, seen)), "evaluation": sum(map(len, evaluation))},
+            "split": {"calibration": len(calibration), "evaluation": len(evaluation), "dropped": dropped},
+            "characters": {
+                "calibration": sum(map(len, calibration)),
+                "evaluation": sum(map(len, evaluation)),
+            },
         }
 
 
 def split_documents(content: bytes, how: str) -> list[str]:
-    """The documents of a file in order, white space folded, empty and repeated ones dropped.
+    """Return the documents of a file in order, white space folded, without empty and repeated ones.
 
     Raises:
         Refusal: csv or parquet without a column `text`.
-        UnicodeDecodeError, pyarrow.ArrowInvalid: it is no UTF-8, no parquet.
+        UnicodeDecodeError, pyarrow.ArrowInvalid: not UTF-8, not parquet.
     """
     if how in ("csv", "parquet"):
         rows = (
@@ -71,7 +77,7 @@ def split_documents(content: bytes, how: str) -> list[str]:
             else pd.read_csv(io.StringIO(content.decode()), dtype=str, keep_default_na=False)
         )
         if "text" not in rows:
-            raise Refusal(f"the {how} has no column text; it has {', '.join(map(str, rows.columns))}.")
+            raise Refusal(f"the {how} has no column text, only {', '.join(map(str, rows.columns))}.")
         pieces = [str(piece) for piece in rows["text"].dropna()]
     elif how == "lines":
         pieces = content.decode().splitlines()
@@ -80,34 +86,33 @@ def split_documents(content: bytes, how: str) -> list[str]:
     return list(dict.fromkeys(folded for piece in pieces if (folded := " ".join(piece.split()))))
 
 
-def split(documents: list[str], share: float) -> tuple[list[str], list[str], int]:
-    """(calibration, evaluation, how many evaluation documents were dropped for sharing 13 words).
+def split_calibration(documents: list[str], share: float) -> tuple[list[str], list[str], int]:
+    """Return (calibration, evaluation, number of evaluation documents dropped for an overlap).
 
-    Runs are those of each split as it is read, its documents joined, so that texts cut finely (verses,
-    sentences) are held apart as well. A document that is a calibration document in other punctuation is
-    dropped however short.
+    Runs of words are taken over each part as it is read, its documents joined, so short documents (verses,
+    sentences) are kept apart too. A document that differs from a calibration document in punctuation or case
+    only is dropped, however short it is.
     """
     limit = share * sum(map(len, documents))
-    ends = accumulate(map(len, documents))
-    count = sum(end <= limit for end in ends)
+    count = sum(end <= limit for end in accumulate(map(len, documents)))
     calibration, rest = documents[:count], documents[count:]
-    taken = {tuple(words(document)) for document in calibration}
-    seen = runs([word for document in calibration for word in words(document)])
+    known = {tuple(_words(document)) for document in calibration}
+    runs = _runs([word for document in calibration for word in _words(document)])
     evaluation: list[str] = []
     before: list[str] = []
     for document in rest:
-        joined = before + words(document)
-        if tuple(words(document)) not in taken and seen.isdisjoint(runs(joined)):
+        joined = before + _words(document)
+        if tuple(_words(document)) not in known and runs.isdisjoint(_runs(joined)):
             evaluation.append(document)
-            before = joined[1 - RUN :]
+            before = joined[1 - _OVERLAP :]
     return calibration, evaluation, len(rest) - len(evaluation)
 
 
-def words(document: str) -> list[str]:
-    """Its words, lower-cased, without punctuation."""
+def _words(document: str) -> list[str]:
+    """Return a document's words in lower case, without punctuation."""
     return re.findall(r"\w+", document.lower())
 
 
-def runs(found: list[str]) -> set[tuple[str, ...]]:
-    """Every run of 13 words."""
-    return {tuple(found[i : i + RUN]) for i in range(len(found) - RUN + 1)}
+def _runs(words: list[str]) -> set[tuple[str, ...]]:
+    """Return every run of 13 words."""
+    return {tuple(words[start : start + _OVERLAP]) for start in range(len(words) - _OVERLAP + 1)}

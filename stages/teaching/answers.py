@@ -1,17 +1,17 @@
 """A model's own answers to a data set's questions, to train its compressed descendants on.
 
-Targets that the dense model would itself have given ask a compressed one to become what it was, not to learn
-another style on the way; recovery is then less confounded with new knowledge. The answers are made once and
-kept as the tokens that were generated, so that nothing is lost in writing them down and reading them again.
+Targets written by the dense model ask a compressed one to become what it was, not to learn another style
+along the way, so recovery is less confounded with new knowledge. The answers are generated once and stored as
+the generated tokens, so nothing is lost by decoding and encoding them.
 
-Generation is transformers' own, with a cache of keys, prompts padded on the left. An answer ends with the
-end of text, before `until`, or after `max_new_tokens`; the end of text is part of it in the first two cases,
-so a student learns to end where its teacher does. With `shots` the teacher sees solved examples before each
-question, which a model that was not made to answer needs; its students see the question alone.
+transformers generates, with a cache of keys and prompts padded on the left. An answer ends with the end of
+text, before `until`, or after `max_new_tokens`. In the first two cases the end of text is part of it, so a
+student learns to end where its teacher does. With `shots` the teacher sees solved examples before each
+question, which a model without instruction tuning needs; its students see the question alone.
 
-At a temperature above 0 a token is the first at which the cumulative probability exceeds a uniform number;
-the numbers are drawn on the CPU, a row of them a question, so that neither the device nor the batch size
-decides which are used.
+At a temperature above 0, a token is the first at which the cumulative probability exceeds a uniform number.
+The numbers are drawn on the CPU, a row per question, so neither the device nor the batch size decides which
+are used.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from tqdm import tqdm
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed
-from stages.corpus.examples import end_of_text, few_shot, prompt, questions
+from stages.corpus.examples import choose_questions, end_of_text, few_shot_text, prompt_text
 from stages.corpus.rows import example
-from stages.corpus.taught import Graded, Lesson
+from stages.corpus.taught import GradedExample, Lesson
+from stages.corpus.windows import check_token_ids
 from stages.teaching.teaching import Teaching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-COLDEST = 1e-6
+_LOWEST_TEMPERATURE = 1e-6
 """The lowest temperature that logits can be divided by."""
 
 
@@ -43,82 +43,93 @@ class Answers(Teaching):
     method: Literal["answers"]
     max_new_tokens: Annotated[int, Field(ge=1)]
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Divides the logits before a token is drawn; 0 takes the likeliest."""
+    """Divides the logits before a token is drawn; 0 takes the likeliest token."""
     until: Annotated[str, Field(min_length=1)] | None = None
-    """What an answer ends before, such as a line break where answers are of one line."""
+    """Text before which an answer ends, such as a line break for answers of one line."""
     shots: Annotated[int, Field(ge=0)] = 0
-    """Few-shot examples, a line each, that the teacher sees before a question. Of graded data sets only."""
+    """Few-shot examples, one per line, that the teacher sees before a question. Only for graded data sets."""
     seed: Seed = 0
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if 0 < self.temperature < COLDEST:
+        if 0 < self.temperature < _LOWEST_TEMPERATURE:
             raise ValueError(
-                f"temperature must be 0, which takes the likeliest token, or {COLDEST:f} or more"
+                f"temperature must be 0, which takes the likeliest token, or at least {_LOWEST_TEMPERATURE:f}"
             )
         if self.shots and self.chat_template:
-            raise ValueError("shots are lines of text before a question, not turns of a chat; leave one out")
+            raise ValueError(
+                "shots are lines of text before a question, not turns of a chat; remove one of the two"
+            )
         if self.completion is not None:
-            raise ValueError("method answers makes the answers itself; leave completion out")
+            raise ValueError("method answers generates the answers itself; remove completion")
         return self
 
     def teach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Lesson:
-        """The questions with the model's answers as what is predicted.
+        """Return the questions with the model's answers, which are predicted.
 
         Raises:
-            Refusal: the data set has too few questions, they and an answer are longer than the model reads,
-                its logits are not numbers, or it answers nothing.
+            Refusal: the data set has too few questions, a question and its answer exceed the model's context,
+                a token has no row in its embedding, its logits are not finite, or all its answers are empty.
         """
-        from stages.teaching.decoding import Until, generated
+        from stages.teaching.decoding import (
+            StopAtText,
+            generate_answers,
+        )  # needs base classes of transformers
 
-        learned, held_out = questions(self)
-        asked = learned + held_out
-        given = [prompt(one.prompt, self.chat_template, tokenizer) for one in asked]
-        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in given]
-        head = few_shot(self.dataset, self.shots)
-        shown = [tokenizer.encode(head + text, add_special_tokens=False) for text in given]
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        learned, held_out = choose_questions(self)
+        questions = learned + held_out
+        texts = [prompt_text(question.prompt, self.chat_template, tokenizer) for question in questions]
+        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        shots = few_shot_text(self.dataset, self.shots)
+        shown = [tokenizer.encode(shots + text, add_special_tokens=False) for text in texts]
+        config = model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
         longest = max(map(len, shown)) + self.max_new_tokens
         if limit is not None and longest > limit:
             raise Refusal(
-                f"data set {self.dataset}: a question and max_new_tokens make {longest} tokens, "
-                f"{self.source} reads {limit} at most; lower max_new_tokens"
+                f"data set {self.dataset}: a question and max_new_tokens take {longest} tokens, but "
+                f"{self.source} reads at most {limit}; lower max_new_tokens"
                 f"{' or shots' if self.shots else ''}."
             )
+        ends = _end_ids(model, tokenizer)
+        ids = torch.tensor([token for prompt in [*shown, ends[:1]] for token in prompt])
+        check_token_ids(ids, config.vocab_size, f"data set {self.dataset}", tokenizer)
         draw = torch.Generator().manual_seed(self.seed)
         uniform = torch.rand(len(prompts), self.max_new_tokens, generator=draw, dtype=torch.float64)
-        ends = _ends(model, tokenizer)
-        said: list[list[int]] = []
+        generated: list[list[int]] = []
         for at in tqdm(range(0, len(prompts), self.batch_size), desc="answering", unit="batch"):
             part = slice(at, at + self.batch_size)
-            ended = Until(tokenizer, self.until)
-            said += generated(model, shown[part], uniform[part], self.temperature, ends, ended)
-        finished = [finished_answer(one, ends, self.until, tokenizer) for one in said]
-        if not any(tokenizer.decode(one, skip_special_tokens=True).strip() for one in finished):
-            raise Refusal(f"{self.source} answers none of the questions of {self.dataset} with any text.")
-        made = [
-            Graded(example(torch.tensor(before + after), len(before)), one.difficulty)
-            for before, after, one in zip(prompts, finished, asked, strict=True)
+            stop = StopAtText(tokenizer, self.until)
+            generated += generate_answers(model, shown[part], uniform[part], self.temperature, ends, stop)
+        answers = [cut_answer(tokens, ends, self.until, tokenizer) for tokens in generated]
+        if not any(tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers):
+            raise Refusal(
+                f"every answer of {self.source} to the questions of {self.dataset} is empty; use another "
+                "source, or give shots."
+            )
+        examples = [
+            GradedExample(example(torch.tensor(prompt + answer), len(prompt)), question.difficulty)
+            for prompt, answer, question in zip(prompts, answers, questions, strict=True)
         ]
-        cut = sum(one[-1] not in ends for one in finished)
-        return Lesson(made[: len(learned)], made[len(learned) :], {"cut_at_max_new_tokens": cut})
+        cut = sum(answer[-1] not in ends for answer in answers)
+        return Lesson(examples[: len(learned)], examples[len(learned) :], {"cut_at_max_new_tokens": cut})
 
 
-def finished_answer(
-    said: list[int], ends: list[int], until: str | None, tokenizer: PreTrainedTokenizerBase
+def cut_answer(
+    tokens: list[int], ends: list[int], until: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """`said` to where it ends, the end of text included; all of it where it does not."""
-    for count, token in enumerate(said):
+    """Cut `tokens` after the end of text, or before `until`, where an end of text is added."""
+    for count, token in enumerate(tokens):
         if token in ends:
-            return said[: count + 1]
-        if until and (at := tokenizer.decode(said[: count + 1]).find(until)) >= 0:
-            whole = max(size for size in range(count + 1) if len(tokenizer.decode(said[:size])) <= at)
-            return [*said[:whole], ends[0]]
-    return said
+            return tokens[: count + 1]
+        if until and (at := tokenizer.decode(tokens[: count + 1]).find(until)) >= 0:
+            whole = max(size for size in range(count + 1) if len(tokenizer.decode(tokens[:size])) <= at)
+            return [*tokens[:whole], ends[0]]
+    return tokens
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end of text, and what else the checkpoint stops at, a chat's end of turn."""
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokenizer's end of text, then the checkpoint's stop tokens, such as a chat's end of turn."""
     config = model.generation_config
     stops = (config.eos_token_id if config is not None else None) or []
     return list(dict.fromkeys([end_of_text(tokenizer), *([stops] if isinstance(stops, int) else stops)]))

@@ -15,7 +15,7 @@ from lm_eval.api.task import ConfigurableTask
 from scipy.stats import binom
 
 from stages.controls.candidates import Floor
-from stages.corpus.readings import right
+from stages.corpus.readings import is_right
 from stages.evaluation import lm_tasks, null
 from tests import families
 from tests.pipeline import do, download, params, record
@@ -138,7 +138,7 @@ def test_floors_of_graded_scores_are_the_best_that_null_responders_get(workspace
     reading = json.loads(Path("data/datasets/arithmetic/dataset.json").read_text())["answer"]["reading"]
     for _, samples in tables.values():  # scores are those of what was said
         for row in samples[samples.readout == "generation"].itertuples():
-            assert row.score == right(reading, row.response, test.iloc[row.doc_id].to_dict())
+            assert row.score == is_right(reading, row.response, test.iloc[row.doc_id].to_dict())
     for row in model[model.readout == "generation"].itertuples():
         best = max(
             scores[(scores.readout == "generation") & (scores.difficulty == row.difficulty)].value.item()

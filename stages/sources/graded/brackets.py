@@ -1,9 +1,9 @@
-"""Graded bracket closing: what closes the brackets that are still open, innermost first.
+"""Graded bracket closing: close the brackets that are still open, innermost first.
 
-The Dyck languages ask for a stack and for no knowledge of the world (2206.04615, `dyck_languages`). A level
-fixes how many brackets are open, how many pairs among them are closed already and must be skipped, and how
-many kinds of bracket occur. A wrong choice has one bracket of another kind, or two in each other's place, so
-that all choices are of one length.
+Dyck languages need a stack and no knowledge of the world (2206.04615, `dyck_languages`). A level fixes how
+many brackets are open, how many pairs among them are already closed and must be skipped, and how many kinds
+of bracket occur. A wrong choice has one bracket of another kind, or two brackets swapped, so all choices have
+the same length.
 """
 
 import random
@@ -14,66 +14,70 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.corpus.readings import BRACKETS
-from stages.sources.graded import items as graded
-from stages.sources.graded.items import TRIES, Graded, item
+from stages.sources.graded.items import MAX_DRAWS, GradedData, Level, choice_item
 
 
-class Level(graded.Level):
-    """One difficulty."""
+class BracketsLevel(Level):
+    """Bracket sequences of one size."""
 
     depth: Annotated[int, Field(ge=1, le=32)]
-    """Brackets that are open."""
+    """Open brackets."""
     closed: Annotated[int, Field(ge=0, le=32)] = 0
-    """Pairs that are closed already."""
+    """Pairs that are already closed."""
     kinds: Annotated[int, Field(ge=1, le=len(BRACKETS))] = len(BRACKETS)
-    """Kinds of bracket that occur, all of them."""
+    """Kinds of bracket; each of them occurs."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.kinds > self.depth + self.closed:
             raise ValueError(
-                f"{self.kinds} kinds of bracket cannot occur in {self.depth + self.closed}; lower kinds, or "
-                "raise depth or closed"
+                f"{self.kinds} kinds of bracket cannot occur among {self.depth + self.closed} brackets; "
+                "lower kinds, or raise depth or closed"
             )
         return self
 
 
-class Brackets(Graded):
-    """Open brackets to close by level, easiest first."""
+class Brackets(GradedData):
+    """Open brackets to close in levels, easiest first."""
 
     reading: ClassVar[str] = "brackets"
     answer_tokens: ClassVar[int] = 80
 
     kind: Literal["brackets"]
-    levels: Annotated[tuple[Level, ...], Field(min_length=1)]
+    levels: Annotated[tuple[BracketsLevel, ...], Field(min_length=1)]
 
-    def drawn(self, level: Level, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Opening brackets and closed pairs in a drawn order."""
+    def draw_items(self, level: BracketsLevel, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield opening brackets and closed pairs in a drawn order."""
         draw = random.Random(seed)
-        for _ in range(TRIES):
+        for _ in range(MAX_DRAWS):
             kinds = draw.sample(list(BRACKETS), level.kinds)
-            pairs = [False] * level.depth + [True] * level.closed
-            draw.shuffle(pairs)
-            openers = [draw.choice(kinds) for _ in pairs]
-            shown = " ".join(
-                f"{one} {BRACKETS[one]}" if pair else one for one, pair in zip(openers, pairs, strict=True)
+            closed = [False] * level.depth + [True] * level.closed
+            draw.shuffle(closed)
+            openers = [draw.choice(kinds) for _ in closed]
+            text = " ".join(
+                f"{opener} {BRACKETS[opener]}" if pair else opener
+                for opener, pair in zip(openers, closed, strict=True)
             )
-            closers = [BRACKETS[one] for one, pair in zip(openers, pairs, strict=True) if not pair][::-1]
-            made = item(level.name, f"Close {shown} with", " ".join(closers), misses(closers), draw)
+            closers = [BRACKETS[opener] for opener, pair in zip(openers, closed, strict=True) if not pair][
+                ::-1
+            ]
+            item = choice_item(
+                level.name, f"Close {text} with", " ".join(closers), wrong_closers(closers), draw
+            )
             if len(set(openers)) == level.kinds:
-                yield shown, made
+                yield text, item
 
 
-def misses(closers: list[str]) -> list[str]:
-    """Every answer with one bracket of another kind or two unlike ones exchanged, sorted."""
-    found = {
+def wrong_closers(closers: list[str]) -> list[str]:
+    """Return every answer with one bracket of another kind or two different brackets swapped, sorted."""
+    wrong = {
         (*closers[:place], other, *closers[place + 1 :])
         for place, right in enumerate(closers)
         for other in BRACKETS.values()
         if other != right
     }
-    for one, two in combinations(range(len(closers)), 2):
+    for first, second in combinations(range(len(closers)), 2):
         swapped = list(closers)
-        swapped[one], swapped[two] = closers[two], closers[one]
-        found.add(tuple(swapped))
-    return [" ".join(each) for each in sorted(found - {tuple(closers)})]
+        swapped[first], swapped[second] = closers[second], closers[first]
+        wrong.add(tuple(swapped))
+    return [" ".join(answer) for answer in sorted(wrong - {tuple(closers)})]

@@ -1,8 +1,8 @@
-"""Graded word sorting from reasoning-gym: words in alphabetical order, by how many and how alike they are.
+"""Graded word sorting from reasoning-gym: words in alphabetical order, by their number and common beginnings.
 
-A level fixes the number of words and how many letters two of them begin with alike at most. A wrong choice
-has two neighbours of the right order exchanged, or one word moved by two places: the words are the same.
-Two words have one wrong order; there a choice may also say one of them twice.
+A level fixes the number of words and the longest beginning that two of them share. A wrong choice has two
+neighbours swapped, or one word moved by two places, so it has the same words. Two words have only one wrong
+order, so there a choice may also repeat one of them.
 """
 
 import random
@@ -12,32 +12,30 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.sources.graded import items as graded
-from stages.sources.graded.items import TRIES, Graded, item
+from stages.sources.graded.items import MAX_DRAWS, GradedData, Level, choice_item
 
-LONGEST = 7
-"""Letters of a word."""
+_LONGEST_WORD = 7
 
 
-class Level(graded.Level):
-    """One difficulty."""
+class SortingLevel(Level):
+    """Word lists of one size."""
 
     words: Annotated[int, Field(ge=2, le=8)]
     shared: Annotated[int, Field(ge=0, le=3)] = 0
-    """Letters that the two most alike words begin with alike."""
+    """Letters of the longest beginning that two words share."""
 
 
-class Sorting(Graded):
-    """Words to sort by level, easiest first."""
+class Sorting(GradedData):
+    """Words to sort in levels, easiest first."""
 
     reading: ClassVar[str] = "words"
     answer_tokens: ClassVar[int] = 40
 
     kind: Literal["sorting"]
-    levels: Annotated[tuple[Level, ...], Field(min_length=1)]
+    levels: Annotated[tuple[SortingLevel, ...], Field(min_length=1)]
 
-    def drawn(self, level: Level, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """reasoning-gym's words to sort, those that the level does not describe left out."""
+    def draw_items(self, level: SortingLevel, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield those of reasoning-gym's word lists that belong to the level."""
         import reasoning_gym
         from reasoning_gym.algorithmic.word_sorting import TextTransformation
 
@@ -46,39 +44,41 @@ class Sorting(Graded):
             min_words=level.words,
             max_words=level.words,
             min_word_length=3,
-            max_word_length=LONGEST,
+            max_word_length=_LONGEST_WORD,
             transformation=TextTransformation.LOWERCASE,
-            seed=seed * TRIES,
-            size=TRIES,
+            seed=seed * MAX_DRAWS,
+            size=MAX_DRAWS,
         )
         for entry in stream:
             words = entry["metadata"]["transformed_words"]
-            if not all(word.isalpha() and word.isascii() for word in words) or shared(words) != level.shared:
+            plain = all(word.isalpha() and word.isascii() for word in words)
+            if not plain or shared_letters(words) != level.shared:
                 continue
             # The same words in another order are the same item.
             ordered = sorted(words)
             draw = random.Random(" ".join(words))
             question = f"Sort {', '.join(words)}:"
-            yield " ".join(ordered), item(level.name, question, ", ".join(ordered), misses(ordered), draw)
+            item = choice_item(level.name, question, ", ".join(ordered), wrong_orders(ordered), draw)
+            yield " ".join(ordered), item
 
 
-def shared(words: list[str]) -> int:
-    """How many letters the two most alike of them begin with alike; of alike words, all their letters."""
+def shared_letters(words: list[str]) -> int:
+    """Return the length of the longest beginning that two words share; equal words share all letters."""
     return max(
         sum(1 for _ in takewhile(lambda letters: letters[0] == letters[1], zip(*pair, strict=False)))
         for pair in pairwise(sorted(words))
     )
 
 
-def misses(ordered: list[str]) -> list[str]:
-    """The orders next to the right one: two neighbours exchanged, or one word moved by two places.
+def wrong_orders(ordered: list[str]) -> list[str]:
+    """Return the orders next to the right one: two neighbours swapped, or one word moved by two places.
 
-    Of two words also each of them twice.
+    For two words, also each of them twice.
     """
-    found = [f"{word}, {word}" for word in ordered] if len(ordered) == 2 else []
+    orders = [f"{word}, {word}" for word in ordered] if len(ordered) == 2 else []
     for start in range(len(ordered) - 1):
-        for turned in ((1, 0), (1, 2, 0), (2, 0, 1)):
-            if start + len(turned) <= len(ordered):
-                moved = [ordered[start + place] for place in turned]
-                found.append(", ".join([*ordered[:start], *moved, *ordered[start + len(turned) :]]))
-    return found
+        for permutation in ((1, 0), (1, 2, 0), (2, 0, 1)):
+            if start + len(permutation) <= len(ordered):
+                moved = [ordered[start + place] for place in permutation]
+                orders.append(", ".join([*ordered[:start], *moved, *ordered[start + len(permutation) :]]))
+    return orders

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from pydantic import ValidationError
 
 from stages.core.errors import Refusal
-from stages.corpus.readings import READINGS, read, right
+from stages.corpus.readings import READINGS, is_right, read_answer
 from stages.evaluation.thinking import budget as forcing
 from stages.evaluation.thinking.budget import BudgetLM
 from stages.evaluation.thinking.scaling import majority, pass_at_k, repetition, self_bleu
@@ -218,9 +218,9 @@ def test_self_bleu_tells_alike_from_different():
 @pytest.mark.parametrize("reading", list(READINGS))
 def test_a_right_answer_is_read_as_the_answer_and_nothing_is_never_right(reading):
     item = {"answer": {"number": "-12", "brackets": ")]"}.get(reading, "one"), "constraints": ["words 1"]}
-    assert right(reading, f" {item['answer']} ", item)
-    assert read(reading, f" {item['answer']} ") == item["answer"]
-    assert read(reading, "  ") == "" and not right(reading, "  ", item)
+    assert is_right(reading, f" {item['answer']} ", item)
+    assert read_answer(reading, f" {item['answer']} ") == item["answer"]
+    assert read_answer(reading, "  ") == "" and not is_right(reading, "  ", item)
 
 
 def test_a_sweep_of_budgets_is_tidy(workspace):

@@ -165,7 +165,7 @@ def test_an_attention_leaves_its_mean(family, source):
 def calibration() -> torch.Tensor:
     from stages.corpus.windows import Windows, calibration_windows
 
-    return calibration_windows(families.tokenizer(), Windows(**TEXT))
+    return calibration_windows(families.tokenizer(), Windows(**TEXT), families.VOCAB)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral"])

@@ -1,0 +1,87 @@
+"""How long a stage takes until it works: CPU seconds, each beside what nobody can avoid, in one run.
+
+- `help`: `python -m stages.X --help` over `import torch`. Params are read by every stage before it does anything.
+- `first_block`: a recipe of params.yaml from the start of its process to the first block of the model, over
+  `import torch` and the model's own modeling module. What was moved out of `help` counts here.
+
+    python -m benchmarks.startup          # in a project whose models and data sets are there (`dvc repro`)
+
+Prints one JSON line a figure, the least of a few turns: on a shared machine the others only add.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.figures import tell
+
+TURNS = 5
+FORWARD = {
+    "prune": "wanda-50",
+    "quantize": "gptq-w4g64",
+    "finetune": "wanda-50-lora",
+    "evaluate": "base/smollm2/news",
+}
+"""The recipe of each stage that is followed to its first block."""
+MODELING = "transformers.models.llama.modeling_llama"
+UNTIL_BLOCK = """
+import os, runpy, sys
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+def stop(module, inputs):
+    if type(module).__name__.endswith("DecoderLayer"):
+        os._exit(0)
+
+register_module_forward_pre_hook(stop)
+stage, *arguments = sys.argv[1:]
+sys.argv = [stage, *arguments]
+runpy.run_module(f"stages.{stage}", run_name="__main__")
+"""
+
+
+def cpu_seconds(command: Sequence[str]) -> float:
+    """User and system time of a command, the least of a few turns.
+
+    Raises:
+        RuntimeError: the command fails.
+    """
+    turns = []
+    env = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    for _ in range(TURNS):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if done.returncode:
+            raise RuntimeError(f"{command}: {done.stderr.strip()[-500:]}")
+        turns.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    return min(turns)
+
+
+def main() -> None:
+    """Print all figures."""
+    python = sys.executable
+    torch = cpu_seconds([python, "-c", "import torch"])
+    modeling = cpu_seconds([python, "-c", f"import torch, {MODELING}"])
+    tell({"import_torch": torch, "import_torch_and_modeling": modeling})
+    for stage in (
+        "validate", "download", "prune", "quantize", "teach", "finetune", "noise", "floor", "evaluate",
+        "profile", "report",
+    ):  # fmt: skip
+        seconds = cpu_seconds([python, "-m", f"stages.{stage}", "--help"])
+        tell({"stage": stage, "help": seconds, "over_torch": seconds / torch})
+    for stage, recipe in FORWARD.items():
+        seconds = cpu_seconds([python, "-c", UNTIL_BLOCK, stage, recipe])
+        tell({"stage": stage, "recipe": recipe, "first_block": seconds, "over_modeling": seconds / modeling})
+    for stage, recipe in (("validate", []), ("noise", ["smollm2-batch-5"])):
+        seconds = cpu_seconds([python, "-m", f"stages.{stage}", *recipe])
+        tell({"stage": stage, "whole": seconds})
+    seconds = cpu_seconds([str(Path(python).with_name("prunequant")), "check"])
+    tell({"command": "prunequant check", "whole": seconds})
+
+
+if __name__ == "__main__":
+    main()
