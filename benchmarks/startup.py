@@ -19,6 +19,21 @@ from pathlib import Path
 from benchmarks.figures import tell
 
 TURNS = 5
+STAGES = (
+    "validate",
+    "download",
+    "prune",
+    "quantize",
+    "teach",
+    "finetune",
+    "noise",
+    "floor",
+    "evaluate",
+    "profile",
+    "report",
+)
+WHOLE = (("validate",), ("noise", "smollm2-batch-5"))
+"""Stages that need no torch, run to their end."""
 FORWARD = {
     "prune": "wanda-50",
     "quantize": "gptq-w4g64",
@@ -66,21 +81,23 @@ def main() -> None:
     python = sys.executable
     torch = cpu_seconds([python, "-c", "import torch"])
     modeling = cpu_seconds([python, "-c", f"import torch, {MODELING}"])
-    tell({"import_torch": torch, "import_torch_and_modeling": modeling})
-    for stage in (
-        "validate", "download", "prune", "quantize", "teach", "finetune", "noise", "floor", "evaluate",
-        "profile", "report",
-    ):  # fmt: skip
+    tell("import torch, CPU seconds", torch)
+    tell("import torch and the modeling module, CPU seconds", modeling)
+    for stage in STAGES:
         seconds = cpu_seconds([python, "-m", f"stages.{stage}", "--help"])
-        tell({"stage": stage, "help": seconds, "over_torch": seconds / torch})
+        tell(f"{stage} --help, CPU seconds", seconds)
+        tell(f"{stage} --help over import torch", seconds / torch)
     for stage, recipe in FORWARD.items():
         seconds = cpu_seconds([python, "-c", UNTIL_BLOCK, stage, recipe])
-        tell({"stage": stage, "recipe": recipe, "first_block": seconds, "over_modeling": seconds / modeling})
-    for stage, recipe in (("validate", []), ("noise", ["smollm2-batch-5"])):
-        seconds = cpu_seconds([python, "-m", f"stages.{stage}", *recipe])
-        tell({"stage": stage, "whole": seconds})
-    seconds = cpu_seconds([str(Path(python).with_name("prunequant")), "check"])
-    tell({"command": "prunequant check", "whole": seconds})
+        tell(f"{stage} {recipe} to its first block, CPU seconds", seconds)
+        tell(f"{stage} {recipe} to its first block over torch and modeling", seconds / modeling)
+    for stage, *recipe in WHOLE:
+        tell(
+            f"{' '.join([stage, *recipe])}, CPU seconds",
+            cpu_seconds([python, "-m", f"stages.{stage}", *recipe]),
+        )
+    check = str(Path(python).with_name("prunequant"))
+    tell("prunequant check, CPU seconds", cpu_seconds([check, "check"]))
 
 
 if __name__ == "__main__":
