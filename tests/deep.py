@@ -1,4 +1,4 @@
-"""Models deep enough to lose blocks, and slow references for those without some."""
+"""Models deep enough to lose blocks, and slow references for models without some blocks."""
 
 import copy
 
@@ -14,16 +14,17 @@ WINDOWS = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed
 
 
 def deep(family: str, layers: int = 6, **more: object) -> nn.Module:
-    """A model of `layers` blocks that do much to the stream, in fp32."""
-    made = families.CONFIGS[family].to_dict() | {"num_hidden_layers": layers, "layer_types": None} | more
+    """Make a model of `layers` blocks that change the residual stream a lot, in fp32."""
+    settings = families.CONFIGS[family].to_dict() | {"num_hidden_layers": layers, "layer_types": None} | more
     if family == "gemma3":
-        made["layer_types"] = (["sliding_attention", "sliding_attention", "full_attention"] * layers)[:layers]
+        kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+        settings["layer_types"] = (kinds * layers)[:layers]
     if family not in ("gemma3", "qwen3"):
-        made.pop("layer_types")
+        settings.pop("layer_types")
     if family == "mistral":
-        made["sliding_window"] = 16
+        settings["sliding_window"] = 16
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(type(families.CONFIGS[family])(**made), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(type(families.CONFIGS[family])(**settings), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -34,7 +35,7 @@ def deep(family: str, layers: int = 6, **more: object) -> nn.Module:
 
 
 class Skip(nn.Module):
-    """In a block's place: what comes in goes out, plus a constant."""
+    """A block that adds a constant to its input."""
 
     def __init__(self, plus: torch.Tensor | float = 0.0) -> None:
         super().__init__()
@@ -45,22 +46,23 @@ class Skip(nn.Module):
 
 
 def without(model: nn.Module, gone, plus=None) -> nn.Module:
-    """The slow reference: a copy with `Skip` in the place of blocks."""
-    made = copy.deepcopy(model)
-    name = blocks(made)[0][0].rpartition(".")[0]
+    """Copy `model` with `Skip` in the place of the blocks `gone`: the slow reference."""
+    reference = copy.deepcopy(model)
+    name = blocks(reference)[0][0].rpartition(".")[0]
     for number in gone:
-        made.get_submodule(name)[number] = Skip(plus[number] if plus else 0.0)
-    return made
+        reference.get_submodule(name)[number] = Skip(plus[number] if plus else 0.0)
+    return reference
 
 
 def without_attention(model: nn.Module, gone) -> nn.Module:
-    made = copy.deepcopy(model)
+    """Copy `model` with zeroed output projections of attention in the blocks `gone`: the slow reference."""
+    reference = copy.deepcopy(model)
     for number in gone:
-        one = output_projections(made)[number]
-        one.module.weight.data.zero_()
-        if one.module.bias is not None:
-            one.module.bias.data.zero_()
-    return made
+        module = output_projections(reference)[number].module
+        module.weight.data.zero_()
+        if module.bias is not None:
+            module.bias.data.zero_()
+    return reference
 
 
 def loss(model: nn.Module, windows: torch.Tensor = WINDOWS) -> float:

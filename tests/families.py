@@ -1,4 +1,4 @@
-"""Tiny models of every family the walk serves, with random weights, and a byte tokenizer to go with them."""
+"""Tiny models of every served family with random weights, and a byte tokenizer for them."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -49,24 +50,63 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, **_IDS),
 }  # fmt: skip
 IN_FEATURES = {name: [32, 128] if name == "gpt2" else [32, 64] for name in CONFIGS}
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
+"""A mixture's matrices that are no linear's weight, as `ignore` names them."""
+_GATED_GROUPS = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+GROUPS: dict[str, list[list[str]]] = {
+    "llama": _GATED_GROUPS,
+    "qwen3": _GATED_GROUPS,
+    "gemma3": _GATED_GROUPS,
+    "mistral": _GATED_GROUPS,
+    "opt": [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.out_proj"],
+        ["fc1"],
+        ["fc2"],
+    ],
+    "gpt_neox": [
+        ["attention.query_key_value"],
+        ["attention.dense"],
+        ["mlp.dense_h_to_4h"],
+        ["mlp.dense_4h_to_h"],
+    ],
+    "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+}
+"""A block's linears by the tensor they read, in the order in which they compute."""
 
 
 def model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A two-block model of `family` in bf16, its weights drawn from `seed`."""
+    """Make a two-block model of `family` in bf16 with weights drawn from `seed`."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.bfloat16).eval()
 
 
+def mixture(experts: int = 2) -> PreTrainedModel:
+    """Make a two-block mixture in bf16, whose experts are 3-D parameters and no linears."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**_GATED, num_local_experts=experts, num_experts_per_tok=1)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and the three special ones."""
+    """Make a tokenizer with one token per byte and three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: i for i, symbol in enumerate(alphabet)}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<bos>", "<eos>", "<pad>"])
+    by_bytes = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    by_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    by_bytes.decoder = decoders.ByteLevel()
+    by_bytes.add_special_tokens(["<bos>", "<eos>", "<pad>"])
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=10**9
+        tokenizer_object=by_bytes,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_max_length=10**9,
     )
     wrapped.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     return wrapped

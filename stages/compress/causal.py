@@ -1,10 +1,10 @@
 """Causal attention in bfloat16 on a CPU, a few queries at a time.
 
-Without matrix units in the CPU, torch computes it by general loops. What it costs is mostly two products,
-q kT and p v, which CPUs with bf16 instructions have fast code for. Here they are taken for as many queries at
-once as keep their probabilities in a cache, each only with the keys up to the last of them. Products of two
-bf16 values are exact and summed in fp32, the softmax is fp32, and probabilities are rounded to bf16 for the
-second product, as torch does. `python -m benchmarks.compression` prints `attention.times_faster`.
+On a CPU without matrix units torch computes it by general loops. Most of its cost is two products, q kT and p
+v, for which CPUs with bf16 instructions have fast code. Here both are computed for as many queries at once as
+keep their probabilities in cache, each only with the keys up to the last of those queries. Products of bf16
+values are exact and summed in fp32, the softmax is fp32, and probabilities are rounded to bf16 for the second
+product, as torch does. `python -m benchmarks.compression` prints the speedup as `attention.times_faster`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from stages.core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENTRIES = 2**20
-"""Probabilities held at a time, over all heads and windows."""
-FEWEST = 32
-"""Queries at a time, however many heads and keys there are."""
+CACHED_PROBABILITIES = 2**20
+"""Probabilities computed at a time, over all heads and windows."""
+MIN_QUERIES = 32
+"""Queries computed at a time, however many heads and keys there are."""
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale * q kT) v, where a token attends to itself and those before.
+    """Compute softmax(scale * q kT) v, where a token attends to itself and to earlier tokens.
 
     Args:
         query: `[batch, heads, tokens, size]` bf16.
         key: `[batch, groups, tokens, size]` bf16, each for `heads / groups` consecutive heads.
-        value: the same, of any size.
+        value: shaped as `key`, its last size may differ.
         scale: None is 1 / sqrt(size).
 
     Returns:
@@ -44,44 +44,44 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     k = key.reshape(batch * groups, tokens, size).float().mT
     v = value.reshape(batch * groups, tokens, -1).float()
     out = query.new_empty(*q.shape[:3], v.shape[-1])
-    step = max(FEWEST, ENTRIES // (batch * heads * tokens))
+    step = max(MIN_QUERIES, CACHED_PROBABILITIES // (batch * heads * tokens))
     with exact_products(query.dtype):
         for start in range(0, tokens, step):
-            now = q[:, :, start : start + step]
-            stop = start + now.shape[2]
+            queries = q[:, :, start : start + step]
+            stop = start + queries.shape[2]
             scores = torch.baddbmm(
                 q.new_zeros(1),
-                now.flatten(1, 2),
+                queries.flatten(1, 2),
                 k[..., :stop],
                 beta=0,
                 alpha=size**-0.5 if scale is None else scale,
-            ).view(*now.shape[:3], stop)
+            ).view(*queries.shape[:3], stop)
             later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
             scores[..., start:].masked_fill_(later, -torch.inf)
-            made = torch.bmm(scores.softmax(-1).flatten(1, 2), v[:, :stop])
-            out[:, :, start:stop] = made.view(*now.shape[:3], -1)
+            attended = torch.bmm(scores.softmax(-1).flatten(1, 2), v[:, :stop])
+            out[:, :, start:stop] = attended.view(*queries.shape[:3], -1)
     return out.view(batch, heads, tokens, -1)
 
 
 @contextmanager
 def by_queries() -> Iterator[None]:
-    """Use `causal_attention` in place of torch's attention wherever it computes the same.
+    """Replace torch's attention by `causal_attention` wherever both compute the same.
 
-    The results differ by rounding; scores beyond fp32 are NaN here, which whoever reads the output refuses.
+    The results differ by rounding. Scores that overflow fp32 give NaN here, which later checks refuse.
     """
     functional = torch.nn.functional
-    torchs = functional.scaled_dot_product_attention
+    original = functional.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if _serves(query, key, value, *args, **kwargs):
+        if _applies(query, key, value, *args, **kwargs):
             return causal_attention(query, key, value, kwargs.get("scale"))
-        return torchs(query, key, value, *args, **kwargs)
+        return original(query, key, value, *args, **kwargs)
 
     with mock.patch.object(functional, "scaled_dot_product_attention", attention):
         yield
 
 
-def _serves(
+def _applies(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -91,11 +91,11 @@ def _serves(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    """Whether `causal_attention` computes what torch is asked for, and no gradient is."""
+    """Tell whether `causal_attention` computes this call of torch's attention, without gradients."""
     plain = is_causal and attn_mask is None and not dropout_p and not torch.is_grad_enabled()
     if not plain or scale == 0 or query.ndim != 4 or not query.numel():
         return False
-    alike = key.shape[:3] == value.shape[:3] and all(query.shape[i] == key.shape[i] for i in (0, 2, 3))
-    shared = query.shape[1] % key.shape[1] == 0 if enable_gqa else query.shape[1] == key.shape[1]
-    kinds = {(one.device.type, one.dtype) for one in (query, key, value)}
-    return alike and shared and kinds == {("cpu", torch.bfloat16)}
+    shapes = key.shape[:3] == value.shape[:3] and all(query.shape[i] == key.shape[i] for i in (0, 2, 3))
+    heads = query.shape[1] % key.shape[1] == 0 if enable_gqa else query.shape[1] == key.shape[1]
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in (query, key, value)}
+    return shapes and heads and kinds == {("cpu", torch.bfloat16)}

@@ -1,7 +1,12 @@
-"""What a method that acts on one weight at a time is, and running it over a whole model.
+"""The two kinds of compression method, and how a recipe's method becomes an artifact.
 
-Such a method is a recipe: frozen settings, the statistic it wants of a linear's inputs (None is
-data-free), and a pure function of a weight and that statistic. It knows no modules, files or devices.
+A recipe is frozen settings plus arithmetic. What it needs from the rest of the project decides its kind:
+
+- `WeightMethod` replaces one weight `[out, in]` at a time: a pure function of the weight and a statistic of
+  its inputs. The model passes through memory block by block (`stages.model.stream`).
+- `WholeModel` changes a loaded model in place: it removes parts, or works in steps.
+
+Neither kind handles devices or files; `execute` does that for both.
 """
 
 from __future__ import annotations
@@ -12,7 +17,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stages.compress.statistics import DeadInputs, Statistic
+from stages.compress.walk import walk
 from stages.core.schema import NoData, Recipe
+from stages.corpus.generation import model_windows
 from stages.corpus.windows import Calibration, Tokens
 from stages.model.grid import Quantized
 
@@ -20,17 +27,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.compress.walk import Group
+    from stages.compress.capture import Group
     from stages.core.run import Run
     from stages.model.blocks import Linear
-    from stages.model.stream import Empty
+    from stages.model.stream import Empty, Streamed
 
 
 class Compression(Recipe):
     """A recipe that prunes or quantizes its source."""
 
     calibration: Any
-    """The text the method is calibrated on; `{dataset: none}` for a method that reads none."""
+    """The text the method is calibrated on; `{dataset: none}` if it reads none."""
 
     def reads(self) -> dict[str, Any]:
         """Return the calibration, unless it reads no data set."""
@@ -38,10 +45,10 @@ class Compression(Recipe):
         return {} if free else {"calibration": self.calibration}
 
     def execute(self, artifact: str, run: Run) -> None:
-        """Write `artifact`, the compressed source.
+        """Compress the source and write it as `artifact`.
 
         Raises:
-            Refusal: the settings do not fit the source, or its family cannot be served.
+            Refusal: the settings do not fit the source, or the method does not serve its family.
         """
         raise NotImplementedError
 
@@ -58,129 +65,148 @@ class Change:
 
 @dataclass(frozen=True)
 class Context:
-    """What a whole-model method may use beside the model."""
+    """What a whole-model method may use besides the model."""
 
     tokenizer: PreTrainedTokenizerBase
     windows: Callable[[], Tensor]
-    """Makes the token ids it is calibrated on, `[num_samples, sequence_length]`."""
+    """Returns the calibration's token ids, `[num_samples, sequence_length]`."""
     seed: int
-    """The run's, for draws that the recipe does not seed."""
+    """The run's seed, for draws that the recipe does not seed."""
     label: str
-    """The artifact, as progress bars show it."""
+    """The artifact's name, for progress bars."""
 
 
 class WholeModel(Compression):
-    """A recipe whose method needs the whole model in memory: it removes parts, or goes in steps."""
+    """A recipe whose method changes a loaded model in place.
+
+    A method implements `change`; `check` is for mistakes that show before the model is loaded.
+    """
 
     def check(self) -> None:
-        """Refuse settings that the source's config alone shows to be wrong; no weight is read."""
+        """Refuse settings that do not fit the source's config; no weight is read."""
 
     def change(self, model: PreTrainedModel, context: Context) -> Change:
         """Compress `model` in place.
 
         Raises:
-            Refusal: the settings do not fit the model, or its family cannot be served.
+            Refusal: the settings do not fit the model, or the method does not serve its family.
         """
         raise NotImplementedError
 
     def execute(self, artifact: str, run: Run) -> None:
         """Load the source, change it, and write it as `artifact`."""
-        from stages.corpus.generation import model_windows
         from stages.model import checkpoint
         from stages.model.artifact import load_tokenizer
-        from stages.model.source import loaded
+        from stages.model.source import load_source
 
         self.check()
         tokenizer = load_tokenizer(self.source)  # refused before any work
-        model = loaded(self.source, run)
+        model = load_source(self.source, run)
 
         def windows() -> Tensor:
-            return model_windows(tokenizer, self.calibration, lambda: model)
+            return model_windows(
+                tokenizer, self.calibration, model.config.get_text_config().vocab_size, lambda: model
+            )
 
-        done = self.change(model, Context(tokenizer, windows, run.seed, artifact))
-        checkpoint.save(artifact, model, self, run, keep=done.zeros, notes=done.notes)
+        change = self.change(model, Context(tokenizer, windows, run.seed, artifact))
+        checkpoint.save(artifact, model, self, run, keep=change.zeros, notes=change.notes)
 
 
 class WeightMethod(Compression):
-    """A recipe whose method replaces one weight `[out, in]` at a time."""
+    """A recipe whose method replaces the weights of all block linears, one at a time.
+
+    A method implements `replace`, and sets `statistic` if it needs to know a linear's inputs. `plan` runs
+    before the first block and sees the whole source; `prepare` may change a block before its weights are
+    replaced.
+    """
 
     statistic: ClassVar[type[Statistic] | None] = None
-    """What it wants to know of a linear's inputs."""
+    """The statistic taken of each linear's inputs; None is data-free."""
     on_dead: ClassVar[str] = "treated like any other"
-    """What it does with weights whose input was zero on every token, as told in the log."""
+    """What happens to weights whose input was zero on every token, as the log says it."""
     prepares: ClassVar[bool] = False
-    """Whether it changes a block as a whole before its weights are replaced; needs `sequential: block`."""
+    """Whether the method has a `prepare`, which needs `sequential: block`."""
     calibration: Tokens | NoData
-    """The text its statistic is taken on."""
+    """The text the statistic is taken on."""
 
     def plan(self, source: Empty, windows: Callable[[], Tensor]) -> Any:
-        """What has to be known of the whole source before the first block; handed to `replace`.
+        """Return whatever `replace` needs to know of the whole source.
 
         Args:
-            source: its blocks are without weights until they are asked for.
-            windows: gives the token ids it is calibrated on, `[num_samples, sequence_length]`. They may have
-                to be generated first, so what can be refused without them is.
+            source: a model without weights, whose blocks are loaded on request. windows: returns the
+                calibration's token ids, `[num_samples, sequence_length]`. They may have to be
+                generated first, so refuse what can be refused before calling it.
         """
         return None
 
     def prepare(self, groups: list[Group], block: Callable[[], Any]) -> dict[str, list[str]]:
-        """Change a block before any of its weights is replaced; called where `prepares` is set.
+        """Change a block before any of its weights is replaced; called if `prepares` is set.
 
         Args:
             block: computes the block's output for the window whose inputs the groups hold.
 
         Returns:
-            What to note of this block; the artifact's record joins the lists of all blocks.
+            Notes on this block; the artifact's record joins the lists of all blocks.
         """
         return {}
 
     def replace(self, linear: Linear, statistic: Any, plan: Any) -> Tensor | Quantized:
-        """The new weight of a linear, or its codes."""
+        """Return the new weight of a linear, or its codes."""
         raise NotImplementedError
 
+    def notes(self, plan: Any) -> dict[str, Any]:
+        """Return facts for the artifact's record, constant from run to run."""
+        return {}
+
     def execute(self, artifact: str, run: Run) -> None:
-        """Write `artifact`, the source with the weight of every linear of every block replaced."""
-        from stages.compress.walk import walk
-        from stages.corpus.generation import model_windows
+        """Stream the source block by block, replace its weights, and write it as `artifact`."""
         from stages.model.stream import Empty, Streamed
 
-        home = Streamed(artifact, self, run)
-        dead = DeadInputs(self.on_dead)
-
-        def prepare(groups: list[Group], block: Callable[[], Any]) -> None:
-            home.noted |= self.prepare(groups, block)
+        source = Streamed(artifact, self, run)
 
         @cache
         def windows() -> Tensor:
             assert isinstance(self.calibration, Tokens)
-            return model_windows(home.tokenizer, self.calibration, home.whole)
+            vocab_size = source.model.config.get_text_config().vocab_size
+            return model_windows(source.tokenizer, self.calibration, vocab_size, source.whole)
 
         plan = self.plan(Empty(self.source, run), windows)
+        text = windows() if self.statistic else None  # may load the whole model, so before embeddings
+        self._replace_all(source, plan, text)
+        source.finish(self.notes(plan))
+
+    def _replace_all(self, source: Streamed, plan: Any, windows: Tensor | None) -> None:
+        """Walk over the blocks of `source` and replace the weight of every linear."""
+        dead = DeadInputs(self.on_dead)
+
+        def prepare(groups: list[Group], block: Callable[[], Any]) -> None:
+            source.noted |= self.prepare(groups, block)
+
+        def compress(linear: Linear, statistic: Statistic | None) -> Tensor:
+            if statistic:
+                dead.log(linear.name, statistic.dead())
+            weight = self.replace(linear, statistic, plan)
+            if not isinstance(weight, Quantized):
+                return weight
+            source.quantized[linear.name] = weight
+            return weight.checked(linear.weight)
+
         options: dict[str, Any] = {}
         if self.statistic:
             assert isinstance(self.calibration, Calibration)
-            text = windows()  # before the embeddings are, as to generate them takes the whole model
-            home.bring_rest()
+            source.bring_rest()
             options = {
-                "windows": text,
                 "statistic": self.statistic,
                 "sequential": self.calibration.sequential,
                 "batch_size": self.calibration.batch_size,
                 "prepare": prepare if self.prepares else None,
             }
-
-        def compress(linear: Linear, statistic: Statistic | None) -> Tensor:
-            if statistic:
-                dead.tell(linear.name, statistic.dead())
-            made = self.replace(linear, statistic, plan)
-            if not isinstance(made, Quantized):
-                return made
-            home.quantized[linear.name] = made
-            return made.checked(linear.weight)
-
-        walk(home.model, compress, **options, ignore=self.ignore, label=artifact, home=home)
-        home.finish(self.notes(plan))
-
-    def notes(self, plan: Any) -> dict[str, Any]:
-        """Facts for the artifact's record, constant from run to run."""
-        return {}
+        walk(
+            source.model,
+            compress,
+            windows=windows,
+            **options,
+            ignore=self.ignore,
+            label=source.artifact,
+            home=source,
+        )

@@ -1,8 +1,8 @@
-"""What a method learns from the calibration inputs of a linear, accumulated in fp32.
+"""Statistics of a linear's calibration inputs, accumulated in fp32.
 
-A statistic is fed the inputs of one linear, one row a token, in bounded chunks, and never keeps them.
-Linears that read the same tensor (q, k and v; gate and up) share one statistic, and with it the
-expensive things derived from it, such as a Cholesky factor.
+A statistic is fed the inputs of one linear, one row per token, in bounded chunks, and never keeps them.
+Linears that read the same tensor (q, k and v; gate and up) share one statistic and whatever is expensive to
+derive from it, such as a Cholesky factor.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHUNK = 2048
-"""Tokens upcast to fp32 at a time, which bounds the memory a statistic adds."""
-STRIPE = 192
-"""Rows of a Hessian computed at a time, each from the diagonal on, as the other half mirrors it."""
+CHUNK_TOKENS = 2048
+"""Tokens upcast to fp32 at a time, to bound the memory a statistic takes."""
+STRIPE_ROWS = 192
+"""Rows of a Hessian computed at a time, from the diagonal on; the other half mirrors them."""
 
 
 @contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply fp32 copies of `dtype` values in `dtype` and sum in fp32, where that loses nothing.
+    """Multiply fp32 copies of bf16 values in bf16 with fp32 sums; other dtypes are multiplied as usual.
 
-    A product of two bf16 numbers is exact in fp32, so only the order of the sum differs; twice as fast on
-    CPUs with bf16 units. The switch is the process's, hence put back.
+    A product of two bf16 numbers is exact in fp32, so only the order of the sum differs. It is twice as fast
+    on CPUs with bf16 units. The setting is the process's, so it is restored.
     """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
@@ -44,14 +44,14 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
 
 
 class Statistic:
-    """Sums over tokens, built from the first inputs seen so that device and width are known."""
+    """Sums over the tokens of a linear's inputs."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.num_tokens = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Take in `inputs`, `[tokens, in_features]`, any float dtype."""
-        for chunk in inputs.split(CHUNK):
+        """Add `inputs`, `[tokens, in_features]` of any float dtype."""
+        for chunk in inputs.split(CHUNK_TOKENS):
             self._add(chunk)
         self.num_tokens += inputs.shape[0]
 
@@ -59,16 +59,16 @@ class Statistic:
         raise NotImplementedError
 
     def finite(self) -> bool:
-        """Whether all sums are numbers; they must not be once an input was none, or it would pass unseen."""
+        """Tell whether the sums are finite. A NaN input must make this False, or it would go unnoticed."""
         raise NotImplementedError
 
     def dead(self) -> Tensor:
-        """`[in_features]` bool: features that were zero on every token, about which nothing is known."""
-        return torch.zeros(0, dtype=torch.bool)  # a statistic that does not tell
+        """Return which features were zero on every token, `[in_features]` bool; empty if not recorded."""
+        return torch.zeros(0, dtype=torch.bool)
 
 
 class ColumnNorm(Statistic):
-    """Mean of the squares of every input feature (Wanda, 2306.11695)."""
+    """Root mean square of each input feature (Wanda, 2306.11695)."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
@@ -78,18 +78,18 @@ class ColumnNorm(Statistic):
         self._squares += inputs.to(torch.float32, copy=True).square_().sum(0)
 
     def finite(self) -> bool:
-        """Whether every feature's is."""
+        """Tell whether the sums of squares are finite."""
         return finite(self._squares)
 
     def dead(self) -> Tensor:
-        """`[in_features]` bool: features that were zero on every token."""
+        """Return which features were zero on every token, `[in_features]` bool."""
         return self._squares == 0
 
     def norm(self) -> Tensor:
-        """`[in_features]` fp32: sqrt(mean over tokens of x_j squared).
+        """Return sqrt(mean over tokens of x_j^2), `[in_features]` fp32.
 
         Raises:
-            Refusal: the squares are more than fp32 holds.
+            Refusal: the squares overflow fp32.
         """
         _check_sums(self._squares)
         return (self._squares / self.num_tokens).sqrt()
@@ -103,57 +103,49 @@ class Hessian(Statistic):
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
-        self._sum = torch.zeros(in_features, in_features, device=device)  # of use from the diagonal on
+        self._sum = torch.zeros(in_features, in_features, device=device)  # only the upper half is filled
         self._factors: dict[tuple[float, bool], Tensor] = {}
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> Hessian:
-        """A Hessian given as it is, `[in, in]`; for tests against other implementations."""
-        made = cls(matrix.shape[0], matrix.device)
-        made._sum, made.num_tokens = matrix.float() / 2, 1
-        return made
 
     def _add(self, inputs: Tensor) -> None:
         wide = inputs.float()
         with exact_products(inputs.dtype):
-            for start in range(0, len(self._sum), STRIPE):
-                self._sum[start : start + STRIPE, start:] += (
-                    wide[:, start : start + STRIPE].T @ wide[:, start:]
-                )
+            for start in range(0, len(self._sum), STRIPE_ROWS):
+                stop = start + STRIPE_ROWS
+                self._sum[start:stop, start:] += wide[:, start:stop].T @ wide[:, start:]
 
     def finite(self) -> bool:
-        """Whether the diagonal is: a product of two features is no more than the larger one's square."""
+        """Tell whether the diagonal is finite; no product of two features exceeds the larger's square."""
         return finite(self._sum.diagonal())
 
     def matrix(self) -> Tensor:
-        """`[in, in]` fp32.
+        """Return H, `[in, in]` fp32.
 
         Raises:
-            Refusal: it is not finite.
+            Refusal: H is not finite.
         """
         upper = self._sum.triu() * (2 / self.num_tokens)
         _check_sums(upper)
         return upper + upper.triu(1).T
 
     def dead(self) -> Tensor:
-        """`[in]` bool: features that were zero on every token."""
+        """Return which features were zero on every token, `[in]` bool."""
         return self._sum.diagonal() == 0
 
     def order(self) -> Tensor:
-        """`[in]` int64: the features by descending diagonal of H, ties to the lower one."""
+        """Return the features by descending diagonal of H, `[in]` int64; ties go to the lower index."""
         return self._sum.diagonal().argsort(descending=True, stable=True)
 
     def inverse_factor(self, damping: float, *, descending: bool = False) -> Tensor:
-        """Upper Cholesky factor U of the inverse, UT U = (H + damping * mean(diag H) * I)^-1, `[in, in]`.
+        """Return the upper Cholesky factor U with UT U = (H + damping * mean(diag H) * I)^-1, `[in, in]`.
 
-        A dead feature's diagonal is set to 1 so that it takes no part. Computed once a damping: with both
-        dimensions reversed, the factor of H itself is U's inverse.
+        A dead feature's diagonal is set to 1, so it takes no part. With both dimensions reversed, the factor
+        of H itself is the inverse of U. The result is cached.
 
         Args:
-            descending: of H with its features in `order`.
+            descending: take the features of H in `order`.
 
         Raises:
-            Refusal: H is not positive definite even damped, or not finite.
+            Refusal: H is not finite, or not positive definite even when damped.
         """
         if (damping, descending) not in self._factors:
             hessian = self.matrix()
@@ -162,7 +154,7 @@ class Hessian(Statistic):
             if descending:
                 hessian = hessian[self.order()][:, self.order()]
             lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-            upper = _inverted(lower).flip(0, 1)
+            upper = _inverse(lower).flip(0, 1)
             if failed or not finite(upper):
                 raise Refusal(
                     f"the Hessian of {len(hessian)} features over {self.num_tokens} tokens is not positive "
@@ -172,44 +164,44 @@ class Hessian(Statistic):
         return self._factors[damping, descending]
 
 
-def _inverted(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, half by half: most of it is plain products."""
+def _inverse(lower: Tensor) -> Tensor:
+    """Invert a lower triangular matrix by halves, so that most of the work is plain products."""
     size = len(lower)
-    if size <= STRIPE:
+    if size <= STRIPE_ROWS:
         return torch.linalg.solve_triangular(lower, torch.eye(size, device=lower.device), upper=False)
     half = size // 2
-    out = torch.zeros_like(lower)
-    out[:half, :half] = first = _inverted(lower[:half, :half])
-    out[half:, half:] = second = _inverted(lower[half:, half:])
-    out[half:, :half] = -(second @ (lower[half:, :half] @ first))
-    return out
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = first = _inverse(lower[:half, :half])
+    inverse[half:, half:] = second = _inverse(lower[half:, half:])
+    inverse[half:, :half] = -(second @ (lower[half:, :half] @ first))
+    return inverse
 
 
 class DeadInputs:
-    """Logs by name how many of a linear's inputs nothing is known about, and what is done.
+    """A log of input features that no token activates, and of what happens to their weights.
 
-    Asked again, as by methods that go in steps, it says only where they are more than before.
+    A linear is logged again only when more of its features are dead than before.
 
     Args:
-        then: what becomes of their weights.
-        seen: why nothing is known.
+        fate: what happens to the weights, completing "their weights are ...".
+        reason: why the features count as dead, completing "5 of 32 input features ...".
     """
 
-    def __init__(self, then: str, seen: str = "are zero on every token") -> None:
-        self._then, self._seen = then, seen
-        self._told: dict[str, int] = {}
+    def __init__(self, fate: str, reason: str = "are zero on every token") -> None:
+        self._fate, self._reason = fate, reason
+        self._counts: dict[str, int] = {}
 
-    def tell(self, name: str, dead: Tensor) -> None:
-        """Of the linear of this full name those in `dead`, `[in]` bool."""
+    def log(self, linear: str, dead: Tensor) -> None:
+        """Log how many features of a linear, by its full name, are `dead`, `[in]` bool."""
         count = int(dead.sum())
-        if count > self._told.get(name, 0):
-            self._told[name] = count
+        if count > self._counts.get(linear, 0):
+            self._counts[linear] = count
             log.info(
                 "%s: %d of %d input features %s; their weights are %s",
-                name, count, len(dead), self._seen, self._then,
+                linear, count, len(dead), self._reason, self._fate,
             )  # fmt: skip
 
 
 def _check_sums(sums: Tensor) -> None:
     if not finite(sums):
-        raise Refusal("the squares of its inputs are more than fp32 holds; look for broken activations.")
+        raise Refusal("the squares of its inputs overflow fp32; check the model for broken activations.")

@@ -1,9 +1,9 @@
-"""Optimal brain surgery on a weight, column by column: the loop GPTQ and SparseGPT share.
+"""Optimal brain surgery on a weight, column by column: the loop that GPTQ and SparseGPT share.
 
-Columns of W (input features) are settled in order. With U the upper Cholesky factor of the inverse
-Hessian, settling column j at q_j instead of w_j leaves an error e = (w_j - q_j) / U[j, j], and the columns
-still to come make up for it by losing e U[j, j+1:]: at once inside a run of columns, for the rest when the
-run is done (GPTQ 2210.17323, SparseGPT 2301.00774). With H = I nothing is passed on.
+The columns of W (input features) are settled in order. With U the upper Cholesky factor of the inverse
+Hessian, replacing w_j by q_j leaves an error e = (w_j - q_j) / U[j, j], and the later columns compensate for
+it by subtracting e U[j, j+1:]: immediately within a run of columns, and for the rest at the end of the run
+(GPTQ 2210.17323, SparseGPT 2301.00774). With H = I nothing is compensated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLUMNS = 128
-"""Columns in a run of eager updates."""
+"""Columns between two updates of all later columns."""
 
 
 def sweep(
@@ -30,16 +30,17 @@ def sweep(
     begin: Callable[[int, int, Tensor], None] | None = None,
     run: int = COLUMNS,
 ) -> None:
-    """Settle every column of `weight` `[in, out]` fp32 contiguous, transposed so that a column is a row.
+    """Settle every column of a weight in place.
 
     Args:
+        weight: `[in, out]` fp32 contiguous, transposed so that a column is a row.
         factor: `[in, in]` fp32, see `stages.compress.statistics.Hessian.inverse_factor`.
         settle: (column number, its updated values `[out]`) -> the values it will have.
-        begin: called with (start, stop, weight) before the columns of a run, their values up to date.
-        run: columns between two updates of the rest, a multiple of those that `settle` looks at together.
+        begin: called with (start, stop, weight) before each run, when the columns of the run are up to date.
+        run: columns between two updates of all later columns, a multiple of the group that `settle` reads.
 
     Raises:
-        Refusal: errors are no numbers any more, which `settle` may hide.
+        Refusal: an error is NaN or infinite, which the settled values may not show.
     """
     columns, diagonal = len(weight), factor.diagonal().tolist()
     for start in range(0, columns, run):
@@ -54,7 +55,7 @@ def sweep(
             weight[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         if not finite(errors):
             raise Refusal(
-                "what its columns make up for grows past fp32; nothing was written. Look for huge weights or "
-                "raise damping."
+                "the error its columns compensate for overflows fp32; nothing was written. Look for huge "
+                "weights or raise damping."
             )
         weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)

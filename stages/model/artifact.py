@@ -1,20 +1,21 @@
-"""A model artifact: a checkpoint folder that plain transformers loads, and what is known of it.
+"""A model artifact: a checkpoint folder that plain transformers loads, and a record of what it is.
 
 Every model the project makes is a folder `data/models/<stage>/<recipe>` with a config, safetensors, a
-tokenizer, and `artifact.json`: its lineage, the recipes that made it, where the base came from, the
-number grid its weights already lie on, and its exact size (see `stages.model.checkpoint`, which writes
-them). Nothing in it varies from run to run.
-
-Imported wherever params are read, so transformers, which takes seconds, is imported only when it is used.
+tokenizer and `artifact.json`. The record holds the artifact's lineage and the recipes behind it, where its
+base comes from, its numerics and its sizes; `stages.model.checkpoint` and `stages.model.stream` write it.
+Nothing in it varies from run to run.
 """
+
+from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
-from stages.core.files import MODELS, RECORD
+from stages.core.files import MODELS, RECORD, read_json, write_text
 from stages.core.reading import reading
 
 if TYPE_CHECKING:
@@ -26,93 +27,104 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RESTORE = "Download the checkpoint again or restore its config."
+"""The way out of a checkpoint that does not fit its config."""
+
 
 def load_record(artifact: str) -> dict[str, Any]:
-    """The `artifact.json` of `<stage>/<recipe>`."""
+    """Load the `artifact.json` of `<stage>/<recipe>`."""
     with reading(f"the record of {artifact}"):
-        record: dict[str, Any] = json.loads((MODELS / artifact / RECORD).read_text())
+        record: dict[str, Any] = read_json(MODELS / artifact / RECORD)
     return record
 
 
-def check_family(recipe: "Recipe") -> None:
-    """Refuse a source of a family that the recipe's method says it does not serve; no weight is read.
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the `artifact.json` in an artifact's folder, keys sorted."""
+    write_text(folder / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def check_family(recipe: Recipe) -> None:
+    """Refuse a source whose family the recipe's method does not serve; no weight is read.
 
     Raises:
-        Refusal: by the names of the method and the family.
+        Refusal: the method does not serve the family.
     """
     with reading(f"the config of {recipe.source}"):
-        family = json.loads((MODELS / recipe.source / "config.json").read_text())["model_type"]
-    if why := recipe.refuses.get(family):
-        raise Refusal(f"{recipe.method} does not serve {family}, the family of {recipe.source}: {why}.")
+        family = read_json(MODELS / recipe.source / "config.json")["model_type"]
+    if reason := recipe.refuses.get(family):
+        raise Refusal(f"{recipe.method} does not serve {family}, the family of {recipe.source}: {reason}.")
 
 
-def pretrained(what: str, path: Path, **options: Any) -> "PreTrainedModel":
-    """A checkpoint as transformers loads it, every parameter read from its files.
+def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
+    """Load a checkpoint by transformers, with every parameter read from its files.
+
+    transformers fills parameters that are missing or misshapen with random numbers; here they are refused.
 
     Args:
-        what: as a refusal names it.
+        label: the checkpoint's name in a refusal.
         options: of `from_pretrained`.
 
     Raises:
-        Refusal: it cannot be read, or some parameter is not there or of another shape, for which
-            transformers would draw numbers.
+        Refusal: the checkpoint cannot be read, or some parameter is missing or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
-    with reading(what):
+    with reading(label):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    known = {name for name, _ in model.named_parameters()}
-    if missing := sorted(known & set(info["missing_keys"])):
-        raise Refusal(
-            f"{what} has no {', '.join(missing[:8])}, which its config asks for; get it or its own "
-            "config anew."
-        )
+    names = {name for name, _ in model.named_parameters()}
+    if missing := sorted(names & set(info["missing_keys"])):
+        raise Refusal(f"{label} lacks {', '.join(missing[:8])}, which its config asks for. {RESTORE}")
     if info["mismatched_keys"]:
-        raise Refusal(unlike(what, sorted(info["mismatched_keys"])))
+        raise misshapen(label, sorted(info["mismatched_keys"]))
     return model
 
 
-def unlike(what: str, shapes: "list[tuple[str, torch.Size, torch.Size]]") -> str:
-    """What is said of tensors given by name, their shape, and the shape that the config asks for."""
-    told = [f"{name} of {list(found)} and not {list(asked)}" for name, found, asked in shapes]
-    return f"{what} has {', '.join(told[:8])}, as its config asks for; get it or its own config anew."
+def misshapen(label: str, tensors: Iterable[tuple[str, torch.Size, torch.Size]]) -> Refusal:
+    """Return the refusal of a checkpoint with tensors of a wrong shape.
+
+    Args:
+        label: the checkpoint's name.
+        tensors: (name, shape, shape that the config asks for).
+    """
+    shapes = [f"{name} is {list(shape)}, but its config asks for {list(due)}" for name, shape, due in tensors]
+    return Refusal(f"{label}: {'; '.join(shapes[:8])}. {RESTORE}")
 
 
-def load_tokenizer(artifact: str) -> "PreTrainedTokenizerBase":
-    """The artifact's tokenizer."""
+def load_tokenizer(artifact: str) -> PreTrainedTokenizerBase:
+    """Load the artifact's tokenizer."""
     from transformers import AutoTokenizer
 
     with reading(f"the tokenizer of {artifact}"):
         return AutoTokenizer.from_pretrained(MODELS / artifact, local_files_only=True)
 
 
-def attention(config: Any) -> str:
-    """How attention of the config's family is computed: `sdpa`, or `eager` where its class has no such."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if getattr(family, "_supports_sdpa", True):
-        return "sdpa"
-    log.info("%s has no attention by torch's sdpa: eager is used", family.__name__)
-    return "eager"
-
-
 def load_config(artifact: str) -> Any:
-    """The artifact's config."""
+    """Load the artifact's config."""
     from transformers import AutoConfig
 
     with reading(f"the config of {artifact}"):
         return AutoConfig.from_pretrained(MODELS / artifact, local_files_only=True)
 
 
-def load_model(artifact: str, run: "Run", *, dequantize: bool) -> "PreTrainedModel":
-    """The artifact's model in eval mode on the chosen device and in the chosen dtype.
+def attention(config: Any) -> str:
+    """Choose the attention of the config's family: `sdpa`, or `eager` if its class does not support that."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if getattr(family, "_supports_sdpa", True):
+        return "sdpa"
+    log.info("%s does not support torch's sdpa attention; eager attention is used", family.__name__)
+    return "eager"
+
+
+def load_model(artifact: str, run: Run, *, dequantize: bool) -> PreTrainedModel:
+    """Load the artifact's model in eval mode, on the run's device and in its dtype.
 
     Args:
-        dequantize: give plain weights where they are stored packed, to be compressed or trained further.
-            False loads it exactly as any user of the checkpoint would.
+        dequantize: turn packed weights into plain ones, to be compressed or trained further. False loads the
+            checkpoint exactly as any user of it would.
     """
     config = load_config(artifact)
     if dequantize and getattr(config, "quantization_config", None):

@@ -1,8 +1,8 @@
 """A decoder's blocks and the linears in them, whatever its family.
 
-No class name of a model is known here: the blocks are the longest list of modules the config speaks of,
-and a linear is a linear (or GPT-2's Conv1D, which stores its weight transposed). A matrix of a block that
-is not the weight of a linear (the 3-D experts of a mixture, say) would be invisible to every method. It is
+No model class is named here: the blocks are the longest list of modules that the config counts, and a linear
+is a torch linear or GPT-2's Conv1D, which stores its weight transposed. A block's matrix that is not the
+weight of a linear (the 3-D experts of a mixture, for example) would be invisible to every method, so it is
 refused by name unless the recipe lists it in `ignore`.
 """
 
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of a decoder block: its block, full name and module, and whether it is stored `[in, out]`."""
+    """A linear of a decoder block."""
 
     block: str
+    """The full name of its block."""
     name: str
+    """Its full name."""
     module: nn.Module
     transposed: bool
+    """Whether the module stores its weight as `[in, out]`."""
 
     @property
     def weight(self) -> Tensor:
@@ -34,12 +37,12 @@ class Linear:
         return weight.T if self.transposed else weight
 
     def put(self, weight: Tensor) -> None:
-        """Give the module this weight, `[out, in]`, instead of its own, which is not written to.
+        """Replace the module's weight by `weight`, `[out, in]`; the old tensor is not written to.
 
-        A weight mapped from a file costs more to change in place than to make anew.
+        Writing to a weight that is mapped from a file would cost more than a new tensor.
 
         Raises:
-            ValueError: it has another shape.
+            ValueError: the shapes differ.
         """
         if weight.shape != self.weight.shape:
             raise ValueError(f"{self.name} is {list(self.weight.shape)}, not {list(weight.shape)}")
@@ -47,13 +50,13 @@ class Linear:
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder blocks in order, as (full name, module).
+    """Return the decoder blocks in order, as (full name, module).
 
-    They are the one `ModuleList` with as many entries as the config counts layers; where several have
-    that length, the one with the most parameters.
+    They are the one `ModuleList` with as many entries as the config counts layers; where several have that
+    length, the one with the most parameters.
 
     Raises:
-        Refusal: an encoder-decoder, or no such list.
+        Refusal: the model is an encoder-decoder, or has no such list.
     """
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
@@ -68,71 +71,71 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         raise Refusal(
             f"{type(model).__name__} has no list of {depth} blocks; only plain decoders are served."
         )
-    _, name, found = max(lists, key=lambda entry: entry[0])
-    return [(f"{name}.{i}", block) for i, block in enumerate(found)]
+    _, name, largest = max(lists, key=lambda entry: entry[0])
+    return [(f"{name}.{i}", block) for i, block in enumerate(largest)]
 
 
 def linears(model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = False) -> list[Linear]:
-    """Every linear of every block, in definition order, but those `ignore` names.
+    """Return every linear of every block, in definition order, except those in `ignore`.
 
     Args:
         ignore: block-relative module or parameter names left alone, such as `mlp.gate`.
-        partial: to look at the linears there are, whatever else a block holds.
+        partial: return the linears there are, even if a block holds other matrices or none is left.
 
     Raises:
-        Refusal: a matrix that is no linear's weight and not ignored, an `ignore` that names nothing, or no
-            linear left (but where `partial`).
+        Refusal: a matrix is no linear's weight and not in `ignore`; a name in `ignore` matches nothing; no
+            linear is left.
     """
     from transformers.pytorch_utils import Conv1D
 
-    found: list[Linear] = []
-    unhandled: list[str] = []
-    named: set[str] = set()
+    kept: list[Linear] = []
+    unserved: list[str] = []
+    matched: set[str] = set()
     for block_name, block in blocks(model):
-        handled = set()
+        weights = set()
         for name, module in block.named_modules():
             if not isinstance(module, torch.nn.Linear | Conv1D):
                 continue
-            handled.add(f"{name}.weight")
+            weights.add(f"{name}.weight")
             if name in ignore:
-                named.add(name)
+                matched.add(name)
             else:
-                found.append(Linear(block_name, f"{block_name}.{name}", module, isinstance(module, Conv1D)))
+                kept.append(Linear(block_name, f"{block_name}.{name}", module, isinstance(module, Conv1D)))
         for name, parameter in block.named_parameters():
             if name in ignore:
-                named.add(name)
-            elif parameter.ndim >= 2 and name not in handled:
-                unhandled.append(f"{block_name}.{name} {tuple(parameter.shape)}")
-    if unhandled and not partial:
+                matched.add(name)
+            elif parameter.ndim >= 2 and name not in weights:
+                unserved.append(f"{block_name}.{name} {tuple(parameter.shape)}")
+    if unserved and not partial:
         raise Refusal(
             f"{type(model).__name__} has matrices that are no linear's weight and would be skipped: "
-            f"{', '.join(unhandled[:6])}{' ...' if len(unhandled) > 6 else ''} ({len(unhandled)} in all). "
-            "List their block-relative names in the recipe's ignore to leave them alone on purpose."
+            f"{', '.join(unserved[:6])}{' ...' if len(unserved) > 6 else ''} ({len(unserved)} in all). To "
+            "leave them uncompressed, list their block-relative names in the recipe's ignore."
         )
-    if unknown := sorted(set(ignore) - named):
-        have = sorted({linear.name.removeprefix(f"{linear.block}.") for linear in found})
+    if unknown := sorted(set(ignore) - matched):
+        names = sorted({linear.name.removeprefix(f"{linear.block}.") for linear in kept})
         raise Refusal(
-            f"ignore names no matrix of a block: {', '.join(unknown)}; there are {', '.join(have)}."
+            f"ignore names no matrix of a block: {', '.join(unknown)}; there are {', '.join(names)}."
         )
-    if not found and not partial:
-        told = f"ignore names {', '.join(ignore)}; leave some of them out" if ignore else "it has none"
-        raise Refusal(f"no linear of {type(model).__name__}'s blocks is left to compress: {told}.")
-    return found
+    if not kept and not partial:
+        reason = f"ignore names {', '.join(ignore)}; remove some of them" if ignore else "it has none"
+        raise Refusal(f"no linear of {type(model).__name__}'s blocks is left to compress: {reason}.")
+    return kept
 
 
 def check_length(model: nn.Module, windows: Tensor) -> None:
-    """Refuse windows `[n, tokens]` longer than the positions the model knows."""
+    """Refuse windows `[n, tokens]` that are longer than the model's positions."""
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise Refusal(
             f"sequence_length {windows.shape[1]} is more than the {limit} tokens the model reads; lower it "
-            "(where items of tasks are read, shots)."
+            "(or shots, where the text is items of tasks)."
         )
 
 
 def forward(model: nn.Module, windows: Tensor) -> None:
-    """The model's own forward without its output head and without a cache of keys."""
+    """Run the model on `windows` without its output head and without a key-value cache."""
     body: Any = model.base_model
     with torch.no_grad():
         body(input_ids=windows.to(body.get_input_embeddings().weight.device), use_cache=False)

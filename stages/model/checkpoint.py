@@ -1,18 +1,15 @@
-"""Writing a model artifact, and the one definition of how large it is.
-
-Sizes are defined once, here:
+"""Writing a model artifact, and the definition of its sizes.
 
 - `sparsity`: share of exact zeros among the weights of the block linears.
-- `bytes_ideal`: what a perfect container would need. A tensor takes 16 (or 32) bits a value, a
-  quantized one its code bits plus its scales. Where it is smaller, a block linear's weight is stored as
-  its nonzero values plus a bitmap of one bit a position. Embeddings are counted; tied ones once.
-- `bits_per_weight`: `bytes_ideal` * 8 over the number of parameters.
+- `bytes_ideal`: bytes in a perfect container. A dense tensor takes 16 (or 32) bits per value, a quantized one
+  its codes and scales. A block linear's weight takes its nonzero values plus a bitmap of one bit per position
+  where that is smaller. Embeddings count; tied ones count once.
+- `bits_per_weight`: 8 * `bytes_ideal` over the number of parameters.
 - `bytes_on_disk`: the safetensors as they are. Unstructured zeros save nothing here.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from stages.core.errors import Refusal
-from stages.core.files import DATASET, DATASETS, MODELS, RECORD, read_json, writing
+from stages.core.files import DATASET, DATASETS, MODELS, read_json, writing
 from stages.core.lazy import torch
 from stages.core.numbers import check_finite
-from stages.model.artifact import load_record, load_tokenizer, pretrained
+from stages.model.artifact import load_record, load_tokenizer, pretrained, write_record
 from stages.model.blocks import Linear, linears
 from stages.model.grid import Quantized
 
@@ -37,28 +34,32 @@ if TYPE_CHECKING:
 
 
 class Sizes:
-    """The sums the sizes of the module's docstring are made of, tensor by tensor."""
+    """A running count of a model's parameters, zeros and bits, tensor by tensor."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
     def add(self, tensor: Tensor, code: Quantized | None, *, prunable: bool) -> None:
-        """Count one tensor in, or the `code` it is stored as; `prunable` is a block linear's weight."""
+        """Count a tensor, or the `code` it is stored as.
+
+        Args:
+            prunable: whether it is the weight of a block linear.
+        """
         count = tensor.numel()
         bits = count * tensor.element_size() * 8 if code is None else code.stored_bits()
         if prunable:
             zeros = count - (int(torch.count_nonzero(tensor)) if code is None else code.nonzero())
             width = tensor.element_size() * 8 if code is None else code.bits
-            bits -= max(0, zeros * width - count)  # nonzero values and a bitmap, where that is smaller
+            bits -= max(0, zeros * width - count)  # a bitmap and nonzero values, where that is smaller
             self.counts += Counter(prunable=count, zeros=zeros)
         self.counts += Counter(parameters=count, bits=bits)
 
     def merge(self, counts: Mapping[str, int]) -> None:
-        """Count in what another one counted."""
+        """Add the counts of another `Sizes`."""
         self.counts.update(counts)
 
-    def told(self) -> dict[str, Any]:
-        """`num_parameters`, `sparsity`, `bytes_ideal` and `bits_per_weight`."""
+    def summary(self) -> dict[str, Any]:
+        """Return `num_parameters`, `sparsity`, `bytes_ideal` and `bits_per_weight`."""
         total, prunable = self.counts["parameters"], self.counts["prunable"]
         return {
             "num_parameters": total,
@@ -68,21 +69,25 @@ class Sizes:
         }
 
 
-def measure(model: nn.Module, quantized: Mapping[str, Quantized] | None = None) -> dict[str, Any]:
-    """The sizes of a model in memory, dense but for the linears that are stored as codes, by full name."""
+def sizes_of(model: nn.Module, quantized: Mapping[str, Quantized] | None = None) -> dict[str, Any]:
+    """Return the sizes of a model in memory, see `Sizes.summary`.
+
+    Args:
+        quantized: the codes of linears that are stored on a grid, by full name; all others are dense.
+    """
     codes = {f"{linear}.weight": code for linear, code in (quantized or {}).items()}
     try:
-        inside = {f"{linear.name}.weight" for linear in linears(model, partial=True)}
-    except Refusal:  # an architecture no walk serves can still be a base, measured as dense
-        inside = set()
+        prunable = {f"{linear.name}.weight" for linear in linears(model, partial=True)}
+    except Refusal:  # a base may have an architecture that no method serves
+        prunable = set()
     sizes = Sizes()
-    for name, parameter in model.named_parameters():  # a tied tensor is named once
-        sizes.add(parameter, codes.get(name), prunable=name in inside)
-    return sizes.told()
+    for name, parameter in model.named_parameters():  # names a tied tensor once
+        sizes.add(parameter, codes.get(name), prunable=name in prunable)
+    return sizes.summary()
 
 
 def lineage(artifact: str, recipe: Recipe, run: Run, notes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the part of a record that says how `artifact` was made from the recipe's source."""
+    """Return the part of a record that says how the recipe made `artifact` from its source."""
     source = load_record(recipe.source)
     return {
         "artifact": artifact,
@@ -96,17 +101,16 @@ def lineage(artifact: str, recipe: Recipe, run: Run, notes: Mapping[str, Any] | 
 
 
 def _texts(recipe: Recipe) -> dict[str, str]:
-    """Return where the data sets that a recipe reads come from, by name."""
+    """Return the source of each data set that a recipe reads, by name."""
     names = [text.dataset for text in recipe.reads().values()]
-    described = {name: read_json(DATASETS / name / DATASET) for name in names}
-    return {name: facts.get("source", "reasoning-gym") for name, facts in described.items()}
+    return {name: read_json(DATASETS / name / DATASET).get("source", "reasoning-gym") for name in names}
 
 
 def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> PreTrainedModel:
     """Write the record of a downloaded checkpoint in `folder` and return the model.
 
     Args:
-        base: what is known of where it came from: name, source, hashes, `grid`.
+        base: where it comes from: name, source, hashes, `grid`.
     """
     model = pretrained(artifact, folder, dtype="auto")
     _finish(folder, model, {"artifact": artifact, "lineage": [artifact], "recipes": {}, "base": dict(base)})
@@ -123,19 +127,19 @@ def save(
     notes: Mapping[str, Any] | None = None,
     quantized: Mapping[str, Quantized] | None = None,
 ) -> dict[str, Any]:
-    """Write a model in memory, computed from the recipe's source, and return its record.
+    """Write a model that the recipe made in memory, and return its record.
 
     Args:
-        keep: positions that must be zero in the written file, see `zero_masks`.
-        notes: further facts for the record, constant from run to run.
-        quantized: what linears are on their grid, by full name, all of one scheme that a format holds:
-            they are written packed instead of the model's weights.
+        keep: positions that must be zero in the file, see `zero_masks`. notes: facts for the record, constant
+            from run to run. quantized: codes of linears by full name, all of one scheme and packable. They
+            are written in place of the
+            model's weights.
 
     Raises:
-        Refusal: a parameter is no number.
-        AssertionError: a zero or a code was lost between memory and disk.
+        Refusal: a parameter is NaN or infinite.
+        AssertionError: a zero or a code was lost in writing.
     """
-    from stages.model.packed import described, tensors_of, weight_from
+    from stages.model.packed import config_of, tensors_of, weight_from
 
     codes = quantized or {}
     scheme = next(iter(codes.values())).scheme() if codes else None
@@ -148,15 +152,14 @@ def save(
             tensors |= tensors_of(linear, code)
         model.save_pretrained(folder, state_dict=tensors)
         if codes:
-            described(model, codes.keys(), scheme).save_pretrained(folder)
+            config_of(model, codes.keys(), scheme).save_pretrained(folder)
         load_tokenizer(recipe.source).save_pretrained(folder)
         if keep or codes:
             stored = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
             check_zeros(keep or {}, lambda name: weight_from(stored, f"{name}.weight", scheme))
             check_codes(codes, lambda name: weight_from(stored, f"{name}.weight", scheme))
-        told = lineage(artifact, recipe, run, notes)
-        told["layout"] = scheme["format"] if scheme else "dense"
-        return _finish(folder, model, told, codes)
+        layout = scheme["format"] if scheme else "dense"
+        return _finish(folder, model, {**lineage(artifact, recipe, run, notes), "layout": layout}, codes)
 
 
 def _finish(
@@ -165,25 +168,29 @@ def _finish(
     record: dict[str, Any],
     codes: Mapping[str, Quantized] | None = None,
 ) -> dict[str, Any]:
-    record = {"layout": "dense", **record, **measure(model, codes)}
-    record["bytes_on_disk"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    record = {"layout": "dense", **record, **sizes_of(model, codes), "bytes_on_disk": bytes_on_disk(folder)}
+    write_record(folder, record)
     return record
 
 
-def zero_masks(found: Iterable[Linear]) -> dict[str, Tensor]:
-    """Where each linear's weight is exactly zero, bool, shaped as stored, by the linear's full name."""
-    return {linear.name: linear.module.get_parameter("weight").data == 0 for linear in found}
+def bytes_on_disk(folder: Path) -> int:
+    """Return the size of a checkpoint's safetensors."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def zero_masks(linears: Iterable[Linear]) -> dict[str, Tensor]:
+    """Return where each linear's weight is exactly zero, bool, shaped as stored, by the linear's name."""
+    return {linear.name: linear.module.get_parameter("weight").data == 0 for linear in linears}
 
 
 def check_zeros(masks: Mapping[str, Tensor], stored: Callable[[str], Tensor]) -> None:
-    """Assert on what was read back that every position of `masks` is still zero.
+    """Check that every position of `masks` is zero in the written file.
 
     Args:
-        stored: a linear's weight as the written file has it, by the linear's full name.
+        stored: returns a linear's weight as the file has it, by the linear's full name.
 
     Raises:
-        AssertionError: a zero was lost between memory and disk; a bug, never a user's mistake.
+        AssertionError: a zero was lost in writing; a bug, never a user's mistake.
     """
     for name, mask in masks.items():
         lost = int((stored(name)[mask.cpu()] != 0).sum())
@@ -192,14 +199,14 @@ def check_zeros(masks: Mapping[str, Tensor], stored: Callable[[str], Tensor]) ->
 
 
 def check_codes(codes: Mapping[str, Quantized], stored: Callable[[str], Tensor]) -> None:
-    """Assert on what was read back that linears are what their codes stand for.
+    """Check that linears in the written file are what their codes stand for.
 
     Args:
-        stored: a linear's weight as the written file has it, by the linear's full name.
+        stored: returns a linear's weight as the file has it, by the linear's full name.
 
     Raises:
-        AssertionError: a code was lost between memory and disk.
+        AssertionError: a code was changed in writing; a bug, never a user's mistake.
     """
     for name, code in codes.items():
         if not torch.equal(stored(name), code.dequantize().cpu()):
-            raise AssertionError(f"{name}: the codes on disk are not those computed")
+            raise AssertionError(f"{name}: the codes on disk differ from those computed")

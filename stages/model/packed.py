@@ -1,10 +1,10 @@
 """Quantized checkpoints in the formats of compressed-tensors.
 
 Codes are packed without gaps, so the file is as small as it claims, and plain `from_pretrained` and the
-serving engines read it. Codes are handed over rather than weights: letting the library quantize again
-from bf16 weights changes some of them. What the library would skip without a word (GPT-2's Conv1D), what
-could not be loaded (Falcon), or no format of it can hold, is written as dense weights, and the record says
-`fake_quantized`.
+serving engines read it. The library is given codes rather than weights, because quantizing again from bf16
+weights would change some of them. Dense weights are written, and the record says `fake_quantized`, if the
+library would silently skip a module (GPT-2's Conv1D), could not load the checkpoint (Falcon), or has no
+format for the codes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from compressed_tensors.quantization import (
 )
 
 from stages.core.lazy import torch
-from stages.model.floats import MXFP4, NVFP4, Float8
+from stages.model.floats import Float8, MXFloat4, NVFloat4
 from stages.model.grid import Codes, Int8, Quantized
 
 if TYPE_CHECKING:
@@ -30,44 +30,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Scheme = Mapping[str, Any]
-"""What `Quantized.scheme` says of all the linears of a checkpoint."""
+"""How all packed linears of a checkpoint are stored, see `Quantized.scheme`."""
 FORMATS: dict[str, type[Quantized]] = {
     "pack-quantized": Codes,
     "int-quantized": Int8,
     "float-quantized": Float8,
     "naive-quantized": Float8,
-    "mxfp4-pack-quantized": MXFP4,
-    "nvfp4-pack-quantized": NVFP4,
+    "mxfp4-pack-quantized": MXFloat4,
+    "nvfp4-pack-quantized": NVFloat4,
 }
-"""What reads each format that `Quantized.scheme` may name."""
+"""The class that reads each format."""
 
 
 def scheme_of(config: Any) -> Scheme | None:
-    """How a checkpoint's `config` says its linears are stored; None where they are dense."""
+    """Read from a checkpoint's config how its linears are stored; None if they are dense."""
     stored = getattr(config, "quantization_config", None)
     return stored and {**stored["config_groups"]["group_0"], "format": stored["format"]}
 
 
 def packable(module: nn.Module, code: Quantized) -> bool:
-    """Whether a format holds the codes of this module, and plain `from_pretrained` reads them.
+    """Tell whether a format holds the codes of this module and plain `from_pretrained` reads them.
 
-    Its library fails on 4-bit zero points of at most 8 outputs and several groups: one word a group.
+    compressed-tensors fails on 4-bit zero points of several groups of at most 8 outputs, one word per group.
     """
-    unread = (
+    unreadable = (
         isinstance(code, Codes) and code.zero_point is not None and code.bits == 4
         and len(code.codes) <= 8 and code.scale.shape[1] > 1
     )  # fmt: skip
-    return isinstance(module, torch.nn.Linear) and code.scheme() is not None and not unread
+    return isinstance(module, torch.nn.Linear) and code.scheme() is not None and not unreadable
 
 
 def loads_packed(model: PreTrainedModel, linears: Collection[str]) -> bool:
-    """Whether plain `from_pretrained` loads `model` when these linears of it, by full name, are packed.
+    """Tell whether plain `from_pretrained` loads `model` with these linears, by full name, packed.
 
-    Loading calls the family's `_init_weights`, and that of some (Falcon, GPT-BigCode) reads weights of
-    linears, which packed ones do not have.
+    Loading calls the family's `_init_weights`. Some of these (Falcon, GPT-BigCode) read the weights of
+    linears, which packed linears do not have.
 
     Args:
-        model: is copied; take one on the meta device.
+        model: is copied, so pass one on the meta device.
     """
     bare = copy.deepcopy(model)
     for name in linears:
@@ -81,12 +81,12 @@ def loads_packed(model: PreTrainedModel, linears: Collection[str]) -> bool:
 
 
 def tensors_of(linear: str, code: Quantized) -> dict[str, Tensor]:
-    """What a file holds of a quantized linear, by full name."""
+    """Return the stored tensors of a quantized linear, by full name."""
     return {f"{linear}.{suffix}": tensor for suffix, tensor in code.tensors().items()}
 
 
 def weight_from(stored: Mapping[str, Tensor], name: str, scheme: Scheme | None) -> Tensor:
-    """The parameter `name` as a file's tensors have it, dequantized where it is stored on a grid.
+    """Read the parameter `name` from a file's tensors, dequantized if it is stored on a grid.
 
     Raises:
         KeyError: the file has no such parameter.
@@ -97,16 +97,12 @@ def weight_from(stored: Mapping[str, Tensor], name: str, scheme: Scheme | None) 
 
 
 def code_from(stored: Mapping[str, Tensor], name: str, scheme: Scheme) -> Quantized:
-    """The parameter `name` (`<linear>.weight`) that a file's tensors hold on a grid.
-
-    Args:
-        scheme: with `format` and `weights`, as `Quantized.scheme` gives them.
-    """
+    """Read the codes of the parameter `name` (`<linear>.weight`) from a file's tensors."""
     return FORMATS[scheme["format"]].read(stored, name, scheme)
 
 
-def described(model: PreTrainedModel, quantized: Collection[str], scheme: Scheme | None) -> PreTrainedConfig:
-    """The model's config, saying how the linears named `quantized` are stored."""
+def config_of(model: PreTrainedModel, quantized: Collection[str], scheme: Scheme | None) -> PreTrainedConfig:
+    """Return a copy of the model's config that says how the linears named `quantized` are stored."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     if not quantized or scheme is None:
@@ -115,10 +111,10 @@ def described(model: PreTrainedModel, quantized: Collection[str], scheme: Scheme
     group = QuantizationScheme(
         targets=["Linear"], **{key: value and QuantizationArgs(**value) for key, value in args.items()}
     )
-    left = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     stored = QuantizationConfig(
         config_groups={"group_0": group},
-        ignore=[name for name in left if name not in quantized],
+        ignore=[name for name in names if name not in quantized],
         format=scheme["format"],
         quantization_status=QuantizationStatus.COMPRESSED,
     )

@@ -1,7 +1,10 @@
-"""Where work that may be killed leaves what it has finished: a folder named after everything it is computed from.
+"""The folder where a stage keeps finished work until the artifact is whole, named after all its inputs.
 
-A run that finds its folder continues there. Folders of other settings, code or inputs are of no use and go.
+A run that finds its folder continues there after a kill. Folders of other settings, code or inputs are
+useless and are deleted.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -18,13 +21,13 @@ if TYPE_CHECKING:
     from stages.core.schema import Recipe
 
 
-def place(at: Path, stage: str, recipe: "Recipe", run: "Run") -> Path:
+def place(at: Path, stage: str, recipe: Recipe, run: Run) -> Path:
     """Return the folder in `at` for this recipe, its inputs and its code; delete all others.
 
     The folder itself may not exist yet.
 
     Args:
-        stage: the stage that the recipe is of, such as `prune`.
+        stage: the recipe's stage, such as `prune`.
     """
     inputs = [MODELS / recipe.source, *(DATASETS / text.dataset for text in recipe.reads().values())]
     folder = at / _fingerprint(stage, recipe, inputs, run)
@@ -34,14 +37,14 @@ def place(at: Path, stage: str, recipe: "Recipe", run: "Run") -> Path:
     return folder
 
 
-def _fingerprint(stage: str, recipe: "Recipe", inputs: list[Path], run: "Run") -> str:
-    """Name everything a result is computed from: recipe, code, machine, versions, inputs."""
+def _fingerprint(stage: str, recipe: Recipe, inputs: list[Path], run: Run) -> str:
+    """Hash everything a result is computed from: recipe, numerics, seed, inputs, code, versions."""
     files = []
     for folder in inputs:
         with reading(str(folder)):
             files += [(str(file), sha256(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
     code = identity.digest(stage, type(recipe).__module__)
-    made_from = [
+    origins = [
         recipe.model_dump(mode="json"), run.numerics(), run.seed, files, code, identity.versions(),
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(origins, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""A source that is larger than memory: its blocks have weights only while somebody looks at them.
+"""A source that may be larger than memory: its blocks have weights only while they are worked on.
 
-The modules are all there from the start, on the meta device, where parameters take no memory. A block's are
-read from the checkpoint's safetensors when asked for and given up again after. A file is opened anew for
-every tensor, as pages of an open one count as memory in use.
+All modules exist from the start, on the meta device, where parameters take no memory. A block's parameters
+are read from the checkpoint's safetensors on request and dropped afterwards. A file is opened for every
+tensor, as the pages of an open one count as memory in use.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from stages.core import memory
-from stages.core.errors import Refusal
 from stages.core.files import MODELS
 from stages.core.lazy import torch
 from stages.core.numbers import check_finite
 from stages.core.reading import reading
-from stages.model.artifact import attention, load_config, load_model, load_tokenizer, unlike
+from stages.model.artifact import attention, load_config, load_model, load_tokenizer, misshapen
 from stages.model.blocks import blocks
 from stages.model.grid import Quantized
 from stages.model.packed import code_from, scheme_of, weight_from
@@ -36,11 +35,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def loaded(artifact: str, run: Run) -> PreTrainedModel:
-    """A source all in memory, in plain weights, for what cannot be done a block at a time.
+def load_source(artifact: str, run: Run) -> PreTrainedModel:
+    """Load a whole source in plain weights, for methods that cannot work block by block.
 
     Raises:
-        Refusal: some of its values are NaN or infinite.
+        Refusal: some weights are NaN or infinite.
     """
     model = load_model(artifact, run, dequantize=True)
     check_finite(artifact, model.named_parameters())
@@ -48,17 +47,17 @@ def loaded(artifact: str, run: Run) -> PreTrainedModel:
 
 
 class Files:
-    """The parameters of a model in its safetensors, read when asked for; no file stays open.
+    """The parameters of a model, read from its safetensors on request; no file stays open.
 
-    Some families name a tensor otherwise on disk than in the model (GPT-NeoX's `embed_out`). Weights stored
-    packed are dequantized as they are read.
+    Some families name a tensor differently on disk than in the model (GPT-NeoX's `embed_out`). Packed weights
+    are dequantized as they are read.
 
     Args:
         artifact: `<stage>/<recipe>`.
-        scheme: how packed weights are stored, None where none are; see `stages.model.packed`.
+        scheme: how packed weights are stored, None if there are none; see `stages.model.packed`.
 
     Raises:
-        Unreadable: a file cannot be read, now or when it is asked for a tensor.
+        Unreadable: a file cannot be read, now or when a tensor is requested.
     """
 
     def __init__(self, artifact: str, model: PreTrainedModel, scheme: Mapping[str, Any] | None) -> None:
@@ -75,7 +74,7 @@ class Files:
                     name = key
                     for renaming in renamings:
                         name, _ = renaming.rename_source_key(name)
-                    # Tensors that are put together into one (a mixture's experts) land on one name.
+                    # Tensors that loading stacks into one (a mixture's experts) share its name.
                     shape = [] if name in self._where else handle.get_slice(key).get_shape()
                     self._where[name], self._shapes[name] = (file, key), shape
         for name in self._where:
@@ -86,17 +85,17 @@ class Files:
         return name in self._where or self._packed(name)
 
     def holds(self, name: str, shape: torch.Size) -> bool:
-        """Whether the files have the parameter `name` in this shape, as one tensor or packed."""
+        """Tell whether the files have the parameter `name` in this shape, as one tensor or packed."""
         return self._packed(name) or self._shapes.get(name) == list(shape)
 
     def read(self, name: str) -> Tensor:
-        """The parameter of this name."""
-        wanted = self._parts[name] if self._packed(name) else [name]
+        """Read a parameter by its name in the model."""
+        parts = self._parts[name] if self._packed(name) else [name]
         with reading(self._name):
-            return weight_from({part: self._tensor(part) for part in wanted}, name, self._scheme)
+            return weight_from({part: self._tensor(part) for part in parts}, name, self._scheme)
 
     def code(self, name: str) -> Quantized | None:
-        """The parameter of this name on its grid; None where it is stored dense."""
+        """Read the codes of a parameter; None if it is stored dense."""
         if self._scheme is None or not self._packed(name):
             return None
         with reading(self._name):
@@ -113,7 +112,7 @@ class Files:
 
 
 class Loaded:
-    """The same of a model in memory, loaded when first read; for files that hold parameters otherwise."""
+    """The parameters of a model whose files store them differently; it is loaded whole at the first read."""
 
     def __init__(self, names: Iterable[str], load: Callable[[], PreTrainedModel]) -> None:
         self._names, self._load = set(names), load
@@ -123,17 +122,16 @@ class Loaded:
         return name in self._names
 
     def read(self, name: str) -> Tensor:
-        """A copy of the parameter of this name."""
+        """Return a copy of the parameter of this name."""
         if self._tensors is None:
             self._tensors = self._load().state_dict()
         return self._tensors[name].clone()
 
 
 class Empty:
-    """A model whose blocks are without weights except while `block` holds them; nothing is written.
+    """A model on the meta device whose blocks have weights only within `block`; nothing is written.
 
-    `model` has its parameters on the meta device. The base of `Streamed`; by itself, it is how a method
-    looks at the source before it begins.
+    By itself it lets a method look at the source before it begins; `Streamed` derives from it.
     """
 
     def __init__(self, artifact: str, run: Run) -> None:
@@ -149,16 +147,16 @@ class Empty:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=run.torch_dtype, attn_implementation=attention(config)
             ).eval()
-        size = sum(one.numel() * one.element_size() for one in self.model.parameters())
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         if size <= memory.LARGE:
             memory.keep_freed()
         self.model.tie_weights()
         files = Files(artifact, self.model, scheme)
         self._source: Files | Loaded = files
-        if other := [n for n, p in self.model.named_parameters() if not files.holds(n, p.shape)]:
+        if others := [n for n, p in self.model.named_parameters() if not files.holds(n, p.shape)]:
             log.info(
-                "%s: its files hold %d parameters (%s) otherwise than the model does, so it is loaded whole",
-                artifact, len(other), ", ".join(other[:3]),
+                "%s: its files store %d parameters (%s) differently from the model, so it is loaded whole",
+                artifact, len(others), ", ".join(others[:3]),
             )  # fmt: skip
             self._source = Loaded(self.model.state_dict(), self.whole)
         self._device, self._dtype = run.resolved_device(), run.torch_dtype
@@ -169,15 +167,15 @@ class Empty:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The source's."""
+        """The source's tokenizer."""
         return load_tokenizer(self.name)
 
     def whole(self) -> PreTrainedModel:
-        """The source all in memory, which is given up again when the caller does."""
-        return loaded(self.name, self._run)
+        """Load the whole source; it takes memory only while the caller keeps it."""
+        return load_source(self.name, self._run)
 
     def bring_rest(self) -> None:
-        """Load what text passes through on its way to and from the blocks: embeddings, norms."""
+        """Load what text passes through outside the blocks: embeddings, norms."""
         body: Any = self.model.base_model
         inside = {id(module) for _, block in self._blocks for module in block.modules()}
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -196,22 +194,24 @@ class Empty:
             self._drop(block)
 
     def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True) -> None:
+        """Read the parameters and the stored buffers of a module, by its full name `prefix`."""
         for name, empty in list(module.named_parameters(recurse=recurse)):
             tensor = self._source.read(full := f"{prefix}.{name}".lstrip("."))
             if tensor.shape != empty.shape:
-                raise Refusal(unlike(self.name, [(full, tensor.shape, empty.shape)]))
-            put(module, name, tensor.to(self._device, self._dtype))
+                raise misshapen(self.name, [(full, tensor.shape, empty.shape)])
+            set_parameter(module, name, tensor.to(self._device, self._dtype))
         check_finite(self.name, module.named_parameters(prefix, recurse=recurse))
         for name, buffer in module.named_buffers(recurse=recurse):
             if (full := f"{prefix}.{name}".lstrip(".")) in self._source:
                 buffer.copy_(self._source.read(full))
 
     def _drop(self, module: nn.Module) -> None:
+        """Free the parameters of a module."""
         for name, parameter in list(module.named_parameters()):
-            put(module, name, torch.empty_like(parameter, device="meta"))
+            set_parameter(module, name, torch.empty_like(parameter, device="meta"))
 
 
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter of a module or of one inside it, without gradients."""
     path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    module.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)

@@ -1,40 +1,37 @@
-"""A model larger than memory: its blocks are read when they are worked on and written when they are done.
+"""A model larger than memory, compressed block by block.
 
 A block's parameters take no memory until its turn comes (`Streamed.block`): they are read from the source
-(`stages.model.source`), changed, written to a shard of the new checkpoint in `data/scratch/`, and given up
-again. What is held is one block, the embeddings where text passes through, and the calibration's
-activations.
+(`stages.model.source`), changed, written to a shard in `data/scratch/`, and dropped. Memory holds one block,
+the embeddings where text passes through, and the calibration's activations.
 
-A killed run leaves its finished shards behind, in a folder named after everything they were computed
-from, and the next run takes them as they are. (A refused one leaves nothing, but where it could not read.)
-When all are there they become the artifact: one file below `ONE_FILE` bytes, a shard a block beyond.
+A killed run leaves its finished shards in a folder named after everything they were computed from, and the
+next run starts from them. A refused run deletes them, unless files could not be read. Once all blocks are
+finished they become the artifact: a single file below `stages.model.assembly.ONE_FILE` bytes, else a file per
+block.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stages.core.errors import Refusal, Unreadable
-from stages.core.files import MODELS, RECORD, SCRATCH, sha256, write_json, writing
-from stages.core.lazy import torch
+from stages.core.files import MODELS, SCRATCH, replacing, writing
 from stages.core.numbers import check_finite
+from stages.model.artifact import write_record
+from stages.model.assembly import Part, copy_generation_config, write_tensors
 from stages.model.blocks import linears
-from stages.model.checkpoint import Sizes, check_codes, check_zeros, lineage, zero_masks
+from stages.model.checkpoint import Sizes, bytes_on_disk, check_codes, check_zeros, lineage, zero_masks
 from stages.model.grid import Quantized
-from stages.model.packed import described, loads_packed, packable, tensors_of, weight_from
+from stages.model.packed import config_of, loads_packed, packable, tensors_of, weight_from
 from stages.model.resume import place
-from stages.model.source import Empty, put
+from stages.model.shards import BlockFacts, Shards
+from stages.model.source import Empty, set_parameter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,74 +39,43 @@ if TYPE_CHECKING:
     from stages.core.run import Run
     from stages.core.schema import Recipe
 
-ONE_FILE = 2**30
-"""Bytes below which a checkpoint is one file."""
 RESUME = SCRATCH / "resume"
 
 log = logging.getLogger(__name__)
 
 
 class Streamed(Empty):
-    """A model on its way from `recipe.source` to `artifact`: each block is written when it is left.
+    """A model on its way from `recipe.source` to `artifact`; each block is written at the end of its `block`.
 
-    `quantized` takes the codes of linears, by full name, before their block is left; they are written
-    packed where a format holds them. `noted` takes lists of facts about the block in hand; the record has
-    them joined over blocks. Positions that are zero in the source must be zero when written.
+    Positions that are zero in the source must be zero when written.
     """
 
     def __init__(self, artifact: str, recipe: Recipe, run: Run) -> None:
         super().__init__(recipe.source, run)
         self.artifact, self.recipe, self.run = artifact, recipe, run
         self.quantized: dict[str, Quantized] = {}
+        """Codes of the current block's linears, by full name; written packed where a format holds them."""
         self.noted: dict[str, list[str]] = {}
-        self.scheme: dict[str, Any] | None = None
-        self.fake = False
+        """Notes on the current block; the record joins the lists of all blocks."""
         self._names = [name for name, _ in self._blocks]
         self._linears = linears(self.model, recipe.ignore)
-        self._weights = {f"{one.name}.weight" for one in linears(self.model, partial=True)}
-        self._loads_packed = loads_packed(self.model, [one.name for one in self._linears])
+        self._prunable = {f"{linear.name}.weight" for linear in linears(self.model, partial=True)}
+        self._loads_packed = loads_packed(self.model, [linear.name for linear in self._linears])
         self._check_rest()
-        _ = self.tokenizer  # refused now rather than when all is done
+        _ = self.tokenizer  # refused now rather than at the end
         stage = artifact.split("/")[0]
-        self._folder = place(RESUME / artifact.replace("/", "__"), stage, recipe, run)
-        self._forget_broken()
-        if finished := sum(self._done(name) for name in self._names):
-            log.info("%s goes on: %d of %d blocks were finished before", artifact, finished, len(self._names))
-
-    def _shard(self, name: str) -> Path:
-        return self._folder / f"{self._names.index(name):05d}.safetensors"
-
-    def _done(self, name: str) -> bool:
-        return self._shard(name).with_suffix(".json").exists()
-
-    def _forget_broken(self) -> None:
-        """Do blocks again whose files are not as they were written: a machine went down.
-
-        Raises:
-            Unreadable: they cannot be read at all, which may pass.
-        """
-        for file in (self._shard(name) for name in self._names if self._done(name)):
-            told = file.with_suffix(".json")
-            try:
-                facts = json.loads(told.read_text())
-                whole = facts.pop("seal") == _seal(file, facts)
-            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-                whole = False
-            except OSError as error:
-                raise Unreadable(
-                    f"finished blocks in {self._folder} cannot be read ({error}); see that they can, or "
-                    "delete the folder to begin anew."
-                ) from error
-            if not whole:
-                log.warning("%s or its JSON is not as it was written: its block is done again", file)
-                told.unlink()
+        folder = place(RESUME / artifact.replace("/", "__"), stage, recipe, run)
+        self._shards = Shards(folder, self._names)
+        self._shards.forget_damaged()
+        if finished := sum(map(self._shards.done, self._names)):
+            log.info("%s resumes: %d of %d blocks are finished", artifact, finished, len(self._names))
 
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
-        """Hold the block's weights, as the source or a finished shard has them; write and drop them after.
+        """Hold the block's weights, from the source or a finished shard; then write and drop them.
 
-        Where the source is refused, finished shards are of no use: no run of these settings goes on. Where it
-        cannot be read, one will.
+        A refusal deletes all shards, since every run with these settings would be refused. If files could not
+        be read, a later run may succeed, and the shards stay.
         """
         try:
             with self._held(name, block, dense) as done:
@@ -117,44 +83,43 @@ class Streamed(Empty):
         except Unreadable:
             raise
         except Refusal:
-            shutil.rmtree(self._folder.parent, ignore_errors=True)
+            self._shards.delete()
             raise
 
     @contextmanager
     def _held(self, name: str, block: nn.Module, dense: bool) -> Iterator[bool]:
-        if self._done(name):
-            told = json.loads(self._shard(name).with_suffix(".json").read_text())
-            self.scheme, self.fake = told["scheme"], told["fake"]
-        if self._done(name) and dense:
-            self._fill(name, block)
-            yield True
-        elif self._done(name):
-            stored = load_file(self._shard(name))
-            for local in [local for local, _ in block.named_parameters()]:
-                full = f"{name}.{local}"
-                put(block, local, weight_from(stored, full, self.scheme).to(self._device, self._dtype))
-            yield True
+        done = self._shards.done(name)
+        if done and not dense:
+            self._fill_from_shard(name, block)
         else:
             self._fill(name, block)
-            zeros = zero_masks([one for one in self._linears if one.block == name])
-            yield False
+        zeros = {} if done else zero_masks(linear for linear in self._linears if linear.block == name)
+        yield done
+        if not done:
             self._write(name, block, zeros)
         self._drop(block)
 
+    def _fill_from_shard(self, name: str, block: nn.Module) -> None:
+        stored, scheme = load_file(self._shards.file(name)), self._shards.facts(name).scheme
+        for local in [local for local, _ in block.named_parameters()]:
+            weight = weight_from(stored, f"{name}.{local}", scheme)
+            set_parameter(block, local, weight.to(self._device, self._dtype))
+
     def _write(self, name: str, block: nn.Module, zeros: Mapping[str, Tensor]) -> None:
-        codes = {full: self.quantized.pop(full) for full in list(self.quantized)}
-        self.fake = bool(codes) and not (
-            self._loads_packed
-            and all(packable(self.model.get_submodule(full), code) for full, code in codes.items())
+        """Write the block's shard, check what was written, and mark the block as finished."""
+        codes, self.quantized = self.quantized, {}
+        noted, self.noted = self.noted, {}
+        packed = self._loads_packed and all(
+            packable(self.model.get_submodule(linear), code) for linear, code in codes.items()
         )
-        if codes and not self.fake:
-            self.scheme = next(iter(codes.values())).scheme()
-        sizes, stored = Sizes(), dict[str, torch.Tensor]()
+        scheme = next(iter(codes.values())).scheme() if codes and packed else None
+        sizes = Sizes()
+        stored: dict[str, Tensor] = {}
         for local, parameter in block.named_parameters():
             full = f"{name}.{local}"
             linear = full.removesuffix(".weight")
-            sizes.add(parameter, codes.get(linear), prunable=full in self._weights)
-            if linear in codes and not self.fake:
+            sizes.add(parameter, codes.get(linear), prunable=full in self._prunable)
+            if linear in codes and packed:
                 stored |= tensors_of(linear, codes[linear])
             else:
                 stored[full] = parameter.detach().cpu().contiguous()
@@ -162,149 +127,104 @@ class Streamed(Empty):
             f"{name}.{local}": buffer.cpu() for local, buffer in block.state_dict().items()
             if f"{name}.{local}" not in stored and local in dict(block.named_buffers())
         }  # fmt: skip
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._shard(name).with_suffix(".partial")
-        save_file(stored, partial, metadata={"format": "pt"})
-        reread = load_file(partial)
-        check_zeros(zeros, lambda full: weight_from(reread, f"{full}.weight", self.scheme))
-        if not self.fake:
-            check_codes(codes, lambda linear: weight_from(reread, f"{linear}.weight", self.scheme))
-        partial.replace(self._shard(name))
-        facts = {
-            "sizes": sizes.counts, "scheme": self.scheme, "fake": self.fake, "quantized": sorted(codes),
-            "noted": self.noted,
-        }  # fmt: skip
-        self.noted = {}
-        sealed = facts | {"seal": _seal(self._shard(name), facts)}
-        write_json(self._shard(name).with_suffix(".json"), sealed)
+        with replacing(self._shards.file(name)) as partial:
+            save_file(stored, partial, metadata={"format": "pt"})
+            reread = load_file(partial)
+            check_zeros(zeros, lambda linear: weight_from(reread, f"{linear}.weight", scheme))
+            if packed:
+                check_codes(codes, lambda linear: weight_from(reread, f"{linear}.weight", scheme))
+        fake = bool(codes) and not packed
+        self._shards.finish(name, BlockFacts(sizes.counts, scheme, fake, sorted(codes), noted))
 
     def finish(self, notes: Mapping[str, Any]) -> dict[str, Any]:
         """Put the shards together into the artifact and return its record."""
-        facts = [json.loads(self._shard(name).with_suffix(".json").read_text()) for name in self._names]
+        blocks = [self._shards.facts(name) for name in self._names]
         sizes = Sizes()
-        for fact in facts:
-            sizes.merge(fact["sizes"])
-        packed = [fact["scheme"] for fact in facts if fact["quantized"] and not fact["fake"]]
-        if any(scheme != packed[0] for scheme in packed):
-            raise ValueError("blocks on unlike grids make no one checkpoint")
-        self.fake = any(fact["fake"] for fact in facts)
-        self.scheme = packed[0] if packed else None
-        quantized = {name for fact in facts for name in fact["quantized"]}
-        if quantized and quantized != {one.name for one in self._linears}:
+        noted: dict[str, list[str]] = {}
+        for facts in blocks:
+            sizes.merge(facts.sizes)
+            for key, names in facts.noted.items():
+                noted.setdefault(key, []).extend(names)
+        schemes = [facts.scheme for facts in blocks if facts.scheme]
+        if any(scheme != schemes[0] for scheme in schemes):
+            raise ValueError("blocks on different grids cannot form a checkpoint")
+        fake = any(facts.fake for facts in blocks)
+        scheme = schemes[0] if schemes else None
+        quantized = {name for facts in blocks for name in facts.quantized}
+        if quantized and quantized != {linear.name for linear in self._linears}:
             raise AssertionError(f"{len(quantized)} of {len(self._linears)} linears were quantized")
-        joined: dict[str, list[str]] = {}
-        for key, found in [noted for fact in facts for noted in fact["noted"].items()]:
-            joined.setdefault(key, []).extend(found)
         rest = self._rest(sizes)
-        self._drop(self.model)  # the embeddings, which are read once more, one tensor at a time
+        self._drop(self.model)  # the embeddings, which are read again one at a time
         self.model.tie_weights()
         with writing(MODELS / self.artifact) as folder:
-            self._assemble(folder, rest)
+            self._assemble(folder, rest, scheme, dequantize=fake)
             self.model.config.__dict__.pop("quantization_config", None)
-            config = described(self.model, quantized if not self.fake else set(), self.scheme)
-            config.save_pretrained(folder)
+            config_of(self.model, set() if fake else quantized, scheme).save_pretrained(folder)
             if self.model.can_generate() and self.model.generation_config is not None:
-                _generation_config(MODELS / self.recipe.source, folder)
+                copy_generation_config(MODELS / self.recipe.source, folder)
             self.tokenizer.save_pretrained(folder)
-            layout = "fake_quantized" if self.fake else self.scheme["format"] if self.scheme else "dense"
             record = {
-                **lineage(self.artifact, self.recipe, self.run, {**notes, **joined}),
-                "layout": layout,
-                **sizes.told(),
-                "bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                **lineage(self.artifact, self.recipe, self.run, {**notes, **noted}),
+                "layout": "fake_quantized" if fake else scheme["format"] if scheme else "dense",
+                **sizes.summary(),
+                "bytes_on_disk": bytes_on_disk(folder),
             }
-            (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-        shutil.rmtree(self._folder.parent)
+            write_record(folder, record)
+        self._shards.delete()
         return record
 
+    def _assemble(
+        self, folder: Path, rest: Mapping[str, int], scheme: Mapping[str, Any] | None, *, dequantize: bool
+    ) -> None:
+        """Write the safetensors from the shards and the tensors outside blocks.
+
+        Args:
+            rest: bytes of the tensors outside blocks, by name.
+            dequantize: write dense weights, because not every block could be packed.
+        """
+
+        def load(part: Part) -> dict[str, Tensor]:
+            if isinstance(part, str):
+                return {part: self._read(part)}
+            stored = load_file(part)
+            return self._dequantized(stored, scheme) if dequantize else stored
+
+        shards = [self._shards.file(name) for name in self._names]
+        if dequantize:
+            size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        else:
+            size = sum(file.stat().st_size for file in shards) + sum(rest.values())
+        write_tensors(folder, self.model, [*shards, *rest], load, size)
+
+    def _dequantized(self, stored: dict[str, Tensor], scheme: Mapping[str, Any] | None) -> dict[str, Tensor]:
+        """Return a shard's tensors with packed weights dequantized."""
+        weights = [f"{linear.name}.weight" for linear in self._linears]
+        packed = sorted(name for name in weights if f"{name}_scale" in stored)
+        parts = tuple(f"{name}_" for name in packed)
+        dense = {name: tensor for name, tensor in stored.items() if not name.startswith(parts)}
+        return dense | {name: weight_from(stored, name, scheme).to(self._dtype) for name in packed}
+
     def _rest(self, sizes: Sizes) -> dict[str, int]:
-        """What lies outside blocks, as bytes by name, counted into `sizes`. Tied tensors come once."""
+        """Return the bytes of each tensor outside blocks, tied ones once, and count them in `sizes`."""
         inside = tuple(f"{name}." for name in self._names)
-        found = {}
+        rest = {}
         for name, parameter in self.model.named_parameters():
             if not name.startswith(inside):
                 sizes.add(parameter, None, prunable=False)
-                found[name] = parameter.numel() * parameter.element_size()
+                rest[name] = parameter.numel() * parameter.element_size()
         for name, buffer in self.model.named_buffers():
             if name in self._source and not name.startswith(inside):
-                found[name] = buffer.numel() * buffer.element_size()
-        return found
-
-    def _dense(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A shard's tensors, as they are or with packed ones dequantized where the artifact is not packed."""
-        if not self.fake:
-            return stored
-        names = {f"{one.name}.weight" for one in self._linears if f"{one.name}.weight_scale" in stored}
-        parts = tuple(f"{name}_" for name in names)
-        rest = {key: tensor for key, tensor in stored.items() if not key.startswith(parts)}
-        return rest | {name: weight_from(stored, name, self.scheme).to(self._dtype) for name in sorted(names)}
+                rest[name] = buffer.numel() * buffer.element_size()
+        return rest
 
     def _read(self, name: str) -> Tensor:
-        """What lies outside blocks under this name, in the dtype it is written in."""
+        """Read a tensor outside blocks in the dtype it is written in."""
         return self._source.read(name).to("cpu", self.model.state_dict()[name].dtype)
 
     def _check_rest(self) -> None:
-        """Read what lies outside blocks once, a tensor at a time, before any work is done on them.
+        """Check the tensors outside blocks, one at a time, before any work is done.
 
         Raises:
-            Refusal: some of it is no number.
+            Refusal: some values are NaN or infinite.
         """
         check_finite(self.name, ((name, self._read(name)) for name in self._rest(Sizes())))
-
-    def _assemble(self, folder: Path, rest: Mapping[str, int]) -> None:
-        """Write the safetensors: one file where that is small, a shard a block and an index beyond.
-
-        Tensors are named as the family's checkpoints name them, which is not always as its modules do. Where
-        not all blocks could be packed, none is.
-        """
-        from transformers.core_model_loading import revert_weight_conversion
-
-        files = [self._shard(name) for name in self._names]
-        size = sum(file.stat().st_size for file in files) + sum(rest.values())
-        if self.fake:
-            size = sum(one.numel() * one.element_size() for one in self.model.parameters())
-
-        def named(part: Path | str) -> dict[str, Tensor]:
-            held = self._dense(load_file(part)) if isinstance(part, Path) else {part: self._read(part)}
-            out = revert_weight_conversion(self.model, held)
-            return {name: tensor.contiguous() for name, tensor in out.items()}
-
-        parts: list[Path | str] = [*files, *rest]
-        if size < ONE_FILE:
-            whole = {name: tensor for part in parts for name, tensor in named(part).items()}
-            save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
-            return
-        index: dict[str, str] = {}
-        for number, part in enumerate(parts, start=1):
-            target = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-            tensors = named(part)
-            index |= dict.fromkeys(tensors, target.name)
-            if isinstance(part, Path) and tensors.keys() == _names(part):
-                _link(part, target)  # the scratch copy stays until the artifact is whole
-            else:
-                save_file(tensors, target, metadata={"format": "pt"})
-        told = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(told, indent=2) + "\n")
-
-
-def _seal(shard: Path, facts: Mapping[str, Any]) -> str:
-    """A hash of a finished block: its shard, and what is told of it as JSON reads it back."""
-    return hashlib.sha256(f"{json.dumps(facts, sort_keys=True)} {sha256(shard)}".encode()).hexdigest()
-
-
-def _link(file: Path, target: Path) -> None:
-    """The same bytes under another name: a link, or a copy where the file system has none."""
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
-
-
-def _names(file: Path) -> set[str]:
-    with safe_open(file, "pt") as handle:
-        return set(handle.keys())
-
-
-def _generation_config(source: Path, folder: Path) -> None:
-    if (source / "generation_config.json").exists():
-        shutil.copy(source / "generation_config.json", folder)

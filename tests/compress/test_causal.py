@@ -1,11 +1,15 @@
-"""Causal attention of our own: no further from fp64 than torch's, which does all else."""
+"""Our causal attention: as close to fp64 as torch's, and used wherever it computes the same."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from stages.compress import causal
 from stages.compress.causal import by_queries, causal_attention
@@ -15,7 +19,7 @@ from tests import families
 
 
 def drawn(heads: int, groups: int, tokens: int, size: int, *, batch: int = 2, seed: int = 0) -> list[Tensor]:
-    """Query, key and value as models hand them over: `[batch, tokens, heads, size]`, two axes exchanged."""
+    """Draw query, key and value as models pass them: `[batch, tokens, heads, size]` with two axes swapped."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(batch, tokens, number, size, generator=generator).bfloat16().transpose(1, 2)
@@ -24,8 +28,8 @@ def drawn(heads: int, groups: int, tokens: int, size: int, *, batch: int = 2, se
 
 
 def in_fp64(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """The formula, head by head."""
-    q, k, v = (one.double() for one in (query, key, value))
+    """Compute the formula head by head."""
+    q, k, v = (tensor.double() for tensor in (query, key, value))
     shared = q.shape[1] // k.shape[1]
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
     for head in range(q.shape[1]):
@@ -38,21 +42,22 @@ def in_fp64(query: Tensor, key: Tensor, value: Tensor, scale: float | None = Non
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.sampled_from([8, 20, 64]),
-    st.integers(0, 99), st.sampled_from([None, 0.3]), st.sampled_from([1, 2**12, causal.ENTRIES]),
+    st.integers(0, 99), st.sampled_from([None, 0.3]),
+    st.sampled_from([1, 2**12, causal.CACHED_PROBABILITIES]),
 )  # fmt: skip
-def test_it_is_the_formula_no_further_off_than_torchs(groups, shared, tokens, size, seed, scale, entries):
+def test_it_is_as_close_to_the_formula_as_torchs(groups, shared, tokens, size, seed, scale, cached):
     q, k, v = drawn(groups * shared, groups, tokens, size, seed=seed)
-    wanted = in_fp64(q, k, v, scale)
+    exact = in_fp64(q, k, v, scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal, "ENTRIES", entries)  # from the fewest queries at a time to all
-        made = causal_attention(q, k, v, scale)
-    torchs = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        patch.setattr(causal, "CACHED_PROBABILITIES", cached)  # from the fewest queries at a time to all
+        ours = causal_attention(q, k, v, scale)
+    torchs = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
-    def off(found: Tensor) -> float:
-        return float((found.double() - wanted).square().mean().sqrt())
+    def error(attended: Tensor) -> float:
+        return float((attended.double() - exact).square().mean().sqrt())
 
-    assert made.shape == torchs.shape and made.dtype == torch.bfloat16
-    assert off(made) <= 1.1 * off(torchs) + 1e-9
+    assert ours.shape == torchs.shape and ours.dtype == torch.bfloat16
+    assert error(ours) <= 1.1 * error(torchs) + 1e-9
 
 
 def test_values_may_be_of_another_size():
@@ -61,43 +66,48 @@ def test_values_may_be_of_another_size():
     torch.testing.assert_close(causal_attention(q, k, v).double(), in_fp64(q, k, v), atol=0.02, rtol=0.02)
 
 
-def test_it_stands_in_where_it_computes_the_same_however_it_is_called():
+def test_it_replaces_torchs_however_that_is_called():
     q, k, v = drawn(6, 2, 70, 16)
     ours = causal_attention(q, k, v)
     with torch.no_grad(), by_queries():
-        assert torch.equal(scaled_dot_product_attention(q, k, v, None, 0.0, True, enable_gqa=True), ours)
-        made = scaled_dot_product_attention(query=q, key=k, value=v, is_causal=True, enable_gqa=True)
-        assert torch.equal(made, ours)
-        made = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
-        assert torch.equal(made, causal_attention(q, k, v, 0.3))
-    assert not torch.equal(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), ours)
+        assert torch.equal(
+            functional.scaled_dot_product_attention(q, k, v, None, 0.0, True, enable_gqa=True), ours
+        )
+        attended = functional.scaled_dot_product_attention(
+            query=q, key=k, value=v, is_causal=True, enable_gqa=True
+        )
+        assert torch.equal(attended, ours)
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=0.3, enable_gqa=True
+        )
+        assert torch.equal(attended, causal_attention(q, k, v, 0.3))
+    assert not torch.equal(
+        functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), ours
+    )
 
 
 MASK = torch.ones(70, 70).tril().bool()
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "case",
     [
         {"is_causal": False}, {"attn_mask": MASK}, {"dtype": torch.float32}, {"dtype": torch.float16},
         {"grad": True}, {"key_tokens": 40},
     ],
     ids=str,
 )  # fmt: skip
-def test_torch_computes_all_else(asked, monkeypatch):
-    def never(*_: object) -> None:
-        raise AssertionError("not what is served")
-
-    monkeypatch.setattr(causal, "causal_attention", never)
-    q, k, v = (one.to(asked.get("dtype", torch.bfloat16)) for one in drawn(4, 4, 70, 16))
-    k, v = (one[:, :, : asked.get("key_tokens", 70)] for one in (k, v))
-    given = {"is_causal": "attn_mask" not in asked} | {
-        key: asked[key] for key in ("is_causal", "attn_mask") if key in asked
+def test_torch_computes_everything_else(case, monkeypatch):
+    monkeypatch.setattr(causal, "causal_attention", lambda *_: pytest.fail("ours does not serve this"))
+    q, k, v = (tensor.to(case.get("dtype", torch.bfloat16)) for tensor in drawn(4, 4, 70, 16))
+    k, v = (tensor[:, :, : case.get("key_tokens", 70)] for tensor in (k, v))
+    options = {"is_causal": "attn_mask" not in case} | {
+        key: case[key] for key in ("is_causal", "attn_mask") if key in case
     }
-    with torch.set_grad_enabled("grad" in asked):
-        wanted = scaled_dot_product_attention(q, k, v, **given)
+    with torch.set_grad_enabled("grad" in case):
+        torchs = functional.scaled_dot_product_attention(q, k, v, **options)
         with by_queries():
-            assert torch.equal(scaled_dot_product_attention(q, k, v, **given), wanted)
+            assert torch.equal(functional.scaled_dot_product_attention(q, k, v, **options), torchs)
 
 
 @pytest.mark.parametrize(
@@ -106,50 +116,83 @@ def test_torch_computes_all_else(asked, monkeypatch):
         ((2, 4, 8, 16), (1, 4, 8, 16), (1, 4, 8, 16)), ((2, 4, 8, 16), (2, 4, 8, 16), (2, 1, 8, 16)),
         ((2, 4, 8, 16), (2, 2, 8, 16), (2, 2, 8, 16)), ((0, 4, 8, 16), (0, 4, 8, 16), (0, 4, 8, 16)),
     ],
-    ids=["windows", "values", "no groups asked for", "nothing"],
+    ids=["windows", "values", "no groups enabled", "empty"],
 )  # fmt: skip
-def test_what_torch_broadcasts_or_refuses_is_left_to_it(shapes, monkeypatch):
-    monkeypatch.setattr(causal, "causal_attention", lambda *_: pytest.fail("not what is served"))
-    made = [torch.ones(shape, dtype=torch.bfloat16) for shape in shapes]
+def test_shapes_that_torch_broadcasts_or_refuses_are_left_to_it(shapes, monkeypatch):
+    monkeypatch.setattr(causal, "causal_attention", lambda *_: pytest.fail("ours does not serve this"))
+    tensors = [torch.ones(shape, dtype=torch.bfloat16) for shape in shapes]
 
     def outcome() -> object:
         try:
-            return list(scaled_dot_product_attention(*made, is_causal=True).shape)
+            return list(functional.scaled_dot_product_attention(*tensors, is_causal=True).shape)
         except RuntimeError as error:
             return str(error)
 
     with torch.no_grad():
-        wanted = outcome()
+        torchs = outcome()
         with by_queries():
-            assert outcome() == wanted
+            assert outcome() == torchs
 
 
-def test_a_scale_of_nothing_is_torchs():
+def test_a_scale_of_zero_is_left_to_torch():
     q, k, v = drawn(4, 4, 40, 16)
     with torch.no_grad():
-        wanted = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)
+        torchs = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)
         with by_queries():
-            made = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)
-    torch.testing.assert_close(made, wanted, rtol=0, atol=0, equal_nan=True)
+            attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)
+    torch.testing.assert_close(attended, torchs, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
-def test_a_walk_has_it_in_forwards_alone(sequential, monkeypatch):
-    seen = {"forward": 0, "compress": 0}
-    ours = causal.causal_attention
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the calls of our attention, of torch's, and those outside a forward."""
+    counts: Counter[str] = Counter()
 
-    def attend(*given):
-        seen["forward"] += 1
-        return ours(*given)
+    def count(name: str, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            counts[name] += 1
+            return attention(*args, **kwargs)
+
+        return counted
+
+    torchs = count("torch", functional.scaled_dot_product_attention)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", torchs)
+    monkeypatch.setattr(causal, "causal_attention", count("ours", causal.causal_attention))
+    return counts
+
+
+def walk_over(family: str, sequential: str, tokens: int) -> None:
+    """Walk over two blocks in bf16 with two windows, one at a time, and change nothing."""
+    ids = torch.arange(2 * tokens).view(2, tokens)
+    attention = functional.scaled_dot_product_attention
 
     def compress(linear, statistic):
-        seen["compress"] += 1
-        assert not torch.overrides._get_current_function_mode()
+        if sequential != "linear":  # which compresses in the middle of a forward
+            assert functional.scaled_dot_product_attention is attention
 
-    monkeypatch.setattr(causal, "causal_attention", attend)
-    model = families.model("llama").bfloat16()
-    windows = torch.arange(64).view(2, 32)
-    walk(model, compress, windows=windows, statistic=ColumnNorm, sequential=sequential, batch_size=1)
-    assert not torch.overrides._get_current_function_mode()
-    # Every block's every time: the second block's comes after the first's linears.
-    assert seen["forward"] >= 2 * 2 and seen["compress"] == 7 * 2
+    model = families.model(family)
+    walk(model, compress, windows=ids, statistic=ColumnNorm, sequential=sequential, batch_size=1)
+    assert functional.scaled_dot_product_attention is attention
+
+
+FORWARDS = {"linear": 2, "block": 4, "none": 2}
+"""Calls of a block for two windows: one window and then both; each window twice; each window once."""
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("sequential", FORWARDS)
+def test_a_walk_computes_the_models_own_attention_by_ours(sequential, family, calls):
+    """Windows are shorter than gemma3's sliding window, so every family's attention is plainly causal."""
+    walk_over(family, sequential, tokens=12)
+    assert calls == {"ours": 2 * FORWARDS[sequential]}
+
+
+def test_attention_with_a_sliding_window_is_left_to_torch(calls):
+    walk_over("gemma3", "none", tokens=32)
+    assert calls == {"torch": 2 * FORWARDS["none"]}
+
+
+def test_attention_is_torchs_outside_a_walk(calls):
+    with torch.no_grad():
+        families.model("llama")(input_ids=torch.arange(24).view(2, 12))
+    assert calls == {"torch": 2}

@@ -1,4 +1,4 @@
-"""Statistics against the same sums written out in fp64."""
+"""Statistics against the same sums in fp64."""
 
 import logging
 
@@ -9,6 +9,7 @@ from stages.compress import statistics
 from stages.compress.statistics import ColumnNorm, DeadInputs, Hessian
 from stages.core.errors import Refusal
 from stages.core.numbers import finite
+from tests.hessians import ChosenHessian
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -20,6 +21,7 @@ def tokens(dtype: torch.dtype, count: int = 200, features: int = 24) -> torch.Te
 
 
 def taken(kind, inputs: torch.Tensor, pieces: int = 1):
+    """Take a statistic of inputs that are added in `pieces`."""
     statistic = kind(inputs.shape[1], inputs.device)
     for piece in inputs.chunk(pieces):
         statistic.add(piece)
@@ -27,7 +29,7 @@ def taken(kind, inputs: torch.Tensor, pieces: int = 1):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_column_norm_is_the_direct_one(dtype):
+def test_a_column_norm_is_the_direct_one(dtype):
     inputs = tokens(dtype)
     direct = inputs.double().square().mean(0).sqrt()
     norm = taken(ColumnNorm, inputs).norm()
@@ -36,7 +38,7 @@ def test_column_norm_is_the_direct_one(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_hessian_is_the_direct_one(dtype):
+def test_a_hessian_is_the_direct_one(dtype):
     inputs = tokens(dtype)
     direct = 2 / len(inputs) * inputs.double().T @ inputs.double()
     matrix = taken(Hessian, inputs).matrix()
@@ -46,11 +48,11 @@ def test_hessian_is_the_direct_one(dtype):
 
 @pytest.mark.parametrize("kind", [ColumnNorm, Hessian])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_how_tokens_are_cut_up_does_not_matter(kind, dtype, monkeypatch):
+def test_the_way_tokens_are_split_does_not_matter(kind, dtype, monkeypatch):
     inputs = tokens(dtype)
     whole, pieces = taken(kind, inputs), taken(kind, inputs, pieces=7)
-    monkeypatch.setattr(statistics, "CHUNK", 13)
-    monkeypatch.setattr(statistics, "STRIPE", 7)
+    monkeypatch.setattr(statistics, "CHUNK_TOKENS", 13)
+    monkeypatch.setattr(statistics, "STRIPE_ROWS", 7)
     chunks = taken(kind, inputs)
     for other in (pieces, chunks):
         assert other.num_tokens == whole.num_tokens == len(inputs)
@@ -80,7 +82,7 @@ def test_a_dead_feature_takes_no_part():
     assert upper.isfinite().all()
 
 
-def test_fewer_tokens_than_features_are_served_by_damping():
+def test_damping_serves_fewer_tokens_than_features():
     assert taken(Hessian, tokens(torch.float32, count=3)).inverse_factor(0.01).isfinite().all()
 
 
@@ -88,14 +90,14 @@ def test_a_hessian_that_is_not_positive_definite_is_refused():
     with pytest.raises(
         Refusal, match=r"Hessian of 2 features .* not positive definite with damping 0.01; raise"
     ):
-        Hessian.of(torch.tensor([[1.0, 3.0], [3.0, 1.0]])).inverse_factor(0.01)
+        ChosenHessian(torch.tensor([[1.0, 3.0], [3.0, 1.0]])).inverse_factor(0.01)
 
 
 @pytest.mark.parametrize("features", [1, 5, 24, 40])
-def test_a_hessian_in_stripes_is_symmetric_and_its_factor_that_of_one_piece(features, monkeypatch):
+def test_stripes_do_not_change_a_hessian_or_its_factor(features, monkeypatch):
     inputs = tokens(torch.float32, features=features)
     whole = taken(Hessian, inputs)
-    monkeypatch.setattr(statistics, "STRIPE", 3)
+    monkeypatch.setattr(statistics, "STRIPE_ROWS", 3)
     striped = taken(Hessian, inputs)
     assert torch.equal(striped.matrix(), striped.matrix().T)
     torch.testing.assert_close(striped.matrix(), whole.matrix(), rtol=1e-5, atol=1e-6)
@@ -106,7 +108,7 @@ def test_a_hessian_in_stripes_is_symmetric_and_its_factor_that_of_one_piece(feat
     torch.testing.assert_close((upper.T @ upper).double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
 
 
-def test_bf16_products_are_exact_and_the_switch_is_put_back():
+def test_bf16_products_are_exact_and_the_precision_is_restored():
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     inputs = torch.randint(-200, 200, (500, 16), generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -123,13 +125,13 @@ def test_a_feature_that_is_zero_on_every_token_is_dead(kind):
     assert taken(kind, inputs, pieces=3).dead().nonzero().flatten().tolist() == [5]
 
 
-def test_dead_inputs_are_told_again_only_where_there_are_more(caplog):
+def test_dead_inputs_are_logged_again_only_if_there_are_more(caplog):
     logging.disable(logging.NOTSET)
     dead = DeadInputs("left")
     with caplog.at_level(logging.INFO):
         for count in (0, 3, 3, 2, 3, 5, 0):
-            dead.tell("x", torch.arange(8) < count)
-        dead.tell("y", torch.arange(8) < 3)
+            dead.log("x", torch.arange(8) < count)
+        dead.log("y", torch.arange(8) < 3)
     assert [record.message.partition(" input")[0] for record in caplog.records] == [
         "x: 3 of 8", "x: 5 of 8", "y: 3 of 8",
     ]  # fmt: skip
@@ -140,7 +142,7 @@ def test_squares_that_overflow_are_refused(kind):
     inputs = tokens(torch.float32)
     inputs[0, 3] = 1e30
     statistic = taken(kind, inputs)
-    with pytest.raises(Refusal, match="the squares of its inputs are more than fp32 holds"):
+    with pytest.raises(Refusal, match="the squares of its inputs overflow fp32"):
         statistic.norm() if kind is ColumnNorm else statistic.inverse_factor(0.01)
 
 

@@ -1,7 +1,6 @@
 """Any order of steps: lineage, and zeros that survive whatever comes after them."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -9,37 +8,8 @@ import torch
 from stages.model.blocks import linears
 from stages.model.checkpoint import zero_masks
 from stages.quantization import rtn
-from tests.pipeline import NONE, TEXT, dense, do, load, params, record
-
-MAGNITUDE = {"method": "magnitude", "sparsity": 0.5, "scope": "matrix", "calibration": NONE}
-WANDA = {"method": "wanda", "sparsity": 0.5, "calibration": TEXT}
-SPARSEGPT = {"method": "sparsegpt", "sparsity": 0.5, "calibration": TEXT}
-RANDOM = {"method": "random", "sparsity": 0.5, "seed": 0, "calibration": NONE}
-RTN = {"method": "rtn", "bits": 4, "group_size": 32, "calibration": NONE}
-GPTQ = {"method": "gptq", "bits": 4, "group_size": 32, "calibration": TEXT}
-LORA = {
-    "method": "lora", "train": TEXT, "rank": 2, "alpha": 4, "learning_rate": 0.01, "steps": 2,
-    "batch_size": 2,
-}  # fmt: skip
-
-
-def chain(*steps: tuple[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Recipes each of which takes the one before it as its source."""
-    made: dict[str, dict[str, Any]] = {}
-    source = "base/tiny"
-    for number, (section, options) in enumerate(steps):
-        artifact = f"{section}/step-{number}"
-        made[artifact] = {"source": source, **options}
-        source = artifact
-    return made
-
-
-def run(family: str, *steps: tuple[str, dict[str, Any]]) -> list[str]:
-    """Do the chain in its own order and return its artifacts."""
-    recipes = chain(*steps)
-    chosen = params(family, recipes)
-    do(chosen, list(recipes))
-    return list(recipes)
+from tests.pipeline import dense, do, load, params, record
+from tests.recipes import GPTQ, LORA, MAGNITUDE, RANDOM, RTN, SPARSEGPT, WANDA, chain, run
 
 
 def weights(artifact: str) -> dict[str, torch.Tensor]:
@@ -65,16 +35,16 @@ def weights(artifact: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_any_order_runs_and_keeps_its_lineage(family, steps, workspace):
     artifacts = run(family, *steps)
-    told = record(artifacts[-1])
-    assert told["lineage"] == ["base/tiny", *artifacts]
-    assert list(told["recipes"]) == sorted(artifacts)
-    assert [told["recipes"][a]["method"] for a in artifacts] == [options["method"] for _, options in steps]
+    facts = record(artifacts[-1])
+    assert facts["lineage"] == ["base/tiny", *artifacts]
+    assert list(facts["recipes"]) == sorted(artifacts)
+    assert [facts["recipes"][a]["method"] for a in artifacts] == [options["method"] for _, options in steps]
     last = artifacts[-1].split("/")[0]
     packed = "pack-quantized" if family == "llama" else "fake_quantized"
-    assert told["layout"] == (packed if last == "quantize" else "dense")
+    assert facts["layout"] == (packed if last == "quantize" else "dense")
     assert all(weight.isfinite().all() for weight in weights(artifacts[-1]).values())
     if last == "prune":
-        assert told["sparsity"] == pytest.approx(steps[-1][1]["sparsity"], abs=0.01)
+        assert facts["sparsity"] == pytest.approx(steps[-1][1]["sparsity"], abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +54,9 @@ def test_any_order_runs_and_keeps_its_lineage(family, steps, workspace):
 @pytest.mark.parametrize("first", [("prune", RANDOM), ("quantize", RTN | {"bits": 2})])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
 def test_pruning_what_has_zeros_already_counts_them(sparsity, first, again, workspace):
-    """Asked for more zeros than there are it adds to them, for fewer it takes none back."""
-    one, other = run("llama", first, ("prune", again | {"sparsity": sparsity}))
-    before, after = weights(one), weights(other)
+    """A higher sparsity adds zeros to those already there; a lower sparsity removes none."""
+    earlier, later = run("llama", first, ("prune", again | {"sparsity": sparsity}))
+    before, after = weights(earlier), weights(later)
     kept = sum(int((weight == 0).sum()) for weight in before.values())
     assert all((after[name][weight == 0] == 0).all() for name, weight in before.items())
     zeros = sum(int((weight == 0).sum()) for weight in after.values())
@@ -94,7 +64,7 @@ def test_pruning_what_has_zeros_already_counts_them(sparsity, first, again, work
     assert zeros >= max(kept, total * sparsity)
     if again.get("scope") == "global" or first[1] is RANDOM:
         assert zeros == max(kept, total * sparsity)
-    assert record(other)["sparsity"] == zeros / total
+    assert record(later)["sparsity"] == zeros / total
 
 
 def test_packed_weights_are_unpacked_exactly_for_the_next_step(workspace):

@@ -1,9 +1,8 @@
-"""artifact.json: sizes counted by hand, and nothing in an artifact that varies from run to run."""
+"""Artifacts: sizes counted by hand, and nothing that varies from run to run."""
 
 import json
 import logging
 import platform
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,16 +15,15 @@ from stages.core.errors import Refusal
 from stages.core.files import sha256, writing
 from stages.model.artifact import load_model
 from stages.model.blocks import linears
-from stages.model.checkpoint import measure
+from stages.model.checkpoint import sizes_of
 from stages.pruning.magnitude import Magnitude
 from tests import families
 from tests.pipeline import do, load, params, prune, record
-from tests.test_blocks import mixture
-from tests.test_lineage import GPTQ, LORA, MAGNITUDE, RTN, WANDA, chain
+from tests.recipes import GPTQ, LORA, MAGNITUDE, RTN, WANDA, chain
 
 
 def counts(family: str) -> tuple[int, int]:
-    """Weights in block linears, and all others, tied ones once."""
+    """Count the weights in block linears, and all others, tied ones once."""
     model = families.model(family)
     inside = sum(linear.weight.numel() for linear in linears(model))
     return inside, sum(p.numel() for p in model.parameters()) - inside
@@ -33,9 +31,8 @@ def counts(family: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_a_dense_model_has_16_bits_a_weight(family):
-    told = measure(families.model(family))
     inside, rest = counts(family)
-    assert told == {
+    assert sizes_of(families.model(family)) == {
         "num_parameters": inside + rest,
         "sparsity": 0.0,
         "bytes_ideal": 2 * (inside + rest),
@@ -45,48 +42,49 @@ def test_a_dense_model_has_16_bits_a_weight(family):
 
 def test_tied_embeddings_are_counted_once():
     tied, untied = families.model("llama"), families.model("mistral")
-    assert measure(untied)["num_parameters"] - measure(tied)["num_parameters"] == families.VOCAB * 32
+    more = sizes_of(untied)["num_parameters"] - sizes_of(tied)["num_parameters"]
+    assert more == families.VOCAB * 32
 
 
 def make(*steps, family: str = "llama") -> dict:
+    """Run a chain of recipes and return the last record."""
     recipes = chain(*steps)
     do(params(family, recipes), list(recipes))
     return record(list(recipes)[-1])
 
 
 def test_half_sparse_linears_are_9_bits_and_the_rest_16(workspace):
-    told = make(("prune", WANDA))
+    facts = make(("prune", WANDA))
     inside, rest = counts("llama")
-    assert told["sparsity"] == 0.5
-    assert told["bytes_ideal"] == (9 * inside + 16 * rest) / 8
-    assert told["bits_per_weight"] == (9 * inside + 16 * rest) / (inside + rest)
-    # A sparse checkpoint is no smaller on disk, and says so.
-    assert told["bytes_on_disk"] == record("base/tiny")["bytes_on_disk"]
+    assert facts["sparsity"] == 0.5
+    assert facts["bytes_ideal"] == (9 * inside + 16 * rest) / 8
+    assert facts["bits_per_weight"] == (9 * inside + 16 * rest) / (inside + rest)
+    # A sparse checkpoint is no smaller on disk.
+    assert facts["bytes_on_disk"] == record("base/tiny")["bytes_on_disk"]
 
 
 def test_a_little_sparsity_needs_no_bitmap(workspace):
-    told = make(("prune", WANDA | {"sparsity": 0.05}))
-    assert 0 < told["sparsity"] < 1 / 16
-    assert told["bits_per_weight"] == 16
+    facts = make(("prune", WANDA | {"sparsity": 0.05}))
+    assert 0 < facts["sparsity"] < 1 / 16
+    assert facts["bits_per_weight"] == 16
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 32), (3, None)])
 def test_quantized_linears_are_their_codes_and_scales(bits, group_size, workspace):
-    told = make(("quantize", RTN | {"bits": bits, "group_size": group_size}))
+    facts = make(("quantize", RTN | {"bits": bits, "group_size": group_size}))
     inside, rest = counts("llama")
-    zeros = told["sparsity"] * inside
+    zeros = facts["sparsity"] * inside
     scales = sum(
         linear.weight.shape[0] * (linear.weight.shape[1] // group_size if group_size else 1)
         for linear in linears(families.model("llama"))
     )
-    assert (
-        told["bytes_ideal"] == -(-(bits * inside + 16 * scales + 16 * rest) // 8) or zeros / inside > 1 / bits
-    )
-    assert told["bytes_on_disk"] < record("base/tiny")["bytes_on_disk"]
+    ideal = -(-(bits * inside + 16 * scales + 16 * rest) // 8)
+    assert facts["bytes_ideal"] == ideal or zeros / inside > 1 / bits
+    assert facts["bytes_on_disk"] < record("base/tiny")["bytes_on_disk"]
 
 
 def test_sparse_and_quantized_is_a_bitmap_of_codes(workspace):
-    told = make(("prune", WANDA), ("quantize", GPTQ))
+    facts = make(("prune", WANDA), ("quantize", GPTQ))
     ideal = 0
     with safe_open("data/models/quantize/step-1/model.safetensors", "pt") as handle:
         names = set(handle.keys())
@@ -100,8 +98,8 @@ def test_sparse_and_quantized_is_a_bitmap_of_codes(workspace):
         nonzero = int(torch.count_nonzero(weight))
         ideal += min(4 * weight.numel(), 4 * nonzero + weight.numel()) + 16 * weight.numel() // 32
     _, rest = counts("llama")
-    assert told["bytes_ideal"] == -(-(ideal + 16 * rest) // 8)
-    assert told["bits_per_weight"] < record("prune/step-0")["bits_per_weight"]
+    assert facts["bytes_ideal"] == -(-(ideal + 16 * rest) // 8)
+    assert facts["bits_per_weight"] < record("prune/step-0")["bits_per_weight"]
 
 
 STEPS = {
@@ -151,10 +149,10 @@ def test_an_absolute_source_is_recorded_by_its_name_alone(workspace):
 
 
 def test_a_record_says_what_the_numbers_depend_on(workspace):
-    told = make(("prune", WANDA))
-    assert told["numerics"].keys() == {"device", "cpu_capability", "threads", "dtype", "torch"}
-    assert told["base"]["sha256"] and told["base"]["grid"] is None
-    assert re.fullmatch("path:inputs/llama", told["base"]["source"])
+    facts = make(("prune", WANDA))
+    assert facts["numerics"].keys() == {"device", "cpu_capability", "threads", "dtype", "torch"}
+    assert facts["base"]["sha256"] and facts["base"]["grid"] is None
+    assert facts["base"]["source"] == "path:inputs/llama"
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -177,40 +175,37 @@ def test_a_family_without_sdpa_is_run_with_eager_attention(workspace, caplog):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained("gptj")
     families.tokenizer().save_pretrained("gptj")
     chosen = params("llama", {"prune/half": chain(("prune", WANDA))["prune/step-0"]})
-    given = chosen.models["tiny"].model_copy(
+    gptj = chosen.models["tiny"].model_copy(
         update={"source": "path:gptj", "sha256": sha256(Path("gptj")), "in_features": (32, 128)}
     )
-    do(chosen.model_copy(update={"models": {"tiny": given}}))
+    do(chosen.model_copy(update={"models": {"tiny": gptj}}))
     logging.disable(logging.NOTSET)
     with caplog.at_level(logging.INFO):
-        made = load_model("prune/half", chosen.run, dequantize=True)
-    assert "GPTJForCausalLM has no attention by torch's sdpa: eager is used" in caplog.text
-    assert made.config._attn_implementation == "eager"
+        model = load_model("prune/half", chosen.run, dequantize=True)
+    assert "GPTJForCausalLM does not support torch's sdpa attention; eager attention is used" in caplog.text
+    assert model.config._attn_implementation == "eager"
     assert record("prune/half")["sparsity"] == 0.5
     ids = torch.arange(16)[None]
     with torch.no_grad():
-        assert torch.equal(made(input_ids=ids).logits, load("prune/half")(input_ids=ids).logits)
+        assert torch.equal(model(input_ids=ids).logits, load("prune/half")(input_ids=ids).logits)
 
 
 def test_a_mixture_is_downloaded_and_its_attention_pruned(workspace):
-    """What no linear holds is refused by the method, not by the download, and is counted in the sizes."""
-    mixture().save_pretrained("mixture")
+    """Matrices that are no linear's weight are refused by the method, not the download, and count as sizes."""
+    families.mixture().save_pretrained("mixture")
     families.tokenizer().save_pretrained("mixture")
     chosen = params("llama", {})
-    given = chosen.models["tiny"].model_copy(
+    base = chosen.models["tiny"].model_copy(
         update={"source": "path:mixture", "sha256": sha256(Path("mixture")), "in_features": (32,)}
     )
-    chosen = chosen.model_copy(update={"models": {"tiny": given}, "prune": {}})
-    given.download("tiny", chosen.run)
+    chosen = chosen.model_copy(update={"models": {"tiny": base}, "prune": {}})
+    base.download("tiny", chosen.run)
     options = MAGNITUDE | {"source": "base/tiny", "scope": "row"}
     chosen = chosen.model_copy(update={"prune": {"half": Magnitude.model_validate(options)}})
     with pytest.raises(Refusal, match="matrices that are no linear's weight"):
         prune(chosen, "half")
-    ignore = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-    chosen = chosen.model_copy(
-        update={"prune": {"half": Magnitude.model_validate(options | {"ignore": ignore})}}
-    )
-    prune(chosen, "half")
-    told = record("prune/half")
-    assert told["sparsity"] == 0.5
-    assert 9 < told["bits_per_weight"] < 16
+    options |= {"ignore": families.EXPERTS}
+    prune(chosen.model_copy(update={"prune": {"half": Magnitude.model_validate(options)}}), "half")
+    facts = record("prune/half")
+    assert facts["sparsity"] == 0.5
+    assert 9 < facts["bits_per_weight"] < 16

@@ -1,10 +1,10 @@
-"""Blocks and linears: which there are, how they are stored, and what is refused by name."""
+"""Blocks and linears: which there are, how they are stored, and which are refused by name."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from stages.core.errors import Refusal
@@ -15,28 +15,18 @@ from tests.pipeline import NONE, TEXT, do, params
 FAMILIES = list(families.CONFIGS)
 
 
-def mixture() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = MixtralConfig(**families._GATED, num_local_experts=2, num_experts_per_tok=1)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def test_every_family_is_here():
-    assert len(FAMILIES) == 7
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_linears_of_every_block_out_by_in(family):
+def test_the_linears_of_every_block_are_out_by_in(family):
     model = families.model(family)
-    found = linears(model)
+    inside = linears(model)
     names = [name for name, _ in blocks(model)]
     assert len(names) == 2
-    assert {linear.block for linear in found} == set(names)
-    assert len({linear.name for linear in found}) == len(found)
-    assert sorted({linear.weight.shape[1] for linear in found}) == families.IN_FEATURES[family]
-    assert all(linear.transposed == isinstance(linear.module, Conv1D) for linear in found)
-    assert all(linear.transposed for linear in found) == (family == "gpt2")
-    for linear in found:
+    assert {linear.block for linear in inside} == set(names)
+    assert len({linear.name for linear in inside}) == len(inside)
+    assert sorted({linear.weight.shape[1] for linear in inside}) == families.IN_FEATURES[family]
+    assert all(linear.transposed == isinstance(linear.module, Conv1D) for linear in inside)
+    assert all(linear.transposed for linear in inside) == (family == "gpt2")
+    for linear in inside:
         stored = tuple(linear.module.weight.shape)
         assert tuple(linear.weight.shape) == (stored[::-1] if linear.transposed else stored)
         linear.weight.zero_()
@@ -44,15 +34,15 @@ def test_linears_of_every_block_out_by_in(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_weight_is_put_in_place_and_the_old_one_left_as_it_was(family):
-    one = linears(families.model(family))[0]
-    before = one.weight
-    kept = before.clone()
-    one.put(made := before * 2 + 1)
-    assert torch.equal(one.weight, made) and torch.equal(before, kept)
-    assert one.weight.shape == kept.shape and one.module.weight.is_contiguous()
+def test_a_weight_is_replaced_and_the_old_tensor_is_not_written_to(family):
+    linear = linears(families.model(family))[0]
+    before = linear.weight
+    copy = before.clone()
+    linear.put(new := before * 2 + 1)
+    assert torch.equal(linear.weight, new) and torch.equal(before, copy)
+    assert linear.weight.shape == copy.shape and linear.module.weight.is_contiguous()
     with pytest.raises(ValueError, match="not \\[3, 5\\]"):
-        one.put(torch.ones(3, 5))
+        linear.put(torch.ones(3, 5))
 
 
 def test_a_misspelt_ignore_is_refused():
@@ -62,13 +52,17 @@ def test_a_misspelt_ignore_is_refused():
         linears(families.model("llama"), ("mlp.gate",))
 
 
+def local_names(model: torch.nn.Module, ignore: tuple[str, ...] = ()) -> list[str]:
+    """The block-relative names of a model's linears, sorted."""
+    return sorted({linear.name.removeprefix(f"{linear.block}.") for linear in linears(model, ignore)})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_ignore_that_leaves_nothing_is_refused(family):
     model = families.model(family)
-    names = sorted({one.name.removeprefix(f"{one.block}.") for one in linears(model)})
-    (left,) = {one.name.removeprefix(f"{one.block}.") for one in linears(model, tuple(names[1:]))}
-    assert left == names[0]
-    with pytest.raises(Refusal, match=r"blocks is left to compress: ignore names .*; leave some of them out"):
+    names = local_names(model)
+    assert local_names(model, tuple(names[1:])) == names[:1]
+    with pytest.raises(Refusal, match=r"blocks is left to compress: ignore names .*; remove some of them"):
         linears(model, tuple(names))
     assert linears(model, tuple(names), partial=True) == []
 
@@ -95,9 +89,9 @@ def test_an_ignore_that_leaves_nothing_is_refused(family):
     ],
     ids=lambda recipe: f"{recipe['method']}-{recipe.get('allocation', {}).get('kind', '')}",
 )  # fmt: skip
-def test_no_method_makes_a_copy_that_is_not_compressed(recipe, workspace):
+def test_no_method_writes_an_uncompressed_copy(recipe, workspace):
     section = {"rtn": "quantize", "lora": "finetune"}.get(recipe["method"], "prune")
-    names = sorted({one.name.removeprefix(f"{one.block}.") for one in linears(families.model("llama"))})
+    names = local_names(families.model("llama"))
     recipe = recipe | {"source": "base/tiny", "ignore": names}
     with pytest.raises(Refusal, match="no linear of LlamaForCausalLM's blocks is left to compress"):
         do(params("llama", {f"{section}/none": recipe}))
@@ -105,7 +99,7 @@ def test_no_method_makes_a_copy_that_is_not_compressed(recipe, workspace):
 
 
 def test_the_experts_of_a_mixture_are_refused_by_name():
-    model = mixture()
+    model = families.mixture()
     with pytest.raises(Refusal) as refusal:
         linears(model)
     stacked = [n for n, p in model.named_parameters() if p.ndim == 3]

@@ -1,4 +1,4 @@
-"""Float grids: the library's own arithmetic, the papers' tables, and files that hold what was computed."""
+"""Float grids: the library's arithmetic, the papers' tables, and files that hold what was computed."""
 
 import re
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.errors import Refusal
-from stages.model.floats import E4M3_MAX, MXFP4, NVFP4, Float8
+from stages.model.floats import E4M3_MAX, MXFloat4, NVFloat4, Float8
 from stages.model.grid import Integers, Quantized
 from stages.model.packed import FORMATS, code_from
 from stages.quantization.nf4 import NF4, levels
@@ -29,8 +29,8 @@ MAKE = {
     "fp8 by row": lambda w: Float8.nearest(w, by_row=True, dynamic=False),
     "fp8 as a whole": lambda w: Float8.nearest(w, by_row=False, dynamic=False),
     "fp8 with inputs": lambda w: Float8.nearest(w, by_row=True, dynamic=True),
-    "mxfp4": MXFP4.nearest,
-    "nvfp4": NVFP4.nearest,
+    "mxfp4": MXFloat4.nearest,
+    "nvfp4": NVFloat4.nearest,
 }
 
 
@@ -48,9 +48,9 @@ def nf4(group_size: int | None = 16, double_quant: bool = False) -> NF4:
 
 
 def the_librarys(values: torch.Tensor, code: Quantized) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What compressed-tensors stores of `values` under the code's scheme, and what it reads back."""
-    told = code.scheme()
-    args = QuantizationArgs(**told["weights"])
+    """The tensors that compressed-tensors stores of `values` under the code's scheme, and what it reads back."""
+    code_scheme = code.scheme()
+    args = QuantizationArgs(**code_scheme["weights"])
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     state = {"weight": values.float()}
     if args.strategy == "tensor":
@@ -62,9 +62,9 @@ def the_librarys(values: torch.Tensor, code: Quantized) -> tuple[dict[str, torch
     if args.strategy == "tensor_group":
         state["weight_global_scale"] = whole
     scale, _ = calculate_qparams(low.float(), high.float(), args, state.get("weight_global_scale"))
-    # Scales of the formats without a dtype for them are stored in the model's.
+    # Where a format has no dtype for scales, they are stored in the model's.
     state["weight_scale"] = scale if args.scale_dtype else scale.to(values.dtype).float()
-    library = BaseCompressor.get_value_from_registry(told["format"])
+    library = BaseCompressor.get_value_from_registry(code_scheme["format"])
     stored = library.compress(state, scheme)
     stored["weight_scale"] = stored["weight_scale"].to(code.tensors()["weight_scale"].dtype)
     return stored, library.decompress(stored, scheme)["weight"]
@@ -81,14 +81,14 @@ def test_codes_and_scales_are_the_librarys(kind, seed, dtype, spread):
     stored, read = the_librarys(values, code)
     assert code.tensors().keys() == stored.keys()
     again = code_from({f"linear.{name}": t for name, t in stored.items()}, "linear.weight", code.scheme())
-    assert torch.equal(again.codes.float(), code.codes.float())  # the library's have -0 beside 0
+    assert torch.equal(again.codes.float(), code.codes.float())  # the library's have both 0 and -0
     assert torch.equal(again.scale.float(), code.scale.float())
     assert torch.equal(code.dequantize(), read.to(code.dequantize().dtype))
 
 
 @pytest.mark.parametrize("kind", MAKE)
 @given(SEED, st.floats(0, 1), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-def test_zeros_stay_zero_and_a_file_gives_back_the_same(kind, seed, share, dtype):
+def test_zeros_stay_zero_and_a_file_reads_back_the_same(kind, seed, share, dtype):
     values = weight(seed, dtype)
     values[torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)) < share] = 0
     code = MAKE[kind](values)
@@ -120,18 +120,18 @@ def test_bits_a_weight(kind, bits):
 def test_four_bits_are_the_nearest(seed, kind):
     values = weight(seed, torch.float32)
     code = MAKE[kind](values)
-    wide = code.factor().repeat_interleave(96 // code.scale.shape[1], 1)
+    factor = code.factor().repeat_interleave(96 // code.scale.shape[1], 1)
     grid = torch.cat([E2M1, -E2M1])
-    best = (wide[..., None] * grid - values[..., None]).abs().amin(2)
-    torch.testing.assert_close((code.codes * wide - values).abs(), best, rtol=1e-5, atol=1e-8)
+    best = (factor[..., None] * grid - values[..., None]).abs().amin(2)
+    torch.testing.assert_close((code.codes * factor - values).abs(), best, rtol=1e-5, atol=1e-8)
 
 
 @given(SEED)
-def test_the_largest_of_a_group_is_well_used(seed):
+def test_a_groups_largest_weight_uses_the_grids_range(seed):
     values = weight(seed, torch.float32)
-    peaks = values.abs().unflatten(1, (-1, 32)).amax(2) / MXFP4.nearest(values).factor()
+    peaks = values.abs().unflatten(1, (-1, 32)).amax(2) / MXFloat4.nearest(values).factor()
     assert (peaks >= 3.5).all() and (peaks < 7).all()
-    finer = NVFP4.nearest(values)
+    finer = NVFloat4.nearest(values)
     assert finer.scale.float().max() == E4M3_MAX
     assert finer.codes.abs().max() == 6
 
@@ -160,53 +160,56 @@ ROUND = MAKE | {
 @pytest.mark.parametrize("kind", ROUND)
 @given(SEED, st.integers(-46, 38), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
 @settings(deadline=None)
-def test_weights_of_any_size_are_rounded_to_what_is_like_them_or_refused(kind, seed, exponent, dtype):
+def test_weights_of_any_size_are_rounded_to_finite_nonzero_ones_or_refused(kind, seed, exponent, dtype):
     values = weight(seed, torch.float32, spread=0.3).double().mul(10.0**exponent).to(dtype)
     if not (values.isfinite().all() and values.any()):
         return
     try:
-        near = ROUND[kind](values).checked(values)
+        rounded = ROUND[kind](values).checked(values)
     except Refusal as refusal:
         largest = values.abs().max().item()
-        assert re.search(r"out of reach of the grid|leave the range of torch\.", str(refusal))
-        # Only where the dtype of scales, of their sum, or of what comes out ends.
+        assert re.search(r"too small for the grid's scales|leave the range of torch\.", str(refusal))
+        # Refused only near the ends of the dtype of scales, of their sum, or of the result.
         assert largest < 1e-36 or largest > torch.finfo(dtype).max / 100
         return
-    assert near.dtype == dtype and near.isfinite().all() and near.any()
-    assert (near[values == 0] == 0).all()
+    assert rounded.dtype == dtype and rounded.isfinite().all() and rounded.any()
+    assert (rounded[values == 0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["fp8 by row", "fp8 as a whole", "nvfp4", "nf4", "int4", "int8 by row"])
-def test_weights_next_to_nothing_are_rounded_as_well_as_others(kind, dtype):
-    values = weight(0, torch.float32).mul(2.0**-118).to(dtype)  # 1e-37 or so
-    large = values.double().mul(2.0**118).to(dtype)
-    near, other = ROUND[kind](values).checked(values), ROUND[kind](large).checked(large)
-    lost = (near.double() - values.double()).norm() / values.double().norm()
-    assert lost < 1.1 * (other.double() - large.double()).norm() / large.double().norm() + 1e-3
+def test_tiny_weights_are_rounded_as_well_as_others(kind, dtype):
+    tiny = weight(0, torch.float32).mul(2.0**-118).to(dtype)  # 1e-37 or so
+    large = tiny.double().mul(2.0**118).to(dtype)
+
+    def error(values: torch.Tensor) -> float:
+        rounded = ROUND[kind](values).checked(values).double()
+        return float((rounded - values.double()).norm() / values.double().norm())
+
+    assert error(tiny) < 1.1 * error(large) + 1e-3
 
 
 def test_weights_below_every_scale_are_refused():
     for kind in ("mxfp4", "nvfp4"):
         values = torch.full((4, 64), 1e-45)
-        with pytest.raises(Refusal, match=r"^its weights, 1\.4e-45 at most, are out of reach of the grid"):
+        with pytest.raises(Refusal, match=r"^its weights, 1\.4e-45 at most, are too small for the grid"):
             ROUND[kind](values).checked(values)
 
 
-def test_what_the_dtype_cannot_hold_is_refused():
+def test_rounded_weights_outside_the_range_of_the_dtype_are_refused():
     values = torch.full((4, 64), 3.4e38)
     with pytest.raises(Refusal, match=r"^rounded to 4 bits, weights of up to 3\.4e\+38 leave the range of"):
         ROUND["mxfp4"](values).checked(values)
 
 
-def test_scales_of_nf4_that_are_nearly_alike_stay_numbers():
-    """Their distances from the mean are then among the least numbers there are."""
+def test_nearly_equal_scales_of_nf4_stay_finite():
+    """Their distances from the mean are then among the smallest fp32 numbers."""
     values = (1 + torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) * 1e-4) * 1e-38
     assert nf4(16, double_quant=True).weights(values, None).checked(values).any()
 
 
 def test_levels_of_nf4_are_the_papers():
-    # They were computed in another precision; four digits of them agree to the last.
+    # The paper computed them in another precision.
     assert levels().tolist() == pytest.approx(LEVELS, abs=1e-6)
     assert levels()[7] == 0
 
@@ -219,8 +222,8 @@ def test_nf4_is_nearest_and_keeps_zeros(seed, group_size, double_quant, share):
     assert code.scheme() is None
     dense = code.dequantize()
     assert (dense[values == 0] == 0).all()
-    wide = code.scale.repeat_interleave(96 // code.scale.shape[1], 1)
-    best = (wide[..., None] * torch.tensor(LEVELS) - values[..., None]).abs().amin(2)
+    scale = code.scale.repeat_interleave(96 // code.scale.shape[1], 1)
+    best = (scale[..., None] * torch.tensor(LEVELS) - values[..., None]).abs().amin(2)
     torch.testing.assert_close((dense - values).abs(), best, rtol=1e-4, atol=1e-6)
 
 
@@ -230,10 +233,10 @@ def test_nf4_counts_its_scales():
     count = values.numel()
     assert plain.stored_bits() / count == 4 + 32 / 64
     assert twice.stored_bits() == count * 4 + count // 64 * 8 + count // 64 // 256 * 32 + 32
-    away = (twice.scale - plain.scale).abs().max()
-    assert 0 < away < 0.04 * (plain.scale - plain.scale.mean()).abs().max()
+    error = (twice.scale - plain.scale).abs().max()
+    assert 0 < error < 0.04 * (plain.scale - plain.scale.mean()).abs().max()
 
 
-def test_every_format_is_written_by_one_of_them():
-    made = [make(weight()).scheme()["format"] for make in MAKE.values()]
-    assert {"pack-quantized", "int-quantized", *made} == set(FORMATS)
+def test_every_format_has_a_grid():
+    formats = [make(weight()).scheme()["format"] for make in MAKE.values()]
+    assert {"pack-quantized", "int-quantized", *formats} == set(FORMATS)

@@ -1,11 +1,20 @@
-"""The integer grid: zero is exact, codes stay in range, and a round trip loses at most half a step."""
+"""The integer grid: zero is exact, codes are in range, and rounding loses at most half a step."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.model.grid import Codes, Int8, Integers, bounds, dequantize, round_to_codes, scale_of, stored
+from stages.model.grid import (
+    Codes,
+    Int8,
+    Integers,
+    bounds,
+    dequantize,
+    round_scale,
+    round_to_codes,
+    scale_of,
+)
 
 BITS = st.integers(2, 8)
 SEED = st.integers(0, 2**31)
@@ -16,14 +25,14 @@ def draw(seed: int, rows: int = 4, columns: int = 16) -> torch.Tensor:
 
 
 @given(BITS, SEED)
-def test_codes_are_in_range_and_half_a_step_away(bits, seed):
+def test_codes_are_in_range_and_at_most_half_a_step_away(bits, seed):
     values = draw(seed)
     scale = scale_of(values, bits, torch.float32)
     codes = round_to_codes(values, scale, bits)
     low, high = bounds(bits)
     assert codes.min() >= low and codes.max() <= high
     assert torch.equal(codes, codes.round())
-    # The largest positive value may be clamped by half a step more than rounding loses.
+    # Clamping may cost the largest positive value half a step, more than rounding would.
     assert ((codes * scale - values).abs() <= scale * 0.5001).all()
 
 
@@ -32,8 +41,8 @@ def test_zero_is_exactly_zero(bits, seed):
     values = draw(seed)
     values[:, ::3] = 0
     scale = scale_of(values, bits, torch.bfloat16)
-    back = dequantize(round_to_codes(values, scale, bits).to(torch.int8), scale.bfloat16(), None)
-    assert (back[:, ::3] == 0).all()
+    dense = dequantize(round_to_codes(values, scale, bits).to(torch.int8), scale.bfloat16(), None)
+    assert (dense[:, ::3] == 0).all()
 
 
 @given(
@@ -42,20 +51,20 @@ def test_zero_is_exactly_zero(bits, seed):
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     SEED,
 )
-def test_what_lies_on_the_grid_is_found_again(bits, group_size, dtype, seed):
+def test_points_of_the_grid_round_to_themselves(bits, group_size, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     low, high = bounds(bits)
     codes = torch.randint(low, high + 1, (4, 16), generator=generator, dtype=torch.int8)
     scale = torch.rand(4, 16 // (group_size or 16), generator=generator).add(0.5).to(dtype)
-    wide = scale.float().repeat_interleave(group_size or 16, 1)
-    exact = codes.float() * wide
-    assert torch.equal(round_to_codes(exact, wide, bits).to(torch.int8), codes)
-    stored = Codes(codes, scale, bits, group_size).dequantize()
-    assert stored.dtype == dtype
-    assert torch.equal(stored, exact.to(dtype))
+    by_column = scale.float().repeat_interleave(group_size or 16, 1)
+    exact = codes.float() * by_column
+    assert torch.equal(round_to_codes(exact, by_column, bits).to(torch.int8), codes)
+    dense = Codes(codes, scale, bits, group_size).dequantize()
+    assert dense.dtype == dtype
+    assert torch.equal(dense, exact.to(dtype))
 
 
-def test_scales_are_rounded_to_what_is_stored_first():
+def test_scales_have_the_precision_they_are_stored_in():
     values = draw(3)
     scale = scale_of(values, 4, torch.bfloat16)
     assert torch.equal(scale, scale.bfloat16().float())
@@ -67,10 +76,10 @@ def test_a_group_of_zeros_has_scale_one(bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_scale_too_small_for_its_dtype_is_the_least_of_it(dtype):
+def test_a_scale_too_small_for_its_dtype_becomes_its_smallest_number(dtype):
     least = torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)).double().item()
     scales = torch.tensor([0.0, least / 4, least, 1.5, 8.0], dtype=torch.float64)
-    assert stored(scales, dtype).tolist() == [1.0, least, least, 1.5, 8.0]
+    assert round_scale(scales, dtype).tolist() == [1.0, least, least, 1.5, 8.0]
 
 
 def test_bounds():
@@ -85,21 +94,20 @@ def test_bounds():
     SEED,
 )
 def test_nearest_is_nearest_and_zero_is_on_the_grid(bits, group_size, symmetric, dtype, seed):
-    weight = (draw(seed) + seed % 5 - 2).to(dtype)  # on one side of zero, mostly
+    weight = (draw(seed) + seed % 5 - 2).to(dtype)  # mostly on one side of zero
     weight[:, ::3] = 0
-    found = Integers(bits, group_size, symmetric).nearest(weight)
+    code = Integers(bits, group_size, symmetric).nearest(weight)
     low, high = bounds(bits)
-    wide = [
-        values.float().repeat_interleave(16 // found.scale.shape[1], 1)[..., None]
-        for values in (found.scale, torch.zeros_like(found.scale) if symmetric else found.zero_point)
-    ]
-    grid = wide[0] * (torch.arange(low, high + 1) - wide[1])
+    scale, zero = (
+        values.float().repeat_interleave(16 // code.scale.shape[1], 1)
+        for values in (code.scale, torch.zeros_like(code.scale) if symmetric else code.zero_point)
+    )
+    grid = scale[..., None] * (torch.arange(low, high + 1) - zero[..., None])
     best = (grid - weight.float()[..., None]).abs().amin(2)
-    code = found.codes.float() if symmetric else found.codes.float() - wide[1][..., 0]
-    torch.testing.assert_close((code * wide[0][..., 0] - weight.float()).abs(), best)
-    assert found.dequantize().dtype == dtype
-    assert (found.dequantize()[:, ::3] == 0).all()
-    assert found.nonzero() == torch.count_nonzero(found.dequantize())
+    torch.testing.assert_close(((code.codes.float() - zero) * scale - weight.float()).abs(), best)
+    assert code.dequantize().dtype == dtype
+    assert (code.dequantize()[:, ::3] == 0).all()
+    assert code.nonzero() == torch.count_nonzero(code.dequantize())
 
 
 @given(BITS, SEED)
@@ -107,7 +115,7 @@ def test_an_asymmetric_grid_spans_the_group(bits, seed):
     values = draw(seed).abs()
     scale, zero = Integers(bits, None, symmetric=False).fit(values, torch.float32)
     low, high = bounds(bits)
-    assert (zero == low).all()  # nothing is below zero, so every code is above it
+    assert (zero == low).all()  # no value is below zero
     torch.testing.assert_close(scale * (high - low), values.amax(1, keepdim=True))
 
 

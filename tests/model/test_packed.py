@@ -1,4 +1,4 @@
-"""What a file holds of a weight on a grid is what was computed, in every format and at every width."""
+"""Packed files hold the codes that were computed, in every format and at every width."""
 
 import copy
 import shutil
@@ -22,7 +22,7 @@ def weight(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def drawn(bits: int, group_size: int | None, symmetric: bool) -> Codes:
-    """Codes and zero points of the whole range, whatever weight they may come from."""
+    """Draw codes and zero points from their whole range."""
     generator, (low, high) = torch.Generator().manual_seed(bits), bounds(bits)
     groups = 96 // (group_size or 96)
     codes = torch.randint(low, high + 1, (12, 96), generator=generator, dtype=torch.int8)
@@ -32,6 +32,7 @@ def drawn(bits: int, group_size: int | None, symmetric: bool) -> Codes:
 
 
 def written(code: Quantized, folder) -> dict[str, torch.Tensor]:
+    """Write codes to a file and read its tensors."""
     save_file(tensors_of(NAME, code), folder / "model.safetensors", metadata={"format": "pt"})
     return load_file(folder / "model.safetensors")
 
@@ -39,7 +40,7 @@ def written(code: Quantized, folder) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("group_size", [8, 32, None])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_integer_codes_come_back(bits, group_size, symmetric, tmp_path):
+def test_integer_codes_are_read_back(bits, group_size, symmetric, tmp_path):
     code = drawn(bits, group_size, symmetric)
     stored, scheme = written(code, tmp_path), code.scheme()
     again = code_from(stored, f"{NAME}.weight", scheme)
@@ -50,7 +51,7 @@ def test_integer_codes_come_back(bits, group_size, symmetric, tmp_path):
     if not symmetric:
         assert torch.equal(again.zero_point, code.zero_point)
     assert torch.equal(weight_from(stored, f"{NAME}.weight", scheme), code.dequantize())
-    # Codes fill whole words a row, and zero points whole words a column; nothing else is lost to packing.
+    # Packing pads the codes of a row, and the zero points of a column, to whole words.
     size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values()) - 2 * 8
     assert (
         0 <= size * 8 - code.stored_bits() < 32 * len(code.codes) + 32 * code.scale.shape[1] * (not symmetric)
@@ -59,7 +60,7 @@ def test_integer_codes_come_back(bits, group_size, symmetric, tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_zero_points_of_few_outputs_come_back(rows, bits, tmp_path):
+def test_zero_points_of_few_outputs_are_read_back(rows, bits, tmp_path):
     code = Integers(bits, 8, symmetric=False).nearest(weight(0)[:rows])
     again = code_from(written(code, tmp_path), f"{NAME}.weight", code.scheme())
     assert torch.equal(again.zero_point, code.zero_point)
@@ -68,8 +69,8 @@ def test_zero_points_of_few_outputs_come_back(rows, bits, tmp_path):
 
 @pytest.mark.parametrize("group_size", [16, None])
 @pytest.mark.parametrize("shared", [1, 2])
-def test_plain_transformers_loads_what_is_packed_of_few_outputs(shared, group_size, workspace, monkeypatch):
-    """Keys and values of 8 outputs: with several groups, 4-bit zero points the library would fail on."""
+def test_plain_transformers_loads_packed_linears_of_few_outputs(shared, group_size, workspace, monkeypatch):
+    """The library fails on 4-bit zero points of several groups of 8 outputs (keys, values): dense is written."""
     config = copy.deepcopy(families.CONFIGS["llama"])
     config.num_key_value_heads = shared
     monkeypatch.setitem(families.CONFIGS, "few", config)
@@ -86,12 +87,13 @@ def test_plain_transformers_loads_what_is_packed_of_few_outputs(shared, group_si
     packed = shared == 2 or group_size is None
     assert record("quantize/rtn")["layout"] == ("pack-quantized" if packed else "fake_quantized")
     base, grid = load("base/tiny"), Integers(4, group_size, symmetric=False)
-    found = dict(dense(load("quantize/rtn")).named_modules())
-    for one in linears(base):
-        assert torch.equal(found[one.name].weight, grid.nearest(one.weight).dequantize()), one.name
+    modules = dict(dense(load("quantize/rtn")).named_modules())
+    for linear in linears(base):
+        expected = grid.nearest(linear.weight).dequantize()
+        assert torch.equal(modules[linear.name].weight, expected), linear.name
 
 
-def test_eight_bit_codes_of_linears_whose_inputs_are_rounded_come_back(tmp_path):
+def test_eight_bit_codes_of_linears_with_rounded_inputs_are_read_back(tmp_path):
     near = Integers(8, None).nearest(weight(0))
     code = Int8(near.codes, near.scale)
     stored = written(code, tmp_path)
@@ -102,7 +104,7 @@ def test_eight_bit_codes_of_linears_whose_inputs_are_rounded_come_back(tmp_path)
     assert code.stored_bits() == near.stored_bits() and code.nonzero() == near.nonzero()
 
 
-def test_what_is_stored_plain_is_read_plain():
+def test_dense_tensors_are_read_as_they_are():
     stored = {"norm.weight": torch.ones(4)}
     schemes: list[dict[str, Any] | None] = [None, Integers(4, 8).nearest(weight(0)).scheme()]
     for scheme in schemes:
@@ -112,4 +114,4 @@ def test_what_is_stored_plain_is_read_plain():
 def test_every_format_is_one_of_the_library():
     from compressed_tensors.config import CompressionFormat
 
-    assert set(FORMATS) <= {one.value for one in CompressionFormat}
+    assert set(FORMATS) <= {known.value for known in CompressionFormat}

@@ -185,7 +185,7 @@ def test_what_could_not_be_loaded_packed_is_dense(family, workspace, monkeypatch
     assert record("quantize/made")["layout"] == "fake_quantized"
     for one in linears(load("quantize/made")):
         assert max(len(group.unique()) for group in one.weight.reshape(-1, 32)) <= 16
-    with pytest.raises(Refusal, match=r"fp8 does not serve \w+ForCausalLM: its packed linears do not load"):
+    with pytest.raises(Refusal, match=r"fp8 does not serve \w+ForCausalLM: transformers cannot load"):
         do(made(family, RECIPES["fp8-with-inputs"]))
 
 

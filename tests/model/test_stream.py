@@ -32,8 +32,8 @@ from stages.quantization.quantizer import Quantizer
 from tests import families
 from tests.pipeline import NONE, TEXT, altered, dense, do, load, params, record
 from tests.project import sha256
-from tests.test_blocks import mixture
-from tests.test_lineage import GPTQ, MAGNITUDE, RTN, SPARSEGPT, WANDA
+from tests.families import mixture
+from tests.recipes import GPTQ, MAGNITUDE, RTN, SPARSEGPT, WANDA
 
 PRUNE = {"magnitude": MAGNITUDE, "wanda": WANDA, "sparsegpt": SPARSEGPT}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,7 +101,7 @@ def test_the_bytes_are_those_of_a_model_in_memory(method, family, workspace):
     plan = recipe.plan(Empty("base/tiny", chosen.run), pytest.fail)
     windows = None
     if recipe.statistic:
-        windows = calibration_windows(load_tokenizer("base/tiny"), recipe.calibration)
+        windows = calibration_windows(load_tokenizer("base/tiny"), recipe.calibration, families.VOCAB)
     walk(
         model,
         lambda linear, statistic: recipe.replace(linear, statistic, plan),
@@ -306,7 +306,7 @@ def test_a_finished_block_that_cannot_be_read_now_stays(workspace, monkeypatch):
 
 
 def test_nothing_is_generated_for_what_is_refused(workspace, monkeypatch):
-    monkeypatch.setattr(generation, "generated", lambda *_: pytest.fail("generated"))
+    monkeypatch.setattr(generation, "generate_windows", lambda *_: pytest.fail("generated"))
     text = TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 4}
     with pytest.raises(Refusal, match="24 does not divide the input of 14 linears"):
         made(WANDA | {"structure": "6:24", "sparsity": 0.75, "calibration": text})
@@ -334,13 +334,13 @@ def test_rows_lose_their_share_or_its_floor(recipe, floor_rows, sparsity, worksp
 def test_windows_that_are_generated_are_generated_once(workspace, monkeypatch):
     """An allocation that reads text and the method's statistic see the same."""
     drawn: list[torch.Tensor] = []
-    honest = generation.generated
+    honest = generation.generate_windows
 
     def watch(*args: Any) -> torch.Tensor:
         drawn.append(honest(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(generation, "generated", watch)
+    monkeypatch.setattr(generation, "generate_windows", watch)
     text = TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 4}
     made(WANDA | {"allocation": {"kind": "owl", "multiple": 2.0}, "calibration": text})
     assert len(drawn) == 1

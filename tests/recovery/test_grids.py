@@ -16,7 +16,7 @@ from stages.corpus import examples
 from stages.corpus.examples import Train
 from stages.model import artifact
 from stages.model.blocks import linears
-from stages.model.floats import MXFP4, NVFP4, Float8
+from stages.model.floats import Float8, MXFloat4, NVFloat4
 from stages.model.grid import Codes, Int8, Integers, Quantized, bounds
 from stages.recovery.eco import BETAS, ECO, returned
 from stages.recovery.grids import put_on
@@ -43,8 +43,8 @@ def grids(weight: torch.Tensor) -> dict[str, Quantized]:
         },
         "int8": Int8(whole.codes, whole.scale),
         "fp8": Float8.nearest(weight, by_row=True, dynamic=False),
-        "mxfp4": MXFP4.nearest(weight),
-        "nvfp4": NVFP4.nearest(weight),
+        "mxfp4": MXFloat4.nearest(weight),
+        "nvfp4": NVFloat4.nearest(weight),
     }
 
 
@@ -321,7 +321,7 @@ def test_the_loss_it_is_recorded_with_is_that_of_the_file(workspace):
     made("rtn", tuning)
     model = dense(load("finetune/result"))
     chosen = Train.model_validate(tuning["train"])
-    rows = examples.load(chosen, artifact.load_tokenizer("finetune/result"), model.config).held_out
+    rows = examples.load_examples(chosen, artifact.load_tokenizer("finetune/result"), model.config).held_out
     expected = held_out_loss(model, rows, 2)
     told = record("finetune/result")["notes"]["finetune/result"]["held_out_loss"]
     assert told == pytest.approx(expected, rel=1e-3)  # the stage computes in bf16

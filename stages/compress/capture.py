@@ -1,0 +1,141 @@
+"""What flows into a block and its linears, captured from the model's own forward.
+
+The arguments of a block's call differ by family and layer, so they are recorded rather than built, cut into
+batches of windows, and the outputs joined again. Linears that are handed the same tensor (q, k and v; gate
+and up) form a `Group` and share one statistic of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+from weakref import ReferenceType, ref
+
+from stages.compress.statistics import Statistic
+from stages.core.errors import Refusal
+from stages.core.lazy import torch
+from stages.model.blocks import Linear
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass
+class Group:
+    """Linears of a block that are handed the same tensor."""
+
+    linears: list[Linear]
+    feeder: nn.Module | None
+    """The module whose output the tensor is, a norm for example; None where it is computed inline."""
+    inputs: Tensor
+    """The tensor in the run that found the group, `[windows, tokens, in]` or `[tokens, in]`."""
+    statistic: Statistic | None = None
+
+
+class _Reached(Exception):
+    """Ends a forward at the block whose arguments are captured."""
+
+
+def call_of(block: nn.Module, run: Callable[[], object]) -> Any:
+    """Return (args, kwargs) of the block's first call in `run`, which computes nothing beyond it."""
+    calls: list[Any] = []
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        calls.append((args, kwargs))
+        raise _Reached
+
+    with mock.patch.object(block, "forward", stop), suppress(_Reached):
+        run()
+    if not calls:
+        raise AssertionError("the model's forward never calls its first block")
+    return calls[0]
+
+
+def split_call(call: Any, count: int, size: int, single: Any) -> list[Any]:
+    """Cut the call of a block on `count` windows into calls on `size` windows each.
+
+    A tensor with `count` times the rows it has in `single` is cut (BLOOM's positions have one row per window
+    and head). Everything else is shared, such as masks and positions that are equal for all windows.
+
+    Args:
+        call: (args, kwargs).
+        single: the same call on one window. Shapes alone cannot tell windows from as many attention heads.
+    """
+    if size >= count:
+        return [call]
+
+    def cut(value: Any, counterpart: Any, start: int) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim:
+            rows = len(counterpart) if isinstance(counterpart, torch.Tensor) and counterpart.ndim else 1
+            return value[start * rows : (start + size) * rows] if len(value) == count * rows else value
+        if isinstance(value, tuple | list):
+            matches = isinstance(counterpart, tuple | list) and len(counterpart) == len(value)
+            counterparts = counterpart if matches else [None] * len(value)
+            return type(value)(cut(*pair, start) for pair in zip(value, counterparts, strict=True))
+        if isinstance(value, dict):
+            counterparts = counterpart if isinstance(counterpart, dict) else {}
+            return {key: cut(entry, counterparts.get(key), start) for key, entry in value.items()}
+        return value
+
+    return [cut(call, single, start) for start in range(0, count, size)]
+
+
+def join_outputs(outputs: list[Any]) -> Any:
+    """Join a block's outputs for consecutive windows into its output for all of them."""
+    first = outputs[0]
+    if len(outputs) == 1:
+        return first
+    if isinstance(first, torch.Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, tuple | list):
+        return type(first)(join_outputs(list(parts)) for parts in zip(*outputs, strict=True))
+    return first
+
+
+def input_groups(block: nn.Module, linears: list[Linear], run: Callable[[], object]) -> list[Group]:
+    """Group a block's linears by the tensor they are handed, in the order in which they compute.
+
+    Args:
+        run: passes some windows through the block.
+
+    Raises:
+        Refusal: a linear is never reached, or reached more than once.
+    """
+    groups: dict[int, Group] = {}
+    makers: dict[int, tuple[ReferenceType[Tensor], nn.Module]] = {}
+    by_module = {linear.module: linear for linear in linears}
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # The group keeps the tensor alive, so its id stays its own.
+        group = groups.setdefault(id(args[0]), Group([], maker(args[0]), args[0]))
+        group.linears.append(by_module[module])
+
+    def maker(tensor: Tensor) -> nn.Module | None:
+        output, module = makers.get(id(tensor), (None, None))
+        return module if output and output() is tensor else None  # ids of freed tensors are reused
+
+    def after(module: nn.Module, _: object, output: object) -> None:
+        if isinstance(output, torch.Tensor) and maker(output) is None:
+            makers[id(output)] = ref(output), module
+
+    handles = [linear.module.register_forward_pre_hook(before) for linear in linears]
+    handles += [
+        module.register_forward_hook(after) for module in block.modules() if not list(module.children())
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    times = Counter(linear.name for group in groups.values() for linear in group.linears)
+    if missed := [linear.name for linear in linears if not times[linear.name]]:
+        raise Refusal(f"the model's forward never reaches {', '.join(missed)}; list them in ignore.")
+    if repeated := [name for name, count in times.items() if count > 1]:
+        raise Refusal(
+            f"the model's forward passes more than once through {', '.join(repeated)}; list them in ignore."
+        )
+    return list(groups.values())
