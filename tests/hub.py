@@ -1,4 +1,4 @@
-"""A server on this machine that speaks as much of the hub's API as a snapshot download needs."""
+"""A local server with as much of the hub's API as a snapshot download needs."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def serving(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, list[str]]]:
-    """Serve files by repository, `models/org/name` or `datasets/org/name`; gives the address and a log."""
+    """Serve `models/org/name` and `datasets/org/name`; yield the address and a log of requests."""
     log: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,20 +33,22 @@ def serving(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[s
             for name, files in repositories.items():
                 api = f"api/{name}"
                 if path == f"{api}/revision/{COMMIT}":
-                    told = {
+                    info = {
                         "id": name.split("/", 1)[1],
                         "sha": COMMIT,
-                        "siblings": [{"rfilename": f} for f in files],
+                        "siblings": [{"rfilename": file} for file in files],
                     }
-                    return self._send(json.dumps(told).encode(), body, {"Content-Type": "application/json"})
+                    return self._send(json.dumps(info).encode(), body, {"Content-Type": "application/json"})
                 if path.startswith(f"{api}/tree/{COMMIT}"):
                     tree = [
-                        {"type": "file", "path": f, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
-                        for f, c in files.items()
+                        {"type": "file", "path": file, "size": len(content), "oid": _sha1(content)}
+                        for file, content in files.items()
                     ]
                     return self._send(json.dumps(tree).encode(), body, {"Content-Type": "application/json"})
-                at = f"{name.removeprefix('models/')}/resolve/{COMMIT}/"
-                if path.startswith(at) and (content := files.get(path.removeprefix(at))) is not None:
+                prefix = f"{name.removeprefix('models/')}/resolve/{COMMIT}/"
+                file = path.removeprefix(prefix)
+                if path.startswith(prefix) and file in files:
+                    content = files[file]
                     etag = hashlib.sha256(content).hexdigest()
                     return self._send(content, body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
             return self._send(b"{}", body, {"X-Error-Code": "RepoNotFound"}, status=404)
@@ -69,3 +71,7 @@ def serving(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[s
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _sha1(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()

@@ -1,4 +1,4 @@
-"""What is trained on: which examples, which of their tokens are predicted, and what is held out."""
+"""Training examples: which are chosen, which of their tokens are predicted, and which are held out."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
-from stages.corpus.examples import Question, Train, answered, load
+from stages.corpus.examples import Question, Train, answer_example, load_examples
 from stages.corpus.rows import IGNORED, Example
 from stages.corpus.windows import Windows, text_windows
 from stages.sources.graded.arithmetic import Arithmetic
@@ -45,45 +45,44 @@ def benchmark(rows: list[dict[str, object]]) -> None:
     (folder / "dataset.json").write_text(json.dumps({"dataset": "words", "kind": "benchmark"}))
 
 
-def said(one: Example, *, predicted: bool) -> str:
-    """The text of an example's predicted tokens, or of the others."""
-    return str(families.tokenizer().decode(one.input_ids[(one.labels != IGNORED) == predicted]))
-
-
-def loaded(**options) -> tuple[list[Example], list[Example]]:
+def loaded(config=CONFIG, **options) -> tuple[list[Example], list[Example]]:
+    """Return training and held-out examples, each out of a row of its own."""
     settings = {"dataset": "sums", "num_samples": 8, "held_out": 4, "sequence_length": 64} | options
-    found = load(Train.model_validate(settings), families.tokenizer(), CONFIG)
-    return [one for row in found.train for one in row], [one for row in found.held_out for one in row]
+    examples = load_examples(Train.model_validate(settings), families.tokenizer(), config)
+    return [item for (item,) in examples.train], [item for (item,) in examples.held_out]
 
 
-def asked(one: Example) -> str:
-    return said(one, predicted=False)
+def answer(item: Example) -> str:
+    """Return the text of the predicted tokens."""
+    return str(families.tokenizer().decode(item.input_ids[item.labels != IGNORED]))
 
 
-def test_text_is_cut_into_windows_of_which_all_but_the_first_token_is_predicted():
+def question(item: Example) -> str:
+    """Return the text of the tokens that are not predicted."""
+    return str(families.tokenizer().decode(item.input_ids[item.labels == IGNORED]))
+
+
+def test_text_is_cut_into_windows_that_predict_all_but_the_first_token():
     train, held_out = loaded(dataset="news", num_samples=6, sequence_length=32)
     wanted = Windows(dataset="news", num_samples=6, sequence_length=32)
-    assert torch.equal(
-        torch.stack([one.input_ids for one in train]), text_windows(families.tokenizer(), wanted)
-    )
-    for one in train + held_out:
-        assert one.labels[0] == IGNORED and torch.equal(one.labels[1:], one.input_ids[1:])
+    windows = text_windows(families.tokenizer(), wanted, families.VOCAB)
+    assert torch.equal(torch.stack([item.input_ids for item in train]), windows)
+    for item in train + held_out:
+        assert item.labels[0] == IGNORED and torch.equal(item.labels[1:], item.input_ids[1:])
     evaluation = "\n\n".join(pd.read_parquet(DATASETS / "news/evaluation.parquet")["text"])
-    assert len(held_out) == 4 and all(
-        families.tokenizer().decode(one.input_ids) in evaluation for one in held_out
-    )
-    assert not {tuple(one.input_ids.tolist()) for one in train} & {
-        tuple(x.input_ids.tolist()) for x in held_out
-    }
+    texts = [families.tokenizer().decode(item.input_ids) for item in held_out]
+    assert len(texts) == 4 and all(text in evaluation for text in texts)
+    trained = {tuple(item.input_ids.tolist()) for item in train}
+    assert not trained & {tuple(item.input_ids.tolist()) for item in held_out}
 
 
-def test_of_a_question_and_its_answer_the_answer_and_its_end_are_predicted():
+def test_of_a_question_the_answer_and_its_end_are_predicted():
     train, held_out = loaded()
-    for split, found in (("train", train), ("test", held_out)):
+    for split, examples in (("train", train), ("test", held_out)):
         rows = pd.read_parquet(DATASETS / f"sums/{split}.parquet")
         answers = dict(zip(rows["question"], rows["answer"], strict=True))
-        for one in found:
-            assert said(one, predicted=True) == f" {answers[asked(one)]}<eos>"
+        for item in examples:
+            assert answer(item) == f" {answers[question(item)]}<eos>"
 
 
 @pytest.mark.parametrize(
@@ -97,15 +96,15 @@ def test_of_a_question_and_its_answer_the_answer_and_its_end_are_predicted():
 )
 def test_the_training_set_has_one_size_whatever_the_difficulty(options, counts):
     train, held_out = loaded(**options)
-    for split, found in (("train", train), ("test", held_out)):
+    for split, examples in (("train", train), ("test", held_out)):
         rows = pd.read_parquet(DATASETS / f"sums/{split}.parquet")
-        level = dict(zip(rows["question"], rows["difficulty"], strict=True))
-        levels = [level[asked(one)] for one in found]
+        difficulties = dict(zip(rows["question"], rows["difficulty"], strict=True))
+        levels = [difficulties[question(item)] for item in examples]
         assert set(levels) == set(counts)
         if split == "train":
             assert {name: levels.count(name) for name in counts} == counts
-        assert len(set(map(asked, found))) == len(found)
-    assert not set(map(asked, train)) & set(map(asked, held_out))
+        assert len(set(map(question, examples))) == len(examples)
+    assert not set(map(question, train)) & set(map(question, held_out))
 
 
 @pytest.mark.parametrize(
@@ -113,21 +112,18 @@ def test_the_training_set_has_one_size_whatever_the_difficulty(options, counts):
     [
         (
             {"num_samples": 22},
-            "11 training items of difficulty easy were asked for, there are 10; ask for fewer",
+            "10 training items of difficulty easy, fewer than the 11 that num_samples 22 takes; lower",
         ),
-        ({"num_samples": 11, "difficulty": "hard"}, "11 training items of difficulty hard .* there are 10"),
-        ({"held_out": 14}, "7 other questions to hold out of difficulty easy were asked for, there are 6"),
-        ({"difficulty": "odd"}, "sums has no training items of difficulty odd; it has some of easy, hard"),
         (
-            {"dataset": "news", "held_out": 1000},
-            "1000 held-out windows of 64 tokens were asked for, there are",
+            {"num_samples": 11, "difficulty": "hard"},
+            "10 training items of difficulty hard, fewer than the",
         ),
-        ({"dataset": "news", "num_samples": 10**6}, "1000000 windows of 64 tokens were asked for"),
-        ({"sequence_length": 8}, r"sums: an example has \d+ tokens, sequence_length is 8; raise it to \d+"),
-        (
-            {"dataset": "news", "sequence_length": 300},
-            "an example has 300 tokens, the model reads 256 at most",
-        ),
+        ({"held_out": 14}, "6 other questions of difficulty easy, fewer than the 7 that held_out 14 takes"),
+        ({"difficulty": "odd"}, "no training items of difficulty odd; set difficulty to one of easy, hard"),
+        ({"dataset": "news", "held_out": 1000}, r"\d+ held-out windows of 64 tokens, fewer than the 1000"),
+        ({"dataset": "news", "num_samples": 10**6}, r"\d+ distinct windows of 64 tokens .* than 1000000"),
+        ({"sequence_length": 8}, r"sums: an example has \d+ tokens, but sequence_length is 8; raise it to"),
+        ({"dataset": "news", "sequence_length": 300}, "has 300 tokens, but the model reads at most 256"),
     ],
 )
 def test_too_few_or_too_long_examples_are_refused(options, message):
@@ -135,87 +131,94 @@ def test_too_few_or_too_long_examples_are_refused(options, message):
         loaded(**options)
 
 
+@pytest.mark.parametrize("dataset", ["news", "sums"])
+def test_tokens_without_a_row_in_the_embedding_are_refused(dataset):
+    """A tokenizer may have more tokens than the embedding has rows; here a space and the end of text."""
+    small = LlamaConfig(vocab_size=100)
+    with pytest.raises(Refusal, match=rf"{dataset}: token '.*' has id \d+, but .* embedding has 100 rows"):
+        loaded(small, dataset=dataset)
+
+
 def test_an_empty_data_set_is_refused_by_name():
     empty = pd.read_parquet(DATASETS / "sums/train.parquet").iloc[:0]
     empty.to_parquet(DATASETS / "sums/train.parquet")
-    with pytest.raises(Refusal, match="data set sums has no training items; 8 were asked for"):
+    with pytest.raises(Refusal, match="data set sums has no training items, but num_samples is 8"):
         loaded()
 
 
 def test_packed_rows_hold_the_same_examples():
     train, _ = loaded()
     wanted = Train(dataset="sums", num_samples=8, held_out=4, sequence_length=64, packing=True)
-    packed = load(wanted, families.tokenizer(), CONFIG)
+    packed = load_examples(wanted, families.tokenizer(), CONFIG)
     assert len(packed.train) < len(train) and all(len(row) == 1 for row in packed.held_out)
-    assert sorted(said(one, predicted=True) + asked(one) for row in packed.train for one in row) == sorted(
-        said(one, predicted=True) + asked(one) for one in train
-    )
+    texts = [question(item) + answer(item) for row in packed.train for item in row]
+    assert sorted(texts) == sorted(question(item) + answer(item) for item in train)
 
 
-def test_packed_rows_are_refused_where_layers_see_less_than_an_example():
+def test_packed_rows_are_refused_if_layers_see_less_than_an_example():
     wanted = Train(dataset="sums", num_samples=4, held_out=2, sequence_length=64, packing=True)
-    config = families.CONFIGS["gemma3"].__class__(**families._GATED, sliding_window=4)
-    with pytest.raises(
-        Refusal, match="see the last 4 only, which packed rows do not serve; say packing: false"
-    ):
-        load(wanted, families.tokenizer(), config)
+    config = Gemma3TextConfig(vocab_size=families.VOCAB, num_hidden_layers=2, sliding_window=4)
+    with pytest.raises(Refusal, match=r"only the last 4, .*; set packing: false"):
+        load_examples(wanted, families.tokenizer(), config)
 
 
-def test_a_chat_template_is_given_and_only_the_assistants_words_are_predicted():
-    for one in loaded(chat_template=True)[0]:
-        assert asked(one).startswith("user: ") and asked(one).endswith(" =\n")
-        assert said(one, predicted=True).startswith("assistant: ") and "<eos>" not in said(
-            one, predicted=True
-        )
+def test_in_a_chat_template_only_the_assistants_words_are_predicted():
+    for item in loaded(chat_template=True)[0]:
+        assert question(item).startswith("user: ") and question(item).endswith(" =\n")
+        assert answer(item).startswith("assistant: ") and "<eos>" not in answer(item)
 
 
-def test_a_chat_template_that_is_not_there_is_refused():
-    bare = families.tokenizer()
-    bare.chat_template = None
-    with pytest.raises(Refusal, match="chat_template: true was asked for and the model's tokenizer has none"):
-        load(Train(dataset="sums", num_samples=2, held_out=2, chat_template=True), bare, CONFIG)
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "the model's tokenizer has no chat template; set it to false"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "changes the question once it is answered, .*; set chat_template: false",
+        ),
+    ],
+    ids=["missing", "hides where the answer begins"],
+)
+def test_an_unfit_chat_template_is_refused(template, message):
+    tokenizer = families.tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(Refusal, match=message):
+        load_examples(Train(dataset="sums", num_samples=2, held_out=2, chat_template=True), tokenizer, CONFIG)
 
 
-def test_a_chat_template_that_hides_where_the_answer_begins_is_refused():
-    odd = families.tokenizer()
-    odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(Refusal, match="so the answer cannot be told apart; say chat_template: false"):
-        load(Train(dataset="sums", num_samples=2, held_out=2, chat_template=True), odd, CONFIG)
-
-
-def test_a_token_that_joins_the_prompt_to_the_answer_is_predicted():
+def test_a_token_that_spans_question_and_answer_is_predicted():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {symbol: i for i, symbol in enumerate([*alphabet, "=Ġ"])}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[("=", "Ġ")]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<eos>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
-    one = answered(Question("1+1=", "2"), Train(dataset="sums"), tokenizer)
-    assert tokenizer.decode(one.input_ids) == "1+1= 2<eos>"
-    assert tokenizer.decode(one.input_ids[one.labels != IGNORED]) == "= 2<eos>"
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, "=Ġ"])}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[("=", "Ġ")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<eos>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+    item = answer_example(Question("1+1=", "2"), Train(dataset="sums"), tokenizer)
+    assert tokenizer.decode(item.input_ids) == "1+1= 2<eos>"
+    assert tokenizer.decode(item.input_ids[item.labels != IGNORED]) == "= 2<eos>"
 
 
-def test_a_benchmarks_split_is_trained_on_and_other_rows_of_it_are_held_out():
+def test_other_rows_of_a_benchmarks_split_are_held_out():
     benchmark([{"ask": f"word {i % 12}", "reply": f"reply {i}", "at": i} for i in range(24)])
     options = {"dataset": "words", "split": "train", "prompt": "ask", "completion": "reply", "num_samples": 7}
     train, held_out = loaded(**options)
     assert (len(train), len(held_out)) == (7, 4)
-    assert not set(map(asked, train)) & set(map(asked, held_out))
-    for one in train + held_out:  # a prompt that comes again is that of its first row
-        assert said(one, predicted=True) == f" reply {asked(one).removeprefix('word ')}<eos>"
+    assert not set(map(question, train)) & set(map(question, held_out))
+    for item in train + held_out:  # a repeated prompt has the answer of its first row
+        assert answer(item) == f" reply {question(item).removeprefix('word ')}<eos>"
     for wrong, message in (
-        ({"split": "test"}, "data set words has no split test; it has train"),
-        ({"prompt": "at"}, "data set words has no column at of text; it has ask, reply"),
-        ({"completion": "answer"}, "data set words has no column answer of text"),
-        ({"num_samples": 13}, "13 questions in its split train were asked for, there are 12"),
-        ({"held_out": 6}, "6 other questions to hold out were asked for, there are 5"),
+        ({"split": "test"}, "data set words has no split test; set split to one of train"),
+        ({"prompt": "at"}, "data set words has no text column at; its text columns: ask, reply"),
+        ({"completion": "answer"}, "data set words has no text column answer"),
+        ({"num_samples": 13}, "words has 12 questions in split train, fewer than the 13"),
+        ({"held_out": 6}, "words has 5 other questions, fewer than the 6"),
     ):
         with pytest.raises(Refusal, match=message):
             loaded(**(options | wrong))
 
 
-def test_an_answer_without_words_is_refused():
+def test_an_empty_answer_is_refused():
     benchmark([{"ask": f"word {i}", "reply": " "} for i in range(8)])
     with pytest.raises(Refusal, match="data set words: the answer to 'word 0' is empty"):
         loaded(dataset="words", split="train", prompt="ask", completion="reply", num_samples=2)

@@ -1,4 +1,4 @@
-"""The two splits of a text: disjoint however it is cut up, and what is refused."""
+"""The two splits of a text: disjoint however it is cut into documents."""
 
 import re
 from pathlib import Path
@@ -10,22 +10,23 @@ from hypothesis import strategies as st
 
 from stages.core.errors import Refusal
 from stages.core.files import sha256
-from stages.sources.text import RUN, Text, split, split_documents
+from stages.sources.text import Text, split_calibration, split_documents
 
 WORDS = st.sampled_from(["a", "b", "c", "d"])
 DOCUMENTS = st.lists(st.lists(WORDS, min_size=1, max_size=40).map(" ".join), max_size=25).map(
-    lambda found: list(dict.fromkeys(found))
+    lambda documents: list(dict.fromkeys(documents))
 )
+OVERLAP = 13
 
 
 def slow_runs(documents: list[str]) -> set[str]:
-    found = re.findall(r"\w+", " ".join(documents).lower())
-    return {" ".join(found[i : i + RUN]) for i in range(len(found)) if i + RUN <= len(found)}
+    words = re.findall(r"\w+", " ".join(documents).lower())
+    return {" ".join(words[i : i + OVERLAP]) for i in range(len(words) - OVERLAP + 1)}
 
 
 @given(DOCUMENTS, st.floats(0, 0.99))
 def test_no_document_and_no_run_of_13_words_is_shared(documents, share):
-    calibration, evaluation, dropped = split(documents, share)
+    calibration, evaluation, dropped = split_calibration(documents, share)
     assert len(calibration) + len(evaluation) + dropped == len(documents)
     assert calibration == documents[: len(calibration)]
     assert [d for d in documents[len(calibration) :] if d in evaluation] == evaluation
@@ -44,25 +45,25 @@ def words(start: int, count: int) -> str:
 
 def test_thirteen_shared_words_drop_a_document_and_twelve_do_not():
     documents = [words(0, 40), f"x {words(5, 13)} y", f"x {words(5, 12)} y"]
-    assert split(documents, 0.7) == ([documents[0]], [documents[2]], 1)
+    assert split_calibration(documents, 0.7) == ([documents[0]], [documents[2]], 1)
 
 
 def test_punctuation_and_case_do_not_hide_an_overlap():
     documents = [words(0, 40), words(5, 13).upper().replace(" ", ", ")]
-    assert split(documents, 0.75)[1:] == ([], 1)
+    assert split_calibration(documents, 0.75)[1:] == ([], 1)
 
 
 def test_an_overlap_across_short_documents_is_seen():
     verses = [words(i * 5, 5) for i in range(4)]
     documents = [*verses, f"x {words(2, 14)} y", "z"]
-    assert split(documents, 0.6) == (verses, ["z"], 1)
-    # And the other way around: short evaluation documents that together repeat a long one.
+    assert split_calibration(documents, 0.6) == (verses, ["z"], 1)
+    # The other way around: short evaluation documents that together repeat a long one.
     documents = [words(0, 20), words(3, 7), words(10, 7), "z"]
-    assert split(documents, 0.6) == (documents[:1], [words(3, 7), "z"], 1)
+    assert split_calibration(documents, 0.6) == (documents[:1], [words(3, 7), "z"], 1)
 
 
 def test_a_share_of_zero_keeps_all_for_evaluation():
-    assert split(["a b", "c d"], 0) == ([], ["a b", "c d"], 0)
+    assert split_calibration(["a b", "c d"], 0) == ([], ["a b", "c d"], 0)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_documents_of_a_parquet_are_its_texts(tmp_path):
     assert split_documents((tmp_path / "t.parquet").read_bytes(), "parquet") == ["= A =", "b c"]
 
 
-def made(folder: Path, text: bytes, **options) -> Text:
+def dataset(folder: Path, text: bytes, **options) -> Text:
     (folder / "t.txt").write_bytes(text)
     settings = {"documents": "lines", "calibration": 0.5} | options
     return Text(
@@ -93,24 +94,24 @@ def made(folder: Path, text: bytes, **options) -> Text:
 
 def test_both_splits_are_written(tmp_path):
     text = "\n".join(words(i * 20, 20) for i in range(10)).encode()
-    facts = made(tmp_path, text).write(tmp_path)
-    found = {
+    facts = dataset(tmp_path, text).write(tmp_path)
+    splits = {
         name: pd.read_parquet(tmp_path / f"{name}.parquet")["text"].tolist()
         for name in ("calibration", "evaluation")
     }
     assert facts["split"] == {"calibration": 5, "evaluation": 5, "dropped": 0}
-    assert found["calibration"] + found["evaluation"] == text.decode().splitlines()
+    assert splits["calibration"] + splits["evaluation"] == text.decode().splitlines()
 
 
 @pytest.mark.parametrize(
     ("text", "options", "sentence"),
     [
-        (b" \n\n", {}, "holds no lines"),
+        (b" \n\n", {}, "has no lines with text"),
         (b"\xff\xfe", {}, "is not UTF-8 text"),
-        (b"a,b\n1,2\n", {"documents": "csv"}, "has no column text; it has a, b"),
+        (b"a,b\n1,2\n", {"documents": "csv"}, "has no column text, only a, b"),
         (b"a,b\n1,2\n", {"documents": "parquet"}, "is not parquet"),
     ],
 )
-def test_what_is_no_text_is_refused(text, options, sentence, tmp_path):
+def test_a_file_that_is_no_text_is_refused(text, options, sentence, tmp_path):
     with pytest.raises(Refusal, match=sentence):
-        made(tmp_path, text, **options).write(tmp_path)
+        dataset(tmp_path, text, **options).write(tmp_path)

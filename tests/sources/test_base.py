@@ -1,0 +1,24 @@
+"""Downloads of models: only what params declare, or nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.core.errors import Refusal
+from tests.pipeline import params
+
+
+def test_other_content_than_hashed_is_refused_and_nothing_is_left(workspace):
+    chosen = params("llama", {})
+    wrong = chosen.models["tiny"].model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(Refusal, match="its sha256 is"):
+        wrong.download("tiny", chosen.run)
+    assert not list(Path("data").rglob("tiny/*"))
+
+
+def test_other_widths_than_declared_are_refused(workspace):
+    chosen = params("llama", {})
+    wrong = chosen.models["tiny"].model_copy(update={"in_features": (32, 128)})
+    with pytest.raises(Refusal, match=r"models\.tiny\.in_features is \[32, 128\], .* write .*\[32, 64\]"):
+        wrong.download("tiny", chosen.run)
+    assert not Path("data/models/base/tiny").exists()

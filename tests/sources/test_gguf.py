@@ -1,0 +1,38 @@
+"""GGUF: the grids of a file's weights are counted."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from stages.sources.gguf import count_grids
+
+
+def written(path: Path, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]) -> Path:
+    """Write a GGUF file with these tensors and types."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, (values, kind) in tensors.items():
+        writer.add_tensor(
+            name, values if kind is None else gguf.quants.quantize(values, kind), raw_dtype=kind
+        )
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    return path
+
+
+def test_the_grids_of_a_file_are_counted(tmp_path):
+    values = np.random.default_rng(0).standard_normal((4, 64), dtype=np.float32)
+    kinds = gguf.GGMLQuantizationType
+    tensors = {"a": (values, kinds.Q4_1), "b": (values, kinds.Q4_1), "c": (values, kinds.Q8_0)}
+    file = written(tmp_path / "m.gguf", tensors | {"norm": (np.ones(64, dtype=np.float32), None)})
+    assert count_grids(file) == {
+        "format": "Q4_1",
+        "group_size": 32,
+        "tensors": {"F32": 1, "Q4_1": 2, "Q8_0": 1},
+        "weights": {"F32": 64, "Q4_1": 512, "Q8_0": 256},
+    }
+
+
+def test_a_file_of_floats_has_no_grid(tmp_path):
+    floats = {"a": (np.ones((2, 32), dtype=np.float16), None)}
+    assert count_grids(written(tmp_path / "m.gguf", floats)) is None
