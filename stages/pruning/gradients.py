@@ -1,23 +1,25 @@
-"""Gradients of the next-token loss, one window at a time: summed up, or small enough to keep each.
+"""Gradients of the next-token loss, window by window: summed, or each kept as a sketch.
 
-To first order, zeroing a weight w changes the loss by w times its gradient, which is asked of the mean loss
-over all windows. A prompt may be left out of the loss: what is learned is then how the rest is said.
+To first order, zeroing a weight w changes the loss by w times the gradient of the mean loss over all windows.
+The prompt of a window can be left out of the loss, so that only its continuation counts.
 
-Where each window counts by itself, its gradient in a block is as large as the block. What is asked of many
-of them are dot products, which survive a count sketch (Charikar, Chen and Farach-Colton 2002): every entry
-is added, with a drawn sign, to one of `WIDTH` drawn buckets. Dot products of sketches are those of the
+The gradient of a single window in a block is as large as the block. If many of them are kept, only their dot
+products are needed, and these survive a count sketch (Charikar, Chen and Farach-Colton 2002): every entry is
+added, with a random sign, to one of `WIDTH` random buckets. Dot products of sketches equal those of the
 gradients in expectation.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
+from stages.corpus.rows import IGNORED
 from stages.model.blocks import blocks, check_length
 
 if TYPE_CHECKING:
@@ -27,41 +29,42 @@ if TYPE_CHECKING:
     from stages.model.blocks import Linear
 
 WIDTH = 2**14
+"""Entries of a sketch."""
 
 log = logging.getLogger(__name__)
 
 
 def window_loss(model: PreTrainedModel, window: Tensor, prompt_length: int) -> Tensor:
-    """Mean nats of the tokens of a `window` after the first `prompt_length`, each given those before."""
+    """Return the mean loss in nats of a window `[sequence_length]` after its first `prompt_length` tokens."""
     batch = window[None].to(model.device)
     labels = batch.clone()
-    labels[:, :prompt_length] = -100  # what transformers leaves out of a loss
+    labels[:, :prompt_length] = IGNORED
     loss: Tensor = model(input_ids=batch, labels=labels, use_cache=False).loss
     return loss
 
 
 def mean_loss(model: PreTrainedModel, windows: Tensor, prompt_length: int = 1) -> float:
-    """Mean nats a token over `windows` `[num_samples, sequence_length]`, prompts left out."""
+    """Return the mean loss in nats of `windows` `[num_samples, sequence_length]`, without their prompts."""
     with torch.no_grad():
         return sum(float(window_loss(model, window, prompt_length)) for window in windows) / len(windows)
 
 
 def loss_gradients(
-    model: PreTrainedModel, found: list[Linear], windows: Tensor, *, prompt_length: int = 1, label: str
+    model: PreTrainedModel, targets: Sequence[Linear], windows: Tensor, *, prompt_length: int = 1, label: str
 ) -> tuple[dict[str, Tensor], float]:
-    """The gradient of `mean_loss` in every linear, `[out, in]` fp32 by its full name, and the loss.
+    """Return the gradient of `mean_loss` in every linear, `[out, in]` fp32 by its full name, and the loss.
 
     Args:
         windows: `[num_samples, sequence_length]` token ids.
-        prompt_length: tokens at the start of each window that are given and not predicted.
-        label: shown on the progress bar.
+        prompt_length: tokens at the start of each window that are read but not predicted.
+        label: of the progress bar.
 
     Raises:
         Refusal: the loss or a gradient is not finite.
     """
     check_length(model, windows)
     model.requires_grad_(False)
-    weights = {one.name: one.module.get_parameter("weight").requires_grad_(True) for one in found}
+    weights = {linear.name: linear.module.get_parameter("weight").requires_grad_(True) for linear in targets}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     total = 0.0
     for window in tqdm(windows, desc=label, unit="window"):
@@ -73,36 +76,37 @@ def loss_gradients(
                 sums[name] += weight.grad
                 weight.grad = None
     model.requires_grad_(False)
-    gradients = {one.name: sums[one.name].T if one.transposed else sums[one.name] for one in found}
+    gradients = {
+        linear.name: sums[linear.name].T if linear.transposed else sums[linear.name] for linear in targets
+    }
     for gradient in gradients.values():
         gradient /= len(windows)
     if broken := [name for name, gradient in gradients.items() if not gradient.isfinite().all()]:
         raise Refusal(
-            f"NaN or infinite gradients in {', '.join(broken)}, the loss being {total / len(windows)}; "
-            "nothing was written."
+            f"NaN or infinite gradients in {', '.join(broken)} at a loss of {total / len(windows)}; nothing "
+            "was written."
         )
-    if dead := [name for name, gradient in gradients.items() if not gradient.any()]:
-        log.warning("no token moves the loss through %s", ", ".join(dead))
+    if zero := [name for name, gradient in gradients.items() if not gradient.any()]:
+        log.warning("the loss has a zero gradient in %s", ", ".join(zero))
     return gradients, total / len(windows)
 
 
-def sketches(model: PreTrainedModel, windows: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """A sketch of each window's gradient in each block: `[windows, WIDTH]` fp32 by the block's full name.
+def sketches(model: PreTrainedModel, windows: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """Return a sketch of each window's gradient in each block, `[windows, WIDTH]` fp32 by full name.
 
     Args:
         windows: `[num_samples, sequence_length]` token ids.
         names: full names of blocks.
     """
     check_length(model, windows)
-    found = {name: block for name, block in blocks(model) if name in names}
-    out = {name: torch.zeros(len(windows), WIDTH, device=model.device) for name in found}
+    chosen = {name: block for name, block in blocks(model) if name in names}
+    out = {name: torch.zeros(len(windows), WIDTH, device=model.device) for name in chosen}
     model.requires_grad_(False)
-    for block in found.values():
+    for block in chosen.values():
         block.requires_grad_(True)
     for number, window in enumerate(tqdm(windows, desc="gradients", unit="window")):
-        batch = window[None].to(model.device)
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-        for name, block in found.items():
+        window_loss(model, window, prompt_length=1).backward()
+        for name, block in chosen.items():
             for seed, parameter in enumerate(block.parameters()):
                 if parameter.grad is not None:
                     _add(out[name][number], parameter.grad.flatten(), seed)
@@ -111,6 +115,7 @@ def sketches(model: PreTrainedModel, windows: Tensor, names: list[str]) -> dict[
 
 
 def _add(sketch: Tensor, values: Tensor, seed: int) -> None:
+    """Add the values, with random signs, to random buckets of the sketch in place."""
     draw = torch.Generator().manual_seed(seed)
     buckets = torch.randint(2 * WIDTH, values.shape, generator=draw).to(values.device)
     signed = torch.where(buckets < WIDTH, values.float(), -values.float())

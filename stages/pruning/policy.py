@@ -1,12 +1,12 @@
-"""Who decides, step by step, which blocks lose how much: the interface, and the two policies there are.
+"""The policies of step-wise pruning, which decide at each step how much each block loses.
 
-A policy is shown the state of the work and answers with shares to take from blocks, or with the reason to
-stop (2601.09694, where a language model decides). It sees no weights: of every block its sparsity and two
-sensitivities, both z-scored over blocks, and of every step so far what was pruned, the perplexity that came
-of it and whether it was kept. `Rules` decides by a rule. `Command` asks a program, which is how a language
-model is plugged in: it gets a `State` as JSON on its standard input and says an `Answer` as JSON.
+A policy reads the state of the work and answers with shares to take from blocks, or with a reason to stop
+(2601.09694, where a language model decides). It sees no weights: for every block its sparsity and two
+sensitivities, both z-scored over blocks, and for every step so far the shares pruned, the perplexity after it
+and whether it was kept. `Rules` decides by a rule. `Command` runs a program, which is how a language model is
+plugged in: the program reads a `State` as JSON on its standard input and writes an `Answer` as JSON.
 
-A program is an input that no hash stands for: answers that differ make another artifact of the same recipe.
+No hash covers a program: if its answers change, the same recipe gives another artifact.
 """
 
 import os
@@ -22,7 +22,7 @@ from stages.core.errors import Refusal
 from stages.core.schema import Strict
 
 SLACK = 1e-9
-"""What a share may exceed 1 by, as sums of decimal shares do."""
+"""By how much a sum of decimal shares may exceed 1."""
 
 
 class Block(Strict):
@@ -30,29 +30,29 @@ class Block(Strict):
 
     name: str
     weights: int
-    """How many there are in its linears."""
+    """The number of weights in its linears."""
     sparsity: float
     wanda: float
-    """The z-score of the mean |w| * norm of its input over the weights it has left."""
+    """The z-score of the mean |w| * norm of its input over the weights that are left."""
     gradient: float
-    """The z-score of the mean |w * gradient| over the same."""
+    """The z-score of the mean |w * gradient| over the same weights."""
 
 
 class Step(Strict):
-    """What was done at an earlier step, and what came of it."""
+    """An earlier step and its outcome."""
 
     prune: dict[str, float]
-    """The share of its weights that each block lost, by name; as applied, which may be less than asked."""
+    """The share of its weights that each block lost, by name; the last step can take less than answered."""
     sparsity: float
     """Of the whole model, after the step."""
     perplexity: float | None
-    """On held-out windows, after the step; null where it was no finite number."""
+    """On held-out windows, after the step; null if it was not finite."""
     kept: bool
-    """False where it was rolled back."""
+    """False if the step was undone."""
 
 
 class State(Strict):
-    """All a policy knows."""
+    """Everything a policy knows."""
 
     target: float
     sparsity: float
@@ -65,7 +65,7 @@ class State(Strict):
 
 
 class Answer(Strict):
-    """The share of its weights each block is to lose on top of what it lost, by its name; or why to stop."""
+    """The further share of its weights each block is to lose, by name; or a reason to stop."""
 
     prune: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     stop: str = ""
@@ -78,20 +78,20 @@ class Answer(Strict):
 
 
 class Rules(Strict):
-    """The least sensitive blocks lose `step` each, which is halved after every step that was rolled back."""
+    """Take `step` from each of the least sensitive blocks, half as much after every step that was undone."""
 
     kind: Literal["rules"]
     step: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """What a block loses at first."""
+    """The share a block loses at the first step."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of blocks that are pruned at a step, those whose two z-scores add up to least."""
+    """The share of blocks pruned at a step: those with the lowest sum of z-scores."""
     cap: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """No block loses more than this in all."""
+    """The highest sparsity of a block."""
     patience: Annotated[int, Field(ge=0)] = 4
-    """Steps that may be rolled back before it gives up."""
+    """The number of undone steps it accepts before it stops."""
 
     def decide(self, state: State) -> Answer:
-        """A function of the state alone."""
+        """Answer from the state alone."""
         failed = sum(not step.kept for step in state.history)
         if failed > self.patience:
             return Answer(stop=f"perplexity rose by more than max_rise at {failed} steps")
@@ -106,14 +106,15 @@ class Rules(Strict):
 
 def _argument(value: str) -> str:
     if "\0" in value:
-        raise ValueError("allowed: any text without a NUL character, which no argument of a program can hold")
+        raise ValueError("allowed: any text without a NUL character, which no program can get as an argument")
     return value
 
 
 class Command(Strict):
-    """A program that decides, run once a step in the project's folder, without a shell.
+    """Run a program that decides, once a step, in the project's folder, without a shell.
 
-    It has a session of its own, which is killed as a whole when the answer is late: also what it started.
+    It runs in a session of its own. If the answer is late, the whole session is killed, child processes
+    included.
     """
 
     kind: Literal["command"]
@@ -122,47 +123,43 @@ class Command(Strict):
     ]
     """The program and its arguments."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds it may take to answer."""
+    """Seconds the program may take to answer."""
 
     def decide(self, state: State) -> Answer:
-        """What the program says.
+        """Return the program's answer.
 
         Raises:
-            Refusal: it cannot be run, fails, takes too long, or says anything but an `Answer`.
+            Refusal: it cannot be run, fails, takes too long, or does not write an `Answer`.
         """
         name = f"policy command {self.command[0]}"
         try:
             code, out, err = self._run(state.model_dump_json())
         except subprocess.TimeoutExpired:
             raise Refusal(
-                f"{name} did not answer within {self.timeout:g} seconds; raise policy.timeout or mend it."
+                f"{name} did not answer within {self.timeout:g} seconds; raise policy.timeout or fix it."
             ) from None
         except OSError as error:
-            raise Refusal(f"{name} cannot be run: {error.strerror}; mend policy.command.") from None
+            raise Refusal(f"{name} cannot be run: {error.strerror}; fix policy.command.") from None
         if code:
-            last = (err.strip().splitlines() or ["it said nothing on its standard error"])[-1]
-            raise Refusal(f"{name} ended with exit code {code} ({last[:200].rstrip('.')}); mend it.")
+            last = (err.strip().splitlines() or ["standard error is empty"])[-1]
+            raise Refusal(f"{name} failed with exit code {code} ({last[:200].rstrip('.')}); fix the program.")
         try:
             return Answer.model_validate_json(out)
         except ValidationError as error:
-            wrong = "; ".join(
-                ": ".join([*(".".join(map(str, one["loc"])),) * bool(one["loc"]), one["msg"]])
-                for one in error.errors(include_url=False)
-            )
             raise Refusal(
-                f"{name} answered {_shown(out)}, which is no answer ({wrong}); it must be JSON like "
+                f"{name} wrote {_shortened(out)}, which is no answer ({_mistakes(error)}); write JSON like "
                 '{"prune": {"<block>": 0.05}} or {"stop": "<reason>"}.'
             ) from None
 
-    def _run(self, given: str) -> tuple[int, str, str]:
-        """The program's exit code, standard output and standard error on `given` as standard input."""
+    def _run(self, state: str) -> tuple[int, str, str]:
+        """Return the program's exit code, standard output and standard error for this standard input."""
         with subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             encoding="utf-8", errors="replace", start_new_session=True,
         ) as program:  # fmt: skip
             try:
-                out, err = program.communicate(given, self.timeout)
-            except BaseException:  # an interrupt, too: it does not reach another session by itself
+                out, err = program.communicate(state, self.timeout)
+            except BaseException:  # also an interrupt, which does not reach another session by itself
                 with suppress(ProcessLookupError):
                     os.killpg(program.pid, signal.SIGKILL)
                 raise
@@ -173,30 +170,32 @@ Policy = Annotated[Rules | Command, Field(discriminator="kind")]
 
 
 def ask(policy: Rules | Command, state: State) -> Answer:
-    """What the policy decides, held against the state.
+    """Return the policy's answer, checked against the state.
 
     Raises:
-        Refusal: it names blocks there are not or takes more from some than they have; see `Command.decide`.
+        Refusal: it names unknown blocks or takes more of a block than is left; see `Command.decide`.
     """
     answer = policy.decide(state)
-    have = {block.name: block.sparsity for block in state.blocks}
-    if unknown := sorted(answer.prune.keys() - have.keys()):
-        raise Refusal(
-            f"policy {policy.kind} names blocks there are not: {', '.join(unknown)}; {_known(have)}."
+    lost = {block.name: block.sparsity for block in state.blocks}
+    if unknown := sorted(answer.prune.keys() - lost.keys()):
+        names = list(lost)
+        known = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
+        raise Refusal(f"policy {policy.kind} names unknown blocks: {', '.join(unknown)}; allowed: {known}.")
+    if over := [name for name, share in answer.prune.items() if lost[name] + share > 1 + SLACK]:
+        excess = ", ".join(
+            f"{answer.prune[name]:g} of {name}, which has lost {lost[name]:g}" for name in over
         )
-    if over := [name for name, share in answer.prune.items() if have[name] + share > 1 + SLACK]:
-        told = ", ".join(
-            f"{answer.prune[name]:g} from {name}, which has lost {have[name]:g}" for name in over
-        )
-        raise Refusal(f"policy {policy.kind} takes more than there is: {told}.")
+        raise Refusal(f"policy {policy.kind} takes more than is left: {excess}.")
     return answer
 
 
-def _known(names: dict[str, float]) -> str:
-    listed = list(names)
-    return f"there are {listed[0]} to {listed[-1]}" if len(listed) > 1 else f"there is {listed[0]}"
+def _mistakes(error: ValidationError) -> str:
+    """Return what is wrong with an answer, field by field, in one line."""
+    mistakes = error.errors(include_url=False)
+    located = ((".".join(map(str, mistake["loc"])), mistake["msg"]) for mistake in mistakes)
+    return "; ".join(f"{field}: {message}" if field else message for field, message in located)
 
 
-def _shown(text: str) -> str:
-    folded = " ".join(text.split())
-    return repr(folded if len(folded) <= 80 else f"{folded[:80]} ...") if folded else "nothing"
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return repr(line if len(line) <= 80 else f"{line[:80]} ...") if line else "nothing"

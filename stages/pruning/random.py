@@ -1,10 +1,10 @@
-"""Random pruning, the control: what any choice of weights at all would cost."""
+"""Random pruning, the control: the cost of removing any weights at all."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from stages.compress.select import drawn
+from stages.compress.select import random_scores
 from stages.core.schema import Seed
 from stages.corpus.windows import OptionalTokens
 from stages.pruning.pruner import Pruner
@@ -21,10 +21,10 @@ class Random(Pruner):
     method: Literal["random"]
     seed: Seed
     calibration: OptionalTokens
-    """Read by an allocation that is measured on text, by nothing else."""
+    """Text for an allocation that is measured on text."""
 
     def replace(self, linear: Linear, statistic: None, plan: dict[str, int]) -> Tensor:
         """Prune a linear; the draw depends on the seed and the linear's name, not on the order of linears."""
         weight = linear.weight
-        scores = drawn(self.seed, linear.name, *weight.shape).to(weight.device)
+        scores = random_scores(self.seed, linear.name, *weight.shape).to(weight.device)
         return self.pruned(weight, scores.__getitem__, plan[linear.name])

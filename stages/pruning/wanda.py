@@ -1,8 +1,8 @@
-"""Wanda (2306.11695): a weight matters as much as it is large and its input is loud.
+"""Wanda (2306.11695): a weight matters more the larger it is and the larger its input.
 
 The score of W[i, j] is |W[i, j]| * sqrt(mean over tokens of X[t, j] squared); in each output row the
 lowest-scoring share is zeroed. No weight is updated, so it costs one forward pass. With inputs of equal
-norm it is row-wise magnitude.
+norm it is row-wise magnitude pruning.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Wanda(Pruner):
 
     @property
     def by_row(self) -> bool:
-        """As in the paper."""
+        """Always, as in the paper."""
         return True
 
     def weights(self, weight: Tensor, statistic: ColumnNorm, zeros: int) -> Tensor:
-        """Prune `weight` `[out, in]`, any float dtype, by the norms of its inputs; survivors stay."""
+        """Prune `weight` `[out, in]`, any float dtype, by its input norms; survivors keep their values."""
         return self.pruned(weight, wanda_scores(weight, statistic.norm()), zeros)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import math
+import operator
 import re
 from pathlib import Path
 
@@ -17,19 +18,22 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from stages.core.errors import Refusal
 from stages.model.blocks import blocks, linears
-from stages.pruning import gradients
-from stages.pruning.allocation import Allocation, hill, influence, scaled, solved, spectrum
-from stages.pruning.pruner import budget
+from stages.pruning.allocation import layer_if
+from stages.pruning.allocation.alpha import hill, spectrum_of
+from stages.pruning.allocation.kinds import AnyAllocation
+from stages.pruning.allocation.layer_if import influence
+from stages.pruning.allocation.shares import budget, map_scores, solve
+from stages.pruning.gradients import sketches
 from tests import families
 from tests.pipeline import NONE, TEXT, do, load, params, record
-from tests.test_prune import Whole
+from tests.pruning.test_pruner import Whole
 
 METHODS = ("erk", "owl", "alpha", "layer-if")
 DEPTH = 6
 
 
-def allocation(method: str, **options) -> Allocation:
-    return TypeAdapter(Allocation).validate_python({"kind": method, **options})
+def allocation(method: str, **options) -> AnyAllocation:
+    return TypeAdapter(AnyAllocation).validate_python({"kind": method, **options})
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +217,7 @@ def exact_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_sketches_keep_dot_products(model):
     whole = exact_gradients(model)
-    small = gradients.sketches(model, tokens(), list(whole))
+    small = sketches(model, tokens(), list(whole))
     for name, exact in whole.items():
         scale = exact.norm(dim=1).max() ** 2
         assert (small[name].double() @ small[name].double().T - exact @ exact.T).abs().max() < 0.05 * scale
@@ -221,7 +225,7 @@ def test_sketches_keep_dot_products(model):
 
 def test_layer_if_is_the_papers_formula(model, monkeypatch):
     whole = exact_gradients(model)
-    monkeypatch.setattr(gradients, "sketches", lambda model, windows, names: {n: whole[n] for n in names})
+    monkeypatch.setattr(layer_if, "sketches", lambda model, windows, names: {n: whole[n] for n in names})
     found = by_block(model, shares("layer-if", model, 0.5))
     scores = torch.tensor([slow_influence(whole[n][:3], whole[n][3:]) for n, _ in blocks(model)])
     scores = ((scores - scores.min()) / (scores.max() - scores.min())).numpy()
@@ -241,7 +245,7 @@ def test_scores_that_are_no_numbers_are_refused_by_block(method, factor):
     if method == "owl":  # |W| times the norm is more than fp32 holds, the inputs are not
         broken.model.layers[1].mlp.up_proj.weight.mul_(1e4)
     blocks_ = r"model\.layers\.0, model\.layers\.1" if method == "layer-if" else r"model\.layers\.1"
-    with pytest.raises(Refusal, match=rf"allocation {method} finds no finite score for {blocks_}; look for"):
+    with pytest.raises(Refusal, match=rf"allocation {method} has no finite score for {blocks_}; check their"):
         allocation(method).shares(Source(broken), (), 0.5, tokens())
 
 
@@ -257,12 +261,12 @@ def test_alpha_looks_at_what_a_matrix_has_beside_zero(model, caplog):
     """A matrix of low rank has the exponent of its rank, one of zeros or of rank one has none."""
     draw = torch.Generator().manual_seed(0)
     tall, wide = torch.randn(48, 12, generator=draw).double(), torch.randn(12, 64, generator=draw).double()
-    found = spectrum((tall @ wide).float())
+    found = spectrum_of((tall @ wide).float())
     exact = torch.linalg.svdvals(tall @ wide)[:12] ** 2
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)
     assert hill(found) == pytest.approx(slow_hill(exact.tolist()), rel=1e-4)
-    assert [len(spectrum(w)) for w in (torch.zeros(4, 8), torch.ones(4, 8), torch.eye(4, 8))] == [0, 1, 4]
-    assert spectrum(torch.tensor([[1.0, math.nan], [1, 1]])).isnan().all()
+    assert [len(spectrum_of(w)) for w in (torch.zeros(4, 8), torch.ones(4, 8), torch.eye(4, 8))] == [0, 1, 4]
+    assert spectrum_of(torch.tensor([[1.0, math.nan], [1, 1]])).isnan().all()
     broken = copy.deepcopy(model)
     broken.model.layers[2].mlp.gate_proj.weight.data.zero_()
     broken.model.layers[2].mlp.up_proj.weight.data.fill_(0.1)
@@ -271,7 +275,7 @@ def test_alpha_looks_at_what_a_matrix_has_beside_zero(model, caplog):
         shared = by_block(broken, shares("alpha", broken, 0.5))
     exponents = []
     for name, _ in blocks(broken):
-        spectra = [spectrum(one.weight) for one in linears(broken) if one.block == name]
+        spectra = [spectrum_of(one.weight) for one in linears(broken) if one.block == name]
         each = [slow_hill(one.tolist()) for one in spectra if len(one) > 1]
         exponents.append(sum(each) / len(each))
     low, high = min(exponents), max(exponents)
@@ -282,7 +286,9 @@ def test_alpha_looks_at_what_a_matrix_has_beside_zero(model, caplog):
     for one in linears(broken):
         if one.block == "model.layers.2":
             one.weight.zero_()
-    with pytest.raises(Refusal, match=r"alpha: no matrix of model\.layers\.2 has two singular values"):
+    with pytest.raises(
+        Refusal, match=r"alpha: no matrix of model\.layers\.2 has two nonzero singular values"
+    ):
         shares("alpha", broken, 0.5)
 
 
@@ -297,10 +303,10 @@ def test_a_sparsity_out_of_reach_is_refused(method, options, sparsity, change, m
     if method == "layer-if":  # of few blocks, whose scores are not smoothed
         model = families.model("llama").float()
     others = 1 - 1 / len(blocks(model))
-    said = rf"^sparsity {sparsity} cannot .* at most together; take {change} or"
+    said = rf"^sparsity {sparsity} cannot .*; use {change} or"
     with pytest.raises(Refusal, match=said) as told:
         shares(method, model, sparsity, **options)
-    most = float(re.search(r"lose ([\d.]+) at most", str(told.value))[1])
+    most = float(re.search(r"at most ([\d.]+)", str(told.value))[1])
     assert others - 1e-4 < most < sparsity
     shares(method, model, most, **options)
 
@@ -308,23 +314,23 @@ def test_a_sparsity_out_of_reach_is_refused(method, options, sparsity, change, m
 def test_scores_that_are_all_alike_are_told(caplog):
     logging.disable(logging.NOTSET)
     with caplog.at_level(logging.WARNING):
-        scaled("alpha", {"a": 0.5, "b": 0.25}, 0, 1)
+        map_scores("alpha", {"a": 0.5, "b": 0.25}, 0, 1)
         assert not caplog.text
-        scaled("owl", {"a": 0.25, "b": 0.25}, 0, 1)
-    assert "allocation owl: the score of all 2 blocks is 0.25, so all lose the same share" in caplog.text
+        map_scores("owl", {"a": 0.25, "b": 0.25}, 0, 1)
+    assert "allocation owl: all 2 blocks score 0.25, so all lose the same share" in caplog.text
 
 
 @given(st.dictionaries(st.text(), st.floats(-1e6, 1e6), min_size=1), st.floats(-2, 2), st.floats(-2, 2))
 def test_scaled_scores_span_what_is_asked_in_their_order(scores, low, high):
-    found = scaled("owl", scores, low, high)
+    found = map_scores("owl", scores, low, high)
     least, most = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
     assert found[least] == low
     assert found[most] == pytest.approx(high if scores[least] < scores[most] else low, abs=1e-9)
     for one, other in itertools.pairwise(sorted(scores, key=scores.__getitem__)):
         assert (found[other] - found[one]) * (high - low) >= 0
     for broken in (math.nan, math.inf):
-        with pytest.raises(Refusal, match="allocation owl finds no finite score for it; "):
-            scaled("owl", scores | {"it": broken}, low, high)
+        with pytest.raises(Refusal, match="allocation owl has no finite score for it; "):
+            map_scores("owl", scores | {"it": broken}, low, high)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -349,7 +355,7 @@ def test_blocks_that_are_all_alike_get_the_same_share(method, model, monkeypatch
         found = shares(method, alike, 0.5, multiple=1e6)
     elif method == "layer-if":
         one = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-        monkeypatch.setattr(gradients, "sketches", lambda model, windows, names: dict.fromkeys(names, one))
+        monkeypatch.setattr(layer_if, "sketches", lambda model, windows, names: dict.fromkeys(names, one))
         found = shares(method, alike, 0.5)
     else:
         found = shares(method, alike, 0.5)
@@ -406,7 +412,7 @@ def test_zeros_that_are_there_are_made_up_for_by_the_others(data, count):
 def test_shares_are_clamped_and_the_rest_makes_up_for_it():
     found = linears(families.model("llama"))
     names = sorted({one.block for one in found})
-    made = solved(lambda shift: dict(zip(names, (-0.5 + shift, 0.9 + shift), strict=True)), found, 0.5, "")
+    made = solve(dict(zip(names, (-0.5, 0.9), strict=True)), operator.add, found, 0.5, "")
     assert {made[one.name] for one in found if one.block == names[0]} == {0.0}
     assert {made[one.name] for one in found if one.block == names[1]} == {1.0}
 
@@ -474,5 +480,5 @@ def test_a_source_with_zeros_meets_the_target_or_is_told_of(had, recipe, workspa
     )
     assert record("prune/spread")["notes"]["prune/spread"]["zeros"] == written
     assert record("prune/spread")["sparsity"] == max(had, 0.5)
-    assert ("are zero already, more than the" in caplog.text) == (had > 0.5)
+    assert ("are already zero, more than the" in caplog.text) == (had > 0.5)
     assert (written == there) == (had > 0.5)

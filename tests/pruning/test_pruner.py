@@ -12,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from stages.compress.select import grown_by_row, smallest, smallest_in_groups, smallest_overall
+from stages.compress.select import extend_by_row, smallest, smallest_in_groups, smallest_overall
 from stages.compress.statistics import ColumnNorm, Hessian
 from stages.core.errors import Refusal
 from stages.model.blocks import Linear, linears
 from stages.model.grid import Codes, round_to_codes, scale_of
-from stages.pruning.allocation import Uniform
+from stages.pruning.allocation.uniform import Uniform
 from stages.pruning.magnitude import Magnitude, global_zeros
 from stages.pruning.random import Random
-from stages.pruning.sparsegpt import SparseGPT, to_go
+from stages.pruning.sparsegpt import SparseGPT, zeros_by_run
 from stages.pruning.wanda import Wanda
 from tests import families
+from tests.hessians import ChosenHessian
 from tests.project import ROOT
 
 NONE = {"dataset": "none"}
@@ -74,7 +75,7 @@ def weights(draw):
 
 
 def lowest_by_row(scores: torch.Tensor, count: int) -> torch.Tensor:
-    return grown_by_row(scores.__getitem__, torch.zeros_like(scores, dtype=torch.bool), count)
+    return extend_by_row(scores.__getitem__, torch.zeros_like(scores, dtype=torch.bool), count)
 
 
 @given(weights(), SPARSITY)
@@ -548,7 +549,7 @@ def test_what_is_still_to_go_of_each_run_of_columns(there, run, share):
     """Twelve rows; the columns of a run hold as many zeros as drawn."""
     gone = torch.stack([torch.arange(12) < number for number in there])
     zeros = floor(share * gone.numel())
-    counts = to_go(gone, zeros, run)
+    counts = zeros_by_run(gone, zeros, run)
     parts = gone.split(run)
     assert len(counts) == len(parts)
     assert sum(counts) == max(zeros - int(gone.sum()), 0)
@@ -560,13 +561,17 @@ def test_what_is_still_to_go_of_each_run_of_columns(there, run, share):
 
 def test_a_grid_no_linear_is_cut_evenly_by_is_refused():
     method = sparsegpt(0.5, grid={"bits": 4, "group_size": 24})
-    with pytest.raises(Refusal, match=r"group_size 24 does not divide the input of 14 linears: model\.l"):
+    with pytest.raises(
+        Refusal, match=r"group_size 24 does not divide the input width of 14 linears: model\.l"
+    ):
         method.plan(Whole(families.model("llama")), pytest.fail)
 
 
 def test_a_pattern_no_linear_is_cut_evenly_by_is_refused():
     for method in (magnitude(0.75, "row", structure="6:24"), sparsegpt(0.75, structure="6:24")):
-        with pytest.raises(Refusal, match=r"structure 6:24: 24 does not divide the input of 14 linears: m"):
+        with pytest.raises(
+            Refusal, match=r"structure 6:24: 24 does not divide the input width of 14 linears: m"
+        ):
             method.plan(Whole(families.model("llama")), pytest.fail)
 
 
@@ -579,7 +584,7 @@ def test_a_pattern_no_linear_is_cut_evenly_by_is_refused():
         ({"structure": "2:4", "allocation": {"kind": "erk"}}, "leaves nothing to allocate"),
         ({"scope": "global", "structure": "2:4"}, "scope global is an allocation of its own"),
         ({"scope": "global", "allocation": {"kind": "erk"}}, "scope global is an allocation of its own"),
-        ({"allocation": {"kind": "owl"}}, "allocation owl is measured on text; name one"),
+        ({"allocation": {"kind": "owl"}}, "allocation owl is measured on text; name a data set"),
         ({"allocation": FLOORS}, "floor_rows is for methods that compare"),
         ({"scope": "global", "allocation": FLOORS}, "floor_rows is for methods that compare"),
         ({"scope": "row", "structure": "2:4", "allocation": FLOORS}, "leaves nothing to allocate"),
@@ -591,7 +596,10 @@ def test_a_pattern_no_linear_is_cut_evenly_by_is_refused():
             {"allocation": {"kind": "layer-if"}, "calibration": TEXT | {"num_samples": 1}},
             "allocation layer-if needs num_samples of 2 or more",
         ),
-        ({"calibration": {"dataset": "news"}}, "must be {dataset: none}, as nothing here reads text"),
+        (
+            {"calibration": {"dataset": "news"}},
+            "must be {dataset: none}, as no part of this recipe reads text",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(options, said):
@@ -639,6 +647,6 @@ def test_an_indefinite_hessian_is_refused_and_a_singular_one_damped(dead):
     inputs[:, :dead] = 0
     made = sparsegpt(0.5).weights(weight, hessian(inputs), 64)
     assert made.isfinite().all() and int((made == 0).sum()) == 64
-    indefinite = Hessian.of(torch.full((32, 32), 3.0) - 2 * torch.eye(32))
+    indefinite = ChosenHessian(torch.full((32, 32), 3.0) - 2 * torch.eye(32))
     with pytest.raises(Refusal, match=r"not positive definite with damping 0\.01; raise damping"):
         sparsegpt(0.5).weights(weight, indefinite, 64)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from stages.compress.select import grown_by_row, lowest
+from stages.compress.select import extend_by_row, extend_mask
 from stages.core.errors import Refusal
 from stages.model.blocks import linears
 from stages.pruning.gradients import loss_gradients, mean_loss
@@ -79,14 +79,14 @@ def test_a_mask_grows_by_the_lowest_scores_to_an_exact_count(data):
     gone = torch.tensor(data.draw(values)).view(rows, columns) == 0
     count = data.draw(st.integers(0, rows * columns))
     for by_row in (True, False):
-        made = lowest(scores.__getitem__, gone, count, by_row=by_row)
+        made = extend_mask(scores.__getitem__, gone, count, by_row=by_row)
         assert made[gone].all()
         assert int(made.sum()) == max(count, int(gone.sum()))
         parts = zip(made, scores, gone, strict=True) if by_row else [(made, scores, gone)]
         for mask, score, had in parts:
             new, left = score[mask & ~had], score[~mask]
             assert not (new.numel() and left.numel()) or new.max() <= left.min()
-    have, got = gone.sum(1), grown_by_row(scores.__getitem__, gone, count).sum(1)
+    have, got = gone.sum(1), extend_by_row(scores.__getitem__, gone, count).sum(1)
     raised = got[got > have]
     assert not raised.numel() or int(raised.max()) <= int(got.min()) + 1
 
@@ -99,7 +99,7 @@ def test_the_mask_grows_and_every_linear_meets_the_target(scope, workspace, monk
         seen.append(({one.name: one.weight == 0 for one in found}, given))
         return loss_gradients(model, found, given, **options)
 
-    monkeypatch.setattr("stages.pruning.gradients.loss_gradients", watched)
+    monkeypatch.setattr("stages.pruning.resp.loss_gradients", watched)
     recipe = {
         "source": "base/tiny",
         "method": "resp",
@@ -151,7 +151,7 @@ def test_zeros_of_a_source_stay_and_count(workspace):
 
 
 def test_it_learns_from_what_the_model_says_or_not_at_all():
-    with pytest.raises(ValidationError, match="tokens is text, and resp learns from what the model says"):
+    with pytest.raises(ValidationError, match="tokens is text, but resp is calibrated on text the model"):
         RESP(source="base/m", method="resp", sparsity=0.5, scope="row", calibration=TEXT)
 
 

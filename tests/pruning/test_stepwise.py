@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from stages.core.errors import Refusal
 from stages.model.blocks import linears
 from stages.pruning.policy import Answer, Block, Command, Rules, State, Step, ask
-from stages.pruning.stepwise import Stepwise, Work, whole, zscores
+from stages.pruning.stepwise import Stepwise, Work, zscores
 from tests import families
 from tests.pipeline import NONE, TEXT, do, load, params, record
 
@@ -242,8 +242,8 @@ print(json.dumps({"prune": {shown["name"]: 0.25}}))
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ("print('I would prune block 3.')", r"answered 'I would prune block 3\.', which is no"),
-        ("", "answered nothing, which is no answer"),
+        ("print('I would prune block 3.')", r"wrote 'I would prune block 3\.', which is no answer"),
+        ("", "wrote nothing, which is no answer"),
         ("print('{}')", "either prune names blocks or stop gives a reason"),
         ("print('{\"stop\": \"x\", \"prune\": {\"a\": 0.1}}')", "either prune names blocks or stop"),
         ("print('{\"prune\": {\"a\": \"0.1\"}}')", "prune.a: Input should be a valid number"),
@@ -251,8 +251,8 @@ print(json.dumps({"prune": {shown["name"]: 0.25}}))
         ("print('{\"prune\": {\"model.layers.0\": -0.1}}')", "Input should be greater than 0"),
         ("print('{\"prune\": {\"a\": 0.1}, \"why\": \"x\"}')", "why: Extra inputs are not permitted"),
         ("print('[]')", "which is no answer"),
-        ("sys.exit('no key')", r"ended with exit code 1 \(no key\); mend it\.$"),
-        ("sys.stderr.close(); sys.exit(3)", r"ended with exit code 3 \(it said nothing on its"),
+        ("sys.exit('no key')", r"failed with exit code 1 \(no key\); fix the program\.$"),
+        ("sys.stderr.close(); sys.exit(3)", r"failed with exit code 3 \(standard error is empty"),
         ("time.sleep(60)", "did not answer within 2 seconds; raise policy.timeout"),
     ],
 )  # fmt: skip
@@ -298,11 +298,11 @@ def test_a_command_sees_no_shell(tmp_path):
     [
         (
             Answer(prune={"model.layers.9": 0.1, "x": 0.1}),
-            "names blocks there are not: model.layers.9, x; there are model.layers.0 to model.layers.1",
+            "names unknown blocks: model.layers.9, x; allowed: model.layers.0 to model.layers.1",
         ),
         (
             Answer(prune={NAMES[0]: 0.6, NAMES[1]: 0.3}),
-            "takes more than there is: 0.6 from model.layers.0, which has lost 0.5",
+            "takes more than is left: 0.6 of model.layers.0, which has lost 0.5",
         ),
     ],
 )
@@ -315,7 +315,7 @@ def test_answers_that_do_not_fit_the_model_are_refused(answer, sentence):
     ("options", "sentence"),
     [
         ({"held_out": 4}, "held_out 4 leaves none of 4 calibration windows"),
-        ({"sparsity": 0.95}, r"with policy.cap 0.9 no sparsity of 0.95 can be reached"),
+        ({"sparsity": 0.95}, r"policy.cap 0.9 is below sparsity 0.95"),
         ({"policy": {"kind": "command", "command": ()}}, "at least 1 item"),
         ({"policy": {"kind": "command", "command": "rm -rf x"}}, "valid tuple"),
         ({"policy": {"kind": "command", "command": ("echo", "a\0b")}}, "without a NUL character"),
@@ -330,7 +330,7 @@ def test_settings_that_cannot_work_are_refused(options, sentence):
 def test_a_broken_source_is_refused():
     model = families.model("llama")
     linears(model)[0].weight.fill_(torch.nan)
-    with pytest.raises(Refusal, match="perplexity is not a finite number"):
+    with pytest.raises(Refusal, match="perplexity is not finite"):
         stepwise().prune(model, windows())
 
 

@@ -1,8 +1,8 @@
-"""Running a decoder with some of its blocks, or their attention, left out.
+"""Ablation of a decoder: run it without some of its blocks, or without their attention.
 
-It is the model's own forward, with something standing in for the forwards of its blocks. Many sets of
-blocks left out share how they begin: they are run in such an order that a run starts from the block where
-it first differs from the run before, whose residual stream is kept.
+It is the model's own forward, with the forwards of its blocks patched. Many sets of omitted blocks begin
+alike, so they run in such an order that each run starts at the first block where it differs from the previous
+run, whose residual stream before that block is kept.
 """
 
 from __future__ import annotations
@@ -11,162 +11,173 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.model.blocks import blocks, check_length, forward
-from stages.pruning.depth.observe import Target, first_of, stream_of
+from stages.pruning.depth.observe import Target, stream_in, stream_out
 from stages.pruning.depth.remove import output_projections
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+POSITIONS = 64
+"""Positions scored at a time, as fp32 logits of all positions over the whole vocabulary are slow."""
+
 
 @dataclass(frozen=True)
-class Rows:
-    """Token ids `[rows, tokens]`, and which of them are predicted from those before, bool of that shape."""
+class ScoredRows:
+    """Token ids `[rows, tokens]`, and which of them the model has to predict, bool of the same shape."""
 
     tokens: Tensor
     predicted: Tensor
 
     @classmethod
-    def of(cls, windows: Tensor) -> Rows:
-        """Running text: every token of a window but its first is predicted."""
+    def of_text(cls, windows: Tensor) -> ScoredRows:
+        """Predict every token of running text but the first of each window."""
         predicted = torch.ones_like(windows, dtype=torch.bool)
         predicted[:, 0] = False
         return cls(windows, predicted)
 
 
 class Ablation:
-    """A model and the text on which runs of it with some blocks left out are compared.
+    """A model and the rows on which its runs without some blocks are compared.
+
+    Args:
+        batch_size: rows per forward.
+        target: what a run omits.
+        label: of the progress bar.
 
     Raises:
-        Refusal: a family whose blocks do not simply hand each other the stream, or rows it cannot read.
+        Refusal: the family changes the stream between blocks, or the rows are longer than it reads.
     """
 
     def __init__(
-        self, model: PreTrainedModel, rows: Rows, batch_size: int, target: Target, label: str
+        self, model: PreTrainedModel, rows: ScoredRows, batch_size: int, target: Target, label: str
     ) -> None:
         check_length(model, rows.tokens)
         self._model, self._rows, self._batch_size, self._label = model, rows, batch_size, label
         self._target = target
         self._names, self._blocks = (list(each) for each in zip(*blocks(model), strict=True))
         self._projections = output_projections(model) if target == "attention" else []
-        self._out: frozenset[int] = frozenset()
+        self._omitted: frozenset[int] = frozenset()
         self._start = 0
         self._streams: list[Tensor] = [torch.empty(0)] * len(self._blocks)
-        self._width = _chain(model)
+        self._values = _values_returned(model)
 
     def likelihoods(self, sets: Iterable[frozenset[int]]) -> dict[frozenset[int], Tensor]:
-        """For each set of blocks left out, the log-likelihood of the predicted tokens of each row, fp64.
+        """Return the log-likelihood of each row's predicted tokens, `[rows]` fp64, by set of omitted blocks.
 
         Raises:
-            Refusal: one is not a number.
+            Refusal: one is not finite.
         """
-        wanted = sorted(set(sets), key=lambda out: [number in out for number in range(len(self._blocks))])
-        found: dict[frozenset[int], list[Tensor]] = {out: [] for out in wanted}
-        parts = torch.arange(len(self._rows.tokens)).split(self._batch_size)
+        ordered = sorted(set(sets), key=lambda omitted: [n in omitted for n in range(len(self._blocks))])
+        scores: dict[frozenset[int], list[Tensor]] = {omitted: [] for omitted in ordered}
+        batches = torch.arange(len(self._rows.tokens)).split(self._batch_size)
         with (
-            ExitStack() as stand_ins,
+            ExitStack() as patches,
             torch.no_grad(),
-            tqdm(total=len(parts) * len(wanted), desc=self._label, unit="forward") as bar,
+            tqdm(total=len(batches) * len(ordered), desc=self._label, unit="forward") as bar,
         ):
-            self._stand_in(stand_ins)
-            for part in parts:
-                before: frozenset[int] | None = None
-                for out in wanted:
-                    self._out, self._start = out, 0 if before is None else min(out ^ before)
-                    found[out].append(self._score(part))
-                    before = out
+            self._patch(patches)
+            for batch in batches:
+                previous: frozenset[int] | None = None
+                for omitted in ordered:
+                    self._omitted = omitted
+                    self._start = 0 if previous is None else min(omitted ^ previous)
+                    scores[omitted].append(self._score(batch))
+                    previous = omitted
                     bar.update()
-        made = {out: torch.cat(values) for out, values in found.items()}
-        for out, values in made.items():
+        joined = {omitted: torch.cat(parts) for omitted, parts in scores.items()}
+        for omitted, values in joined.items():
             if not values.isfinite().all():
-                left = ", ".join(self._names[number] for number in sorted(out))
-                what = "the attention of " if self._target == "attention" else ""
-                without = f"without {what}{left} " if out else ""
-                raise Refusal(f"{without}the model's predictions are NaN or infinite; nothing was written.")
-        return made
+                names = ", ".join(self._names[number] for number in sorted(omitted))
+                kind = "the attention of " if self._target == "attention" else ""
+                without = f" without {kind}{names}" if omitted else ""
+                raise Refusal(f"the model's predictions{without} are NaN or infinite; nothing was written.")
+        return joined
 
     def losses(self, sets: Iterable[frozenset[int]]) -> dict[frozenset[int], float]:
-        """For each set of blocks left out, the mean loss in nats a predicted token."""
-        return {out: self.loss(values) for out, values in self.likelihoods(sets).items()}
+        """Return the mean loss in nats per predicted token by set of omitted blocks."""
+        return {omitted: self.loss(values) for omitted, values in self.likelihoods(sets).items()}
 
     def loss(self, likelihoods: Tensor) -> float:
-        """The mean loss in nats a predicted token, from `[rows]` log-likelihoods."""
+        """Return the mean loss in nats per predicted token, from `[rows]` log-likelihoods."""
         return -float(likelihoods.sum()) / int(self._rows.predicted.sum())
 
-    def _score(self, part: Tensor) -> Tensor:
+    def _score(self, batch: Tensor) -> Tensor:
+        """Return the log-likelihoods of the rows with these numbers, `[batch]` fp64."""
         model: Any = self._model
-        tokens, predicted = self._rows.tokens[part], self._rows.predicted[part, 1:]
+        tokens, predicted = self._rows.tokens[batch], self._rows.predicted[batch, 1:]
         logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
-        found = torch.zeros(len(part), dtype=torch.float64)
-        for row, (each, labels, asked) in enumerate(zip(logits, tokens[:, 1:], predicted, strict=True)):
-            # A few positions at a time, as a vocabulary wide fp32 copy of all is slow.
-            for some, wanted in zip(each[asked].split(64), labels[asked].split(64), strict=True):
-                wide = some.float()
-                chosen = wide.gather(1, wanted[:, None].to(wide.device))[:, 0]
-                found[row] += (chosen - wide.logsumexp(1)).double().sum().cpu()
-        return found
+        scores = torch.zeros(len(batch), dtype=torch.float64)
+        for row, (row_logits, labels, chosen) in enumerate(
+            zip(logits, tokens[:, 1:], predicted, strict=True)
+        ):
+            pieces = row_logits[chosen].split(POSITIONS), labels[chosen].split(POSITIONS)
+            for piece, ids in zip(*pieces, strict=True):
+                wide = piece.float()
+                picked = wide.gather(1, ids[:, None].to(wide.device))[:, 0]
+                scores[row] += (picked - wide.logsumexp(1)).double().sum().cpu()
+        return scores
 
-    def _stand_in(self, stack: ExitStack) -> None:
+    def _patch(self, stack: ExitStack) -> None:
+        """Patch the blocks and hook the output projections until the stack closes."""
         for number, block in enumerate(self._blocks):
-            stack.callback(delattr, block, "forward")
-            block.forward = self._block(number, block.forward)
-        for number, one in enumerate(self._projections):
-            stack.callback(delattr, one.module, "forward")
-            one.module.forward = self._projection(number, one.module.forward)
+            stack.enter_context(mock.patch.object(block, "forward", self._step(number, block.forward)))
+        for number, linear in enumerate(self._projections):
+            stack.enter_context(linear.module.register_forward_hook(self._silence(number)))
 
-    def _block(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The block, or its input where it is left out; before the start nothing that matters."""
+    def _step(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward for a block: the block itself, its input if omitted, anything before the start."""
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            stream = stream_of(args, kwargs)
+            stream = stream_in(args, kwargs)
             if number >= self._start:
                 stream = self._streams[number] if 0 < number == self._start else stream
                 self._streams[number] = stream
-                if not (number in self._out and self._target == "block"):
+                if not (number in self._omitted and self._target == "block"):
                     if args:
                         return original(stream, *args[1:], **kwargs)
                     return original(**{**kwargs, "hidden_states": stream})
-            return stream if self._width is None else (stream, *[None] * (self._width - 1))
+            return stream if self._values is None else (stream, *[None] * (self._values - 1))
 
         return step
 
-    def _projection(self, number: int, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def step(inputs: Tensor) -> Tensor:
-            output = original(inputs)
-            return torch.zeros_like(output) if number in self._out else output
-
-        return step
+    def _silence(self, number: int) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+        """Return a hook that zeroes the output of an attention if its block is omitted."""
+        return lambda _, __, output: torch.zeros_like(output) if number in self._omitted else None
 
 
-def _chain(model: PreTrainedModel) -> int | None:
-    """How many values a block returns, None for a bare tensor.
+def _values_returned(model: PreTrainedModel) -> int | None:
+    """Return how many values a block returns, None for a bare tensor.
 
     Raises:
-        Refusal: some block is handed another tensor than the one before it returned.
+        Refusal: a block is not handed the very tensor that the block before it returned.
     """
     outputs: list[Any] = []
     inputs: list[Tensor] = []
 
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs.append(stream_of(args, kwargs))
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs.append(stream_in(args, kwargs))
 
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
+    def after(_: nn.Module, __: Any, output: Any) -> None:
         outputs.append(output)
 
     with ExitStack() as hooks:
         for _, block in blocks(model):
-            hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks.enter_context(block.register_forward_hook(leave))
+            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(after))
         forward(model, torch.zeros(1, 2, dtype=torch.long))
-    whole = zip(outputs, inputs[1:], strict=False)
-    if len(inputs) != len(blocks(model)) or any(first_of(output) is not after for output, after in whole):
+    links = zip(outputs, inputs[1:], strict=False)
+    if len(inputs) != len(blocks(model)) or any(
+        stream_out(output) is not entered for output, entered in links
+    ):
         raise Refusal(
-            f"{type(model).__name__} does something between its blocks, so they cannot be left out singly."
+            f"{type(model).__name__} changes the residual stream between blocks, so no block can be omitted."
         )
     return None if isinstance(outputs[0], torch.Tensor) else len(outputs[0])

@@ -1,7 +1,7 @@
-"""Watching a decoder's residual stream.
+"""Observation of a decoder's residual stream.
 
-A block reads the stream x and adds to it: x -> x + f(x). `observe` shows every block's x and x + f(x), or
-those of its attention, through hooks on the model's own forward.
+A block reads the stream x and adds to it: x -> x + f(x). `observe` passes x and x + f(x) of every block, or
+of its attention, to an observer, through hooks on the model's own forward.
 """
 
 from __future__ import annotations
@@ -23,20 +23,26 @@ if TYPE_CHECKING:
 
 Target = Literal["block", "attention"]
 """What is removed: whole blocks, or their attention."""
-See: TypeAlias = "Callable[[int, Tensor, Tensor], None]"
+Observer: TypeAlias = "Callable[[int, Tensor, Tensor], None]"
 """(block number, the stream before it, the stream after it), both `[windows, tokens, hidden]`."""
 
 
-def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among the arguments of a block."""
+def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the stream among the arguments of a block."""
     stream: Tensor = args[0] if args else kwargs["hidden_states"]
     return stream
 
 
+def stream_out(output: Any) -> Tensor:
+    """Return the stream among the values a block or an attention returns."""
+    stream: Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return stream
+
+
 def observe(
-    model: PreTrainedModel, windows: Tensor, batch_size: int, target: Target, see: See, label: str
+    model: PreTrainedModel, windows: Tensor, batch_size: int, target: Target, observer: Observer, label: str
 ) -> None:
-    """Call `see` for every block and every `batch_size` windows of one forward.
+    """Call `observer` for every block and every `batch_size` windows of one forward.
 
     Raises:
         Refusal: NaN or infinite hidden states, or windows longer than the model reads.
@@ -46,42 +52,40 @@ def observe(
 
     def checked(number: int, before: Tensor, after: Tensor) -> None:
         if not after.isfinite().all():
-            raise Refusal(f"{names[number]}: NaN or infinite hidden states after it; nothing was written.")
-        see(number, before, after)
+            raise Refusal(f"NaN or infinite hidden states after {names[number]}; nothing was written.")
+        observer(number, before, after)
 
     with ExitStack() as hooks:
         for number, (name, block) in enumerate(blocks(model)):
             attention = attention_of(name, block) if target == "attention" else None
-            _watch(number, block, attention, checked, hooks)
+            _hook(number, block, attention, checked, hooks)
         for batch in tqdm(windows.split(batch_size), desc=label, unit="batch"):
             forward(model, batch)
 
 
-def _watch(number: int, block: nn.Module, attention: nn.Module | None, see: See, hooks: ExitStack) -> None:
-    """Hooks on one block. What an attention adds is its output, or that of a norm it is handed to."""
-    held: dict[str, Tensor] = {}
+def _hook(
+    number: int, block: nn.Module, attention: nn.Module | None, observer: Observer, hooks: ExitStack
+) -> None:
+    """Hook one block. An attention adds its output to the stream, or that of a norm that reads its output."""
+    tensors: dict[str, Tensor] = {}
 
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        held["stream"] = stream_of(args, kwargs)
+    def before_block(_: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors["stream"] = stream_in(args, kwargs)
 
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
-        see(number, held["stream"], held["stream"] + held["added"] if attention else first_of(output))
-        held.clear()
+    def after_block(_: nn.Module, __: Any, output: Any) -> None:
+        before = tensors["stream"]
+        observer(number, before, before + tensors["added"] if attention else stream_out(output))
+        tensors.clear()
 
-    def attend(_: nn.Module, __: Any, output: Any) -> None:
-        held["added"] = first_of(output)
+    def after_attention(_: nn.Module, __: Any, output: Any) -> None:
+        tensors["added"] = stream_out(output)
 
-    def follow(_: nn.Module, args: Any, output: Any) -> None:
-        if args and args[0] is held.get("added"):
-            held["added"] = output
+    def after_sibling(_: nn.Module, args: Any, output: Any) -> None:
+        if args and args[0] is tensors.get("added"):
+            tensors["added"] = output
 
-    hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
-    hooks.enter_context(block.register_forward_hook(leave))
+    hooks.enter_context(block.register_forward_pre_hook(before_block, with_kwargs=True))
+    hooks.enter_context(block.register_forward_hook(after_block))
     for child in block.children() if attention else ():
-        hooks.enter_context(child.register_forward_hook(attend if child is attention else follow))
-
-
-def first_of(output: Any) -> Tensor:
-    """The hidden states among what a block or an attention returns."""
-    stream: Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return stream
+        after = after_attention if child is attention else after_sibling
+        hooks.enter_context(child.register_forward_hook(after))

@@ -1,9 +1,9 @@
-"""Which blocks go: the scores of the literature on depth pruning.
+"""The choice of blocks to remove, by the scores of the literature on depth pruning.
 
-Every score says what a block is worth; the lowest go, ties to the lower block number. Two look at the
-residual stream in one forward (block influence, the angle over a run of blocks), three ask what the
-model's predictions lose without a block (perplexity, Shapley, greedy), and `reverse` looks at nothing.
-Blocks are numbered as in the source; `choices` are those that may go.
+A score says how much a block matters; the blocks with the lowest scores are removed, ties to the lower
+number. Two scores look at the residual stream in one forward (block influence, the angle over a run of
+blocks), three measure how much worse the model predicts without a block (perplexity, Shapley, greedy), and
+`reverse` measures nothing. Blocks are numbered as in the source; `choices` are those that may be removed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
@@ -19,7 +18,7 @@ from stages.core.lazy import torch
 from stages.model.blocks import blocks
 from stages.pruning.depth.ablate import Ablation
 from stages.pruning.depth.observe import Target, observe
-from stages.pruning.depth.tasks import Asked
+from stages.pruning.depth.tasks import Choices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,20 +27,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The blocks to remove, in ascending order, and for the artifact's notes how they were found."""
+    """The blocks to remove, in ascending order, and their scores, for the artifact's notes."""
 
     removed: tuple[int, ...]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def lowest(scores: dict[int, float], count: int) -> tuple[int, ...]:
-    """The `count` blocks with the lowest scores, in ascending order."""
+def lowest_blocks(scores: dict[int, float], count: int) -> tuple[int, ...]:
+    """Return the `count` blocks with the lowest scores, in ascending order."""
     return tuple(sorted(sorted(scores, key=lambda number: (scores[number], number))[:count]))
 
 
-def of(scores: dict[int, float], count: int) -> Ranking:
-    """The lowest of `scores`, and the scores."""
-    return Ranking(lowest(scores, count), {"scores": _named(scores)})
+def rank_by_score(scores: dict[int, float], count: int) -> Ranking:
+    """Rank blocks by scores, of which the `count` lowest are removed."""
+    return Ranking(lowest_blocks(scores, count), {"scores": _named(scores)})
 
 
 def _named(scores: dict[int, float]) -> dict[str, float]:
@@ -49,116 +48,118 @@ def _named(scores: dict[int, float]) -> dict[str, float]:
 
 
 def reverse(choices: list[int], count: int) -> Ranking:
-    """The last of `choices`; without the very last block, the simple strategy of 2403.17887."""
+    """Remove the last of `choices`; the simple strategy of 2403.17887, if these lack the very last block."""
     return Ranking(tuple(choices[-count:]))
 
 
 def block_influence(
     model: PreTrainedModel, windows: Tensor, batch_size: int, target: Target
 ) -> dict[int, float]:
-    """1 - E cos(x_in, x_out) over tokens (ShortGPT, 2403.03853).
+    """Return 1 - E cos(x_in, x_out) over tokens, by block (ShortGPT, 2403.03853).
 
-    Of an attention, x_out is x_in plus what the attention adds to it.
+    For an attention, x_out is x_in plus what the attention adds to it.
     """
+    cosine = torch.nn.functional.cosine_similarity
     sums: dict[int, float] = dict.fromkeys(range(len(blocks(model))), 0.0)
 
-    def see(number: int, before: Tensor, after: Tensor) -> None:
-        sums[number] += float(cosine_similarity(before.double(), after.double(), dim=-1).sum())
+    def add(number: int, before: Tensor, after: Tensor) -> None:
+        sums[number] += float(cosine(before.double(), after.double(), dim=-1).sum())
 
-    observe(model, windows, batch_size, target, see, "block influence")
+    observe(model, windows, batch_size, target, add, "block influence")
     return {number: 1 - total / windows.numel() for number, total in sums.items()}
 
 
 def angular(model: PreTrainedModel, windows: Tensor, batch_size: int, count: int) -> dict[int, float]:
-    """arccos(cos(x_n, x_{n + count})) / pi by the first block n of a run of `count` (2403.17887).
+    """Return arccos(cos(x_n, x_{n + count})) / pi by the first block n of a run of `count` (2403.17887).
 
-    x_n is the stream before block n at the last token of a window; averaged over windows.
+    x_n is the stream before block n at the last token of a window; the mean over windows is returned.
     """
+    cosine = torch.nn.functional.cosine_similarity
     depth = len(blocks(model))
     streams: list[list[Tensor]] = [[] for _ in range(depth + 1)]
 
-    def see(number: int, before: Tensor, after: Tensor) -> None:
+    def collect(number: int, before: Tensor, after: Tensor) -> None:
         streams[number].append(before[:, -1].float())
         if number == depth - 1:
             streams[depth].append(after[:, -1].float())
 
-    observe(model, windows, batch_size, "block", see, "angular distance")
-    at = [torch.cat(parts).double() for parts in streams]
+    observe(model, windows, batch_size, "block", collect, "angular distance")
+    joined = [torch.cat(parts).double() for parts in streams]
     return {
-        start: float(cosine_similarity(at[start], at[start + count]).clamp(-1, 1).arccos().mean() / torch.pi)
+        start: float(cosine(joined[start], joined[start + count]).clamp(-1, 1).arccos().mean() / torch.pi)
         for start in range(depth - count + 1)
     }
 
 
-def runs(choices: list[int], count: int) -> list[int]:
-    """The first blocks of all runs of `count` blocks that hold only `choices`, ascending.
+def removable_runs(choices: list[int], count: int) -> list[int]:
+    """Return the first blocks of all runs of `count` consecutive blocks among `choices`, ascending.
 
     Raises:
-        Refusal: there is none.
+        Refusal: there is no such run.
     """
     free = set(choices)
-    found = [start for start in choices if free.issuperset(range(start, start + count))]
-    if not found:
+    starts = [start for start in choices if free.issuperset(range(start, start + count))]
+    if not starts:
         raise Refusal(f"keep leaves no run of {count} blocks to remove; keep fewer, or lower blocks.")
-    return found
+    return starts
 
 
-def run_of(distances: dict[int, float], starts: list[int], count: int) -> Ranking:
-    """Of the runs of `count` blocks that begin at `starts`, that with the smallest distance."""
-    (start,) = lowest({start: distances[start] for start in starts}, 1)
+def closest_run(distances: dict[int, float], starts: list[int], count: int) -> Ranking:
+    """Remove the run of `count` blocks with the smallest distance among those that begin at `starts`."""
+    (start,) = lowest_blocks({start: distances[start] for start in starts}, 1)
     return Ranking(tuple(range(start, start + count)), {"scores": _named(distances)})
 
 
 def perplexity(ablation: Ablation, choices: list[int]) -> dict[int, float]:
-    """The calibration loss in nats a token with the block left out (2407.16286)."""
+    """Return the calibration loss, in nats per token, without each block (2407.16286)."""
     losses = ablation.losses(frozenset({number}) for number in choices)
     return {number: losses[frozenset({number})] for number in choices}
 
 
 def shapley(ablation: Ablation, choices: list[int], samples: int, seed: int) -> dict[int, float]:
-    """How much each block lowers the loss on joining those before it, over drawn orders (2407.16286).
+    """Return by how much each block lowers the loss on joining those before it in random orders (2407.16286).
 
-    An order starts from the model without any of `choices`; the mean over `samples` orders is an unbiased
-    estimate of the Shapley value, and the values of all blocks sum to the loss they lower together.
+    An order starts from the model without any of `choices`. The mean over `samples` orders is an unbiased
+    estimate of the Shapley value, and the values of all blocks add up to the loss they lower together.
     """
     draw = torch.Generator().manual_seed(seed)
     orders = [
         [choices[place] for place in torch.randperm(len(choices), generator=draw).tolist()]
         for _ in range(samples)
     ]
-    out = [[frozenset(order[place:]) for place in range(len(order) + 1)] for order in orders]
-    losses = ablation.losses(one for chain in out for one in chain)
+    chains = [[frozenset(order[place:]) for place in range(len(order) + 1)] for order in orders]
+    losses = ablation.losses(omitted for chain in chains for omitted in chain)
     values = dict.fromkeys(choices, 0.0)
-    for order, chain in zip(orders, out, strict=True):
+    for order, chain in zip(orders, chains, strict=True):
         for number, without, joined in zip(order, chain, chain[1:], strict=False):
             values[number] += (losses[without] - losses[joined]) / samples
     return values
 
 
-def greedy(ablation: Ablation, choices: list[int], count: int, asked: Asked | None) -> Ranking:
-    """One block at a time: each step removes that without which the model loses least.
+def greedy(ablation: Ablation, choices: list[int], count: int, items: Choices | None) -> Ranking:
+    """Remove one block at a time: at each step the one without which the model is best.
 
-    Measured by the calibration loss, or on `asked` tasks by the mean of accuracy / dense accuracy
-    (2602.01997), ties there falling to the block that leaves the right answers likelier.
+    The model is judged by the calibration loss, or on graded items by the mean of accuracy / dense accuracy
+    (2602.01997), with ties to the block without which the right choices are likelier.
 
     Raises:
-        Refusal: the dense model answers nothing right.
+        Refusal: the dense model answers no item right.
     """
-    dense = asked.accuracies(ablation.likelihoods([frozenset()])[frozenset()]) if asked else {}
-    gone: frozenset[int] = frozenset()
+    dense = items.accuracies(ablation.likelihoods([frozenset()])[frozenset()]) if items else {}
+    removed: frozenset[int] = frozenset()
     steps = []
     for _ in tqdm(range(count), desc="greedy", unit="block"):
-        tried = ablation.likelihoods(gone | {number} for number in choices if number not in gone)
+        candidates = [number for number in choices if number not in removed]
+        likelihoods = ablation.likelihoods(removed | {number} for number in candidates)
         scores = {}
-        for number in (number for number in choices if number not in gone):
-            values = tried[gone | {number}]
-            if asked:
-                worth = -asked.retained(values, dense), -asked.of_right_answers(values)
+        for number in candidates:
+            values = likelihoods[removed | {number}]
+            if items:
+                scores[number] = -items.retained(values, dense), -items.right_likelihood(values)
             else:
-                worth = ablation.loss(values), 0.0
-            scores[number] = worth
-        (best,) = sorted(scores, key=lambda number: (scores[number], number))[:1]
-        gone |= {best}
-        told = {str(number): -score[0] if asked else score[0] for number, score in sorted(scores.items())}
-        steps.append({"removed": best, "scores": told})
-    return Ranking(tuple(sorted(gone)), {"steps": steps} | ({"dense_accuracy": dense} if asked else {}))
+                scores[number] = ablation.loss(values), 0.0
+        best = min(candidates, key=lambda number: (scores[number], number))
+        removed |= {best}
+        noted = {str(number): -score[0] if items else score[0] for number, score in sorted(scores.items())}
+        steps.append({"removed": best, "scores": noted})
+    return Ranking(tuple(sorted(removed)), {"steps": steps} | ({"dense_accuracy": dense} if items else {}))

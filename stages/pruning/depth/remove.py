@@ -1,16 +1,17 @@
-"""Taking blocks out of a model so that what is left is a plain, smaller checkpoint.
+"""Removal of blocks from a model, so that a plain, smaller checkpoint is left.
 
-The kept blocks close up, and everything that counts blocks is told: the config's number of layers, its
-lists with an entry a layer (`layer_types`), and the `layer_idx` by which a block finds its place in the
-cache of keys. The proof is a model built anew from the config as it is written: its blocks must be like
-those kept, or the family cannot say such a model and is refused. An attention cannot be left out of a
-plain checkpoint at all; its output projection is zeroed instead.
+The remaining blocks are renumbered, and everything that counts blocks is updated: the number of layers in the
+config, its lists with one entry a layer (`layer_types`), and the `layer_idx` by which a block finds its place
+in the key-value cache. The result is checked against a new model built from the written config: its blocks
+must have the shapes and settings of the remaining ones, else the config cannot describe such a model and the
+family is refused. A plain checkpoint cannot omit an attention; its output projection is zeroed instead.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
@@ -21,20 +22,22 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-PLAIN = (bool, int, float, str, type(None))
+_SETTINGS = (bool, int, float, str, type(None))
+"""The types of a module's settings, which must be equal in the model built from the config."""
 
 
-def drop(model: PreTrainedModel, removed: Iterable[int]) -> None:
-    """Take the blocks of these numbers out of `model` and its config, in place.
+def remove_blocks(model: PreTrainedModel, removed: Iterable[int]) -> None:
+    """Remove the blocks with these numbers from `model` and its config, in place.
 
     Raises:
-        Refusal: a model built from the shortened config would not have the kept blocks.
+        Refusal: a model built from the shortened config would not have the remaining blocks.
     """
-    found = blocks(model)
-    kept = sorted(set(range(len(found))) - set(removed))
-    _shorten(model.config.get_text_config(), kept)
-    parent, _, leaf = found[0][0].rpartition(".")[0].rpartition(".")
-    setattr(model.get_submodule(parent), leaf, torch.nn.ModuleList(found[number][1] for number in kept))
+    before = blocks(model)
+    remaining = sorted(set(range(len(before))) - set(removed))
+    _shorten(model.config.get_text_config(), remaining)
+    parent, _, leaf = before[0][0].rpartition(".")[0].rpartition(".")
+    kept = torch.nn.ModuleList(before[number][1] for number in remaining)
+    setattr(model.get_submodule(parent), leaf, kept)
     for number, (_, block) in enumerate(blocks(model)):
         for module in block.modules():
             if isinstance(vars(module).get("layer_idx"), int):
@@ -42,13 +45,13 @@ def drop(model: PreTrainedModel, removed: Iterable[int]) -> None:
     _check(model)
 
 
-def _shorten(config: Any, kept: list[int]) -> None:
-    """Only the kept layers in a config: their number, and every list with an entry a layer."""
+def _shorten(config: Any, remaining: list[int]) -> None:
+    """Keep only the remaining layers in a config: their number, and their entries of every list a layer."""
     depth = config.num_hidden_layers
-    config.num_hidden_layers = len(kept)
+    config.num_hidden_layers = len(remaining)
     for key, value in list(vars(config).items()):
         if "layer" in key and isinstance(value, list | tuple) and len(value) == depth:
-            setattr(config, key, type(value)(value[number] for number in kept))
+            setattr(config, key, type(value)(value[number] for number in remaining))
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -64,78 +67,77 @@ def _check(model: PreTrainedModel) -> None:
                 written, attn_implementation=config._attn_implementation
             ).eval()
     except (ValueError, IndexError, StrictDataclassError) as error:
-        raise Refusal(f"{family}: its config cannot say a model without these blocks: {error}") from error
+        raise Refusal(f"the config of {family} cannot describe it without these blocks: {error}") from error
     for (name, ours), (_, theirs) in zip(blocks(model), blocks(plain), strict=True):
-        if different := _differences(ours, theirs):
+        if differences := _differences(ours, theirs):
             raise Refusal(
-                f"{family}: its config cannot say a model without these blocks, {name} would differ in "
-                f"{', '.join(different[:4])}; remove others, or none."
+                f"the config of {family} cannot describe it without these blocks: {name} would differ in "
+                f"{', '.join(differences[:4])}; remove other blocks or use another method."
             )
 
 
 def _differences(ours: nn.Module, theirs: nn.Module) -> list[str]:
-    """Settings and shapes in which the second module is not like the first, by name."""
-    have = dict(ours.named_modules())
+    """Return the names of settings and of parameter shapes that differ between two modules."""
+    modules = dict(ours.named_modules())
     shapes = {name: p.shape for name, p in ours.named_parameters()}
     wanted = {name: p.shape for name, p in theirs.named_parameters()}
-    found = [name for name in shapes.keys() | wanted if shapes.get(name) != wanted.get(name)]
+    differences = [name for name in shapes.keys() | wanted if shapes.get(name) != wanted.get(name)]
     for name, module in theirs.named_modules():
-        mine = vars(have[name]) if name in have else {}
-        found += [
+        settings = vars(modules[name]) if name in modules else {}
+        differences += [
             f"{name}.{key}".lstrip(".")
             for key, value in vars(module).items()
             if not key.startswith("_")
             and key != "training"
-            and isinstance(value, PLAIN)
-            and mine.get(key) != value
+            and isinstance(value, _SETTINGS)
+            and settings.get(key) != value
         ]
-    return sorted(found)
+    return sorted(differences)
 
 
 def output_projections(model: PreTrainedModel) -> list[Linear]:
-    """The linear through which each block's attention leaves, in the order of the blocks.
+    """Return the linear that computes the output of each block's attention, in the order of the blocks.
 
-    It is the last to compute of those in the block's one child that holds a place in the cache of keys.
+    It is the last linear to compute within the attention, see `attention_of`.
 
     Raises:
-        Refusal: a block without exactly one such child.
+        Refusal: a block without exactly one attention.
     """
+    by_module = {linear.module: linear for linear in linears(model, partial=True)}
     order: list[nn.Module] = []
-    found = linears(model, partial=True)
-    handles = [one.module.register_forward_hook(lambda module, *_: order.append(module)) for one in found]
-    try:
+    with ExitStack() as hooks:
+        for module in by_module:
+            hooks.enter_context(module.register_forward_hook(lambda module, *_: order.append(module)))
         forward(model, torch.zeros(1, 2, dtype=torch.long))
-    finally:
-        for handle in handles:
-            handle.remove()
-    last = []
+    projections = []
     for name, block in blocks(model):
-        attention = attention_of(name, block)
-        inside = {id(module) for module in attention.modules()}
-        (module,) = [module for module in order if id(module) in inside][-1:]
-        last.append(next(one for one in found if one.module is module))
-    return last
+        inside = set(attention_of(name, block).modules())
+        projections.append(by_module[[module for module in order if module in inside][-1]])
+    return projections
 
 
 def attention_of(name: str, block: nn.Module) -> nn.Module:
-    """The block's attention.
+    """Return the block's attention: its only child that is named so and has a place in the key-value cache.
+
+    Args:
+        name: of the block, for the message.
 
     Raises:
-        Refusal: it has none, or several.
+        Refusal: the block has none, or several.
     """
-    found = [
+    attentions = [
         child
         for label, child in block.named_children()
         if "att" in label and hasattr(child, "layer_idx") and list(child.parameters())
     ]
-    if len(found) != 1:
-        raise Refusal(f"{name}: target attention needs one attention a block, this one has {len(found)}.")
-    return found[0]
+    if len(attentions) != 1:
+        raise Refusal(f"target attention needs one attention per block, but {name} has {len(attentions)}.")
+    return attentions[0]
 
 
-def zero(linear: Linear, bias: Tensor | None) -> None:
-    """Zero a linear's weight, and its bias or set that to `bias` `[out]`, in place."""
+def zero_linear(linear: Linear, bias: Tensor | None) -> None:
+    """Zero a linear's weight, and set its bias to `bias` `[out]` or else zero, in place."""
     linear.weight.zero_()
-    held: Any = linear.module.bias
-    if held is not None:
-        held.data.zero_() if bias is None else held.data.copy_(bias)
+    current: Any = linear.module.bias
+    if current is not None:
+        current.data.zero_() if bias is None else current.data.copy_(bias)

@@ -1,21 +1,22 @@
-"""Which linears of a block are its MLP and which its attention, told by what they do.
+"""The MLP and the attention of a block, found by what its linears do.
 
-No name is asked. In a dry run over a few tokens every linear is stood in for by drawn numbers, so that
-nothing flows through a linear and what one puts out reaches only the next one on each path. Then one
-linear's numbers change, in every other feature and at one token, and the inputs that change say what lies
-between:
+Names are not used. In a dry run over a few tokens every linear returns random numbers, so nothing flows
+through a linear and its output reaches only the next linear on each path. Then the output of one linear
+changes, in every other feature and at one token, and the inputs that change with it show what lies between:
 
-- the very features at the very token: an elementwise activation, a product with a gate. The two linears are
+- the same features at the same token: an elementwise activation or a product with a gate. The two linears are
   the first and the last of an MLP, and a feature between them is a neuron;
 - later tokens as well: attention lies between, and its heads are slices of the second linear's input;
-- every feature of that token: a norm, so they have nothing to do with each other.
+- every feature of that token: a norm, so the two linears are not of one part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
@@ -25,15 +26,17 @@ from stages.model.blocks import Linear, blocks, forward, linears
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-TOKENS, TOUCHED = 4, 1
-"""Tokens of the dry run, and the one at which a linear's output is changed."""
+_TOKENS = 4
+"""Tokens of the dry run."""
+_CHANGED = 1
+"""The token at which the output of a linear is changed."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a block: `readers` put out what its inside is made of, `writer` takes the inside in.
+    """A part of a block: `readers` compute its inside, and `writer` has the inside as its input.
 
-    In an MLP they are gate and up (or the one first linear) and down; in attention q, k and v, and o.
+    In an MLP they are gate and up (or the only first linear) and down; in attention q, k and v, and o.
     """
 
     readers: list[Linear]
@@ -41,147 +44,150 @@ class Part:
 
     @property
     def width(self) -> int:
-        """Features of the inside."""
+        """The number of features of the inside."""
         return self.writer.weight.shape[1]
 
 
 def mlps(model: nn.Module) -> dict[str, Part]:
-    """The MLP of every block, by the block's full name.
+    """Return the MLP of every block, by the block's full name.
 
     Raises:
-        Refusal: a block without an MLP or with several, or MLPs of several widths.
+        Refusal: a block has no MLP or several, or MLPs differ in width.
     """
-    return _one_each(model, "MLPs with one feature a neuron", lambda found: found[0])
+    return _only_parts(model, "MLPs with one feature a neuron", lambda mlps, _: mlps)
 
 
 def attentions(model: nn.Module) -> dict[str, Part]:
-    """The attention of every block, by the block's full name.
+    """Return the attention of every block, by the block's full name.
 
     Raises:
-        Refusal: a block without attention or with several, or attentions of several widths.
+        Refusal: a block has no attention or several, or attentions differ in width.
     """
-    return _one_each(model, "attentions", lambda found: found[1])
+    return _only_parts(model, "attentions", lambda _, attentions: attentions)
 
 
 def reach(model: nn.Module, parts: Mapping[str, Part], size: int) -> dict[str, int]:
-    """How far the first `size` features of each reader reach, by its full name.
+    """Return how far the first `size` features of each reader reach, by the reader's full name.
 
-    Told is after how many features of the writer's input, counted from the first, nothing changes any more.
+    The reach is the number of features of the writer's input, counted from the first, after which none
+    changes.
 
     Args:
-        parts: by the full name of the block they are of.
+        parts: by the full name of their block.
     """
-    found, calls = linears(model), _calls(model)
-    told: dict[str, int] = {}
+    calls = _block_calls(model)
+    reaches: dict[str, int] = {}
     for name, block in blocks(model):
-        inside = [one for one in found if one.block == name]
-        drawn = _drawn(inside)
+        inside = [linear for linear in linears(model) if linear.block == name]
+        outputs = _random_outputs(inside)
         writer = parts[name].writer.name
-        still = _inputs(block, inside, calls[name], drawn)[writer]
-        for one in parts[name].readers:
-            moved = drawn[one.name].clone()
-            moved[TOUCHED, :size] = moved[0, :size]
-            inputs = _inputs(block, inside, calls[name], drawn | {one.name: moved})[writer]
-            changed = (inputs != still).any(0).nonzero()
-            told[one.name] = int(changed.max()) + 1 if len(changed) else 0
-    return told
+        before = _inputs(block, inside, calls[name], outputs)[writer]
+        for reader in parts[name].readers:
+            changed = outputs[reader.name].clone()
+            changed[_CHANGED, :size] = changed[0, :size]
+            after = _inputs(block, inside, calls[name], outputs | {reader.name: changed})[writer]
+            features = (after != before).any(0).nonzero()
+            reaches[reader.name] = int(features.max()) + 1 if len(features) else 0
+    return reaches
 
 
-def _one_each(
-    model: nn.Module, what: str, pick: Callable[[tuple[list[Part], list[Part]]], list[Part]]
+def _only_parts(
+    model: nn.Module, kind: str, choose: Callable[[list[Part], list[Part]], list[Part]]
 ) -> dict[str, Part]:
-    found, calls = linears(model), _calls(model)
+    """Return the only part of a kind in every block.
+
+    Args:
+        kind: in the plural, for messages.
+        choose: (MLPs, attentions) of a block -> those of this kind.
+    """
+    calls = _block_calls(model)
     parts: dict[str, Part] = {}
     for name, block in blocks(model):
-        fitting = pick(_parts(block, [one for one in found if one.block == name], calls[name]))
-        if len(fitting) != 1:
-            raise Refusal(f"{type(model).__name__}: {name} has {len(fitting)} {what}; exactly one is served.")
-        parts[name] = fitting[0]
+        inside = [linear for linear in linears(model) if linear.block == name]
+        candidates = choose(*_parts(block, inside, calls[name]))
+        if len(candidates) != 1:
+            raise Refusal(
+                f"{type(model).__name__}: {name} has {len(candidates)} {kind}; a block must have exactly one."
+            )
+        parts[name] = candidates[0]
     if len(widths := {part.width for part in parts.values()}) > 1:
         raise Refusal(
-            f"{type(model).__name__}: the widths of its {what.split()[0]} differ "
-            f"({', '.join(map(str, sorted(widths)))}); only blocks all alike are served."
+            f"{type(model).__name__}: the widths of its {kind.split()[0]} differ "
+            f"({', '.join(map(str, sorted(widths)))}); all blocks must have the same."
         )
     return parts
 
 
-def _calls(model: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What the model hands to each of its blocks for a few tokens."""
-    calls: dict[str, tuple[Any, Any]] = {}
-
-    def noting(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(_: nn.Module, args: Any, kwargs: Any) -> None:
-            calls[name] = args, kwargs
-
-        return note
-
-    handles = [
-        block.register_forward_pre_hook(noting(name), with_kwargs=True) for name, block in blocks(model)
-    ]
-    try:
-        forward(model, torch.arange(TOKENS)[None])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+def _block_calls(model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Return (args, kwargs) of the call of each block for a few tokens, by the block's full name."""
+    with ExitStack() as patches:
+        forwards = {
+            name: patches.enter_context(mock.patch.object(block, "forward", wraps=block.forward))
+            for name, block in blocks(model)
+        }
+        forward(model, torch.arange(_TOKENS)[None])
+    return {name: (call.call_args.args, call.call_args.kwargs) for name, call in forwards.items()}
 
 
-def _parts(block: nn.Module, found: list[Linear], call: tuple[Any, Any]) -> tuple[list[Part], list[Part]]:
-    """The MLPs and the attentions of a block."""
-    drawn = _drawn(found)
-    still = _inputs(block, found, call, drawn)
-    if broken := [name for name, inputs in still.items() if not finite(inputs)]:
+def _parts(
+    block: nn.Module, inside: Sequence[Linear], call: tuple[Any, Any]
+) -> tuple[list[Part], list[Part]]:
+    """Return the MLPs and the attentions of a block.
+
+    Args:
+        inside: the linears of the block.
+    """
+    outputs = _random_outputs(inside)
+    before = _inputs(block, inside, call, outputs)
+    if broken := [name for name, inputs in before.items() if not finite(inputs)]:
         raise Refusal(f"NaN or infinite inputs of {', '.join(broken[:8])}; nothing was written.")
-    readers: dict[str, list[Linear]] = {one.name: [] for one in found}
-    mixed: set[str] = set()
-    blurred: set[str] = set()
-    for one in found:
-        moved = drawn[one.name].clone()
-        moved[TOUCHED, ::2] += 1
-        inputs = _inputs(block, found, call, drawn | {one.name: moved})
-        for name in inputs:
-            changed = inputs[name] != still[name]
+    readers: dict[str, list[Linear]] = {linear.name: [] for linear in inside}
+    mixes_tokens: set[str] = set()
+    mixes_features: set[str] = set()
+    for reader in inside:
+        moved = outputs[reader.name].clone()
+        moved[_CHANGED, ::2] += 1
+        after = _inputs(block, inside, call, outputs | {reader.name: moved})
+        for name in after:
+            changed = after[name] != before[name]
             if not changed.any():
                 continue
-            readers[name].append(one)
-            if changed[:TOUCHED].any() or changed[TOUCHED + 1 :].any():
-                mixed.add(name)
-            if changed.shape[1] != one.weight.shape[0] or changed[:, 1::2].any():
-                blurred.add(name)
-    parts = [Part(readers[one.name], one) for one in found if readers[one.name]]
+            readers[name].append(reader)
+            if changed[:_CHANGED].any() or changed[_CHANGED + 1 :].any():
+                mixes_tokens.add(name)
+            if changed.shape[1] != reader.weight.shape[0] or changed[:, 1::2].any():
+                mixes_features.add(name)
+    parts = [Part(readers[linear.name], linear) for linear in inside if readers[linear.name]]
     return (
-        [part for part in parts if part.writer.name not in mixed | blurred],
-        [part for part in parts if part.writer.name in mixed],
+        [part for part in parts if part.writer.name not in mixes_tokens | mixes_features],
+        [part for part in parts if part.writer.name in mixes_tokens],
     )
 
 
-def _drawn(found: list[Linear]) -> dict[str, Tensor]:
-    """What stands in for the outputs of linears, `[tokens, out]` by full name."""
+def _random_outputs(inside: Sequence[Linear]) -> dict[str, Tensor]:
+    """Return random numbers for the outputs of linears, `[tokens, out]` by full name."""
     draw = torch.Generator().manual_seed(0)
     return {
-        one.name: torch.randn(TOKENS, one.weight.shape[0], generator=draw).to(one.weight) for one in found
+        linear.name: torch.randn(_TOKENS, linear.weight.shape[0], generator=draw).to(linear.weight)
+        for linear in inside
     }
 
 
 def _inputs(
-    block: nn.Module, found: list[Linear], call: tuple[Any, Any], outputs: dict[str, Tensor]
+    block: nn.Module, inside: Sequence[Linear], call: tuple[Any, Any], outputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What each linear is handed, `[tokens, in]`, while it puts out `outputs` `[tokens, out]`."""
-    seen: dict[str, Tensor] = {}
+    """Return the inputs of each linear, `[tokens, in]` by name, if it returns its entry of `outputs`."""
+    inputs: dict[str, Tensor] = {}
 
-    def stand_in(one: Linear) -> Callable[[Tensor], Tensor]:
-        def stands(inputs: Tensor) -> Tensor:
-            seen[one.name] = inputs.reshape(TOKENS, -1).clone()
-            return outputs[one.name].view(*inputs.shape[:-1], -1)
+    def fixed(linear: Linear) -> Callable[[Tensor], Tensor]:
+        def fixed_forward(values: Tensor) -> Tensor:
+            inputs[linear.name] = values.reshape(_TOKENS, -1).clone()
+            return outputs[linear.name].view(*values.shape[:-1], -1)
 
-        return stands
+        return fixed_forward
 
-    for one in found:
-        one.module.forward = stand_in(one)
-    try:
-        with torch.no_grad():
-            block(*call[0], **call[1])
-    finally:
-        for one in found:
-            del one.module.forward
-    return seen
+    with torch.no_grad(), ExitStack() as patches:
+        for linear in inside:
+            patches.enter_context(mock.patch.object(linear.module, "forward", fixed(linear)))
+        block(*call[0], **call[1])
+    return inputs

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.pruning.shape.anatomy import Part, reach
-from stages.pruning.shape.shrink import CONFIG, columns, misfits
+from stages.pruning.shape.shrink import CONFIG, keep_inputs, misfits
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-NO_FEWER = "its config cannot say fewer heads"
+NO_FEWER = "its config cannot describe fewer heads"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The heads of an attention: how many for queries, how many for keys and values, how wide each."""
+class HeadLayout:
+    """The heads of an attention: how many for queries, how many for keys and values, features of each."""
 
     queries: int
     groups: int
@@ -28,83 +28,84 @@ class Shape:
 
     @property
     def shared(self) -> int:
-        """Query heads of a group."""
+        """The number of query heads in a group."""
         return self.queries // self.groups
 
     def features(self, heads: Tensor) -> Tensor:
-        """The features of these heads, in the order given, int64."""
+        """Return the features of these heads, in the order of `heads`, int64."""
         return (heads[:, None] * self.size + torch.arange(self.size, device=heads.device)).flatten()
 
 
-def shape_of(model: PreTrainedModel, part: Part) -> Shape:
-    """The heads of every attention of a model, given one."""
+def layout_of(model: PreTrainedModel, part: Part) -> HeadLayout:
+    """Return the heads of every attention of a model, of which `part` is one."""
     config: Any = model.config.get_text_config()
     queries: int = config.num_attention_heads
-    return Shape(queries, getattr(config, "num_key_value_heads", None) or queries, part.width // queries)
+    groups: int = getattr(config, "num_key_value_heads", None) or queries
+    return HeadLayout(queries, groups, part.width // queries)
 
 
-def numbers(model: PreTrainedModel, shape: Shape) -> dict[str, int]:
-    """What a config must say of these heads."""
+def head_settings(model: PreTrainedModel, layout: HeadLayout) -> dict[str, int]:
+    """Return the numbers that describe these heads in the model's config."""
     config = model.config.get_text_config()
-    said = {"num_attention_heads": shape.queries}
-    if not isinstance(getattr(type(config), "head_dim", None), property):  # derived, it has no say
-        said["head_dim"] = shape.size
+    settings = {"num_attention_heads": layout.queries}
+    if not isinstance(getattr(type(config), "head_dim", None), property):  # derived from other numbers
+        settings["head_dim"] = layout.size
     if hasattr(config, "num_key_value_heads"):
-        said["num_key_value_heads"] = shape.groups
-    return said
+        settings["num_key_value_heads"] = layout.groups
+    return settings
 
 
-def check_family(
-    model: PreTrainedModel, part: Part, before: Shape, after: Shape, possible: list[Shape]
+def check_heads(
+    model: PreTrainedModel, part: Part, before: HeadLayout, after: HeadLayout, others: list[HeadLayout]
 ) -> None:
-    """Refuse a model that cannot have the heads of `after`, or any fewer, saying which.
+    """Refuse a model that cannot have the heads of `after`, or no fewer heads at all, with the reason.
 
     Args:
         part: the attention of one of its blocks.
-        possible: what else could be asked for.
+        others: the layouts that a recipe could name instead.
 
     Raises:
-        Refusal: by the name of the family.
+        Refusal: the config cannot describe the heads, or a linear holds more than the heads of q, k or v.
     """
     family, name = type(model).__name__, f"{part.writer.name}.weight"
 
-    def problem(shape: Shape) -> str | None:
-        """Why the config cannot say `shape`: its own words, or the size o would have."""
-        kept = columns(part.writer, torch.arange(shape.queries * shape.size))
-        told = misfits(model, kept, numbers(model, shape))
-        return told.get(CONFIG) or told.get(name)
+    def problem(layout: HeadLayout) -> str | None:
+        """Return why the config cannot describe `layout`: its own error, or the shape o would have."""
+        cuts = keep_inputs(part.writer, torch.arange(layout.queries * layout.size))
+        problems = misfits(model, cuts, head_settings(model, layout))
+        return problems.get(CONFIG) or problems.get(name)
 
     if why := problem(after):
-        reasons = {shape: problem(shape) for shape in possible}
-        if fitting := [str(shape.queries) for shape, reason in reasons.items() if reason is None]:
+        reasons = {layout: problem(layout) for layout in others}
+        if allowed := [str(layout.queries) for layout, reason in reasons.items() if reason is None]:
             raise Refusal(
-                f"{family} cannot have {after.queries} heads: {why}; allowed: {', '.join(fitting)}."
+                f"{family} cannot have {after.queries} heads: {why}; allowed: {', '.join(allowed)}."
             )
         why = next((reason for reason in reasons.values() if reason and reason.startswith(name)), why)
         raise Refusal(f"{family} cannot lose heads: {NO_FEWER} of {before.size} features, with which {why}.")
-    slices = (before.queries * before.size, before.groups * before.size)
-    if fused := [one.name for one in part.readers if one.weight.shape[0] not in slices]:
+    widths = (before.queries * before.size, before.groups * before.size)
+    if fused := [reader.name for reader in part.readers if reader.weight.shape[0] not in widths]:
         raise Refusal(
-            f"{family} cannot lose heads: {', '.join(fused)} holds more than the heads of one of query, key "
-            "and value, in an order of its own."
+            f"{family} cannot lose heads: {', '.join(fused)} holds more than the heads of only q, k or v, "
+            "in an unknown order."
         )
 
 
-def check_apart(model: PreTrainedModel, parts: Mapping[str, Part], shape: Shape) -> None:
-    """Refuse a model whose heads reach each other before o, as without one the others would change.
+def check_apart(model: PreTrainedModel, parts: Mapping[str, Part], layout: HeadLayout) -> None:
+    """Refuse a model whose heads depend on each other before o, where removing one would change the others.
 
     Args:
         parts: the attentions, by the full name of their block.
 
     Raises:
-        Refusal: by the name of the family and of the linear whose heads are not apart.
+        Refusal: by the names of the family and of the linear whose heads are not independent.
     """
-    far = reach(model, parts, shape.size)
-    for one in (one for part in parts.values() for one in part.readers):
-        # query heads reach themselves, keys and values all heads of their group
-        if far[one.name] > shape.queries * shape.size**2 // one.weight.shape[0]:
+    reaches = reach(model, parts, layout.size)
+    for reader in (reader for part in parts.values() for reader in part.readers):
+        # query heads reach only themselves, keys and values all heads of their group
+        if reaches[reader.name] > layout.queries * layout.size**2 // reader.weight.shape[0]:
             raise Refusal(
-                f"{type(model).__name__} cannot lose heads: what {one.name} puts out for the first of them "
+                f"{type(model).__name__} cannot lose heads: the output of {reader.name} for the first head "
                 "reaches others, as under a norm over all heads or with heads in pairs; remove neurons or "
                 "blocks instead."
             )

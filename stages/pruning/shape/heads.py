@@ -1,20 +1,20 @@
 """Head pruning: the least important attention heads of every block are removed.
 
 A head is a slice of attention: rows of q, k and v, columns of o. With grouped queries (2305.13245) several
-query heads share one key and value head. Either such a group goes as a whole (`unit: groups`; where nothing
-is shared, a group is a head), or every group loses the same number of its query heads and the keys and values
-stay (`unit: queries`): anything else would leave groups of unequal size, which no config can say. How
-important a unit is (see `stages.pruning.shape.width` for the last two):
+query heads share one key and value head. Either such groups are removed as a whole (`unit: groups`; without
+sharing, a group is a head), or every group loses the same number of its query heads and the keys and values
+stay (`unit: queries`): otherwise groups would differ in size, which no config can describe. The importance of
+a unit is (see `stages.pruning.shape.width` for the last two):
 
-- `magnitude`: the L2 norm of all the weights that go with it (as for filters in 1608.08710);
-- `activation`: the root mean square over tokens of what its heads hand to o (Minitron, 2407.14679);
+- `magnitude`: the L2 norm of all weights that are removed with it (as for filters in 1608.08710);
+- `activation`: the root mean square over tokens of the input of o from its heads (Minitron, 2407.14679);
 - `llm-bip` (2412.06419): a bound on how much the attention's output changes without it, the sum over its
   features of their root mean square times the L2 norm of their column of o;
 - `random`, the control.
 
-Only a family whose config gives `head_dim` a say of its own can have fewer heads: in OPT, GPT-NeoX and GPT-2
-a head is the hidden size over the number of heads, so they are refused. So is a family whose heads reach each
-other before o, through a norm over all of them (BitNet) or in pairs (DiffLlama).
+Fewer heads need a config in which `head_dim` is a setting of its own: in OPT, GPT-NeoX and GPT-2 it is the
+hidden size over the number of heads, so they are refused. So is a family whose heads depend on each other
+before o, through a norm over all of them (BitNet) or in pairs (DiffLlama).
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.compress.select import drawn
+from stages.compress.select import random_scores
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed
 from stages.pruning.shape.anatomy import Part, attentions
-from stages.pruning.shape.attention import NO_FEWER, Shape, check_apart, check_family, numbers, shape_of
-from stages.pruning.shape.shrink import Cuts, columns, misfits, rows
-from stages.pruning.shape.shrinker import Shrinker, change_bound, most_important, remaining
+from stages.pruning.shape.attention import (
+    NO_FEWER,
+    HeadLayout,
+    check_apart,
+    check_heads,
+    head_settings,
+    layout_of,
+)
+from stages.pruning.shape.shrink import Cuts, keep_inputs, keep_outputs, misfits
+from stages.pruning.shape.shrinker import Shrinker, change_bound, count_left, most_important
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,12 +51,11 @@ class Heads(Shrinker):
     method: Literal["heads"]
     importance: Literal["magnitude", "activation", "llm-bip", "random"]
     unit: Literal["groups", "queries"] = "groups"
-    """What is removed: key and value heads with their query heads, or query heads, as many of each group."""
+    """What is removed: key and value heads with their query heads, or as many query heads of each group."""
     remove: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The share of the units that goes, of a group's query heads where these are removed; what is left is
-    rounded up. Or:"""
+    """The share of units to remove, or of the query heads in each group; what remains is rounded up. Or:"""
     keep: Annotated[int, Field(ge=1)] | None = None
-    """The number of query heads that is left."""
+    """The number of query heads that remain."""
     seed: Seed | None = None
     """Of importance random."""
 
@@ -61,101 +67,104 @@ class Heads(Shrinker):
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """Families in which a head is the hidden size over the number of heads."""
+        """Families in which the size of a head is the hidden size over the number of heads."""
         return dict.fromkeys(("opt", "gpt_neox", "gpt2"), f"{NO_FEWER}; remove neurons or blocks instead")
 
-    def kept(self, shape: Shape) -> Shape:
-        """The heads that are left.
+    def target(self, layout: HeadLayout) -> HeadLayout:
+        """Return the heads that remain.
 
         Raises:
-            Refusal: they cannot be shared out evenly, or are more than there are, or none would go.
+            Refusal: they do not spread evenly over groups, are more than there are, or none would go.
         """
-        whole = self.unit == "groups"
-        if not whole and shape.shared == 1:
-            raise Refusal("every query head has keys and values of its own; remove them as unit: groups.")
-        count, step = (shape.groups, shape.shared) if whole else (shape.shared, shape.groups)
+        by_group = self.unit == "groups"
+        if not by_group and layout.shared == 1:
+            raise Refusal("every query head has its own keys and values; remove them with unit: groups.")
+        count, step = (layout.groups, layout.shared) if by_group else (layout.shared, layout.groups)
         if self.keep is None:
             assert self.remove is not None
-            left = remaining(count, self.remove, "groups" if whole else "query heads of a group")
+            left = count_left(count, self.remove, "groups" if by_group else "query heads of a group")
         else:
             left = self.keep // step
             if self.keep % step or left > count:
                 raise Refusal(
-                    f"keep {self.keep} of {shape.queries} query heads ({shape.groups} groups of "
-                    f"{shape.shared}): allowed with unit {self.unit} are "
+                    f"keep {self.keep} of {layout.queries} query heads ({layout.groups} groups of "
+                    f"{layout.shared}): allowed with unit {self.unit}: "
                     f"{', '.join(str(step * n) for n in range(1, count + 1))}."
                 )
-        return Shape(left * step, left if whole else shape.groups, shape.size)
+        return HeadLayout(left * step, left if by_group else layout.groups, layout.size)
 
     def parts(self, model: PreTrainedModel) -> dict[str, Part]:
-        """The attentions."""
+        """Return the attentions."""
         return attentions(model)
 
     def plan(
-        self, model: PreTrainedModel, parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
+        self, model: PreTrainedModel, parts: Mapping[str, Part], rms: Mapping[str, Tensor]
     ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
-        """The heads kept of every block."""
-        before = shape_of(model, next(iter(parts.values())))
-        after = self.kept(before)
+        """Choose the heads that remain in every block."""
+        first = next(iter(parts.values()))
+        before = layout_of(model, first)
+        after = self.target(before)
         notes = {"heads": {"before": before.queries, "after": after.queries}}
         if after == before:
             return {}, {}, notes
-        check_family(model, next(iter(parts.values())), before, after, self._fewer(before))
+        check_heads(model, first, before, after, self._smaller(before))
         check_apart(model, parts, before)
         cuts: Cuts = {}
-        told: dict[str, list[int]] = {}
+        kept: dict[str, list[int]] = {}
         for name, part in parts.items():
-            heads, groups = self._chosen(part, loudness.get(name), before, after, name)
-            for one in part.readers:
-                slices = {before.queries: heads, before.groups: groups}[one.weight.shape[0] // before.size]
-                cuts |= rows(one, before.features(slices))
-            cuts |= columns(part.writer, before.features(heads))
-            told[name] = heads.tolist()
-        if problems := misfits(model, cuts, numbers(model, after)):
+            heads, groups = self._choose(part, rms.get(name), before, after, name)
+            by_count = {before.queries: heads, before.groups: groups}
+            for reader in part.readers:
+                chosen = by_count[reader.weight.shape[0] // before.size]
+                cuts |= keep_outputs(reader, before.features(chosen))
+            cuts |= keep_inputs(part.writer, before.features(heads))
+            kept[name] = heads.tolist()
+        settings = head_settings(model, after)
+        if problems := misfits(model, cuts, settings):
             raise Refusal(f"{type(model).__name__} cannot lose heads: {next(iter(problems.values()))}.")
-        return cuts, numbers(model, after), {"heads": {**notes["heads"], "kept": told}}
+        return cuts, settings, {"heads": {**notes["heads"], "kept": kept}}
 
-    def _fewer(self, shape: Shape) -> list[Shape]:
-        """Every smaller number of heads that could be asked for."""
+    def _smaller(self, layout: HeadLayout) -> list[HeadLayout]:
+        """Return every layout with fewer heads that a recipe could name."""
         if self.unit == "groups":
-            return [Shape(n * shape.shared, n, shape.size) for n in range(1, shape.groups)]
-        return [Shape(n * shape.groups, shape.groups, shape.size) for n in range(1, shape.shared)]
+            return [HeadLayout(n * layout.shared, n, layout.size) for n in range(1, layout.groups)]
+        return [HeadLayout(n * layout.groups, layout.groups, layout.size) for n in range(1, layout.shared)]
 
-    def _chosen(
-        self, part: Part, loudness: Tensor | None, before: Shape, after: Shape, name: str
+    def _choose(
+        self, part: Part, rms: Tensor | None, before: HeadLayout, after: HeadLayout, name: str
     ) -> tuple[Tensor, Tensor]:
-        """The query heads kept of a block, and its key and value heads, both ascending."""
-        each = self.scores(part, loudness, before, name)
+        """Return the query heads that remain in a block, and its key and value heads, both ascending."""
+        scores = self.scores(part, rms, before, name)
         if self.unit == "groups":
-            groups = most_important(each, after.groups)
+            groups = most_important(scores, after.groups)
             inside = torch.arange(before.shared, device=groups.device)
             return (groups[:, None] * before.shared + inside).flatten(), groups
-        kept = [
-            most_important(scores, after.shared) + number * before.shared
-            for number, scores in enumerate(each.view(before.groups, before.shared))
+        heads = [
+            most_important(of_group, after.shared) + number * before.shared
+            for number, of_group in enumerate(scores.view(before.groups, before.shared))
         ]
-        return torch.cat(kept), torch.arange(before.groups, device=each.device)
+        return torch.cat(heads), torch.arange(before.groups, device=scores.device)
 
-    def scores(self, part: Part, loudness: Tensor | None, shape: Shape, name: str) -> Tensor:
-        """The importance of the units of a block, `[groups]` or `[queries]` fp32.
+    def scores(self, part: Part, rms: Tensor | None, layout: HeadLayout, name: str) -> Tensor:
+        """Return the importance of the units of a block, `[groups]` or `[queries]` fp32.
 
         Args:
-            loudness: `[queries * size]` fp32, the root mean square of what o is handed.
+            rms: `[queries * size]` fp32, the root mean square of the input of o over tokens.
             name: of the block.
         """
-        count = shape.groups if self.unit == "groups" else shape.queries
+        count = layout.groups if self.unit == "groups" else layout.queries
         if self.importance == "random":
             assert self.seed is not None
-            return drawn(self.seed, name, count)
+            return random_scores(self.seed, name, count)
         writer = part.writer.weight.float()
         if self.importance == "magnitude":
             squares = writer.square().sum(0).view(count, -1).sum(1)
-            for one in part.readers:
-                # keys and values go with their group only
-                if self.unit == "groups" or one.weight.shape[0] == part.width:
-                    squares = squares + one.weight.float().square().sum(1).view(count, -1).sum(1)
+            for reader in part.readers:
+                # keys and values are removed only with their group
+                if self.unit == "groups" or reader.weight.shape[0] == part.width:
+                    squares = squares + reader.weight.float().square().sum(1).view(count, -1).sum(1)
             return squares.sqrt()
-        assert loudness is not None
+        assert rms is not None
         if self.importance == "activation":
-            return loudness.square().view(count, -1).sum(1).sqrt()
-        return change_bound(writer, loudness).view(count, -1).sum(1)
+            return rms.square().view(count, -1).sum(1).sqrt()
+        return change_bound(writer, rms).view(count, -1).sum(1)

@@ -1,9 +1,9 @@
-"""Making a model smaller: from kept indices to a plain checkpoint that says its new sizes.
+"""A smaller model from indices to keep: a plain checkpoint with its new sizes in the config.
 
-Neurons and heads are slices of matrices. To remove one is to leave out its rows in the linears that make it
-and its columns in the linear that reads it; the model that is left computes what the dense one would with
-that column zeroed. It is a plain checkpoint if the family's config can say its sizes, and the proof is a
-model built empty from the config: every parameter must have the shape of what is kept.
+Neurons and heads are slices of matrices. To remove one, its rows in the linears that compute it and its
+columns in the linear that reads it are cut out; the remaining model computes what the dense one would with
+those columns zeroed. It is a plain checkpoint if the family's config can describe its sizes, which is checked
+with an empty model built from the config: every parameter must have the shape that is left after the cut.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Cuts: TypeAlias = "dict[str, tuple[int, Tensor]]"
-"""What is kept of parameters, by full name: the dimension, as stored, and the indices, ascending int64."""
+"""By a parameter's full name: the dimension to cut, as stored, and the indices to keep, ascending int64."""
 CONFIG = "config"
-"""Where `misfits` says what the config itself refuses."""
+"""The key under which `misfits` has the reason why the config is refused."""
 
 
-def rows(linear: Linear, indices: Tensor) -> Cuts:
-    """Keep these outputs of a linear; its bias follows."""
+def keep_outputs(linear: Linear, indices: Tensor) -> Cuts:
+    """Return the cuts that keep these outputs of a linear, in its bias as well."""
     cuts = {f"{linear.name}.weight": (1 if linear.transposed else 0, indices)}
     return cuts | ({f"{linear.name}.bias": (0, indices)} if linear.module.bias is not None else {})
 
 
-def columns(linear: Linear, indices: Tensor) -> Cuts:
-    """Keep these inputs of a linear."""
+def keep_inputs(linear: Linear, indices: Tensor) -> Cuts:
+    """Return the cuts that keep these inputs of a linear."""
     return {f"{linear.name}.weight": (0 if linear.transposed else 1, indices)}
 
 
-def kept(tensor: Tensor, name: str, cuts: Cuts) -> Tensor:
-    """What is kept of the parameter `name`, or of anything shaped like it."""
+def cut(tensor: Tensor, name: str, cuts: Cuts) -> Tensor:
+    """Cut the parameter `name`, or a tensor of its shape."""
     if name not in cuts:
         return tensor
     dim, indices = cuts[name]
@@ -45,23 +45,23 @@ def kept(tensor: Tensor, name: str, cuts: Cuts) -> Tensor:
 
 
 def shrink(model: PreTrainedModel, cuts: Cuts, changes: Mapping[str, int]) -> None:
-    """Cut the parameters of `model` and change its config, in place; it is then fit to be saved only."""
+    """Cut the parameters of `model` and change its config, in place; afterwards it can only be saved."""
     for name in cuts:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        tensor = kept(module.get_parameter(leaf).data, name, cuts)
+        tensor = cut(module.get_parameter(leaf).data, name, cuts)
         module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
-    model.config = copy.deepcopy(model.config)  # whoever made the model may hold on to it
+    model.config = copy.deepcopy(model.config)  # the old one may be shared with another model
     for key, value in changes.items():
         setattr(model.config.get_text_config(), key, value)
 
 
 def misfits(model: PreTrainedModel, cuts: Cuts, changes: Mapping[str, int]) -> dict[str, str]:
-    """What a model built from the changed config would have in other shapes than what is kept.
+    """Compare the shapes of a model built from the changed config with those after the cuts.
 
     Returns:
-        A clause a parameter, by full name; or why there is no such model, by `CONFIG`. An empty dict is the
-        proof that the config can say the smaller model.
+        For each parameter that differs a clause, by full name; or why no model can be built, under `CONFIG`.
+        An empty dict proves that the config can describe the smaller model.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -69,24 +69,24 @@ def misfits(model: PreTrainedModel, cuts: Cuts, changes: Mapping[str, int]) -> d
         shapes = _shapes(_changed(model, changes))
     except (ValueError, StrictDataclassError) as error:
         return {CONFIG: " ".join(str(error).split()).rstrip(".")}
-    told = {}
+    differences = {}
     for name, parameter in model.named_parameters():
         wanted = list(parameter.shape)
         if name in cuts:
             wanted[cuts[name][0]] = len(cuts[name][1])
         if list(shapes.get(name, ())) != wanted:
-            told[name] = f"{name} would be {list(shapes.get(name, ()))} and not {wanted}"
-    return told
+            differences[name] = f"{name} would be {list(shapes.get(name, ()))} instead of {wanted}"
+    return differences
 
 
 def _changed(model: PreTrainedModel, changes: Mapping[str, int]) -> PreTrainedConfig:
-    """A copy of the config with other numbers, checked as if it were read from a file."""
+    """Return a copy of the config with other numbers, validated as if it were read from a file."""
     config: Any = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     for key, value in changes.items():
         setattr(config.get_text_config(), key, value)
-    made: PreTrainedConfig = type(config).from_dict(config.to_dict())
-    return made
+    validated: PreTrainedConfig = type(config).from_dict(config.to_dict())
+    return validated
 
 
 def _shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:

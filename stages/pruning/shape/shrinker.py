@@ -1,7 +1,7 @@
-"""What removing neurons and removing heads share: what matters least is found, left out, and written.
+"""The common part of removing neurons and removing heads: score, choose, cut, and write.
 
-Importance is taken on the dense model, from its weights or from one forward pass, and every block keeps the
-same number, so that one number in the config says it.
+Importance is measured on the dense model, from its weights or from one forward pass, and every block keeps
+the same number, so that one number in the config describes all of them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pydantic import model_validator
 
 from stages.compress.method import Change, Context, WholeModel
 from stages.compress.select import smallest
-from stages.compress.statistics import DeadInputs
+from stages.compress.statistics import ColumnNorm, DeadInputs, Statistic
+from stages.compress.walk import walk
 from stages.core.errors import Refusal
 from stages.core.schema import Seed
 from stages.corpus.windows import OptionalTokens, Tokens
-from stages.model.blocks import Linear
+from stages.model.blocks import Linear, linears
 from stages.pruning.shape.anatomy import Part
-from stages.pruning.shape.shrink import Cuts, kept, shrink
+from stages.pruning.shape.shrink import Cuts, cut, shrink
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
 
 
 class Shrinker(WholeModel):
-    """Remove the least important of what a model has many of, the same number in every block."""
+    """Remove the least important neurons or heads, the same number in every block."""
 
     reshapes: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ("activation", "llm-bip")
-    """The importances that are taken on text."""
+    """The importances that are measured on text."""
     importance: str
     seed: Seed | None
     calibration: OptionalTokens
-    """The tokens that `activation` and `llm-bip` are taken on, through the dense model."""
+    """The tokens on which `activation` and `llm-bip` are measured, through the dense model."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -52,11 +53,13 @@ class Shrinker(WholeModel):
                 f"calibration must be {{dataset: none}}, as importance {self.importance} reads no text"
             )
         if not reads and self.importance in self.measured:
-            raise ValueError(f"importance {self.importance} is measured on text; name one to calibrate")
+            raise ValueError(
+                f"importance {self.importance} is measured on text; name a data set in calibration"
+            )
         return self
 
     def parts(self, model: PreTrainedModel) -> dict[str, Part]:
-        """What holds the many things, by the name of its block.
+        """Return the parts whose neurons or heads are removed, by the full name of their block.
 
         Raises:
             Refusal: the family has no such part.
@@ -64,94 +67,95 @@ class Shrinker(WholeModel):
         raise NotImplementedError
 
     def plan(
-        self, model: PreTrainedModel, parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
+        self, model: PreTrainedModel, parts: Mapping[str, Part], rms: Mapping[str, Tensor]
     ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
-        """What is kept, the config's new numbers, and facts for the record.
+        """Return the cuts, the config's new numbers, and facts for the record.
 
         Args:
-            loudness: `[in]` fp32, see `measure_inputs`, by the name of the block; empty where nothing is
-                measured.
+            rms: `[in]` fp32, see `measure_inputs`, by the full name of the block; empty if importance is
+                not measured.
 
         Raises:
-            Refusal: what is asked for cannot be, or the family's config cannot say it.
+            Refusal: the number to keep is not possible, or the family's config cannot describe it.
         """
         raise NotImplementedError
 
     def change(self, model: PreTrainedModel, context: Context) -> Change:
-        """Leave out what matters least."""
-        from stages.model.blocks import linears
+        """Cut the least important neurons or heads out of `model`."""
         from stages.model.checkpoint import zero_masks
 
         parts = self.parts(model)
-        loudness: dict[str, Tensor] = {}
+        rms: dict[str, Tensor] = {}
         if isinstance(self.calibration, Tokens):
             windows = context.windows()
-            loudness = measure_inputs(model, parts, windows, self.calibration.batch_size, context.label)
-        cuts, changes, notes = self.plan(model, parts, loudness)
+            rms = measure_inputs(model, parts, windows, self.calibration.batch_size, context.label)
+        cuts, changes, notes = self.plan(model, parts, rms)
         zeros = zero_masks(linears(model))
         shrink(model, cuts, changes)
-        return Change({name: kept(mask, f"{name}.weight", cuts) for name, mask in zeros.items()}, notes)
+        return Change({name: cut(mask, f"{name}.weight", cuts) for name, mask in zeros.items()}, notes)
 
 
 def measure_inputs(
     model: nn.Module, parts: Mapping[str, Part], windows: Tensor, batch_size: int | None, label: str
 ) -> dict[str, Tensor]:
-    """The root mean square of every feature that a part writes from, `[in]` fp32 by the name of its block.
+    """Return the root mean square of every input feature of the parts' writers, `[in]` fp32 by block.
 
-    Features that are never anything but zero are logged.
+    Features that are zero on every token are logged.
 
     Raises:
         Refusal: NaN or infinite weights or inputs, or inputs of a writer too large for fp32 sums.
     """
-    from stages.compress.statistics import ColumnNorm, Statistic
-    from stages.compress.walk import walk
-
-    written = {part.writer.name: name for name, part in parts.items()}
+    blocks = {part.writer.name: name for name, part in parts.items()}
     dead = DeadInputs("of no importance")
-    found: dict[str, Tensor] = {}
+    rms: dict[str, Tensor] = {}
 
     def look(linear: Linear, statistic: Statistic | None) -> None:
-        if linear.name in written:
+        if linear.name in blocks:
             assert isinstance(statistic, ColumnNorm)
-            dead.tell(linear.name, statistic.dead())
-            found[written[linear.name]] = statistic.norm()
+            dead.log(linear.name, statistic.dead())
+            rms[blocks[linear.name]] = statistic.norm()
 
     walk(
         model, look, windows=windows, statistic=ColumnNorm, sequential="none", batch_size=batch_size,
         label=label,
     )  # fmt: skip
-    return found
+    return rms
 
 
-def remaining(count: int, remove: float, what: str) -> int:
-    """How many of `count` are left when the share `remove` goes; a broken number is rounded up.
+def count_left(count: int, remove: float, kind: str) -> int:
+    """Return how many of `count` are left when the share `remove` is removed, rounded up.
+
+    Args:
+        kind: what is counted, in the plural, for messages.
 
     Raises:
-        Refusal: less than one would go.
+        Refusal: less than one would be removed.
     """
     left = max(1, ceil(count * (1 - remove) - 1e-6))
     if remove and count == 1:
-        raise Refusal(f"there is only one of the {what}, and it must stay.")
+        raise Refusal(f"there is only one of the {kind}, and it must stay.")
     if remove and left == count:
-        raise Refusal(f"remove {remove:g} of {count} {what} is less than one; the least is {1 / count:.4g}.")
+        raise Refusal(
+            f"remove {remove:g} of {count} {kind} is less than one; the smallest is {1 / count:.4g}."
+        )
     return left
 
 
 def most_important(scores: Tensor, count: int) -> Tensor:
-    """The indices of the `count` highest of `scores` `[n]`, ascending int64; of those alike the lowest go.
+    """Return the indices of the `count` highest of `scores` `[n]`, ascending int64; ties to the higher index.
 
     Raises:
         Refusal: a score is not finite.
     """
     if not scores.isfinite().all():
-        raise Refusal("importance is not a finite number for some of what could be removed.")
+        raise Refusal("some importance scores are NaN or infinite, so they cannot be ranked.")
     return (~smallest(scores[None], len(scores) - count)[0]).nonzero()[:, 0]
 
 
-def change_bound(writer: Tensor, loudness: Tensor) -> Tensor:
-    """Per input feature of `writer` `[out, in]`, how much its output changes without it (LLM-BIP): `[in]`.
+def change_bound(writer: Tensor, rms: Tensor) -> Tensor:
+    """Return by how much the output of `writer` `[out, in]` changes without each feature (LLM-BIP): `[in]`.
 
     Args:
-        loudness: `[in]` fp32, the root mean square of the feature over tokens.
+        rms: `[in]` fp32, the root mean square of the feature over tokens.
     """
-    return loudness * writer.float().square().sum(0).sqrt()
+    return rms * writer.float().square().sum(0).sqrt()

@@ -1,4 +1,4 @@
-"""Width pruning: the least important neurons of every MLP are removed, and the model is smaller for it.
+"""Width pruning: the least important neurons of every MLP are removed, which makes the model smaller.
 
 A neuron is an inside feature of an MLP: a row of gate and of up (of fc1 where there is no gate) and a column
 of down. Every block keeps the same number, so the checkpoint stays plain. With g and u a neuron's rows:
@@ -9,9 +9,9 @@ of down. Every block keeps the same number, so the checkpoint stays plain. With 
 - `l2`: the L2 norm of g and u together;
 - `activation`: the root mean square of the neuron's value over tokens (Minitron, 2407.14679);
 - `llm-bip` (2412.06419): a bound on how much the block's output changes. Without the neuron, the MLP's
-  output at a token changes by its value there times its column of down: over tokens, by the root mean square
-  of the one times the L2 norm of the other. What follows inside the block, a norm at most, stretches that by
-  a factor alike for all its neurons (its Lipschitz constant), which is left out;
+  output at a token changes by the neuron's value there times its column of down; over tokens, by the root
+  mean square of the value times the L2 norm of the column. At most a norm follows inside the block, which
+  stretches this by a factor that is the same for all its neurons (its Lipschitz constant) and is left out;
 - `random`, the control.
 """
 
@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.compress.select import drawn
+from stages.compress.select import random_scores
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed
 from stages.pruning.shape.anatomy import Part, mlps
-from stages.pruning.shape.shrink import Cuts, columns, misfits, rows
-from stages.pruning.shape.shrinker import Shrinker, change_bound, most_important, remaining
+from stages.pruning.shape.shrink import Cuts, keep_inputs, keep_outputs, misfits
+from stages.pruning.shape.shrinker import Shrinker, change_bound, count_left, most_important
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
 class Width(Shrinker):
     """Keep the same number of neurons in every MLP, those of the highest importance.
 
-    The number is rounded up, first to a whole one and then to a multiple of `multiple_of`, so that never
-    more is removed than asked for: 40 % of 8192 neurons removed leaves 4916, or 4992 as a multiple of 64.
+    The number is rounded up, first to a whole one and then to a multiple of `multiple_of`, so that at most
+    the given share is removed: 40 % of 8192 neurons removed leaves 4916, or 4992 as a multiple of 128.
     """
 
     method: Literal["width"]
     importance: Literal["ppm", "vow", "pon", "l2", "activation", "llm-bip", "random"]
     remove: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The share of the neurons that goes; or:"""
+    """The share of the neurons to remove; or:"""
     expansion: Annotated[float, Field(gt=0)] | None = None
-    """The width to keep over the hidden size."""
+    """The width to keep, divided by the hidden size."""
     multiple_of: Annotated[int, Field(ge=1)] = 1
-    """What the width must be a multiple of; 64 or 128 suit matrix units and group_size."""
+    """The width is a multiple of this; 64 or 128 suit matrix units and group_size."""
     seed: Seed | None = None
     """Of importance random."""
 
@@ -61,92 +61,94 @@ class Width(Shrinker):
             raise ValueError("give exactly one of remove and expansion")
         return self
 
-    def kept(self, width: int, hidden: int) -> int:
-        """How many of `width` neurons are kept.
+    def target(self, width: int, hidden: int) -> int:
+        """Return how many of `width` neurons to keep.
 
         Raises:
             Refusal: more than there are.
         """
         if self.remove is not None:
-            wanted, said = remaining(width, self.remove, "neurons"), f"remove {self.remove:g}"
+            wanted, setting = count_left(width, self.remove, "neurons"), f"remove {self.remove:g}"
         else:
             assert self.expansion is not None
-            wanted, said = max(1, ceil(self.expansion * hidden - 1e-6)), f"expansion {self.expansion:g}"
+            wanted, setting = max(1, ceil(self.expansion * hidden - 1e-6)), f"expansion {self.expansion:g}"
         rounded = ceil(wanted / self.multiple_of) * self.multiple_of
         if rounded > width:
             raise Refusal(
-                f"{said} with multiple_of {self.multiple_of} keeps {rounded} neurons, the model has {width} "
-                f"(an expansion of {width / hidden:.4g}); keep fewer or lower multiple_of."
+                f"{setting} with multiple_of {self.multiple_of} keeps {rounded} neurons, but the model has "
+                f"{width} (an expansion of {width / hidden:.4g}); keep fewer or lower multiple_of."
             )
         return rounded
 
-    def scores(self, part: Part, loudness: Tensor | None, name: str) -> Tensor:
-        """The importance of the neurons of an MLP, `[width]` fp32.
+    def scores(self, part: Part, rms: Tensor | None, name: str) -> Tensor:
+        """Return the importance of the neurons of an MLP, `[width]` fp32.
 
         Args:
-            loudness: `[width]` fp32, the root mean square of the neurons' values, for what is measured.
+            rms: `[width]` fp32, the root mean square of the neurons' values, if importance is measured.
             name: of the block.
         """
         if self.importance == "random":
             assert self.seed is not None
-            return drawn(self.seed, name, part.width)
+            return random_scores(self.seed, name, part.width)
         if self.importance in BY_WEIGHT:
-            return BY_WEIGHT[self.importance]([one.weight.float() for one in part.readers])
-        assert loudness is not None
-        return loudness if self.importance == "activation" else change_bound(part.writer.weight, loudness)
+            return BY_WEIGHT[self.importance]([reader.weight.float() for reader in part.readers])
+        assert rms is not None
+        return rms if self.importance == "activation" else change_bound(part.writer.weight, rms)
 
     def parts(self, model: PreTrainedModel) -> dict[str, Part]:
-        """The MLPs."""
+        """Return the MLPs."""
         return mlps(model)
 
     def plan(
-        self, model: PreTrainedModel, parts: Mapping[str, Part], loudness: Mapping[str, Tensor]
+        self, model: PreTrainedModel, parts: Mapping[str, Part], rms: Mapping[str, Tensor]
     ) -> tuple[Cuts, dict[str, int], dict[str, Any]]:
-        """The neurons kept of every block."""
+        """Choose the neurons that remain in every block."""
         hidden, width = next(iter(parts.values())).writer.weight.shape
-        count = self.kept(width, hidden)
+        count = self.target(width, hidden)
         cuts: Cuts = {}
         for name, part in parts.items():
-            indices = most_important(self.scores(part, loudness.get(name), name), count)
-            for one in part.readers:
-                cuts |= rows(one, indices)
-            cuts |= columns(part.writer, indices)
+            indices = most_important(self.scores(part, rms.get(name), name), count)
+            for reader in part.readers:
+                cuts |= keep_outputs(reader, indices)
+            cuts |= keep_inputs(part.writer, indices)
         notes = {"width": {"before": width, "after": count}, "expansion": count / hidden}
-        return cuts, ruling(model, cuts, width, count), notes
+        return cuts, width_setting(model, cuts, width, count), notes
 
 
 def peak_to_peak(weights: list[Tensor]) -> Tensor:
-    """Sum over `weights`, each `[neurons, in]`, of max + |min| of every row (PPM): `[neurons]`."""
+    """Return the sum over `weights`, each `[neurons, in]`, of max + |min| of every row (PPM): `[neurons]`."""
     return sum((weight.amax(1) + weight.amin(1).abs() for weight in weights), torch.tensor(0.0))
 
 
 def variance(weights: list[Tensor]) -> Tensor:
-    """Sum of the unbiased variances of every row (VOW)."""
+    """Return the sum of the unbiased variances of every row (VOW)."""
     return sum((weight.var(1) for weight in weights), torch.tensor(0.0))
 
 
 def norm_product(weights: list[Tensor]) -> Tensor:
-    """Product of the L1 norms of every row (PON)."""
+    """Return the product of the L1 norms of every row (PON)."""
     return torch.stack([weight.abs().sum(1) for weight in weights]).prod(0)
 
 
 def l2_norm(weights: list[Tensor]) -> Tensor:
-    """The L2 norm of a neuron's rows together."""
+    """Return the L2 norm of a neuron's rows together."""
     return torch.cat(weights, 1).square().sum(1).sqrt()
 
 
 BY_WEIGHT: dict[str, Callable[[list[Tensor]], Tensor]] = {
     "ppm": peak_to_peak, "vow": variance, "pon": norm_product, "l2": l2_norm,
 }  # fmt: skip
+"""The importances that are computed from the weights of gate and up, or of the only first linear."""
 
 
-def ruling(model: PreTrainedModel, cuts: Cuts, width: int, count: int) -> dict[str, int]:
-    """The config's number that rules the width of the MLPs, by its key, set to `count`.
+def width_setting(model: PreTrainedModel, cuts: Cuts, width: int, count: int) -> dict[str, int]:
+    """Return the config's key for the width of the MLPs with `count`; nothing if the width does not change.
 
-    It is found by trying: those that are `width` now, and those that are unset, where a family derives it.
+    It is found by trying the settings that are `width` now and then those that are unset, which a family
+    derives.
 
     Raises:
-        Refusal: none rules it alone.
+        Refusal: no setting describes the cuts.
     """
     if count == width:
         return {}
@@ -154,13 +156,13 @@ def ruling(model: PreTrainedModel, cuts: Cuts, width: int, count: int) -> dict[s
         if not misfits(model, cuts, {key: count}):
             return {key: count}
     raise Refusal(
-        f"{type(model).__name__} cannot lose neurons: its config has no number that rules the width of its "
-        f"MLPs ({width}) and nothing else."
+        f"{type(model).__name__} cannot lose neurons: its config has no setting for the width of its MLPs "
+        f"({width}) that affects nothing else."
     )
 
 
 def _candidates(config: Any, width: int) -> Iterator[str]:
     values = {field.name: getattr(config, field.name, None) for field in fields(config)}
     yield from (key for key, value in values.items() if type(value) is int and value == width)
-    numbers = {field.name for field in fields(config) if "int" in str(field.type)}
-    yield from (key for key, value in values.items() if value is None and key in numbers)
+    integers = {field.name for field in fields(config) if "int" in str(field.type)}
+    yield from (key for key, value in values.items() if value is None and key in integers)

@@ -13,10 +13,10 @@ from stages.core.run import Run
 from stages.job.load import validate
 from stages.model.blocks import blocks, forward
 from stages.model.checkpoint import finish_base
-from stages.pruning.depth import mean
 from stages.pruning.depth.ablate import Ablation
 from stages.pruning.depth.depth import Depth
-from stages.pruning.depth.remove import drop, output_projections
+from stages.pruning.depth.mean import check_biases
+from stages.pruning.depth.remove import output_projections, remove_blocks
 from stages.pruning.depth.tasks import Items
 from tests import families, project
 from tests.deep import WINDOWS, deep, logits, without, without_attention
@@ -52,7 +52,7 @@ def prune(**settings) -> dict:
 def test_what_is_left_reloads_and_generates_alike_with_and_without_a_cache(family, tmp_path):
     model = deep(family)
     expected = logits(without(model, {1, 3}))
-    drop(model, {1, 3})
+    remove_blocks(model, {1, 3})
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
     made = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -121,7 +121,7 @@ def test_attention_alone(family, source):
     ).execute("prune/again", RUN)
     again = record("prune/again")["notes"]["prune/again"]
     assert not set(again["removed"]) & set(notes["removed"])
-    with pytest.raises(Refusal, match="only 2 are neither kept nor zero already"):
+    with pytest.raises(Refusal, match="only 2 are neither kept nor already zero"):
         Depth(
             source="prune/made", method="depth", metric="perplexity", blocks=3, target="attention",
             calibration=TEXT,
@@ -179,14 +179,14 @@ def test_a_family_without_such_a_bias_is_refused_by_name(family, target, source)
 
 def test_a_bias_that_a_norm_follows_holds_no_mean():
     with pytest.raises(Refusal, match="OPTForCausalLM has no bias"):
-        mean.check(deep("opt", 2, do_layer_norm_before=False), "block")
-    mean.check(deep("llama", 2, mlp_bias=True), "block")
+        check_biases(deep("opt", 2, do_layer_norm_before=False), "block")
+    check_biases(deep("llama", 2, mlp_bias=True), "block")
 
 
 def test_a_model_its_config_cannot_say_is_refused():
     model = deep("gpt2", 4, scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(Refusal, match=r"GPT2LMHeadModel: its config cannot say .*attn\.scaling"):
-        drop(model, {1})
+    with pytest.raises(Refusal, match=r"config of GPT2LMHeadModel cannot describe .*attn\.scaling"):
+        remove_blocks(model, {1})
 
 
 def test_places_in_the_cache_that_are_not_renumbered_are_refused():
@@ -194,8 +194,8 @@ def test_places_in_the_cache_that_are_not_renumbered_are_refused():
         vocab_size=259, hidden_size=32, num_layers=4, num_heads=4, attention_types=[[["global"], 4]],
         max_position_embeddings=64, bos_token_id=256, eos_token_id=257,
     )  # fmt: skip
-    with pytest.raises(Refusal, match=r"GPTNeoForCausalLM: its config cannot say .*layer_id"):
-        drop(AutoModelForCausalLM.from_config(config), {1})
+    with pytest.raises(Refusal, match=r"config of GPTNeoForCausalLM cannot describe .*layer_id"):
+        remove_blocks(AutoModelForCausalLM.from_config(config), {1})
 
 
 def test_a_packed_source_gives_a_dense_model_without_a_block(workspace):
@@ -229,8 +229,8 @@ def test_items_are_scored_as_lm_eval_scores_them(graded):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    asked = Items(dataset="arithmetic", shots=1).asked(families.tokenizer())
-    assert len(asked.at) == 6 and set(asked.levels) == {"add"}
+    asked = Items(dataset="arithmetic", shots=1).choices(families.tokenizer())
+    assert len(asked.ranges) == 6 and set(asked.levels) == {"add"}
     found = Ablation(graded, asked.rows, 4, "block", "test").likelihoods([frozenset()])[frozenset()]
     import pandas as pd
 
@@ -253,12 +253,12 @@ def test_items_are_scored_as_lm_eval_scores_them(graded):
 
 
 def test_greedy_by_graded_items(graded):
-    asked = Items(dataset="arithmetic", shots=1).asked(families.tokenizer())
+    asked = Items(dataset="arithmetic", shots=1).choices(families.tokenizer())
     ablation = Ablation(graded, asked.rows, 4, "block", "test")
     tried = ablation.likelihoods(frozenset({n}) for n in range(4))
     dense = asked.accuracies(ablation.likelihoods([frozenset()])[frozenset()])
     right = {n: sum(int(tried[frozenset({n})][rows.start : rows.stop].argmax()) == gold
-                    for rows, gold in zip(asked.at, asked.gold, strict=True)) for n in range(4)}  # fmt: skip
+                    for rows, gold in zip(asked.ranges, asked.gold, strict=True)) for n in range(4)}  # fmt: skip
     assert dense == {"add": pytest.approx(dense["add"])} and dense["add"] > 0
     for n in range(4):
         retained = asked.retained(tried[frozenset({n})], dense)
@@ -277,9 +277,9 @@ TEXTED = {"metric": "perplexity", "calibration": TEXT}
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"metric": "perplexity"}, "metric perplexity is measured on text; name one"),
+        ({"metric": "perplexity"}, "metric perplexity is measured on text; name a data set"),
         ({"replace_by_mean": True, "keep": (0,)}, "replace_by_mean is measured on text"),
-        ({"calibration": TEXT}, "nothing here reads text"),
+        ({"calibration": TEXT}, "no part of this recipe reads text"),
         (TEXTED | {"samples": 3}, "metric perplexity draws nothing; leave samples and seed out"),
         (TEXTED | {"seed": 3}, "metric perplexity draws nothing; leave samples and seed out"),
         (TEXTED | {"metric": "shapley"}, "metric shapley needs samples"),
@@ -287,7 +287,7 @@ TEXTED = {"metric": "perplexity", "calibration": TEXT}
         (TEXTED | {"replace_by_mean": True}, "add 0 to keep"),
         ({"keep": (1, 1)}, "names a block twice"),
         ({"ignore": ("mlp.gate",)}, "name blocks in keep instead"),
-        ({"metric": "perplexity", "calibration": {"dataset": "a", "shots": 1}}, "graded items serve metric"),
+        ({"metric": "perplexity", "calibration": {"dataset": "a", "shots": 1}}, "only metric greedy without"),
         ({"blocks": 0}, "greater than or equal to 1"),
         ({"keep": (-1,)}, "greater than or equal to 0"),
     ],
@@ -311,11 +311,11 @@ def test_bad_settings_are_refused_in_a_sentence(settings, said):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"blocks": 4}, "has 4, of which 3 may go"),
-        (TEXTED | {"blocks": 4}, "has 4, of which 3 may go"),
-        ({"keep": (1, 3), "blocks": 3}, "has 4, of which 2 may go"),
-        ({"keep": (4, 1, 9)}, "has blocks 0 to 3, no 4, 9"),
-        (TEXTED | {"target": "attention", "blocks": 5}, "has 4, of which 4 may go"),
+        ({"blocks": 4}, "only 3 of the 4 blocks"),
+        (TEXTED | {"blocks": 4}, "only 3 of the 4 blocks"),
+        ({"keep": (1, 3), "blocks": 3}, "only 2 of the 4 blocks"),
+        ({"keep": (4, 1, 9)}, "keep names 4, 9, but base/deep has only blocks 0 to 3"),
+        (TEXTED | {"target": "attention", "blocks": 5}, "only 4 of the 4 blocks"),
         (TEXTED | {"metric": "angular", "blocks": 2, "keep": (1, 2)}, "keep leaves no run of 2 blocks"),
         (TEXTED | {"calibration": TEXT | {"num_samples": 1, "sequence_length": 300}}, "more than the 256"),
     ],

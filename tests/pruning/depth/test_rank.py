@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GPTJConfig
 from stages.core.errors import Refusal
 from stages.model.blocks import blocks, forward
 from stages.pruning.depth import rank
-from stages.pruning.depth.ablate import Ablation, Rows
-from stages.pruning.depth.remove import drop
+from stages.pruning.depth.ablate import Ablation, ScoredRows
+from stages.pruning.depth.remove import remove_blocks
 from tests import families
 from tests.deep import WINDOWS, deep, logits, loss, without, without_attention
 
@@ -23,7 +23,7 @@ from tests.deep import WINDOWS, deep, logits, loss, without, without_attention
 def test_leaving_one_out_is_a_model_without_it(family, target):
     model = deep(family, 3)
     before = logits(model)
-    found = rank.perplexity(Ablation(model, Rows.of(WINDOWS), 2, target, "test"), [0, 1, 2])
+    found = rank.perplexity(Ablation(model, ScoredRows.of_text(WINDOWS), 2, target, "test"), [0, 1, 2])
     reference = without if target == "block" else without_attention
     for number, value in found.items():
         assert value == pytest.approx(loss(reference(model, {number})), abs=1e-5)
@@ -34,7 +34,7 @@ def test_leaving_one_out_is_a_model_without_it(family, target):
 def test_any_sets_in_one_go_are_what_they_are_alone():
     model = deep("gemma3", 4)
     sets = [frozenset(c) for n in range(5) for c in itertools.combinations(range(4), n)]
-    found = Ablation(model, Rows.of(WINDOWS), 3, "block", "test").losses(sets)
+    found = Ablation(model, ScoredRows.of_text(WINDOWS), 3, "block", "test").losses(sets)
     for out in sets:
         assert found[out] == pytest.approx(loss(without(model, out)), abs=1e-5)
 
@@ -56,7 +56,7 @@ def exact_shapley(value, players: list[int]) -> dict[int, float]:
 
 def test_sampled_shapley_values_near_the_exact_ones():
     model = deep("llama", 4)
-    ablation = Ablation(model, Rows.of(WINDOWS), 5, "block", "test")
+    ablation = Ablation(model, ScoredRows.of_text(WINDOWS), 5, "block", "test")
     losses = {
         frozenset(c): loss(without(model, set(range(4)) - set(c)))
         for n in range(5)
@@ -82,7 +82,7 @@ def test_greedy_takes_what_a_search_by_hand_takes(target):
         tried = {n: loss(reference(model, gone | {n})) for n in (1, 2, 4) if n not in gone}
         order.append(min(tried, key=tried.__getitem__))
         gone.add(order[-1])
-    found = rank.greedy(Ablation(model, Rows.of(WINDOWS), 2, target, "test"), [1, 2, 4], 3, None)
+    found = rank.greedy(Ablation(model, ScoredRows.of_text(WINDOWS), 2, target, "test"), [1, 2, 4], 3, None)
     assert [step["removed"] for step in found.notes["steps"]] == order
     assert found.removed == tuple(sorted(gone))
 
@@ -172,7 +172,7 @@ def test_the_run_that_goes_holds_no_kept_block():
     distances = {0: 0.5, 1: 0.1, 2: 0.3, 3: 0.3}
 
     def goes(choices):
-        return rank.run_of(distances, rank.runs(choices, 2), 2).removed
+        return rank.closest_run(distances, rank.removable_runs(choices, 2), 2).removed
 
     assert goes([0, 1, 2, 3, 4]) == (1, 2)
     assert goes([0, 1, 3, 4]) == (3, 4)
@@ -182,7 +182,7 @@ def test_the_run_that_goes_holds_no_kept_block():
 
 
 def test_ties_fall_to_the_lower_block():
-    assert rank.lowest({3: 0.0, 1: 0.0, 2: -1.0, 0: 0.0}, 2) == (0, 2)
+    assert rank.lowest_blocks({3: 0.0, 1: 0.0, 2: -1.0, 0: 0.0}, 2) == (0, 2)
 
 
 def test_blocks_that_return_more_than_the_stream():
@@ -192,8 +192,8 @@ def test_blocks_that_return_more_than_the_stream():
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    found = rank.perplexity(Ablation(model, Rows.of(WINDOWS), 2, "block", "test"), [0, 1, 2])
+    found = rank.perplexity(Ablation(model, ScoredRows.of_text(WINDOWS), 2, "block", "test"), [0, 1, 2])
     for number, value in found.items():
         left = copy.deepcopy(model)
-        drop(left, {number})
+        remove_blocks(left, {number})
         assert value == pytest.approx(loss(left), abs=1e-5)

@@ -21,7 +21,7 @@ from transformers import (
 from stages.core.errors import Refusal
 from stages.model.blocks import linears
 from stages.pruning.shape import anatomy
-from stages.pruning.shape.attention import Shape
+from stages.pruning.shape.attention import HeadLayout
 from stages.pruning.shape.heads import Heads
 from stages.pruning.shape.shrink import shrink
 from stages.pruning.shape.shrinker import measure_inputs
@@ -130,7 +130,7 @@ def test_inputs_that_are_too_large_for_sums_matter_only_to_what_reads_them():
 @pytest.mark.parametrize("unit", ["groups", "queries"])
 def test_scores_by_hand(unit):
     """Sums over single weights and features, written out."""
-    model, shape = grouped("llama").requires_grad_(False), Shape(8, 4, 4)
+    model, shape = grouped("llama").requires_grad_(False), HeadLayout(8, 4, 4)
     parts = anatomy.attentions(model)
     part = parts["model.layers.1"]
     heard = measure_inputs(model, parts, WINDOWS, 1, "heads")["model.layers.1"]
@@ -167,25 +167,25 @@ def test_the_bound_bounds_the_change_of_the_attentions_output(seed, features, ou
 
 
 def test_targets():
-    shape = Shape(12, 4, 8)
-    assert heads(remove=0.5).kept(shape) == Shape(6, 2, 8)
-    assert heads(remove=0.4).kept(shape) == Shape(9, 3, 8)
-    assert heads(keep=3).kept(shape) == Shape(3, 1, 8)
-    assert heads(remove=0.5, unit="queries").kept(shape) == Shape(8, 4, 8)
-    assert heads(keep=4, unit="queries").kept(shape) == Shape(4, 4, 8)
-    assert heads(keep=12).kept(shape) == shape
-    assert heads(remove=0.9999999999).kept(shape) == Shape(3, 1, 8)
-    assert heads(remove=0.9999999999, unit="queries").kept(shape) == Shape(4, 4, 8)
-    with pytest.raises(Refusal, match=r"keep 4 of 12 query heads \(4 groups of 3\): .* are 3, 6, 9, 12"):
-        heads(keep=4).kept(shape)
-    with pytest.raises(Refusal, match="allowed with unit queries are 4, 8, 12"):
-        heads(keep=16, unit="queries").kept(shape)
-    with pytest.raises(Refusal, match=r"remove 0\.2 of 4 groups is less than one; the least is 0\.25"):
-        heads(remove=0.2).kept(shape)
+    shape = HeadLayout(12, 4, 8)
+    assert heads(remove=0.5).target(shape) == HeadLayout(6, 2, 8)
+    assert heads(remove=0.4).target(shape) == HeadLayout(9, 3, 8)
+    assert heads(keep=3).target(shape) == HeadLayout(3, 1, 8)
+    assert heads(remove=0.5, unit="queries").target(shape) == HeadLayout(8, 4, 8)
+    assert heads(keep=4, unit="queries").target(shape) == HeadLayout(4, 4, 8)
+    assert heads(keep=12).target(shape) == shape
+    assert heads(remove=0.9999999999).target(shape) == HeadLayout(3, 1, 8)
+    assert heads(remove=0.9999999999, unit="queries").target(shape) == HeadLayout(4, 4, 8)
+    with pytest.raises(Refusal, match=r"keep 4 of 12 query heads \(4 groups of 3\): .*: 3, 6, 9, 12"):
+        heads(keep=4).target(shape)
+    with pytest.raises(Refusal, match="allowed with unit queries: 4, 8, 12"):
+        heads(keep=16, unit="queries").target(shape)
+    with pytest.raises(Refusal, match=r"remove 0\.2 of 4 groups is less than one; the smallest is 0\.25"):
+        heads(remove=0.2).target(shape)
     with pytest.raises(Refusal, match="there is only one of the groups, and it must stay"):
-        heads(remove=0.5).kept(Shape(4, 1, 8))
-    with pytest.raises(Refusal, match="every query head has keys and values of its own"):
-        heads(keep=2, unit="queries").kept(Shape(4, 4, 8))
+        heads(remove=0.5).target(HeadLayout(4, 1, 8))
+    with pytest.raises(Refusal, match="every query head has its own keys and values"):
+        heads(keep=2, unit="queries").target(HeadLayout(4, 4, 8))
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_bad_settings_are_refused(options, said):
 def test_a_config_that_cannot_say_fewer_heads(family, keep):
     model = families.model(family)
     said = (
-        f"{type(model).__name__} cannot lose heads: its config cannot say fewer heads of 8 features, with "
-        r"which .* would be \[32, 32\] and not"
+        f"{type(model).__name__} cannot lose heads: its config cannot describe fewer heads of 8 features, with "
+        r"which .* would be \[32, 32] instead"
     )
     with pytest.raises(Refusal, match=said):
         planned(heads(keep=keep), model)
@@ -247,7 +247,7 @@ def paired(kind: type[PreTrainedConfig]) -> PreTrainedModel:
 @pytest.mark.parametrize(("kind", "linear"), [(BitNetConfig, "[qkv]"), (DiffLlamaConfig, "[qv]")])
 def test_heads_that_reach_each_other_are_refused_by_name(kind, linear, unit):
     family = kind.__name__.removesuffix("Config")
-    said = rf"^{family}ForCausalLM cannot lose heads: what .*layers\.0\.self_attn\.{linear}_proj puts out"
+    said = rf"^{family}ForCausalLM cannot lose heads\: the output of .*layers\.0\.self_attn\.{linear}_proj for the first"
     with pytest.raises(Refusal, match=said):
         planned(heads(keep=4, unit=unit), paired(kind))
 

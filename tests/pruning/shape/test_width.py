@@ -162,29 +162,29 @@ def test_what_is_measured_is_the_dense_models_inputs():
     ("remove", "kept"), [(0.1, 7373), (0.2, 6554), (0.3, 5735), (0.4, 4916), (0.5, 4096), (0.6, 3277)]
 )
 def test_the_published_widths_of_llama_3_2_1b(remove, kept):
-    assert width(remove=remove).kept(8192, 2048) == kept
+    assert width(remove=remove).target(8192, 2048) == kept
 
 
 def test_targets():
-    assert width(expansion=2.4).kept(8192, 2048) == 4916
-    assert width(remove=0.4, multiple_of=64).kept(8192, 2048) == 4928
-    assert width(remove=0.4, multiple_of=128).kept(8192, 2048) == 4992
-    assert width(remove=0.5, multiple_of=128).kept(8192, 2048) == 4096
-    assert width(expansion=4).kept(8192, 2048) == 8192
-    with pytest.raises(Refusal, match=r"expansion 5 .* keeps 10240 neurons, the model has 8192"):
-        width(expansion=5).kept(8192, 2048)
-    assert width(expansion=1e-9).kept(8192, 2048) == 1
-    assert width(expansion=1e-9, multiple_of=64).kept(8192, 2048) == 64
-    with pytest.raises(Refusal, match=r"multiple_of 128 keeps 1024 neurons, the model has 1000"):
-        width(remove=0.01, multiple_of=128).kept(1000, 100)
-    with pytest.raises(Refusal, match=r"remove 0.01 of 64 neurons is less than one; the least is 0.0156"):
-        width(remove=0.01).kept(64, 32)
+    assert width(expansion=2.4).target(8192, 2048) == 4916
+    assert width(remove=0.4, multiple_of=64).target(8192, 2048) == 4928
+    assert width(remove=0.4, multiple_of=128).target(8192, 2048) == 4992
+    assert width(remove=0.5, multiple_of=128).target(8192, 2048) == 4096
+    assert width(expansion=4).target(8192, 2048) == 8192
+    with pytest.raises(Refusal, match=r"expansion 5 .* keeps 10240 neurons, but the model has 8192"):
+        width(expansion=5).target(8192, 2048)
+    assert width(expansion=1e-9).target(8192, 2048) == 1
+    assert width(expansion=1e-9, multiple_of=64).target(8192, 2048) == 64
+    with pytest.raises(Refusal, match=r"multiple_of 128 keeps 1024 neurons, but the model has 1000"):
+        width(remove=0.01, multiple_of=128).target(1000, 100)
+    with pytest.raises(Refusal, match=r"remove 0.01 of 64 neurons is less than one; the smallest is 0.0156"):
+        width(remove=0.01).target(64, 32)
 
 
 @given(st.integers(1, 3000), st.floats(0, 0.99) | st.just(1 - 1e-12), st.integers(1, 130))
 def test_never_more_is_removed_than_asked_for_nor_a_multiple_less(neurons, remove, multiple_of):
     try:
-        count = width(remove=remove, multiple_of=multiple_of).kept(neurons, 10)
+        count = width(remove=remove, multiple_of=multiple_of).target(neurons, 10)
     except Refusal:
         return
     assert count % multiple_of == 0 and 0 < count <= neurons
@@ -234,7 +234,7 @@ def test_a_random_choice_depends_on_the_seed_and_the_block():
     ("config", "said"),
     [
         (MixtralConfig, r"MixtralForCausalLM has matrices .*experts"),
-        (Phi3Config, r"Phi3ForCausalLM: model\.layers\.0 has 0 MLPs with one feature a neuron; exactly one"),
+        (Phi3Config, r"Phi3ForCausalLM: model\.layers\.0 has 0 MLPs with one feature a neuron; a block must"),
     ],
 )
 def test_blocks_that_are_not_plain_are_refused_by_name(config, said):
@@ -306,7 +306,7 @@ def test_group_size_is_asked_of_the_smaller_model(workspace):
     rtn = {"source": "prune/narrow", "method": "rtn", "bits": 4, "group_size": 40, "calibration": NONE}
     narrow = RECIPE | {"importance": "pon"}
     chosen = params("llama", {"prune/narrow": narrow, "quantize/made": rtn})
-    with pytest.raises(Refusal, match=r"group_size 40 does not divide the input of 12 linears: .*q_proj"):
+    with pytest.raises(Refusal, match=r"group_size 40 does not divide the input width of 12 linears"):
         do(chosen)
     fitting = params("llama", {"prune/narrow": narrow, "quantize/made": rtn | {"group_size": 8}})
     do(fitting)
