@@ -1,6 +1,6 @@
 """Floor: a responder without knowledge as a candidate, beside the model whose tokenizer it is asked with.
 
-It has no weights; `stages.evaluation.null` says how it answers. Its score is where the scale of a task begins.
+It has no weights; `stages.controls.responders` says how it answers.
 """
 
 import shutil
@@ -11,11 +11,11 @@ from stages.core.run import Run
 from stages.job.entry import entry
 from stages.model.artifact import load_record
 
-SIZES = ("num_parameters", "bits_per_weight", "bytes_ideal", "bytes_on_disk", "sparsity")
+_SIZES = ("num_parameters", "bits_per_weight", "bytes_ideal", "bytes_on_disk", "sparsity")
 
 
 def floor(variant: Floor, run: Run, name: str) -> None:
-    """Write data/models/floor/<name>: the source's folder without weights, marked with the responder."""
+    """Write data/models/floor/<name>: the source's folder without weights, the responder in its record."""
     with writing(MODELS / "floor" / name) as folder:
         weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
         shutil.copytree(MODELS / variant.source, folder, ignore=weights, dirs_exist_ok=True)
@@ -24,7 +24,7 @@ def floor(variant: Floor, run: Run, name: str) -> None:
             "artifact": f"floor/{name}",
             "lineage": [*record["lineage"], f"floor/{name}"],
             "responder": variant.responder,
-            **{size: type(record[size])(0) for size in SIZES},
+            **{size: type(record[size])(0) for size in _SIZES},
         }
         write_json(folder / RECORD, record)
 

@@ -1,7 +1,7 @@
 """Noise: a model as a candidate again, to be evaluated at another batch size or in another dtype.
 
-The weights are those of the source, byte for byte; only the arithmetic differs. In bf16 a batch size alone changes
-some answers, and a difference between two models that is no larger than this one's means nothing.
+The weights are those of the source, byte for byte; only the arithmetic differs. In bf16 the batch size alone
+changes some answers, and a difference between two models that is no larger than this means nothing.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from stages.model.artifact import load_record
 
 
 def noise(variant: Noise, run: Run, name: str) -> None:
-    """Copy the variant's source into data/models/noise/<name>, marked with what differs."""
+    """Copy the variant's source into data/models/noise/<name>, with the difference in its record."""
     with writing(MODELS / "noise" / name) as folder:
         shutil.copytree(MODELS / variant.source, folder, dirs_exist_ok=True)
         record = load_record(variant.source)

@@ -1,18 +1,19 @@
 """Profile: measure one candidate's speed, memory and energy, alone on the machine.
 
-Measurements vary from run to run, so they lie apart from results, in data/profile/<candidate>, and no other stage
-reads them. Whether the machine was free is measured too: the share of its processors' time that others took.
+Measurements vary from run to run, so they lie in data/profile/<candidate>, apart from results, and no other
+stage reads them. Whether the machine was free is measured too: the share of its processors' time that others
+took.
 """
 
 from stages.core.run import Run
 from stages.job.entry import entry
-from stages.profiling.measure import measure
+from stages.profiling.measure import measure_candidate
 from stages.profiling.speed import Profile
 
 
-def profile(wanted: Profile, run: Run, name: str) -> None:
+def profile(settings: Profile, run: Run, name: str) -> None:
     """Measure candidate `name` into data/profile/<name>: `profile.json`, and `repeats.parquet` run by run."""
-    measure(wanted, run, name)
+    measure_candidate(settings, run, name)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""Candidates that are no compressed model: a dense model computed otherwise, and responders without knowledge.
+"""Candidates that are not compressed models: a model computed differently, and responders without knowledge.
 
-A `noise` candidate is its source again, evaluated at another batch size or in another dtype: what differs is
-numerical noise, and no smaller difference between two models means anything. A `floor` candidate answers without
-any knowledge: what it scores, every model scores (see `stages.evaluation.null`).
+A `noise` candidate is its source, evaluated at another batch size or in another dtype. What differs is
+numerical noise, and no smaller difference between two models means anything. A `floor` candidate is a
+responder without knowledge (see `stages.controls.responders`): any model can score what it scores.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from stages.controls.responders import RESPONDERS
 from stages.core.run import Dtype
 from stages.core.schema import Base, Source, Strict
 
-Responder = Literal[
-    "uniform", "longest-choice", "empty", "dot", "repeat", "echo", "shuffled", "previous", "random-words"
-]
+
+def _known(responder: str) -> str:
+    if responder not in RESPONDERS:
+        raise ValueError(f"allowed: {', '.join(RESPONDERS)}")
+    return responder
 
 
 class Noise(Strict):
@@ -34,7 +37,7 @@ class Floor(Strict):
 
     source: Base
     """The model whose tokenizer and chat template the responder is asked with."""
-    responder: Responder
+    responder: Annotated[str, AfterValidator(_known)]
 
     def reads(self) -> dict[str, Any]:
         """Return no data set: only the source is read."""

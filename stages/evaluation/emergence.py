@@ -1,19 +1,20 @@
-"""Information Emergence: how much more of a sequence than of a lone token a block passes on (2405.12617).
+"""Information Emergence: how much more a block passes on of a sequence than of a lone token (2405.12617).
 
-A block turns the state h of a token into h'. I(h; h') is the entropy of h' that h takes away. The macro
-variable is the state of a window's last token, which has seen all of the window; the micro variable is that
-of the same token fed alone. By block, IE = I(h'; h) of the macro variable - I(h'; h) of the micro variable,
-in bits. Where a token stands is nothing to a token fed alone, so the last ones stand for all.
+A block turns the state h of a token into h'. The mutual information I(h'; h) is the share of the entropy of
+h' that knowing h removes. The macro variable is the state of a window's last token, which has seen the whole
+window; the micro variable is the state of the same token fed alone. For each block, in bits,
 
-Mutual information is estimated by the Donsker-Varadhan bound with a small network (MINE, 1801.04062),
-E_joint[f] - log E_marginal[exp f]. It is fitted on one half of the windows and read on the other, by all
-their pairs: a bound read where it was fitted grows with the network. What is read is still a lower bound,
-and at most about log2 of the pairs, so values compare models on the same text, windows and seed only.
+    IE = I(h'; h) of the macro variable - I(h'; h) of the micro variable
+
+The position of a token fed alone does not matter, so the last tokens represent all.
+
+Mutual information is estimated by a small network (`stages.evaluation.mine`), fitted on one half of the
+windows and read on all pairs of the other half. It is a lower bound, and at most about log2 of the number of
+pairs, so values compare models on the same text, windows and seed only.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -22,7 +23,9 @@ from tqdm import tqdm
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Strict
-from stages.corpus.windows import documents, windows
+from stages.core.tables import Score
+from stages.corpus.windows import cut_windows, read_documents
+from stages.evaluation.means import mean
 from stages.model.blocks import blocks
 
 if TYPE_CHECKING:
@@ -34,70 +37,81 @@ class Emergence(Strict):
     """How Information Emergence is estimated."""
 
     windows: Annotated[int, Field(ge=64)] = 1024
-    """Half to fit on, half to read."""
+    """Half of them to fit on, half to read."""
     sequence_length: Annotated[int, Field(ge=2)] = 8
     """Tokens of a window."""
     steps: Annotated[int, Field(ge=1)] = 200
-    """Of fitting."""
+    """Steps of fitting."""
     width: Annotated[int, Field(ge=1)] = 64
-    """Of the network."""
+    """Width of the network."""
 
-    def evaluate(self, lm: HFLM, name: str, seed: int, batch_size: int) -> list[dict[str, Any]]:
-        """A score row a block, its place as `difficulty`, and their mean.
+    def evaluate(self, lm: HFLM, name: str, seed: int, batch_size: int) -> list[Score]:
+        """Score the mean over blocks, then each block, named in `difficulty`.
 
         Raises:
-            Refusal: the text is shorter than the windows asked for.
+            Refusal: the text has too few windows.
         """
-        from stages.evaluation.mine import mutual_information
+        from stages.evaluation.mine import mutual_information  # imports torch
 
-        cut = windows(lm.tokenizer, documents(name, "evaluation"), self.sequence_length)
-        if len(cut) < self.windows:
-            raise Refusal(
-                f"suites.perplexity.{name}.emergence.windows: {self.windows} asked for, the evaluation split "
-                f"has {len(cut)} of {self.sequence_length} tokens; ask for fewer."
-            )
-        picked = cut[torch.linspace(0, len(cut) - 1, self.windows).round().long()]
-        draw = torch.Generator().manual_seed(seed)
-        picked = picked[torch.randperm(len(picked), generator=draw)]
-        whole, alone = states(lm.model, picked, batch_size), states(lm.model, picked[:, -1:], batch_size)
-        found = []
-        for before, after in tqdm(list(zip(range(len(whole) - 1), range(1, len(whole)), strict=True))):
+        rows = self._rows(lm, name, seed)
+        whole, alone = states(lm.model, rows, batch_size), states(lm.model, rows[:, -1:], batch_size)
+        by_block = []
+        for block in tqdm(range(len(whole) - 1)):
             macro, micro = (
-                mutual_information(told[before], told[after], self.steps, self.width, seed)
-                for told in (whole, alone)
+                mutual_information(side[block], side[block + 1], self.steps, self.width, seed)
+                for side in (whole, alone)
             )
-            found.append(macro - micro)
-        digits = len(str(len(found) - 1))
-        by_block = {f"block-{place:0{digits}}": value for place, value in enumerate(found)}
-        shared = {
-            "task": f"emergence-{name}", "readout": "states", "metric": "information_emergence",
-            "task_version": f"windows of {self.sequence_length}, {self.steps} steps, width {self.width}",
-            "template": "none", "shots": 0, "num_items": self.windows - self.windows // 2,
-            "higher_is_better": True, "seed": seed,
-        }  # fmt: skip
+            by_block.append(macro - micro)
+        digits = len(str(len(by_block) - 1))
+        levels = {"all": mean(by_block)} | {
+            f"block-{block:0{digits}}": value for block, value in enumerate(by_block)
+        }
         return [
-            {**shared, "difficulty": level, "value": value}
-            for level, value in {"all": math.fsum(found) / len(found), **by_block}.items()
+            Score(
+                task=f"emergence-{name}",
+                task_version=f"windows of {self.sequence_length}, {self.steps} steps, width {self.width}",
+                shots=0,
+                difficulty=level,
+                readout="states",
+                metric="information_emergence",
+                value=value,
+                num_items=self.windows - self.windows // 2,
+                higher_is_better=True,
+                seed=seed,
+            )
+            for level, value in levels.items()
         ]
+
+    def _rows(self, lm: HFLM, name: str, seed: int) -> Tensor:
+        """Return windows from all over the text in a random order, `[windows, sequence_length]` int64."""
+        whole = cut_windows(lm.tokenizer, read_documents(name, "evaluation"), self.sequence_length)
+        if len(whole) < self.windows:
+            raise Refusal(
+                f"suites.perplexity.{name}.emergence.windows is {self.windows}, but the evaluation split has "
+                f"{len(whole)} windows of {self.sequence_length} tokens; ask for fewer."
+            )
+        rows = whole[torch.linspace(0, len(whole) - 1, self.windows).round().long()]
+        draw = torch.Generator().manual_seed(seed)
+        return rows[torch.randperm(len(rows), generator=draw)]
 
 
 def states(model: nn.Module, rows: Tensor, batch_size: int) -> list[Tensor]:
-    """The last token's state before the first block and after each, `[rows, hidden]` fp32 on the CPU.
+    """Return the last token's state before the first block and after each, `[rows, hidden]` fp32 on the CPU.
 
     Args:
         rows: `[rows, tokens]` int64.
     """
     layers = [block for _, block in blocks(model)]
-    seen: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
+    kept: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
 
     def keep(place: int, state: Any) -> None:
         state = state[0] if isinstance(state, tuple) else state
-        seen[place].append(state[:, -1].float().cpu())
+        kept[place].append(state[:, -1].float().cpu())
 
-    def first(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def keep_input(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         keep(0, inputs[0] if inputs else named["hidden_states"])
 
-    hooks = [layers[0].register_forward_pre_hook(first, with_kwargs=True)]
+    hooks = [layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
     hooks += [
         layer.register_forward_hook(lambda _module, _inputs, out, place=place: keep(place, out))
         for place, layer in enumerate(layers, 1)
@@ -109,4 +123,4 @@ def states(model: nn.Module, rows: Tensor, batch_size: int) -> list[Tensor]:
             body(input_ids=batch.to(device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return [torch.cat(parts) for parts in seen]
+    return [torch.cat(parts) for parts in kept]

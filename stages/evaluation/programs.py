@@ -1,17 +1,11 @@
-"""Running the programs a model wrote, for tasks that test them; only where a suite asks for it by name.
+"""Run the programs that a model wrote, for tasks that test them; only where a suite asks for it by name.
 
-lm-eval's HumanEval and MBPP have their programs run by a script that the `evaluate` package fetches from the
-hub. Nothing fetched is executed here: this module takes that script's place. A program runs in a process of
-its own, in an empty folder that is deleted, without our environment, for a bounded time and memory, and
-what it starts ends with it. That keeps accidents small; it is no sandbox, and a hostile program can do what
-its user can.
-
-pass@k is the unbiased estimate of Chen et al. (2107.03374): 1 - C(n - c, k) / C(n, k) for n programs of
-which c pass.
+Each program runs in a process of its own, in an empty folder that is deleted, without our environment, within
+bounds of time and memory; whatever it starts ends with it. That keeps accidents small. It is not a sandbox: a
+hostile program can do whatever its user can.
 """
 
 import contextlib
-import math
 import os
 import resource
 import secrets
@@ -19,18 +13,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-from unittest import mock
+from collections.abc import Sequence
 
-from stages.core.errors import Refusal
+from stages.evaluation.draws import pass_at_k
+from stages.evaluation.means import mean
 
 SECONDS = 5
-"""Of processor time a program has; twice that by the clock."""
-BYTES = 4 * 2**30
-"""Of memory a program has, and a hundredth of it of each file it writes."""
-CHILD = """
+"""Processor time that a program has; it has twice as much by the clock."""
+_BYTES = 4 * 2**30
+"""Memory that a program has; each file it writes may have a hundredth of that."""
+_CHILD = """
 import os, sys, types
 word, program = sys.stdin.buffer.read(32), sys.stdin.buffer.read()
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -39,16 +31,16 @@ exec(compile(program, "program.py", "exec"), module.__dict__)
 os.write(int(sys.argv[1]), word)
 os._exit(0)
 """
-"""Reads a word and a program, runs the program, and says the word after its end."""
+"""Reads a word and a program, runs the program, and writes the word if the program came to its end."""
 
 
 class CodeEval:
-    """The metric `code_eval` of the `evaluate` package, as far as lm-eval's tasks ask for it."""
+    """The metric `code_eval` of the package `evaluate`, as far as lm-eval's tasks use it."""
 
     def compute(
         self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
     ) -> tuple[dict[str, float], list[list[bool]]]:
-        """`pass@k` in [0, 1], averaged over problems, and which programs passed.
+        """Return `pass@k` in [0, 1], averaged over problems, and which programs passed.
 
         Args:
             references: the tests of each problem, run after the program.
@@ -58,75 +50,53 @@ class CodeEval:
             [passes(f"{program}\n{test}") for program in programs]
             for test, programs in zip(references, predictions, strict=True)
         ]
-        rates = {f"pass@{n}": math.fsum(pass_at(n, found) for found in passed) / len(passed) for n in k}
+        rates = {f"pass@{n}": mean([pass_at_k(len(each), sum(each), n) for each in passed]) for n in k}
         return rates, passed
 
 
-def pass_at(k: int, passed: Sequence[bool]) -> float:
-    """Chance that one at least of `k` programs drawn from those `passed` tells of would pass."""
-    return 1 - math.comb(len(passed) - sum(passed), k) / math.comb(len(passed), k)
-
-
 def passes(program: str) -> bool:
-    """Whether a Python program comes to its end, in time and without an error.
+    """Tell whether a Python program comes to its end, in time and without an error.
 
-    One that leaves before its end, as by `exit()`, has not been tested. It runs as a module that is imported
-    does, so what it keeps for being run by itself is left out.
+    A program that leaves before its end, for instance by `exit()`, has not been tested. It runs like an
+    imported module, so code under `if __name__ == "__main__"` is skipped.
     """
     word = secrets.token_hex(16).encode()
-    told, telling = os.pipe()
-    os.set_blocking(told, False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
     with tempfile.TemporaryDirectory(prefix="prunequant-", ignore_cleanup_errors=True) as folder:
         try:
             child = subprocess.Popen(
-                [sys.executable, "-I", "-c", CHILD, str(telling)],
+                [sys.executable, "-I", "-c", _CHILD, str(write_end)],
                 cwd=folder,
                 env={},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                preexec_fn=_bounded,
-                pass_fds=(telling,),
+                preexec_fn=_limit,
+                pass_fds=(write_end,),
                 start_new_session=True,
             )
             try:
                 child.communicate(word + program.encode(), timeout=2 * SECONDS)
             finally:
                 _end(child)
-            return os.read(told, len(word)) == word
-        except (subprocess.TimeoutExpired, ValueError, OSError):  # also a lone surrogate in it, or no word
+            return os.read(read_end, len(word)) == word
+        except (subprocess.TimeoutExpired, ValueError, OSError):  # also a lone surrogate, or no word to read
             return False
         finally:
-            os.close(told)
-            os.close(telling)
+            os.close(read_end)
+            os.close(write_end)
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
-    """End it and all that it started."""
+    """End a process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
 
 
-def _bounded() -> None:
+def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES // 100, BYTES // 100))
+    resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_BYTES // 100, _BYTES // 100))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-@contextmanager
-def in_place_of_the_hub() -> Iterator[None]:
-    """Give lm-eval's task files `CodeEval` where they ask the hub for the script `code_eval`."""
-    import evaluate
-
-    def load(name: str, *_: Any, **__: Any) -> CodeEval:
-        if name != "code_eval":
-            raise Refusal(
-                f"the task asks the hub for the script {name}; what is fetched is not executed, so the task "
-                "is not served."
-            )
-        return CodeEval()
-
-    with mock.patch.object(evaluate, "load", load):
-        yield

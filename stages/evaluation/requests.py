@@ -1,8 +1,10 @@
-"""What a suite asks of a model, without asking it: every request, in the calls it comes in.
+"""What a suite asks of a model, found out without a model: every request, call by call.
 
-A suite is run on a responder that knows nothing and writes down what it is asked. From that follow the
-costs of a suite before it is run, and what a batch size is tried on.
+A suite is run on a responder without knowledge that records each request. The costs of a suite follow from
+them before it is run, and batch sizes are tried out on them.
 """
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,35 +14,36 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
+    from stages.evaluation.suite import Suite
     from stages.evaluation.thinking.settings import Thinking
 
 
 class Call(NamedTuple):
-    """Requests that come together, and the method of a model that they are put to."""
+    """Requests that are made together, and the method of the model that gets them."""
 
     method: str
     requests: list[Any]
 
 
 class Recorder(NullLM):
-    """An empty answer to everything, every call kept in `calls`."""
+    """Answer every request with nothing, and keep it in `calls`."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         super().__init__("uniform", "empty", tokenizer, seed)
         self.calls: list[Call] = []
 
-    def loglikelihood(self, requests: "list[Instance]") -> list[tuple[float, bool]]:
-        """As `NullLM` does."""
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Do as `NullLM` does."""
         self.calls.append(Call("loglikelihood", list(requests)))
         return super().loglikelihood(requests)
 
-    def loglikelihood_rolling(self, requests: "list[Instance]") -> list[float]:
-        """As `NullLM` does."""
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Do as `NullLM` does."""
         self.calls.append(Call("loglikelihood_rolling", list(requests)))
         return super().loglikelihood_rolling(requests)
 
-    def generate_until(self, requests: "list[Instance]") -> list[str]:
-        """As `NullLM` does."""
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Do as `NullLM` does."""
         self.calls.append(Call("generate_until", list(requests)))
         return super().generate_until(requests)
 
@@ -51,15 +54,15 @@ class Recorder(NullLM):
         return super()._loglikelihood_tokens(requests, **options)
 
 
-def calls(suite: Any, name: str, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Call]:
-    """Return all that suite `name` asks of a model with this tokenizer; its data set must exist."""
+def calls(suite: Suite, name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Call]:
+    """Return all calls that suite `name` makes to a model with this tokenizer; its data set must exist."""
     recorder = Recorder(tokenizer, seed)
     suite.evaluate(recorder, name, seed)
     return recorder.calls
 
 
 class Cost(NamedTuple):
-    """How much a suite asks: `read` and `written` in tokens, all thinking and answers as long as may be."""
+    """How much a suite asks; `read` and `written` are tokens, with each thought and answer at its longest."""
 
     items: int
     requests: int
@@ -68,49 +71,50 @@ class Cost(NamedTuple):
 
 
 def cost(
-    asked: list[Call],
-    tokenizer: "PreTrainedTokenizerBase",
+    recorded: list[Call],
+    tokenizer: PreTrainedTokenizerBase,
     longest: int,
-    thinking: "Thinking | None" = None,
+    thinking: Thinking | None = None,
 ) -> Cost:
-    """What `asked` amounts to, every prompt counted whole as often as it is asked.
+    """Add up recorded calls; each prompt counts whole, as often as it is asked.
 
     Args:
         longest: tokens of an answer where its task sets no bound.
-        thinking: of the suite. Each draw thinks once, at the largest budget, and answers at every budget.
+        thinking: the suite's. A draw thinks once, at the largest budget, and answers at every budget.
     """
     items: set[Any] = set()
     read = written = 0
-    for number, (method, requests) in enumerate(asked):
+    for number, (method, requests) in enumerate(recorded):
         for place, request in enumerate(requests):
             if method == "_loglikelihood_tokens":
                 items.add((number, place))
                 read += len(request[1]) + len(request[2])
                 continue
             items.add(
-                (request.task_name.removesuffix("-generation").removesuffix("-likelihood"), request.doc_id)
-            )
+                (request.doc_id, repr(request.doc))
+            )  # both readouts of a graded item share its document
             texts = request.args[:1] if method == "generate_until" else request.args
             prompt = len(tokenizer("".join(texts), add_special_tokens=False).input_ids)
             answer = request.args[1].get("max_gen_toks", longest) if method == "generate_until" else 0
             read += _read(prompt, thinking, tokenizer) if thinking else prompt
             written += _written(answer, thinking) if thinking else answer
     times = thinking.draws * len(thinking.budgets) if thinking else 1
-    return Cost(len(items), times * sum(len(requests) for _, requests in asked), read, written)
+    return Cost(len(items), times * sum(len(requests) for _, requests in recorded), read, written)
 
 
-def _written(answer: int, thinking: "Thinking") -> int:
+def _written(answer: int, thinking: Thinking) -> int:
+    """Return the tokens generated for a prompt whose answer has at most `answer` tokens."""
     return thinking.draws * (thinking.budgets[-1] + len(thinking.budgets) * answer)
 
 
-def _read(prompt: int, thinking: "Thinking", tokenizer: "PreTrainedTokenizerBase") -> int:
-    """A prompt and what is said around thinking, read to think, after each wait, and for each answer."""
+def _read(prompt: int, thinking: Thinking, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens read for a prompt: it and the words around thinking, for each stretch and answer."""
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
     budgets, waits = thinking.budgets, thinking.waits
-    start, waited = prompt + count(thinking.begin), waits * count(thinking.wait)
-    thoughts = (waits + 1) * start + waits * (budgets[-1] + waited) if budgets[-1] else 0
-    ends = start + waited + count(thinking.end) + count(thinking.answer)
+    start, waiting = prompt + count(thinking.begin), waits * count(thinking.wait)
+    thoughts = (waits + 1) * start + waits * (budgets[-1] + waiting) if budgets[-1] else 0
+    ends = start + waiting + count(thinking.end) + count(thinking.answer)
     return thinking.draws * (thoughts + len(budgets) * ends + sum(budgets))

@@ -1,28 +1,31 @@
-"""lm-eval's stock tasks and groups of them by name, on data the download stage has brought in.
+"""lm-eval's stock tasks and groups of them by name, on data that the download stage has brought in.
 
-A task is used as lm-eval ships it but for where its data comes from: the parquet files of
-`data/datasets/<suite>` take the hub's place, so nothing is fetched. A split the task names and the data
-lacks (lm-eval asks for a training split even at zero shots) is left out. What a task makes of its documents
-before it asks them, such as GPQA's shuffled choices, is made once: lm-eval makes it anew for the questions
-and for the scores, and the two must not differ. The few tasks lm-eval lacks are in `stages/evaluate/tasks`.
+A task is used as lm-eval ships it except for its data: it reads the parquet files of `data/datasets/<suite>`,
+so nothing is fetched from the hub. A split that the task names and the data lacks is left out, as lm-eval
+asks for a training split even at zero shots. What a task draws at random for its documents, such as the order
+of GPQA's choices, is drawn once: lm-eval would draw again between asking and scoring, and the two must agree.
+A few tasks that lm-eval lacks are in `stages/evaluation/tasks`.
 """
 
-import contextlib
-import random
+from __future__ import annotations
+
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from unittest import mock
 
 from pydantic import Field
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
 from stages.core.identity import beside
-from stages.evaluation import programs as execution
-from stages.evaluation.lm_tasks import Rows, load_tasks, of_data, rows, run_tasks, with_floors
-from stages.evaluation.suite import Suite
+from stages.evaluation import offline
+from stages.evaluation.floors import with_floors
+from stages.evaluation.lm_tasks import load_tasks, run_tasks
+from stages.evaluation.splits import SPLIT_KEYS, load_splits
+from stages.evaluation.suite import Suite, SuiteRows
+from stages.evaluation.task_rows import rows_of
 from stages.evaluation.thinking.settings import Thinking
 from stages.sources.benchmark import Benchmark
 
@@ -31,51 +34,47 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks._index import Entry
 
-SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-TASKS = beside(__file__, "tasks")
+_TASKS = beside(__file__, "tasks")
 
 
 class BenchmarkSuite(Suite):
-    """One stock task of lm-eval or one group, each task limited to its first `limit` items (null: all)."""
+    """A stock task of lm-eval or a group of them, each task cut to its first `limit` items (null: all)."""
 
     scores = Benchmark
 
     task: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     shots: Annotated[int, Field(ge=0)] | None = None
-    """null: as many as the task's own config says."""
+    """null: the number in the task's own config."""
     limit: Annotated[int, Field(ge=1)] | None = None
     max_gen_toks: Annotated[int, Field(ge=1)] | None = None
-    """Longest answer in tokens; null: as the task says."""
+    """Longest answer in tokens; null: the task's own."""
     chat_template: bool = False
     allow_code_execution: bool = False
     """Run the programs that the model writes, which is how HumanEval and MBPP score them."""
     thinking: Thinking | None = None
-    """Think before each answer of a task that is answered by generation; see `stages.evaluation.thinking.scaling`."""
+    """Think before each generated answer; see `stages.evaluation.thinking.scaling`."""
 
-    def evaluate(self, lm: "LM", name: str, seed: int) -> tuple[Rows, Rows]:
-        """Score rows of every metric the task has a number of, and one sample row an item and metric.
+    def evaluate(self, lm: LM, name: str, seed: int) -> SuiteRows:
+        """Score every metric of the task that is a number; a sample row is one item's metric.
 
         Raises:
             Refusal: lm-eval has no such task, its data lacks what it needs, or it would run programs.
         """
-        import langdetect
-
+        offline.fetch_nothing()
         folder = DATASETS / name
-        if (folder / "nltk_data").exists():
-            import nltk
+        if (nltk_data := folder / "nltk_data").exists():
+            offline.add_nltk_data(nltk_data)
+        stock = dict(self.stock())
+        tasks = load_tasks([self._config(task, config, folder, seed) for task, config in stock.items()])
+        if langdetect := sys.modules.get("langdetect"):  # IFEval asks it for the language of an answer
+            langdetect.DetectorFactory.seed = seed
+        _check_lengths(tasks, lm, name)
 
-            nltk.data.path.insert(0, str((folder / "nltk_data").resolve()))
-        langdetect.DetectorFactory.seed = seed  # IFEval asks it which language an answer is in
-        with execution.in_place_of_the_hub(), _nothing_fetched(name):
-            stock = dict(self.stock())
-            tasks = load_tasks([self._task(task, config, folder, seed) for task, config in stock.items()])
-        _fit(tasks, lm, name)
-
-        def answered(lm: "LM") -> tuple[Rows, Rows]:
+        def ask(lm: LM) -> SuiteRows:
             if self.thinking:
                 from stages.evaluation.thinking import scaling  # imports lm-eval, which takes seconds
 
-                return scaling.evaluate(
+                return scaling.score_draws(
                     lm,
                     self.thinking,
                     tasks,
@@ -94,7 +93,7 @@ class BenchmarkSuite(Suite):
                 execute_code=self.allow_code_execution,
             )
             kind = result["configs"][next(iter(stock))]["output_type"]
-            return rows(
+            return rows_of(
                 result,
                 list(stock),
                 lm=lm,
@@ -105,16 +104,16 @@ class BenchmarkSuite(Suite):
                 by_size=self._by_size(),
             )
 
-        scores, samples = with_floors(lm, seed, answered)
+        scores, samples = with_floors(lm, seed, ask)
         if not scores:
-            raise Refusal(f"{self.task} scores no single item; only tasks that do are served.")
+            raise Refusal(f"{self.task} has no score of a single item; choose a task that has.")
         return scores, samples
 
     def stock(self, name: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The name and config of each of lm-eval's tasks that the suite's task or group comes to.
+        """Yield the name and config of each of lm-eval's tasks behind the suite's task or group.
 
         Args:
-            name: of a part of the group; None is all of it.
+            name: a part of the group; None is the whole.
         """
         from lm_eval.tasks._index import Kind
         from lm_eval.tasks._yaml_loader import load_yaml
@@ -122,7 +121,7 @@ class BenchmarkSuite(Suite):
         name = name or self.task
         entry = all_tasks().get(name)
         if entry is None:
-            raise Refusal(f"lm-eval has no task {name!r}; `lm-eval ls tasks` prints those it has.")
+            raise Refusal(f"lm-eval has no task {name!r}; `lm-eval ls tasks` lists its tasks.")
         if entry.kind is Kind.TAG:
             if name == self.task:
                 raise Refusal(
@@ -135,31 +134,31 @@ class BenchmarkSuite(Suite):
         # lm-eval gives no public way to change a stock task before it asks the hub for its data.
         if (entry.cfg or {}).get("unsafe_code") and not self.allow_code_execution:
             raise Refusal(
-                f"{name} runs the programs that the model writes; set allow_code_execution: true where this "
-                "machine may do that."
+                f"{name} runs the programs that the model writes; set allow_code_execution: true if this "
+                "machine may run them."
             )
         config = load_yaml(entry.yaml_path)
         if entry.kind is Kind.GROUP:
             for member in config["task"]:
                 if not isinstance(member, str):
-                    raise Refusal(f"{name} defines tasks within the group, which is not served.")
+                    raise Refusal(f"{name} defines tasks inside the group, which is not supported.")
                 yield from self.stock(member)
         elif "class" in config:
-            raise Refusal(f"{name} is a program of lm-eval's rather than a task in YAML; it is not served.")
+            raise Refusal(f"{name} is a Python class of lm-eval; only tasks in YAML are supported.")
         else:
             yield name, config
 
     def _by_size(self) -> bool:
-        """Whether a group's items count alike, rather than its tasks; lm-eval's own choice where it says."""
+        """Tell whether a group's items count equally, rather than its tasks, as lm-eval's config says."""
         listed = (all_tasks()[self.task].cfg or {}).get("aggregate_metric_list") or [{}]
         first = listed[0] if isinstance(listed, list) else listed
         return bool(first.get("weight_by_size", True))
 
-    def _task(self, task: str, config: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
-        """A stock task's config with its data taken from `folder`, or from that of its config in it.
+    def _config(self, task: str, config: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
+        """Return a stock task's config with its data taken from `folder`, or its subfolder `dataset_name`.
 
         Raises:
-            Refusal: the data has no split the task can be scored on, or none to take its examples from.
+            Refusal: the data has no split to score the task on, or none to take its examples from.
         """
         if (inner := folder / str(config.get("dataset_name"))).is_dir():
             folder = inner
@@ -167,18 +166,20 @@ class BenchmarkSuite(Suite):
         has = ", ".join(files) or "none"
         scored = config.get("test_split") or config.get("validation_split")
         examples = config.get("fewshot_split") or config.get("training_split")
-        for split in SPLITS:
-            if config.get(split) not in files:
-                config[split] = None
+        for key in SPLIT_KEYS:
+            if config.get(key) not in files:
+                config[key] = None
         if not (config["test_split"] or config["validation_split"]):
-            raise Refusal(f"{folder} has the splits {has}; {task} is scored on {scored}.")
+            raise Refusal(
+                f"{folder} has the splits {has}, but {task} is scored on {scored}; download that split."
+            )
         if self.shots is not None:
             config["num_fewshot"] = self.shots
         written = (config.get("fewshot_config") or {}).get("samples")
         if config.get("num_fewshot") and not (written or examples in files):
             raise Refusal(
-                f"{folder} has the splits {has}; {task} takes its {config['num_fewshot']} examples from "
-                f"{examples or 'the items it is scored on'}; bring that split in, or set shots: 0."
+                f"{folder} has the splits {has}, but {task} takes its {config['num_fewshot']} examples from "
+                f"{examples or 'the items it is scored on'}; download that split, or set shots: 0."
             )
         if self.max_gen_toks is not None:
             config["generation_kwargs"] = {
@@ -187,19 +188,19 @@ class BenchmarkSuite(Suite):
             }
         for structure in ("tag", "group", "task_list"):
             config.pop(structure, None)
-        made = _documents(task, files, config, seed)
-        if not written and examples and (wanted := config.get("num_fewshot")):
-            spare = len(made[examples]) - (examples == (config["test_split"] or config["validation_split"]))
-            if wanted > spare:
+        splits = load_splits(task, files, config, seed)
+        if not written and examples and (shots := config.get("num_fewshot")):
+            spare = len(splits[examples]) - (examples == (config["test_split"] or config["validation_split"]))
+            if shots > spare:
                 raise Refusal(
                     f"{files[examples]} has {max(spare, 0)} examples for an item of {task}, which takes "
-                    f"{wanted}; bring more in, or set fewer shots."
+                    f"{shots}; download more, or set fewer shots."
                 )
-        return config | {"task": task, "custom_dataset": lambda **_: made}
+        return config | {"task": task, "custom_dataset": lambda **_: splits}
 
 
-def _fit(tasks: "Sequence[Task]", lm: "LM", name: str) -> None:
-    """Refuse answers that are as long as all that `lm` reads.
+def _check_lengths(tasks: Sequence[Task], lm: LM, name: str) -> None:
+    """Refuse answers so long that they leave no room for the prompt.
 
     Args:
         name: the suite's.
@@ -213,83 +214,15 @@ def _fit(tasks: "Sequence[Task]", lm: "LM", name: str) -> None:
         longest = normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"]
         if longest >= reads:
             raise Refusal(
-                f"{task.task_name} asks for answers of up to {longest} tokens, and the model reads {reads}, "
-                f"the question included; set suites.benchmark.{name}.max_gen_toks to less, such as "
-                f"{reads // 2}."
+                f"{task.task_name} asks for answers of up to {longest} tokens, but the model reads {reads}, "
+                f"prompt included; set suites.benchmark.{name}.max_gen_toks to less, such as {reads // 2}."
             )
 
 
-def _documents(task: str, files: dict[str, str], config: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The splits a task reads, its own `process_docs` (taken out of `config`) done to each.
-
-    Raises:
-        Refusal: a file is no parquet or has no rows, or `process_docs` cannot do with its columns.
-    """
-    import datasets
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    process = config.pop("process_docs", None)
-    wanted = dict.fromkeys(config[split] for split in SPLITS if config[split])
-    made = {}
-    for split in wanted:
-        try:
-            if not pq.read_metadata(files[split]).num_rows:
-                raise Refusal(f"{files[split]} has no item for {task}; bring in a split that has.")
-            made[split] = datasets.Dataset.from_parquet(files[split])
-        except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError) as error:
-            raise Refusal(
-                f"{files[split]} cannot be read as parquet: {error.__cause__ or error}; bring it in again."
-            ) from error
-    if process is not None:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        with _uncached(), of_data(task, made):
-            made = {split: process(documents) for split, documents in made.items()}
-    for split, documents in made.items():
-        if not len(documents):
-            raise Refusal(f"{task} keeps no item of {files[split]}; bring in a split of which it does.")
-    return made
-
-
-@contextlib.contextmanager
-def _nothing_fetched(name: str) -> Iterator[None]:
-    """Refuse what a task would have `nltk` fetch.
-
-    Args:
-        name: the suite's.
-    """
-    import nltk
-
-    def download(resource: str, *_: Any, **__: Any) -> None:
-        raise Refusal(
-            f"{name} needs nltk's {resource}, which is not here; set datasets.{name}.nltk_data to a zip of "
-            "it, as docs/benchmarks.md shows."
-        )
-
-    with mock.patch.object(nltk, "download", download):
-        yield
-
-
-@contextlib.contextmanager
-def _uncached() -> Iterator[None]:
-    """No results of an earlier `map`, which may have been drawn with another seed."""
-    import datasets
-
-    enabled = datasets.is_caching_enabled()
-    datasets.disable_caching()
-    try:
-        yield
-    finally:
-        if enabled:
-            datasets.enable_caching()
-
-
 @cache
-def all_tasks() -> "dict[str, Entry]":
-    """All tasks there are; reading lm-eval's takes ten seconds."""
+def all_tasks() -> dict[str, Entry]:
+    """Return the index of all tasks; indexing lm-eval's takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
-    index: dict[str, Entry] = TaskManager(include_path=str(TASKS)).task_index
+    index: dict[str, Entry] = TaskManager(include_path=str(_TASKS)).task_index
     return index

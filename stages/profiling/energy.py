@@ -1,77 +1,89 @@
-"""Energy, where the machine counts it: the counters of the CPU's packages, or that of the GPU's board.
+"""Energy, on machines that count it: that of the CPU's packages, or of the GPU's board.
 
-Intel's and AMD's processors count the energy of each package (RAPL), which Linux shows under `powercap`,
-mostly to root alone; virtual machines seldom have it. NVIDIA's boards count theirs since Volta, read through
-NVML (`nvidia-ml-py`). Where there is no counter nothing is said: a figure made from a processor's
-rated power would be an estimate, and no two models would differ in it but by their time.
+Processors of Intel and AMD count the energy of each package (RAPL), which Linux shows under `powercap`,
+usually to root only; virtual machines rarely have it. NVIDIA's boards have counted theirs since Volta, which
+NVML (`nvidia-ml-py`) reads. Without a counter no figure is given: one from a processor's rated power would be
+an estimate, and only differ between two models as their times do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from stages.core.lazy import torch
 
 POWERCAP = Path("/sys/class/powercap")
-NOT_MEASURED = "not measured"
-MICRO, MILLI = 1e-6, 1e-3
+NO_COUNTER = "not measured"
+_MICRO, _MILLI = 1e-6, 1e-3
 
 
 class Meter:
-    """Joules from here on, by the counters of `device`.
+    """Joules spent since construction, by the counters of `device`.
 
     Attributes:
-        source: what counts, `not measured` where nothing does.
+        source: the kind of counter; `not measured` without one.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._read, self._span, self.source = _nvml(device) if device.type == "cuda" else _rapl()
-        self._start = self._read()
+        self._counters = _nvml(device) if device.type == "cuda" else _rapl()
+        self.source = self._counters.source
+        self._start = self._counters.read()
 
     def joules(self) -> float | None:
-        """What was spent since; None where nothing counts. A counter may have begun anew once."""
-        now = self._read()
+        """Return the energy spent so far; None without a counter. A counter may have wrapped around once."""
+        now = self._counters.read()
         if not now:
             return None
-        return sum((now[name] - before) % self._span[name] for name, before in self._start.items())
+        span = self._counters.span
+        return sum((now[name] - before) % span[name] for name, before in self._start.items())
 
 
-Counters = tuple[Callable[[], Mapping[str, float]], Mapping[str, float], str]
-"""What reads joules by counter, where each begins anew, and their name."""
+class _Counters(NamedTuple):
+    read: Callable[[], Mapping[str, float]]
+    """Returns the joules of each counter."""
+    span: Mapping[str, float]
+    """The joules at which each counter wraps around."""
+    source: str
 
 
-def _rapl() -> Counters:
-    """One counter a package; its zones (cores, memory) are parts of it."""
+_NONE = _Counters(dict, {}, NO_COUNTER)
+
+
+def _rapl() -> _Counters:
+    """Return one counter a package; the zones below it, such as cores and memory, are parts of it."""
     zones = {
         zone.name: zone
         for zone in sorted(POWERCAP.glob("*-rapl:*"))
         if zone.name.count(":") == 1 and "mmio" not in zone.name and _readable(zone / "energy_uj")
     }
-    span = {name: int((zone / "max_energy_range_uj").read_text()) * MICRO for name, zone in zones.items()}
+    if not zones:
+        return _NONE
+    span = {name: int((zone / "max_energy_range_uj").read_text()) * _MICRO for name, zone in zones.items()}
 
     def read() -> dict[str, float]:
-        return {name: int((zone / "energy_uj").read_text()) * MICRO for name, zone in zones.items()}
+        return {name: int((zone / "energy_uj").read_text()) * _MICRO for name, zone in zones.items()}
 
-    return read, span, "RAPL, CPU packages" if zones else NOT_MEASURED
+    return _Counters(read, span, "RAPL, CPU packages")
 
 
-def _nvml(device: torch.device) -> Counters:
+def _nvml(device: torch.device) -> _Counters:
     try:
         import pynvml
     except ImportError:
-        return dict, {}, NOT_MEASURED
+        return _NONE
     try:
         pynvml.nvmlInit()
         board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(board)
-    except pynvml.NVMLError:  # no driver, or a board that does not count
-        return dict, {}, NOT_MEASURED
+    except pynvml.NVMLError:  # no driver, or a board without a counter
+        return _NONE
 
     def read() -> dict[str, float]:
-        return {"board": pynvml.nvmlDeviceGetTotalEnergyConsumption(board) * MILLI}
+        return {"board": pynvml.nvmlDeviceGetTotalEnergyConsumption(board) * _MILLI}
 
-    return read, {"board": 2**63 * MILLI}, "NVML, GPU board"
+    return _Counters(read, {"board": 2**63 * _MILLI}, "NVML, GPU board")
 
 
 def _readable(file: Path) -> bool:

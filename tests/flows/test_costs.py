@@ -14,7 +14,7 @@ from stages.evaluation import null
 from stages.evaluation.thinking.budget import BudgetLM
 from tests import families
 from tests.pipeline import do, download, evaluate, params
-from tests.test_evaluate import changed
+from tests.scoring import changed
 
 
 def test_costs_are_what_is_asked(workspace, monkeypatch):

@@ -88,10 +88,10 @@ def test_training_settings_are_held_against_the_kind_of_data_set(raw):
 def test_distillation_is_from_a_data_set_that_has_logits(raw):
     raw["datasets"]["arithmetic"]["train"] = 4
     answers = {"method": "answers", "dataset": "arithmetic", "max_new_tokens": 4}
-    raw["teach"] = {"taught": LOGITS, "said": LOGITS | answers}
+    raw["teach"] = {"taught": LOGITS, "answered": LOGITS | answers}
     raw["finetune"]["wanda-50-lora"]["distillation"] = {}
-    raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "said"}
-    assert "said holds no teacher's logits" in refusal(raw) and "allowed: taught." in refusal(raw)
+    raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "answered"}
+    assert "answered holds no teacher's logits" in refusal(raw) and "allowed: taught." in refusal(raw)
     raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "taught"}
     assert validate(raw).finetune["wanda-50-lora"].distillation.weight == 1.0
 
@@ -145,9 +145,9 @@ def test_a_changed_path_is_found(raw, tmp_path):
     checked = validate(raw)
     assert list(checks.changed_paths(checked)) == []
     (tmp_path / "inputs" / "news.txt").write_text("other words\n")
-    (found,) = checks.changed_paths(checked)
-    assert found.startswith("datasets.news.sha256: ")
-    assert "write that if its content is right" in found
+    (change,) = checks.changed_paths(checked)
+    assert change.startswith("datasets.news.sha256: ")
+    assert "write that if its content is right" in change
 
 
 @pytest.mark.parametrize("number", ["5e-4", "1e-05"])
@@ -167,7 +167,7 @@ def test_a_name_given_twice_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "told"),
+    ("variant", "sentence"),
     [
         ({}, "noise.tiny-batch-3: nothing would differ from its source; give it a batch_size or a dtype"),
         ({"dtype": "bfloat16"}, "noise.tiny-batch-3.dtype: bfloat16 is already that of the run"),
@@ -175,16 +175,16 @@ def test_a_name_given_twice_is_refused(tmp_path):
         ({"dtype": "float32", "batch_size": 2}, None),
     ],
 )
-def test_a_noise_candidate_may_differ_in_its_dtype(variant, told, raw):
+def test_a_noise_candidate_may_differ_in_its_dtype(variant, sentence, raw):
     raw["noise"]["tiny-batch-3"] = {"source": "base/tiny", **variant}
-    if told is None:
+    if sentence is None:
         assert validate(raw).noise["tiny-batch-3"].dtype == "float32"
     else:
-        assert told in refusal(raw)
+        assert sentence in refusal(raw)
 
 
 def test_a_floor_stands_beside_a_base_and_is_no_source(raw):
     raw["floor"]["dot"] = {"source": "prune/wanda-50", "responder": "dot"}
     assert "floor.dot.source: 'prune/wanda-50' given; allowed: base/<model>" in refusal(raw)
     raw["floor"]["dot"] = {"source": "base/tiny", "responder": "dots"}
-    assert "floor.dot.responder: 'dots' given; it must be 'uniform', 'longest-choice'" in refusal(raw)
+    assert "floor.dot.responder: 'dots' given; allowed: uniform, longest-choice" in refusal(raw)

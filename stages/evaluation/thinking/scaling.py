@@ -1,30 +1,32 @@
-"""Test-time scaling: what more thinking and more draws bring, a task asked at every budget and draw.
+"""Test-time scaling: the gain from more thinking and more draws, with a task asked at every budget and draw.
 
-By budget (see `stages.evaluation.thinking.budget`), and for each item from its n draws of which c are right:
+For each budget (see `stages.evaluation.thinking.budget`), from the n draws of each item (see
+`stages.evaluation.draws`):
 
-- pass@k, the chance that one of k draws is right: 1 - C(n - c, k) / C(n, k), without bias (2107.03374).
-- maj@n, whether the answer given most often is right (self-consistency, 2203.11171). Answers that are tied
-  share the item; no answer at all is no vote.
-- tokens: all that the model generated for an answer, over all continuations. Two models at one budget are
-  seldom at one cost: a model that is damaged thinks on, or stops at once.
-- repetition: the share of 4-word runs in the thinking that were there before (1908.04319).
-- self_bleu: BLEU-4 of each draw's thinking against the other draws', in [0, 1] (1802.01886): draws that are
-  all alike bring nothing, and pass@k cannot grow.
+- pass@k for k = 1, 2, 4, ... and n, and maj@n, for each metric of the task that is right or wrong.
+- tokens: all that the model generated for an answer. Two models rarely cost the same at one budget: a damaged
+  model thinks on, or stops at once.
 - ended: the share of thinking that ended by itself.
+- repetition of the thinking, and self_bleu of the draws' thinking: identical draws gain nothing.
 
-Only metrics that are right or wrong are counted, and votes are on what the task compares; which and what,
-`stages.evaluation.thinking.judged` tells, the same for every model. A sample row is a draw (metric `draw`) or an item's
-score; the item is the unit of every error bar.
+`stages.evaluation.thinking.judged` finds the metrics that count and what an answer is compared by, which is
+what votes are on; both are the same for every model. A sample row is a draw (metric `draw`) or an item's
+score; error bars are over items.
 """
 
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.core.errors import Refusal
-from stages.evaluation.lm_tasks import Rows, rows, run_tasks
+from stages.core.tables import Sample, Score
+from stages.evaluation.draws import majority, pass_at_k, repetition, self_bleu
+from stages.evaluation.lm_tasks import run_tasks
+from stages.evaluation.means import mean, standard_error
 from stages.evaluation.shared import SharedPrefixLM
+from stages.evaluation.task_rows import answers_of, rows_of
 from stages.evaluation.thinking.budget import BudgetLM, Reply
 from stages.evaluation.thinking.judged import Reading, compared, right_or_wrong
 from stages.evaluation.thinking.settings import Thinking
@@ -33,15 +35,15 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
 
-RUN = 4
-"""Words of a run that counts as repeated."""
-FEWER_IS_BETTER = ("tokens", "repetition", "self_bleu")
+    from stages.evaluation.suite import SuiteRows
+
+_FEWER_IS_BETTER = ("tokens", "repetition", "self_bleu")
 
 
-def evaluate(
-    lm: "LM",
+def score_draws(
+    lm: LM,
     thinking: Thinking,
-    tasks: "Sequence[Task]",
+    tasks: Sequence[Task],
     *,
     name: str,
     limit: int | None,
@@ -49,39 +51,34 @@ def evaluate(
     seed: int,
     execute_code: bool = False,
     read: Reading | None = None,
-) -> tuple[Rows, Rows]:
-    """Score rows, the largest budget first, overall and by difficulty; sample rows of draws and of items.
+) -> SuiteRows:
+    """Score every budget, the largest first, overall and by difficulty; samples are draws and items.
 
     Args:
-        lm: a model; a null responder is asked once, as it answers without thinking and always alike.
-        tasks: lm-eval's, one or those of a group, answered by generation, scored right or wrong.
-        name: the task's name in our tables.
-        read: what of an answer, after the task's own filters, is voted on; None: what the task compares.
+        lm: a model, or a responder without knowledge; that answers without thinking and always the same, so
+            it is asked once.
+        tasks: lm-eval's task, or those of a group; answered by generation, and right or wrong.
+        name: the task's name in the result tables.
+        read: the part of a filtered answer that votes are on; None: the part that the task compares.
 
     Raises:
         Refusal: the task is answered by likelihood, none of its metrics is right or wrong, or a prompt and
-            its budget outgrow the model.
+            its budget are longer than the model reads.
     """
     if any(task.OUTPUT_TYPE != "generate_until" for task in tasks):
-        raise Refusal(f"{name} is answered by likelihood, before which no model thinks; leave thinking out.")
+        raise Refusal(f"{name} is answered by likelihood, which involves no thinking; leave thinking out.")
     readings = {task.task_name: read or compared(task) for task in tasks}
-    names = list(readings)
     metrics = right_or_wrong(tasks)
     if not metrics:
-        raise Refusal(f"{name} has no metric that is right or wrong; draws are not counted by others.")
+        raise Refusal(f"{name} has no metric that is right or wrong, which draws need; leave thinking out.")
 
-    def ask(lm: "LM", replies: Callable[[str, str], Reply]) -> _Asked:
+    def ask(lm: LM, reply_to: Callable[[str, str], Reply]) -> _Draw:
         result = run_tasks(
-            lm,
-            tasks,
-            limit=limit,
-            chat_template=chat_template,
-            seed=seed,
-            execute_code=execute_code,
+            lm, tasks, limit=limit, chat_template=chat_template, seed=seed, execute_code=execute_code
         )
-        scores, samples = rows(
+        scores, samples = rows_of(
             result,
-            names,
+            list(readings),
             lm=lm,
             name=name,
             readout="generation",
@@ -89,185 +86,195 @@ def evaluate(
             seed=seed,
             metrics=metrics,
         )
-        items = [
-            {**item, "vote": readings[task](item["doc"], str(item["filtered_resps"][0]))}
-            for task in names
-            for item in sorted(result["samples"][task], key=lambda item: item["doc_id"])
-        ]
-        return _Asked(scores, samples, items, replies)
+        return _Draw(scores, samples, *_votes_and_replies(result, readings, reply_to))
 
-    asked: dict[int, list[_Asked]] = {budget: [] for budget in thinking.budgets}
-    if isinstance(lm, SharedPrefixLM):
-        thinker = BudgetLM(
-            thinking,
-            seed,
-            finished=lm.finished,
-            pretrained=lm.model,
-            tokenizer=lm.tokenizer,
-            batch_size=lm.batch_size,
-            device=str(lm.device),
-        )
-        for thinker.draw in range(thinking.draws):
-            for thinker.budget in thinking.budgets:
-                asked[thinker.budget].append(ask(thinker, lambda prompt, _: thinker.replies[prompt]))
-    else:
-        once = ask(lm, lambda _, answer: Reply("", 0, True, answer, len(lm.tok_encode(answer))))
-        asked = {budget: [once] * thinking.draws for budget in thinking.budgets}
-    scored: Rows = []
-    sampled: Rows = []
+    drawn = _draw_all(lm, thinking, seed, ask)
+    scores: list[Score] = []
+    samples: list[Sample] = []
     for budget in reversed(thinking.budgets):
-        labels = list(dict.fromkeys(row["metric"] for row in asked[budget][0].samples))
-        about = {"budget": budget, "draws": thinking.draws, "temperature": thinking.temperature}
-        for metric in labels:
-            if any(value not in (0, 1) for draw in asked[budget] for value in draw.column(metric, "score")):
-                raise Refusal(
-                    f"{name} gives {metric} by degrees, and only what is right or wrong is counted."
-                )
-            tag = f"budget {budget}" if len(labels) == 1 else f"{metric}, budget {budget}"
-            traced = isinstance(lm, SharedPrefixLM) and metric == labels[0]
-            by_item = _by_item(asked[budget], metric, lengths=traced, thought=budget > 0)
-            found = _rows(asked[budget], metric, by_item, about, tag)
-            scored += found[0]
-            sampled += found[1]
-    return scored, sampled
-
-
-class _Asked:
-    """What one draw at one budget gave.
-
-    Args:
-        items: lm-eval's, one a filter and document, those of a filter in the order of the rows, each with
-            its `vote`.
-        replies: what was generated, from the prompt and the answer.
-    """
-
-    def __init__(
-        self, scores: Rows, samples: Rows, items: Rows, replies: Callable[[str, str], Reply]
-    ) -> None:
-        self.scores, self.samples = scores, samples
-        by_filter: dict[str, Rows] = {}
-        for item in items:
-            by_filter.setdefault(item["filter"], []).append(item)
-        self._votes = {kept: [str(item["vote"]) for item in found] for kept, found in by_filter.items()}
-        first = next(iter(by_filter.values()))
-        self.replies = [replies(item["arguments"][0][0], str(item["resps"][0][0])) for item in first]
-
-    def of(self, metric: str) -> Rows:
-        """The sample rows of a metric, an item each."""
-        return [row for row in self.samples if row["metric"] == metric]
-
-    def column(self, metric: str, column: str) -> list[Any]:
-        return [row[column] for row in self.of(metric)]
-
-    def votes(self, metric: str) -> list[str]:
-        """What each item's answer is read as by the metric's filter."""
-        kept = next((kept for kept in self._votes if metric.endswith(f"({kept})")), next(iter(self._votes)))
-        return self._votes[kept]
-
-
-def _by_item(draws: list[_Asked], metric: str, *, lengths: bool, thought: bool) -> dict[str, list[Any]]:
-    """Every score of every item, by its metric, and the `answer` that has most votes.
-
-    Args:
-        lengths: whether those of the traces are among them, which are the same for every metric.
-        thought: whether there is any thinking to be described.
-    """
-    count = len(draws)
-    right = list(zip(*(draw.column(metric, "score") for draw in draws), strict=True))
-    votes = list(zip(*(draw.votes(metric) for draw in draws), strict=True))
-    replies = list(zip(*(draw.replies for draw in draws), strict=True))
-    ks = sorted({2**power for power in range(count.bit_length())} | {count})
-    made: dict[str, list[Any]] = {
-        f"pass@{k}": [pass_at_k(count, sum(map(int, item)), k) for item in right] for k in ks
-    }
-    if count > 1:
-        made[f"maj@{count}"] = [majority(*item) for item in zip(votes, right, strict=True)]
-    if lengths:
-        made["tokens"] = [_mean([r.thinking_tokens + r.answer_tokens for r in item]) for item in replies]
-    if lengths and thought:
-        made["ended"] = [_mean([float(r.ended) for r in item]) for item in replies]
-        made["repetition"] = [_mean([repetition(r.thinking) for r in item]) for item in replies]
-        if count > 1:
-            made["self_bleu"] = [self_bleu([r.thinking for r in item]) for item in replies]
-    return made
-
-
-def _rows(
-    draws: list[_Asked], metric: str, by_item: dict[str, list[Any]], about: dict[str, Any], tag: str
-) -> tuple[Rows, Rows]:
-    """Score and sample rows of one metric at one budget."""
-    items = draws[0].of(metric)
-    scores, samples = [], []
-    for name, values in by_item.items():
-        label = f"{name} ({tag})"
-        for row in (row for row in draws[0].scores if row["metric"] == metric):
-            level = row["difficulty"]
-            picked = [
-                v for v, item in zip(values, items, strict=True) if level in ("all", item["difficulty"])
-            ]
-            mean = _mean(picked)
-            spread = math.fsum((value - mean) ** 2 for value in picked)
-            stderr = math.sqrt(spread / (len(picked) - 1) / len(picked)) if len(picked) > 1 else None
-            better = name not in FEWER_IS_BETTER
-            scores.append(
-                {**row, **about, "metric": label, "value": mean, "stderr": stderr, "higher_is_better": better}
-            )
-        for item, value in zip(items, values, strict=True):
-            own = {"response": None, "generated_tokens": None}
-            samples.append({**item, **own, "budget": about["budget"], "metric": label, "score": value})
-    for number, draw in enumerate(draws):
-        for item, reply in zip(draw.of(metric), draw.replies, strict=True):
-            samples.append(
-                {
-                    **item,
-                    "budget": about["budget"],
-                    "draw": number,
-                    "metric": f"draw ({tag})",
-                    "response": reply.answer,
-                    "thinking": reply.thinking,
-                    "generated_tokens": reply.thinking_tokens + reply.answer_tokens,
-                }
-            )
+        draws = drawn[budget]
+        for place, counted in enumerate(draws[0].counted()):
+            _check_truths(name, counted, draws)
+            about = {"counted": counted.metric, "filter": counted.filter, "budget": budget}
+            measured: list[tuple[dict[str, Any], dict[str, list[float]]]] = [(about, _counts(draws, counted))]
+            if isinstance(lm, SharedPrefixLM) and place == 0:  # whatever is counted, thinking is the same
+                unfiltered = {"counted": None, "filter": None, "budget": budget}
+                measured.append((unfiltered, _traces(draws, thought=budget > 0)))
+            for columns, by_metric in measured:
+                scores += _scores(draws[0], counted, by_metric, columns, thinking)
+                samples += _item_samples(draws[0], counted, by_metric, columns)
+            samples += _draw_samples(draws, counted, about)
     return scores, samples
 
 
-def pass_at_k(draws: int, right: int, k: int) -> float:
-    """The chance that at least one of `k` draws out of `draws`, of which `right` are right, is right."""
-    return 1 - math.comb(draws - right, k) / math.comb(draws, k)
+def _draw_all(
+    lm: LM, thinking: Thinking, seed: int, ask: Callable[[LM, Callable[[str, str], Reply]], _Draw]
+) -> dict[int, list[_Draw]]:
+    """Return all draws at every budget."""
+    if not isinstance(lm, SharedPrefixLM):
+        only = ask(lm, lambda _, answer: Reply("", 0, True, answer, len(lm.tok_encode(answer))))
+        return {budget: [only] * thinking.draws for budget in thinking.budgets}
+    thinker = BudgetLM(
+        thinking,
+        seed,
+        kept_answers=lm.kept_answers,
+        pretrained=lm.model,
+        tokenizer=lm.tokenizer,
+        batch_size=lm.batch_size,
+        device=str(lm.device),
+    )
+    drawn: dict[int, list[_Draw]] = {budget: [] for budget in thinking.budgets}
+    for thinker.draw in range(thinking.draws):
+        for thinker.budget in thinking.budgets:
+            drawn[thinker.budget].append(ask(thinker, lambda prompt, _: thinker.replies[prompt]))
+    return drawn
 
 
-def majority(votes: Sequence[str], right: Sequence[float]) -> float:
-    """Whether the answer with most votes is right, in [0, 1]; those tied count by their share.
+class _Counted(NamedTuple):
+    """A metric of one answer, as one filter reads it."""
+
+    metric: str
+    filter: str | None
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One draw of all answers at one budget."""
+
+    scores: list[Score]
+    samples: list[Sample]
+    votes: Mapping[str | None, list[str]]
+    """The vote of each item, by filter; "" is none."""
+    replies: list[Reply]
+    """What was generated for each item."""
+
+    def counted(self) -> list[_Counted]:
+        """Return the metrics of one answer, filter by filter."""
+        return list(dict.fromkeys(_Counted(sample.metric, sample.filter) for sample in self.samples))
+
+    def scores_of(self, counted: _Counted) -> list[Score]:
+        """Return a metric's score rows, overall and level by level."""
+        return [score for score in self.scores if (score.metric, score.filter) == counted]
+
+    def items_of(self, counted: _Counted) -> list[Sample]:
+        """Return a metric's sample rows, an item each."""
+        return [sample for sample in self.samples if (sample.metric, sample.filter) == counted]
+
+
+def _votes_and_replies(
+    result: Mapping[str, Any], readings: Mapping[str, Reading], reply_to: Callable[[str, str], Reply]
+) -> tuple[dict[str | None, list[str]], list[Reply]]:
+    """Return each item's vote by filter, and each item's reply.
 
     Args:
-        votes: what each draw answered; "" did not.
-        right: whether it was right, 0 or 1.
+        readings: by task.
+        reply_to: (prompt, answer) -> what was generated.
     """
-    counts = Counter(vote for vote in votes if vote)
-    if not counts:
-        return 0.0
-    most = max(counts.values())
-    winners = [vote for vote in counts if counts[vote] == most]
-    return _mean([right[votes.index(winner)] for winner in winners])
+    filtered = list(answers_of(result, list(readings)))
+    votes = {
+        answers.column: [
+            readings[task](item["doc"], str(item["filtered_resps"][0]))
+            for task, item in zip(answers.tasks, answers.items, strict=True)
+        ]
+        for answers in filtered
+    }
+    items = filtered[0].items
+    return votes, [reply_to(item["arguments"][0][0], str(item["resps"][0][0])) for item in items]
 
 
-def repetition(text: str) -> float:
-    """The share of runs of four words that the text had before, in [0, 1); 0 where it has no such run."""
-    words = text.split()
-    runs = [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+def _check_truths(name: str, counted: _Counted, draws: Sequence[_Draw]) -> None:
+    if any(item.score not in (0, 1) for draw in draws for item in draw.items_of(counted)):
+        raise Refusal(
+            f"{name} gives partial scores for {counted.metric}, but draws are counted as right or wrong; "
+            "leave thinking out."
+        )
 
 
-def self_bleu(texts: Sequence[str]) -> float:
-    """The mean BLEU-4 of each text against all the others, in [0, 1]; a text without words has 0."""
-    import sacrebleu
+def _counts(draws: Sequence[_Draw], counted: _Counted) -> dict[str, list[float]]:
+    """Return the metrics over draws that count a metric of one answer, an item each."""
+    count = len(draws)
+    right = list(zip(*([item.score for item in draw.items_of(counted)] for draw in draws), strict=True))
+    votes = list(zip(*(draw.votes[counted.filter] for draw in draws), strict=True))
+    values = {
+        f"pass@{k}": [pass_at_k(count, sum(map(int, item)), k) for item in right]
+        for k in sorted({2**power for power in range(count.bit_length())} | {count})
+    }
+    if count > 1:
+        values[f"maj@{count}"] = [majority(*item) for item in zip(votes, right, strict=True)]
+    return values
 
-    found = [
-        sacrebleu.sentence_bleu(text, [*texts[:i], *texts[i + 1 :]]).score / 100
-        for i, text in enumerate(texts)
-    ]
-    return _mean(found)
+
+def _traces(draws: Sequence[_Draw], *, thought: bool) -> dict[str, list[float]]:
+    """Return the metrics of thinking and its length, an item each.
+
+    Args:
+        thought: whether anything was thought.
+    """
+    items = list(zip(*(draw.replies for draw in draws), strict=True))
+    values = {"tokens": [mean([r.thinking_tokens + r.answer_tokens for r in item]) for item in items]}
+    if thought:
+        values["ended"] = [mean([float(r.ended) for r in item]) for item in items]
+        values["repetition"] = [mean([repetition(r.thinking) for r in item]) for item in items]
+        if len(draws) > 1:
+            values["self_bleu"] = [self_bleu([r.thinking for r in item]) for item in items]
+    return values
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _scores(
+    draw: _Draw,
+    counted: _Counted,
+    by_metric: Mapping[str, Sequence[float]],
+    columns: Mapping[str, Any],
+    thinking: Thinking,
+) -> Iterator[Score]:
+    """Yield the score rows of metrics over draws.
+
+    Args:
+        draw: any draw, whose rows have the tasks, items and levels.
+        by_metric: the values of each metric, an item each.
+    """
+    items = draw.items_of(counted)
+    for metric, values in by_metric.items():
+        for score in draw.scores_of(counted):
+            picked = [
+                value
+                for value, item in zip(values, items, strict=True)
+                if score.difficulty in ("all", item.difficulty)
+            ]
+            yield replace(
+                score,
+                **columns,
+                metric=metric,
+                draws=thinking.draws,
+                temperature=thinking.temperature,
+                value=mean(picked),
+                stderr=standard_error(picked),
+                higher_is_better=metric not in _FEWER_IS_BETTER,
+            )
+
+
+def _item_samples(
+    draw: _Draw,
+    counted: _Counted,
+    by_metric: Mapping[str, Sequence[float]],
+    columns: Mapping[str, Any],
+) -> Iterator[Sample]:
+    """Yield the sample rows of metrics over draws, an item each."""
+    for metric, values in by_metric.items():
+        for item, value in zip(draw.items_of(counted), values, strict=True):
+            yield replace(item, **columns, metric=metric, score=value, response=None, generated_tokens=None)
+
+
+def _draw_samples(draws: Sequence[_Draw], counted: _Counted, columns: Mapping[str, Any]) -> Iterator[Sample]:
+    """Yield the sample rows of single draws."""
+    for number, draw in enumerate(draws):
+        for item, reply in zip(draw.items_of(counted), draw.replies, strict=True):
+            yield replace(
+                item,
+                **columns,
+                metric="draw",
+                draw=number,
+                response=reply.answer,
+                thinking=reply.thinking,
+                generated_tokens=reply.thinking_tokens + reply.answer_tokens,
+            )

@@ -1,4 +1,4 @@
-"""What a recipe says of thinking before an answer; how it is done: `stages.evaluation.thinking.budget`."""
+"""Settings of thinking before an answer; `stages.evaluation.thinking.budget` does it."""
 
 from typing import Annotated
 
@@ -14,18 +14,18 @@ def _ascending(budgets: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Thinking(Strict):
-    """How long is thought, how often, and what is said around it."""
+    """How long a model thinks, how often, and the words around it."""
 
     budgets: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_ascending)
     ]
-    """Most tokens of thinking; each is scored by itself. 0 asks for the answer at once."""
+    """Most tokens of thinking; each budget has scores of its own. 0 asks for the answer at once."""
     waits: Annotated[int, Field(ge=0)] = 0
     """How often an end of thinking is replaced by `wait` while the budget lasts."""
     draws: Annotated[int, Field(ge=1)] = 1
-    """Times each item is asked."""
+    """How often each item is asked."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """Of thinking and answer; 0 takes the likeliest token."""
+    """Temperature of thinking and answer; 0 takes the likeliest token."""
     begin: str = "<think>\n"
     end: Annotated[str, Field(min_length=1)] = "</think>"
     wait: Annotated[str, Field(min_length=1)] = "Wait"
@@ -35,6 +35,6 @@ class Thinking(Strict):
     def _differing(self) -> "Thinking":
         if self.draws > 1 and self.temperature == 0:
             raise ValueError(
-                f"{self.draws} draws at temperature 0 are alike; allowed: draws 1, or a higher temperature"
+                f"{self.draws} draws at temperature 0 are identical; allowed: 1 draw, or a higher temperature"
             )
         return self
