@@ -1,4 +1,4 @@
-"""Quantize: put a model's weights on a grid by the recipe's method, and write them packed."""
+"""Quantize: round a model's weights to a number grid by the recipe's method, and write them packed."""
 
 from stages.compress.method import Compression
 from stages.core.run import Run

@@ -1,12 +1,15 @@
-"""What feeds a group of linears, and alone: where a scale of the group's inputs can be taken out again.
+"""Find the module that feeds a group of linears, so that a scale of the group's inputs can be folded into it.
 
-It is found by trying, so no class of a model is known here. A candidate's output is divided by random powers
-of two and the group's inputs multiplied by them again, which rounds nothing. It feeds the group where the
-inputs arrive divided by just that, and nothing else reads it where the block's output is then the same to the
-last bit (in float16, whose range ends where small products still live, to 8 bits). So the value projection
-feeds the output projection through attention, up feeds down through the gate's product, and fc1 feeds fc2
-through a ReLU but not a GELU. Not found, and so left unscaled: grouped queries, where a value channel goes to
-several inputs of the output projection; one linear for q, k and v; a norm whose output goes on along the
+Candidates are tested by running the block, so no model class is named here. A candidate's output is divided
+by random powers of two, and the group's inputs are multiplied by the same powers; neither rounds anything.
+The candidate feeds the group if the inputs arrive divided by exactly those powers, and it feeds nothing else
+if the block's output is then the same to the last bit (to 8 bits in float16, where dividing makes small
+values subnormal).
+
+So the value projection feeds the output projection through attention, up feeds down through the product with
+the gate, and fc1 feeds fc2 through a ReLU but not through a GELU. A group without a feed stays unscaled: an
+output projection under grouped queries, where a value channel goes to several of its inputs; an output
+projection behind a single linear for q, k and v; linears after a norm whose output continues along the
 residual stream.
 """
 
@@ -16,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.compress.walk import Group
+from stages.compress.capture import Group
 from stages.core.lazy import torch
 from stages.model.blocks import Linear
 
@@ -25,22 +28,22 @@ if TYPE_CHECKING:
 
 
 class Feed(Protocol):
-    """A module whose output is what a group of linears reads, channel for channel, and nothing else does."""
+    """A module whose output is the input of one group of linears, channel by channel, and of nothing else."""
 
     @property
     def module(self) -> nn.Module:
         """The module."""
 
     def reachable(self, scale: Tensor) -> Tensor:
-        """The scale `[channels]` nearest to `scale` that its output can be divided by, all positive."""
+        """Return the positive scale nearest to `scale` `[channels]` by which the output can be divided."""
 
     def divide(self, scale: Tensor) -> None:
-        """Divide its output by a reachable `scale` `[channels]`, in place."""
+        """Divide the output by a reachable `scale` `[channels]`, in place."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A linear, divided by dividing its rows and bias."""
+class LinearFeed:
+    """A linear: dividing its rows and bias divides its output."""
 
     linear: Linear
 
@@ -50,36 +53,41 @@ class Rows:
         return self.linear.module
 
     def reachable(self, scale: Tensor) -> Tensor:
-        """Any scale is."""
+        """Return `scale`: a linear can be divided by any."""
         return scale
 
     def divide(self, scale: Tensor) -> None:
-        """Each value is rounded once."""
-        self.linear.weight.copy_(self.linear.weight.float() / scale[:, None])
+        """Divide the rows of the weight and the bias, rounding each value once."""
+        weight = self.linear.weight
+        weight.copy_(weight.float() / scale.to(weight.device)[:, None])
         _divide(self.module.bias, scale)
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A norm that multiplies its channels by `origin + weight`: origin is 0, in Gemma 1."""
+class NormFeed:
+    """A norm that multiplies its channels by `origin + weight`; `origin` is 0, or 1 as in Gemma.
+
+    Its few numbers are computed in fp64 on the CPU, as not every device has fp64.
+    """
 
     module: nn.Module
     origin: float
 
     def reachable(self, scale: Tensor) -> Tensor:
-        """What the rounding of the weight in its dtype makes of `scale`.
+        """Return the scale that is left of `scale` once the norm's weight is rounded to its dtype.
 
-        Near origin 1 that is coarse. The linears are multiplied by what has come of it, so they never
-        disagree with the norm. A channel that would be rounded away keeps its weight.
+        Rounding is coarse where `origin` is 1. The linears are multiplied by the scale returned here, so they
+        agree with the norm. A channel whose factor would be rounded to zero keeps its weight.
         """
-        now = self._factor()
-        then = (now / scale - self.origin).to(self._weight.dtype).double() + self.origin
-        made = torch.where(now == 0, scale.double(), now / then)
-        return torch.where((then == 0) & (now != 0), torch.ones_like(made), made).float()
+        wanted, before = scale.cpu().double(), self._factor()
+        after = (before / wanted - self.origin).to(self._weight.dtype).double() + self.origin
+        rounded = torch.where(before == 0, wanted, before / after)
+        rounded = torch.where((after == 0) & (before != 0), torch.ones_like(rounded), rounded)
+        return rounded.float().to(scale.device)
 
     def divide(self, scale: Tensor) -> None:
-        """The weight, and the bias where there is one."""
-        self._weight.copy_(self._factor() / scale - self.origin)
+        """Divide the factor `origin + weight`, and the bias if there is one."""
+        self._weight.copy_(self._factor() / scale.cpu() - self.origin)
         _divide(getattr(self.module, "bias", None), scale)
 
     @property
@@ -87,69 +95,73 @@ class Norm:
         return self.module.get_parameter("weight").data
 
     def _factor(self) -> Tensor:
-        return self._weight.double() + self.origin
+        return self._weight.cpu().double() + self.origin
 
 
-def feeds(groups: list[Group], block: Callable[[], Any]) -> list[Feed | None]:
-    """What a scale of each group's inputs can be folded into, None where there is nothing.
+def find_feeds(groups: list[Group], block: Callable[[], Any]) -> list[Feed | None]:
+    """Return the feed of each group, None for a group without one.
 
     Args:
-        groups: of one block, in the order in which they compute.
+        groups: the groups of one block, in the order in which they compute.
         block: computes the block's output for the window whose inputs the groups hold.
     """
-    plain = _hidden(block())
-    found: list[Feed | None] = []
+    expected = _hidden(block())
+    feeds: list[Feed | None] = []
     for number, group in enumerate(groups):
         candidates = _candidates(group, groups[:number])
-        found.append(next((one for one in candidates if _alone_feeds(one, group, block, plain)), None))
-    return found
+        feeds.append(next((feed for feed in candidates if _is_only_feed(feed, group, block, expected)), None))
+    return feeds
 
 
 def _divide(bias: Any, scale: Tensor) -> None:
     if bias is not None:
-        bias.data.copy_(bias.data.float() / scale)
+        bias.data.copy_(bias.data.float() / scale.to(bias.device))
 
 
 def _hidden(output: Any) -> Tensor:
-    """The hidden states a block returns, by themselves or first of several things."""
+    """Return the hidden states of a block's output, which is them alone or a tuple that starts with them."""
     hidden: Tensor = output if isinstance(output, torch.Tensor) else output[0]
     return hidden
 
 
-def _candidates(group: Group, before: list[Group]) -> list[Feed]:
-    """What might feed the group: the module that made its inputs, else linears before it, nearest first."""
+def _candidates(group: Group, earlier: list[Group]) -> list[Feed]:
+    """Return the module that made the group's inputs, or else earlier linears, nearest first."""
     width = group.inputs.shape[-1]
-    linears = [one for other in before for one in other.linears if one.weight.shape[0] == width]
+    linears = [linear for other in earlier for linear in other.linears if linear.weight.shape[0] == width]
     if group.feeder is None or not list(group.feeder.parameters()):
-        return [Rows(one) for one in reversed(linears)]
-    if made := [one for one in linears if one.module is group.feeder]:
-        return [Rows(made[0])]
+        return [LinearFeed(linear) for linear in reversed(linears)]
+    if feeding := [linear for linear in linears if linear.module is group.feeder]:
+        return [LinearFeed(feeding[0])]
     origin = _origin(group.feeder, group.inputs)
-    return [] if origin is None else [Norm(group.feeder, origin)]
+    return [] if origin is None else [NormFeed(group.feeder, origin)]
 
 
 def _origin(module: nn.Module, inputs: Tensor) -> float | None:
-    """What a norm adds to its weight before it multiplies by it; None for what is no such norm.
+    """Return the number a norm adds to its weight before multiplying by it; None if `module` is no such norm.
 
-    It is the weight, taken negative, at which nothing comes out.
+    With the weight at minus that number, the norm's output is zero.
     """
-    own = dict(module.named_parameters())
-    weight = own.get("weight")
-    if not set(own) <= {"weight", "bias"} or weight is None or weight.shape != inputs.shape[-1:]:
+    parameters = dict(module.named_parameters())
+    weight = parameters.get("weight")
+    if not set(parameters) <= {"weight", "bias"} or weight is None or weight.shape != inputs.shape[-1:]:
         return None
     ramp = torch.linspace(-1, 2, len(weight), dtype=inputs.dtype, device=inputs.device)
 
-    def silent(origin: float) -> bool:
-        swapped = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+    def is_silent(origin: float) -> bool:
+        swapped = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         swapped["weight"] = torch.full_like(weight, -origin)
         return not torch.func.functional_call(module, swapped, (ramp[None, None],)).any()
 
-    origins = [origin for origin in (0.0, 1.0) if silent(origin)]
+    origins = [origin for origin in (0.0, 1.0) if is_silent(origin)]
     return origins[0] if len(origins) == 1 else None
 
 
-def _alone_feeds(feed: Feed, group: Group, block: Callable[[], Any], plain: Tensor) -> bool:
-    """Whether the feed's output is what the group reads, channel for channel, and nothing else does."""
+def _is_only_feed(feed: Feed, group: Group, block: Callable[[], Any], expected: Tensor) -> bool:
+    """Tell whether the feed's output is the group's input, channel by channel, and the input of nothing else.
+
+    Args:
+        expected: the block's output with everything as it is.
+    """
     inputs = group.inputs
     exponents = torch.randint(-3, 4, inputs.shape[-1:], generator=torch.Generator("cpu").manual_seed(0))
     factors = (2.0**exponents).to(inputs.device, inputs.dtype)
@@ -170,11 +182,11 @@ def _alone_feeds(feed: Feed, group: Group, block: Callable[[], Any], plain: Tens
     finally:
         for handle in handles:
             handle.remove()
-    return all(arrived) and _same(output, plain)
+    return all(arrived) and _same(output, expected)
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def _same(actual: Tensor, expected: Tensor) -> bool:
     if expected.dtype != torch.float16:
-        return torch.equal(found, expected)
+        return torch.equal(actual, expected)
     wide = expected.float()
-    return torch.allclose(found.float(), wide, rtol=2**-8, atol=2**-8 * float(wide.abs().mean()))
+    return torch.allclose(actual.float(), wide, rtol=2**-8, atol=2**-8 * float(wide.abs().mean()))

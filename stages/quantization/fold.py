@@ -1,8 +1,8 @@
-"""Folding: a scale a channel moves from what feeds a group of linears into the linears, and nothing changes.
+"""Folding: move a scale per channel from a group of linears into their feed; the output stays the same.
 
-Linears that read x compute W x = (W * s)(x / s) for any positive scale s of x's channels. What wrote x can
-write x / s at no cost: a norm divides its weight (and bias), a linear its rows (see `stages.quantization.feeds`).
-AWQ and SmoothQuant choose s so that what is rounded afterwards loses less.
+Linears that read x compute W x = (W * s)(x / s) for any positive scale s of the channels of x. The module
+that writes x can write x / s at no cost: a norm divides its weight (and bias), a linear its rows (see
+`stages.quantization.feeds`). AWQ and SmoothQuant choose s so that rounding loses less.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
+from stages.compress.capture import Group
 from stages.compress.method import WeightMethod
-from stages.compress.walk import Group
 from stages.core.errors import Refusal
 from stages.corpus.windows import Calibration
-from stages.quantization.feeds import Feed, feeds
+from stages.quantization.feeds import Feed, find_feeds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,55 +31,58 @@ class Folding(WeightMethod):
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Self:
-        if (given := self.calibration.sequential) != "block":
+        if (sequential := self.calibration.sequential) != "block":
             raise ValueError(
-                f"calibration.sequential is {given}; a scale is folded into a block as a whole, from "
-                "statistics of all of it: say sequential: block"
+                f"calibration.sequential is {sequential}, but scales are folded into whole blocks; "
+                "set sequential: block"
             )
         return self
 
     def prepare(self, groups: list[Group], block: Callable[[], Any]) -> dict[str, list[str]]:
-        """Fold a scale into the linears of every group that has a feed; notes those left `unscaled`."""
+        """Fold a scale into the linears of every group with a feed; note those of the others as unscaled."""
         unscaled: list[str] = []
-        for group, feed in zip(groups, feeds(groups, block), strict=True):
+        for group, feed in zip(groups, find_feeds(groups, block), strict=True):
+            names = [linear.name for linear in group.linears]
             if feed is None:
-                unscaled += [linear.name for linear in group.linears]
+                unscaled += names
                 continue
             try:
-                scale = self.scale([one.weight for one in group.linears], group.statistic, feed.reachable)
+                scale = self.scale(
+                    [linear.weight for linear in group.linears], group.statistic, feed.reachable
+                )
                 fold(group, feed, scale)
             except Refusal as refusal:
-                raise type(refusal)(f"{', '.join(one.name for one in group.linears)}: {refusal}") from refusal
-            self.folded(group.statistic, scale)
+                raise type(refusal)(f"{', '.join(names)}: {refusal}") from refusal
+            self.after_fold(group.statistic, scale)
         return {"unscaled_linears": unscaled}
 
     def scale(self, weights: list[Tensor], statistic: Any, reachable: Callable[[Tensor], Tensor]) -> Tensor:
-        """The scale `[in]` of a group, all positive, fp32, as `reachable` returns it.
+        """Return the scale of a group, `[in]` fp32, all positive, as `reachable` returned it.
 
         Args:
-            weights: of the group's linears, `[out, in]` each.
+            weights: `[out, in]` of each linear of the group.
             statistic: of the inputs they share.
             reachable: see `Feed`.
         """
         raise NotImplementedError
 
-    def folded(self, statistic: Any, scale: Tensor) -> None:
-        """Told when a group's inputs have been divided by `scale`, which its statistic has not seen."""
+    def after_fold(self, statistic: Any, scale: Tensor) -> None:
+        """Update the statistic of a group whose inputs are divided by `scale` from now on."""
 
 
 def fold(group: Group, feed: Feed, scale: Tensor) -> None:
-    """Divide what the group reads by a reachable `scale` `[in]` fp32 and multiply its weights by it.
+    """Divide the group's inputs by a reachable `scale` `[in]` fp32 and multiply its weights by it.
 
     Raises:
-        Refusal: a weight that its dtype cannot hold any more.
+        Refusal: a changed weight exceeds the range of its dtype.
     """
     feed.divide(scale)
     changed = [parameter.data for parameter in feed.module.parameters(recurse=False)]
     for linear in group.linears:
-        linear.weight.copy_(linear.weight.float() * scale)
+        linear.weight.copy_(linear.weight.float() * scale.to(linear.weight.device))
         changed.append(linear.weight)
     if not all(tensor.isfinite().all() for tensor in changed):
         raise Refusal(
-            f"folding scales of {scale.min():.3g} to {scale.max():.3g} into it leaves the range of "
-            f"{changed[0].dtype}; run in bfloat16 or float32."
+            f"folding in scales of {scale.min():.3g} to {scale.max():.3g} exceeds the range of "
+            f"{changed[0].dtype}; set run.dtype to bfloat16 or float32."
         )

@@ -1,10 +1,10 @@
-"""FP8 (2209.05433): eight-bit floats of four exponent and three mantissa bits. Needs no data.
+"""FP8 (2209.05433): eight-bit floats with four exponent and three mantissa bits. Needs no data.
 
-Half the size of bf16, and on hardware that multiplies E4M3 numbers twice the speed, when `activations` are
-rounded to them as well. That is done when the model runs, with a scale found for each token, by any reader
-of the checkpoint; it is part of the model that is evaluated here. Where a model hands a linear the tokens of
-all texts as one matrix (OPT's fc1), transformers finds one scale for all of them, so that an answer depends
-on what it is batched with. See `stages.model.floats`.
+Half the size of bf16, and twice the speed on hardware that multiplies E4M3 numbers if `activations` are
+rounded to them as well. Any reader of the checkpoint does that rounding when the model runs, with a scale per
+token, so it is part of the model evaluated here. Where a model passes a linear the tokens of all texts as one
+matrix (OPT's fc1), transformers uses one scale for all of them, and an answer depends on the batch it is in.
+See `stages.model.floats`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 class FP8(Quantizer):
-    """Round to the nearest E4M3 number, the largest of each row (or matrix) brought to 448."""
+    """Round to the nearest E4M3 number, with the largest of each row (or of the matrix) scaled to 448."""
 
     method: Literal["fp8"]
     bits: Literal[8] = 8
     group_size: None = None
     strategy: Literal["channel", "tensor"] = "channel"
-    """What shares a scale: a row, or the whole matrix."""
+    """Whether each row has its own scale or the whole matrix shares one."""
     activations: Literal["none", "dynamic"] = "none"
-    """Whether inputs are rounded to E4M3 too, with a scale a token found as the model runs."""
+    """Whether inputs are rounded to E4M3 too, with a scale per token computed as the model runs."""
     calibration: NoData
 
     @property
     def rounds_inputs(self) -> bool:
-        """As `activations` says."""
+        """Whether `activations` are rounded."""
         return self.activations == "dynamic"
 
     def weights(self, weight: Tensor, statistic: None) -> Float8:
-        """Codes of `weight` `[out, in]`, scales in its dtype."""
+        """Return the codes of `weight` `[out, in]`; their scales have its dtype."""
         return Float8.nearest(weight, by_row=self.strategy == "channel", dynamic=self.rounds_inputs)

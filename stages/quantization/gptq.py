@@ -1,16 +1,17 @@
-"""GPTQ (2210.17323): round one column at a time and let the columns still to come make up for it.
+"""GPTQ (2210.17323): round one column at a time and let the remaining columns compensate.
 
 The loop and its algebra are those of `stages.compress.surgeon`; with H = I this is round to nearest.
 
 Zeros of the source stay zero: a position that is zero when the method starts is rounded to the code of 0
-whatever has been added to it since, and what that costs is passed on like any other rounding error
-(the joint form of SparseGPT, 2301.00774). A feature no token ever moved (a dead column) is rounded as it
-is and passes nothing on.
+whatever has been added to it since, and the error is passed on like any other rounding error (the joint form
+of SparseGPT, 2301.00774). A dead column, whose feature is zero on every token, is rounded as it is and passes
+nothing on.
 
-Scales are set when a group is reached, from the updated weights, or with `static_groups` all beforehand,
-from the source's. With `act_order` columns are taken in descending order of the Hessian's diagonal, so that
-what matters most is rounded while most is left to make up for it. Columns of a group then come at different
-times, hence its scale must be static, and columns are stored where they were: the file is an ordinary one.
+The scale of a group is set when the group is reached, from the updated weights, or with `static_groups`
+before the first column, from the source's. With `act_order`, columns are taken in descending order of the
+Hessian's diagonal, so that the most important are rounded while most others can still compensate. The columns
+of a group are then rounded at different times, so its scale must be static. Columns are stored in their
+original order, in an ordinary file.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class GPTQ(IntegerQuantizer):
 
     method: Literal["gptq"]
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Share of the Hessian's mean diagonal added to it."""
+    """Share of the Hessian's mean diagonal to add to the diagonal."""
     act_order: bool = False
     """Whether columns are rounded by descending diagonal of the Hessian; needs static_groups."""
     static_groups: bool = False
@@ -49,15 +50,15 @@ class GPTQ(IntegerQuantizer):
     def _agree(self) -> Self:
         if self.act_order and self.group_size and not self.static_groups:
             raise ValueError(
-                "act_order mixes the columns of all groups, so their scales must be known before the first; "
-                "add static_groups: true, or group_size: null"
+                "act_order mixes the columns of all groups, so their scales must be set before the first "
+                "column; add static_groups: true, or set group_size: null"
             )
         if self.static_groups and self.group_size is None:
-            raise ValueError("static_groups means nothing with group_size: null; leave it out")
+            raise ValueError("static_groups has no effect with group_size: null; leave it out")
         return self
 
     def weights(self, weight: Tensor, statistic: Hessian) -> Codes:
-        """Codes of `weight` `[out, in]`, scales in its dtype.
+        """Return the codes of `weight` `[out, in]`; their scales have its dtype.
 
         Raises:
             Refusal: the damped Hessian is not positive definite.
@@ -91,8 +92,8 @@ class GPTQ(IntegerQuantizer):
         if static:
             for group in weight.float().split(size, 1):
                 fit(group)
-        # Where scales come from up-to-date values, no group may straddle two runs.
+        # Where scales are set from updated weights, no group may straddle two runs.
         run = COLUMNS if static or size == columns else size * max(1, COLUMNS // size)
         sweep(work, factor, settle, run=run)
         zero_point = torch.stack(zeros, 1) if zeros else None
-        return self.grid.made(codes.T, torch.stack(scales, 1), zero_point, weight.dtype)
+        return self.grid.to_codes(codes.T, torch.stack(scales, 1), zero_point, weight.dtype)

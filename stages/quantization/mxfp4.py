@@ -1,8 +1,8 @@
-"""MXFP4 (2310.10537): four-bit floats, a power of two for every 32 columns. Needs no data.
+"""MXFP4 (2310.10537): four-bit floats with a power of two as scale for every 32 columns. Needs no data.
 
-4.25 bits a weight. A power of two is a coarse scale: the largest of a group lands between 3.5 and 7 where
-the grid ends at 6, so up to half of the range goes unused. NVFP4 pays a quarter of a bit for a finer one.
-See `stages.model.floats`. Weights only: activations stay as they are.
+4.25 bits per weight. A power of two is a coarse scale: the largest value of a group lands between 3.5 and 7
+while the grid ends at 6, so up to half of the range goes unused. NVFP4 pays a quarter of a bit for a finer
+scale. See `stages.model.floats`. Weights only: activations stay as they are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ class MXFP4(Quantizer):
     group_size: Literal[32] = 32
     calibration: NoData
 
-    def weights(self, weight: Tensor, statistic: None) -> floats.MXFP4:
-        """Codes of `weight` `[out, in]`."""
-        return floats.MXFP4.nearest(weight)
+    def weights(self, weight: Tensor, statistic: None) -> floats.MXFloat4:
+        """Return the codes of `weight` `[out, in]`."""
+        return floats.MXFloat4.nearest(weight)

@@ -1,11 +1,11 @@
-"""NF4 (QLoRA, 2305.14314): the sixteen levels at which normally distributed weights are used equally often.
+"""NF4 (QLoRA, 2305.14314): sixteen levels that normally distributed weights use equally often.
 
 Each group of columns is divided by its largest magnitude and rounded to quantiles of a normal distribution,
 scaled to [-1, 1]: eight above zero, seven below, and 0 itself, so a pruned weight stays pruned. Needs no
-data. With `double_quant` the scales are rounded as well: their mean is taken off, and each 256 of them in
-a row become E4M3 numbers with one fp32 scale, for 4.13 bits a weight instead of 4.5 at 64 columns a group.
+data. With `double_quant` the scales are rounded as well: their mean is subtracted, and every 256 in a row
+become E4M3 numbers with one fp32 scale, for 4.13 bits per weight instead of 4.5 at 64 columns per group.
 
-No format of compressed-tensors knows these levels: the checkpoint is dense and marked `fake_quantized`, and
+No format of compressed-tensors knows these levels, so the checkpoint is dense and marked `fake_quantized`;
 its `bits_per_weight` is what the codes would take.
 """
 
@@ -26,42 +26,42 @@ from stages.quantization.quantizer import Quantizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-OUTERMOST = (1 - 1 / 30 + 1 - 1 / 32) / 2
+_OUTERMOST = (1 - 1 / 30 + 1 - 1 / 32) / 2
 """The quantile that becomes 1: halfway between those at which 15 and 16 equal bins end, less half a bin."""
-SCALES = 256
+_SCALES_PER_CHUNK = 256
 """Scales that share an fp32 scale of their own."""
 
 
 def levels() -> Tensor:
-    """The 16 levels, ascending, `[16]` fp32."""
+    """Return the 16 levels, ascending, `[16]` fp32."""
     quantile = NormalDist().inv_cdf
 
     def side(count: int) -> list[float]:
-        """`count` quantiles evenly between the outermost and one half, that not among them."""
-        step = (OUTERMOST - 0.5) / count
-        return [quantile(OUTERMOST - i * step) / quantile(OUTERMOST) for i in range(count)]
+        """Return `count` evenly spaced quantiles from the outermost down to, but not including, one half."""
+        step = (_OUTERMOST - 0.5) / count
+        return [quantile(_OUTERMOST - i * step) / quantile(_OUTERMOST) for i in range(count)]
 
     return torch.tensor([*(-level for level in side(7)), 0.0, *reversed(side(8))])
 
 
 @dataclass(frozen=True)
 class NormalFloat(Quantized):
-    """Indices of levels `[out, in]` uint8 and scales `[out, groups]` fp32, as a reader would have them."""
+    """Indices of levels `[out, in]` uint8, and scales `[out, groups]` fp32 as a reader would restore them."""
 
     indices: Tensor
     scale: Tensor
     dtype: torch.dtype
     scale_bits: int
-    """Of all scales, as stored."""
+    """Bits of all scales together, as stored."""
     bits = 4
 
     def dequantize(self) -> Tensor:
-        """`[out, in]` in the dtype of the weight: level times scale, rounded once."""
+        """Return level times scale `[out, in]`, rounded once to the dtype of the weight."""
         wide = self.scale.repeat_interleave(self.indices.shape[1] // self.scale.shape[1], 1)
         return (levels().to(self.scale.device)[self.indices.int()] * wide).to(self.dtype)
 
     def stored_bits(self) -> int:
-        """Indices and scales."""
+        """Return the bits of indices and scales."""
         return self.indices.numel() * 4 + self.scale_bits
 
 
@@ -76,24 +76,25 @@ class NF4(Quantizer):
     calibration: NoData
 
     def weights(self, weight: Tensor, statistic: None) -> NormalFloat:
-        """Codes of `weight` `[out, in]`."""
+        """Return the codes of `weight` `[out, in]`."""
         groups = weight.float().reshape(len(weight), -1, self.group_size or weight.shape[1])
-        scale, bits = groups.abs().amax(2), 32
-        stored = scale.numel() * bits
+        scale = groups.abs().amax(2)
+        scale_bits = scale.numel() * 32
         if self.double_quant:
-            scale, stored = rounded(scale)
+            scale, scale_bits = round_scales(scale)
         ratio = groups / torch.where(scale == 0, 1.0, scale)[..., None]
         table = levels().to(weight.device)
-        # The nearest level's index is the number of midpoints below.
+        # The index of the nearest level is the number of midpoints below.
         indices = torch.bucketize(ratio.contiguous(), (table[1:] + table[:-1]) / 2)
-        return NormalFloat(indices.view(weight.shape).to(torch.uint8), scale, weight.dtype, stored)
+        return NormalFloat(indices.view(weight.shape).to(torch.uint8), scale, weight.dtype, scale_bits)
 
 
-def rounded(scale: Tensor) -> tuple[Tensor, int]:
-    """Scales `[out, groups]` as eight-bit floats about their mean would give them back, and their bits."""
+def round_scales(scale: Tensor) -> tuple[Tensor, int]:
+    """Round scales `[out, groups]` to eight-bit floats about their mean; return them and their bits."""
     flat, mean = scale.flatten(), scale.mean()
-    chunks = torch.nn.functional.pad(flat - mean, (0, -len(flat) % SCALES)).view(-1, SCALES)
+    padding = -len(flat) % _SCALES_PER_CHUNK
+    chunks = torch.nn.functional.pad(flat - mean, (0, padding)).view(-1, _SCALES_PER_CHUNK)
     unit = chunks.abs().amax(1, keepdim=True) / E4M3_MAX
     codes = (chunks / torch.where(unit == 0, 1.0, unit)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    back = (codes.float() * unit).flatten()[: len(flat)] + mean
-    return back.clamp(min=0).view(scale.shape), len(flat) * 8 + unit.numel() * 32 + 32
+    rounded = (codes.float() * unit).flatten()[: len(flat)] + mean
+    return rounded.clamp(min=0).view(scale.shape), len(flat) * 8 + unit.numel() * 32 + 32

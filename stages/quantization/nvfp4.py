@@ -1,8 +1,8 @@
-"""NVFP4 (2509.25149): four-bit floats, an eight-bit float for every 16 columns. Needs no data.
+"""NVFP4 (2509.25149): four-bit floats with an eight-bit scale for every 16 columns. Needs no data.
 
-4.5 bits a weight. E4M3 scales have a small range, so one fp32 number a matrix brings the largest of them to
-448. See `stages.model.floats`. Weights only: activations stay as they are. An engine that fuses q, k and v,
-or gate and up, into one matrix takes one of their fp32 numbers for all, and may lose precision by it.
+4.5 bits per weight. E4M3 scales have a small range, so one fp32 number per matrix brings the largest of them
+to 448. See `stages.model.floats`. Weights only: activations stay as they are. An engine that fuses q, k and
+v, or gate and up, into one matrix uses one of their fp32 numbers for all and may lose precision.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ class NVFP4(Quantizer):
     group_size: Literal[16] = 16
     calibration: NoData
 
-    def weights(self, weight: Tensor, statistic: None) -> floats.NVFP4:
-        """Codes of `weight` `[out, in]`."""
-        return floats.NVFP4.nearest(weight)
+    def weights(self, weight: Tensor, statistic: None) -> floats.NVFloat4:
+        """Return the codes of `weight` `[out, in]`."""
+        return floats.NVFloat4.nearest(weight)

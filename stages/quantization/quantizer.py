@@ -1,4 +1,6 @@
-"""The settings every weight quantizer shares."""
+"""The settings that every weight quantizer shares."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +9,7 @@ from pydantic import Field
 
 from stages.compress.method import WeightMethod
 from stages.core.errors import Refusal
+from stages.model.blocks import linears
 from stages.model.grid import Integers, Quantized
 
 if TYPE_CHECKING:
@@ -17,82 +20,81 @@ if TYPE_CHECKING:
     from stages.model.blocks import Linear
     from stages.model.stream import Empty
 
-UNLOADED = (
-    "its packed linears do not load, and nothing else has their inputs rounded; awq, gptq or rtn quantize "
-    "its weights alone"
+_NOT_LOADED = (
+    "transformers cannot load this family packed, so inputs would not be rounded; use awq, gptq or rtn"
 )
-CONV1D = "no format runs Conv1D with 8-bit inputs; awq, gptq or rtn quantize its weights alone"
+_CONV1D = "no format runs Conv1D with 8-bit inputs; use awq, gptq or rtn"
 
 
 class Quantizer(WeightMethod):
-    """Put every linear on a number grid; a method whose grid is fixed fixes the two fields.
+    """Put the weight of every linear on a number grid.
 
-    One that has a linear's inputs rounded as well, when the model runs, sets `rounds_inputs`.
+    A method with a fixed grid fixes both fields. One that also rounds the inputs of linears, when the model
+    runs, overrides `rounds_inputs`.
     """
 
     bits: int
-    """Of one code."""
+    """Bits per code."""
     group_size: int | None
-    """Input columns that share a scale; it must divide every linear's input width. null: one a row."""
+    """Input columns that share a scale; must divide every linear's input width. null: one scale per row."""
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether the checkpoint has its reader round the inputs of linears too."""
+        """Whether a reader of the checkpoint rounds the inputs of linears too."""
         return False
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """GPT-2 where inputs are rounded: its linears are Conv1D, which compressed-tensors skips."""
-        return {"gpt2": CONV1D} if self.rounds_inputs else {}
+        """GPT-2 if inputs are rounded: its linears are Conv1D, which compressed-tensors skips."""
+        return {"gpt2": _CONV1D} if self.rounds_inputs else {}
 
-    def plan(self, source: "Empty", windows: "Callable[[], Tensor]") -> int:
-        """The number of linears.
+    def plan(self, source: Empty, windows: Callable[[], Tensor]) -> int:
+        """Return the number of linears.
 
         Raises:
-            Refusal: `group_size` does not divide the inputs of some of them; or inputs are to be rounded
-                of Conv1D or of linears that do not load when packed.
+            Refusal: `group_size` does not divide the input width of some linears; or inputs are to be
+                rounded, and linears are Conv1D or do not load packed.
         """
-        from stages.model.blocks import linears
         from stages.model.packed import loads_packed
 
         model = source.model
-        found = linears(model, self.ignore)
-        if self.rounds_inputs and any(one.transposed for one in found):
-            raise Refusal(f"{self.method} does not serve {type(model).__name__}: {CONV1D}.")
-        if self.rounds_inputs and not loads_packed(model, [one.name for one in found]):
-            raise Refusal(f"{self.method} does not serve {type(model).__name__}: {UNLOADED}.")
+        targets = linears(model, self.ignore)
+        if self.rounds_inputs and any(linear.transposed for linear in targets):
+            raise Refusal(f"{self.method} does not serve {type(model).__name__}: {_CONV1D}.")
+        if self.rounds_inputs and not loads_packed(model, [linear.name for linear in targets]):
+            raise Refusal(f"{self.method} does not serve {type(model).__name__}: {_NOT_LOADED}.")
         if self.group_size and (
-            uneven := [one.name for one in found if one.weight.shape[1] % self.group_size]
+            uneven := [linear.name for linear in targets if linear.weight.shape[1] % self.group_size]
         ):
             raise Refusal(
-                f"group_size {self.group_size} does not divide the input of {len(uneven)} linears: "
-                f"{', '.join(uneven[:8])}; take a divisor of every input width, or null for one scale a row."
+                f"group_size {self.group_size} does not divide the input width of {len(uneven)} linears: "
+                f"{', '.join(uneven[:8])}; set a divisor of every input width, or null for one scale per row."
             )
-        return len(found)
+        return len(targets)
 
-    def replace(self, linear: "Linear", statistic: Any, plan: int) -> Quantized:
-        """The codes of a linear's weight."""
+    def replace(self, linear: Linear, statistic: Any, plan: int) -> Quantized:
+        """Return the codes of a linear's weight."""
         return self.weights(linear.weight, statistic)
 
-    def weights(self, weight: "Tensor", statistic: Any) -> Quantized:
-        """The codes of `weight` `[out, in]`; its zeros stay zero."""
+    def weights(self, weight: Tensor, statistic: Any) -> Quantized:
+        """Return the codes of `weight` `[out, in]`; its zeros stay zero."""
         raise NotImplementedError
 
     def notes(self, plan: int) -> dict[str, Any]:
-        """How many linears were quantized, for whoever counts them in the file."""
+        """Record how many linears were quantized."""
         return {"quantized_linears": plan}
 
 
 class IntegerQuantizer(Quantizer):
-    """Integer codes of `bits` bits with one scale for every `group_size` columns."""
+    """Integer codes of `bits` bits with one scale per `group_size` columns."""
 
     bits: Annotated[int, Field(ge=2, le=8)]
     group_size: Annotated[int, Field(ge=8)] | None
-    """Input columns that share a scale; it must divide every linear's input width. null: one a row."""
+    """Input columns that share a scale; must divide every linear's input width. null: one scale per row."""
     symmetric: bool = True
-    """Whether codes reach as far below zero as above; false spans each group exactly, for a zero point."""
+    """Whether codes reach as far below zero as above. False spans each group exactly, with a zero point."""
 
     @property
     def grid(self) -> Integers:
-        """The grid these settings describe."""
+        """The grid of these settings."""
         return Integers(self.bits, self.group_size, self.symmetric)

@@ -1,4 +1,4 @@
-"""Round to nearest: each weight goes to the closest point of its group's grid. Needs no data."""
+"""Round to nearest: each weight moves to the closest point of its group's grid. Needs no data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class RTN(IntegerQuantizer):
-    """Round to the nearest code of a grid of `bits` bits a `group_size` columns."""
+    """Round to the nearest code of a `bits`-bit grid with one scale per `group_size` columns."""
 
     method: Literal["rtn"]
     calibration: NoData
 
     def weights(self, weight: Tensor, statistic: None) -> Codes:
-        """Codes of `weight` `[out, in]`, scales in its dtype. Zeros stay zero, as 0 is on the grid."""
+        """Return the codes of `weight` `[out, in]`; their scales have its dtype. Zeros stay zero."""
         return self.grid.nearest(weight)

@@ -1,14 +1,14 @@
-"""SmoothQuant (2211.10438): 8-bit weights and 8-bit inputs, the difficulty shared between the two.
+"""SmoothQuant (2211.10438): 8-bit weights and 8-bit inputs, with the difficulty shared between the two.
 
-Rounded to 8 bits with one scale a token, inputs suffer from the few channels that are a hundred times larger
-than the rest, while weights have room to spare. Each channel's input is divided, and its weights multiplied,
-by s_j = max|x_j|^alpha / max|W_j|^(1 - alpha), which brings the two peaks together at alpha 0.5. The maximum
-of W_j is over all linears that read the channel.
+Rounded to 8 bits with one scale per token, inputs suffer from the few channels that are a hundred times
+larger than the rest, while weights have room to spare. Each channel's input is divided, and its weights
+multiplied, by s_j = max|x_j|^alpha / max|W_j|^(1 - alpha), which makes the two maxima equal at alpha 0.5. The
+maximum of W_j is over all linears that read the channel.
 
-Weights are rounded one scale a row, here; inputs one scale a token, when the model runs. That lives in the
-checkpoint's format, so a family whose linears the format does not know is refused: without it, the model
-would compute with inputs that nobody rounded. Where a model hands a linear `[tokens, in]` without windows
-(OPT's fc1 and fc2), transformers finds one scale for all the tokens of a batch; the record names those.
+Weights are rounded here, one scale per row; inputs are rounded when the model runs, one scale per token, as
+the checkpoint's format says. A family whose linears the format does not know is refused, because its inputs
+would not be rounded. Where a model passes a linear `[tokens, in]` without a dimension of windows (OPT's fc1
+and fc2), transformers uses one scale for all tokens of a batch; the record names those linears.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from stages.quantization.quantizer import Quantizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.compress.walk import Group
+    from stages.compress.capture import Group
 
 
-class Peak(Statistic):
-    """The largest absolute value of every input feature."""
+class InputPeak(Statistic):
+    """The largest magnitude of every input feature."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
@@ -42,15 +42,15 @@ class Peak(Statistic):
         self._peak = torch.maximum(self._peak, inputs.abs().amax(0).float())
 
     def finite(self) -> bool:
-        """Whether every feature's is."""
+        """Tell whether the peaks of all features are finite."""
         return finite(self._peak)
 
     def dead(self) -> Tensor:
-        """`[in_features]` bool: features that were zero on every token."""
+        """Return the features that were zero on every token, `[in_features]` bool."""
         return self._peak == 0
 
     def peak(self) -> Tensor:
-        """`[in_features]` fp32: max over tokens of |x_j|."""
+        """Return the maximum over tokens of |x_j|, `[in_features]` fp32."""
         return self._peak
 
 
@@ -59,30 +59,32 @@ class SmoothQuant(Folding, Quantizer):
 
     method: Literal["smoothquant"]
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """0 makes the columns of the weights equally large, 1 the inputs; in between both give way."""
+    """0 makes the columns of the weights equally large, 1 those of the inputs; in between, both move."""
     bits: Literal[8] = 8
     group_size: None = None
 
-    statistic = Peak
+    statistic = InputPeak
 
     @property
     def rounds_inputs(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def prepare(self, groups: list[Group], block: Callable[[], Any]) -> dict[str, list[str]]:
-        """Fold, and note the linears whose inputs plain transformers rounds with one scale a batch."""
-        together = [one.name for group in groups if group.inputs.ndim == 2 for one in group.linears]
-        return {**super().prepare(groups, block), "inputs_share_a_scale": together}
+        """Fold, and note the linears whose inputs transformers rounds with one scale per batch."""
+        shared = [linear.name for group in groups if group.inputs.ndim == 2 for linear in group.linears]
+        return {**super().prepare(groups, block), "inputs_share_a_scale": shared}
 
-    def scale(self, weights: list[Tensor], statistic: Peak, reachable: Callable[[Tensor], Tensor]) -> Tensor:
-        """max|x|^alpha / max|W|^(1 - alpha) over `weights` `[out, in]`, 1 where either is zero."""
+    def scale(
+        self, weights: list[Tensor], statistic: InputPeak, reachable: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return max|x|^alpha / max|W|^(1 - alpha) over `weights` `[out, in]`, 1 where either is zero."""
         inputs = statistic.peak()
         columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float()
         scale = inputs**self.alpha / columns ** (1 - self.alpha)
         return reachable(torch.where((inputs == 0) | (columns == 0), torch.ones_like(scale), scale))
 
-    def weights(self, weight: Tensor, statistic: Peak) -> Int8:
-        """Codes of the scaled `weight` `[out, in]`, one scale a row, in its dtype."""
-        made = Integers(8, None).nearest(weight)
-        return Int8(made.codes, made.scale)
+    def weights(self, weight: Tensor, statistic: InputPeak) -> Int8:
+        """Return the codes of the scaled `weight` `[out, in]`, with one scale per row in its dtype."""
+        nearest = Integers(8, None).nearest(weight)
+        return Int8(nearest.codes, nearest.scale)

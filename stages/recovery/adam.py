@@ -1,9 +1,8 @@
 """AdamW (1711.05101) with fp32 masters beside the weights a model computes with.
 
-A step of 1e-5 is lost in a bf16 weight, whose neighbours lie 1/256 of it apart. So each weight has an fp32
-master that takes the steps, and the weight is what `publish` makes of it: the nearest number of its dtype,
-the master under a mask, the master rounded to a grid. Every promise about weights is kept in that one place.
-`ByAdam` is what the arms that are trained so have in common.
+A step of 1e-5 is lost in a bf16 weight, whose neighbours are 1/256 of it apart. So each weight has an fp32
+master that takes the steps, and `publish` derives the weight from it: the nearest number of its dtype, the
+master under a mask, the master rounded to a grid. Every promise about weights is kept in that one place.
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-8
 Publish: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
-"""The new weight from a master, fp32, and the weight as it is now; both shaped as stored."""
+"""Computes the new weight from its fp32 master and the current weight; both are shaped as stored."""
+_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Adam:
     """AdamW over the fp32 masters of `weights`; matrices decay, biases and norms do not.
 
     Args:
-        weights: by name. They get fp32 gradients from here on.
+        weights: by name. From here on their gradients are fp32.
         publish: by name, how a master becomes a weight, where that is more than a cast.
     """
 
@@ -48,15 +48,15 @@ class Adam:
         }
         masters = list(self._masters.values())
         groups = [
-            {"params": [one for one in masters if one.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [one for one in masters if one.ndim < 2], "weight_decay": 0.0},
+            {"params": [master for master in masters if master.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [master for master in masters if master.ndim < 2], "weight_decay": 0.0},
         ]
         self._optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=EPSILON, fused=True
         )
 
     def step(self, learning_rate: float) -> None:
-        """One step along `grad` of the weights, which may be None, and the weights published again."""
+        """Take one step along the weights' `grad`, which may be None, and publish the weights."""
         for name, weight in self._weights.items():
             self._masters[name].grad = weight.grad
         for group in self._optimizer.param_groups:
@@ -67,22 +67,21 @@ class Adam:
         self._publish_all()
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, both moments and the number of steps of each, by `<name>.<kind>`."""
-        told = {f"{name}.master": master for name, master in self._masters.items()}
+        """Return the masters, both moments and the number of steps of each, by `<name>.<kind>`."""
+        state = {f"{name}.master": master for name, master in self._masters.items()}
         for name, master in self._masters.items():
             for kind, tensor in self._optimizer.state.get(master, {}).items():
-                told[f"{name}.{kind}"] = tensor
-        return told
+                state[f"{name}.{kind}"] = tensor
+        return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """What `state` told, into place; the weights are published from it."""
+        """Restore a `state`, which may be on another device, and publish the weights."""
         for name, master in self._masters.items():
             master.copy_(state[f"{name}.master"])
-            kinds = ("step", "exp_avg", "exp_avg_sq")
             if f"{name}.step" in state:
+                # Fused AdamW keeps even the number of steps on the device of the parameter.
                 self._optimizer.state[master] = {
-                    kind: state[f"{name}.{kind}"].to("cpu" if kind == "step" else master.device)
-                    for kind in kinds
+                    kind: state[f"{name}.{kind}"].to(master.device) for kind in _OPTIMIZER_STATE
                 }
         self._publish_all()
 
@@ -93,11 +92,11 @@ class Adam:
             weight.copy_(self._publish[name](master, weight) if name in self._publish else master)
 
 
-class ByAdam(Arm):
-    """An arm whose weights take AdamW's steps; what else it is, its class says.
+class AdamArm(Arm):
+    """An arm whose weights take the steps of AdamW.
 
     Args:
-        weights: what is trained, by name.
+        weights: the parameters to train, by name.
         weight_decay, publish: see `Adam`.
     """
 
@@ -112,17 +111,17 @@ class ByAdam(Arm):
         self._adam = Adam(weights, weight_decay=weight_decay, publish=publish)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """See `Arm`."""
+        """Return the weights."""
         return self._trained
 
     def step(self, learning_rate: float) -> None:
-        """AdamW on the masters, which are then published."""
+        """Step the masters and publish the weights."""
         self._adam.step(learning_rate)
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments; the weights follow from them."""
+        """Return masters and moments; the weights follow from them."""
         return self._adam.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Masters and moments of an earlier run, and the weights they stand for."""
+        """Restore masters and moments, and publish the weights."""
         self._adam.load(state)

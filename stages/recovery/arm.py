@@ -1,7 +1,7 @@
-"""The interface every way of recovering a model serves: what is trained, what a step does, what comes out.
+"""The interface of every way to recover a model: what is trained, what a step does, what comes out.
 
-The loop (`stages.recovery.training`) knows batches, schedules, clipping, checkpoints and the curve. All that
-makes one method another, and every promise it gives (a mask, a grid), is behind `Arm`.
+The loop (`stages.recovery.training`) handles batches, schedules, clipping, checkpoints and the curve.
+Everything that sets one method apart, and every promise it gives (a mask, a grid), is behind `Arm`.
 """
 
 from __future__ import annotations
@@ -19,43 +19,44 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What a training leaves: a plain model, and what must hold of the file that it becomes."""
+class Recovered:
+    """The result of training: a plain model, and what must hold of the file it is written to."""
 
     model: PreTrainedModel
     keep: Mapping[str, Tensor] = field(default_factory=dict)
     """Positions that must be zero in the file, bool, shaped as stored, by linear; see `zero_masks`."""
     codes: Mapping[str, Quantized] = field(default_factory=dict)
-    """By linear, what it is stored as; the model's weights are their values. Empty: a dense checkpoint."""
+    """The codes that replace weights in the file, by linear; the model's weights are their values. Empty for
+    a dense checkpoint."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Facts for the artifact's record, constant from run to run."""
 
 
 class Arm(ABC):
-    """A model in training: which parameters get gradients, what a step does to them, and what comes out."""
+    """A model in training."""
 
     model: PreTrainedModel
-    """What is run forward, in `run.dtype`."""
+    """The model that computes the loss, in `run.dtype`."""
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that get gradients, by name. Their `grad` is fp32 whatever their dtype."""
+        """Return the parameters that get gradients, by name. Their `grad` is fp32 whatever their dtype."""
 
     @abstractmethod
     def step(self, learning_rate: float) -> None:
-        """Change the weights by what `grad` says, and establish every promise again.
+        """Change the weights along `grad`, and restore every promise.
 
-        The loop has put the mean gradient of the step into `grad`, clipped; it clears it afterwards.
+        The loop has put the clipped mean gradient of the step into `grad`, and clears it afterwards.
         """
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """All that a later run needs to go on: weights in training, masters, moments. Shares memory."""
+        """Return all that a later run resumes from: weights in training, masters, moments. Shares memory."""
 
     @abstractmethod
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave in an earlier run; from here on training goes on bit for bit."""
+        """Restore the `state` of an earlier run; training continues from it bit for bit."""
 
     @abstractmethod
-    def finish(self) -> Finished:
-        """The model as it will be written. Nothing is trained after this."""
+    def finish(self) -> Recovered:
+        """Return the model to be written. Nothing is trained after this."""

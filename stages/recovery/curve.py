@@ -1,6 +1,6 @@
-"""The learning curve: a row a step, in a file that DVC plots.
+"""The learning curve: one row per step, in a file that DVC plots.
 
-Only what is computed is in it, no time of day and no speed, so that equal inputs give equal bytes.
+It holds computed numbers only, no times and no speeds, so that equal inputs give equal bytes.
 """
 
 import csv
@@ -12,21 +12,21 @@ from stages.core.files import CURVES, write_text
 
 @dataclass(frozen=True)
 class Point:
-    """Where training is after `step` steps; 0 is the source itself."""
+    """The state of training after `step` steps; step 0 is the source itself."""
 
     step: int
     tokens: int
-    """Attended tokens trained on up to here, padding not among them."""
+    """Attended tokens trained on so far; padding does not count."""
     learning_rate: float | None
     """Of this step."""
     train_loss: float | None
-    """Mean over the step's predicted tokens, before the step's change of weights; of the whole objective."""
+    """Mean of the whole objective over the step's predicted tokens, before the step changes the weights."""
     heldout_loss: float | None
-    """Mean cross entropy over the predicted tokens held out, in nats, after the step; where it is taken."""
+    """Mean cross entropy over the held-out predicted tokens, in nats, after the step; None if not taken."""
 
 
-def write(points: list[Point], recipe: str) -> None:
-    """Write data/curves/<recipe>.csv, whole or not at all; what was not taken is an empty field."""
+def write_curve(points: list[Point], recipe: str) -> None:
+    """Write data/curves/<recipe>.csv, whole or not at all; None becomes an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
     writer.writeheader()

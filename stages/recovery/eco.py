@@ -1,156 +1,143 @@
-"""ECO (2601.22101): training without master weights; what rounding loses goes into the momentum.
+"""ECO (2601.22101): train without master weights, and feed rounding errors into the momentum.
 
 Weights are on the source's grid before and after every step, and no finer copy of them is kept. A step gives
-w~ = w - u, the grid gives q = round(w~), and the error e = w~ - q would be lost, and with it every step that
-is smaller than half of the grid's. ECO takes it out of the first moment, from where it comes back in the
-steps that follow.
+w~ = w - u, the grid gives q = round(w~), and the error e = w~ - q would be lost, and with it every step
+smaller than half a grid step. ECO takes the error out of the first moment, from where it returns in the
+following steps.
 
-How much: with the learning rate taken in, SGD's moment is m = beta m + (1 - beta) lr g and the step u = m.
-Adding d to m adds beta^k d to the k-th step from here, sum d beta / (1 - beta) in all. These steps shall
-add up to e, and a step is subtracted, so
+By how much: with the learning rate included, SGD's moment is m = beta m + (1 - beta) lr g and the step is u =
+m. Adding d to m adds beta^k d to the k-th step from here, in sum d beta / (1 - beta). These steps shall add
+up to e, and a step is subtracted, so
 
     d = -e (1 - beta) / beta = e (1 - 1 / beta),
 
-the paper's (1 / lr) (1 - 1 / beta) e for a moment without the learning rate. Taken in, it returns e whatever
-the schedule does next. Hence w - m beta / (1 - beta), where the weights would come to rest if no gradient
-came any more, moves by lr g a step exactly, as if there were no grid.
+which is the paper's (1 / lr) (1 - 1 / beta) e for a moment without the learning rate. With the learning rate
+included, e returns in full whatever the schedule does next. Hence w - m beta / (1 - beta), where the weights
+would come to rest without further gradients, moves by lr g per step, exactly as without a grid.
 
-Adam's step is m / (1 - beta^t) / D with D = sqrt(v / (1 - beta2^t)) + epsilon, so d has D as a factor, held
-for what it is now, and in place of the sum beta / (1 - beta) that of beta^k / (1 - beta^(t+k)), which tends
-to it. What is cut off at the end of the codes' range is no rounding error and is not fed back, or it would
-pile up.
+Adam's step is m / (1 - beta^t) / D with D = sqrt(v / (1 - beta2^t)) + epsilon. So d gets the factor D, at its
+current value, and the sum beta / (1 - beta) becomes that of beta^k / (1 - beta^(t+k)), which tends to it.
+Values clamped at the end of the codes' range are not rounding errors and are not fed back, or they would pile
+up.
 
-The price: a weight moves to the next code only once the step alone crosses half of the grid's, so it lags
-behind its masters' path by up to beta / (1 - beta) / 2 steps of the grid. The rate it takes is higher than
-plain training's. Rounding is to the nearest; the paper finds a drawn one somewhat better.
+The price: a weight moves to the next code only once a single step exceeds half a grid step, so it lags behind
+the path of masters by up to beta / (1 - beta) / 2 grid steps. ECO needs a higher learning rate than plain
+training. Rounding is to nearest; the paper finds stochastic rounding somewhat better.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from stages.core.lazy import torch
 from stages.core.numbers import no_grad
 from stages.recovery.adam import EPSILON
-from stages.recovery.arm import Arm, Finished
-from stages.recovery.grids import SourceGrid, integers, rounded, unfrozen
-from stages.recovery.tuning import Tuning
+from stages.recovery.arm import Arm, Recovered
+from stages.recovery.masking import mask_gradients, trainable_mask
+from stages.recovery.ongrid import GridWeights, OnGrid
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from stages.model.grid import Codes
+    from stages.recovery.grids import SourceGrid
 
 BETAS = (0.9, 0.999)
 
 
-class ECO(Tuning):
-    """Train weights that never leave the source's grid, their rounding errors fed into the momentum."""
+class ECO(OnGrid):
+    """Train weights that never leave the source's grid, with rounding errors fed into the momentum."""
 
-    on_grid: ClassVar[bool] = True
     method: Literal["eco"]
     optimizer: Literal["adam", "sgd"] = "adam"
-    """What the momentum is that of."""
+    """The optimizer whose momentum it is."""
     feedback: bool = True
     """False drops the rounding errors: the control, in which small steps are lost."""
-    keep: Literal["mask", "none"] = "mask"
-    """Whether weights that are zero in the source stay zero."""
-
-    @property
-    def refuses(self) -> Mapping[str, str]:
-        """GPT-2, whose linears no format holds on a grid."""
-        return {"gpt2": "no format holds codes of its Conv1D, so no source of it has a grid in its files"}
 
     def arm(self, model: PreTrainedModel, grid: SourceGrid | None) -> Arm:
-        """Moments for every linear on the grid; nothing else is trained."""
-        return ErrorCompensating(self, model, integers(grid))
+        """Return an arm with moments for every linear on the grid."""
+        return _ECOArm(self, model, grid)
 
 
-class ErrorCompensating(Arm):
-    """Weights on the grid and the moments of their gradients and errors."""
+class _ECOArm(Arm):
+    """Weights on the grid, and the moments of their gradients and errors."""
 
-    def __init__(self, recipe: ECO, model: PreTrainedModel, grid: Mapping[str, Codes]) -> None:
-        self.model = model
-        self._recipe, self._codes = recipe, dict(grid)
-        self._weights = unfrozen(model, grid, recipe.ignore)
-        self._zeros: dict[str, Tensor] = {}
+    def __init__(self, recipe: ECO, model: PreTrainedModel, grid: SourceGrid | None) -> None:
+        self.model, self._recipe = model, recipe
+        self._weights = GridWeights(recipe, model, grid)
         self._steps = torch.zeros((), dtype=torch.int64)
         self._first: dict[str, Tensor] = {}
         self._second: dict[str, Tensor] = {}
-        for name, weight in self._weights.items():
+        for name, weight in self._weights.parameters.items():
             self._first[name] = torch.zeros_like(weight, dtype=torch.float32)
             if recipe.optimizer == "adam":
                 self._second[name] = torch.zeros_like(weight, dtype=torch.float32)
-            if recipe.keep == "mask":
-                self._zeros[name] = weight == 0
-                weight.register_post_accumulate_grad_hook(self._mask(name))
-
-    def _mask(self, name: str) -> Callable[[Tensor], None]:
-        """Takes away the gradient of pruned weights before it counts in anything, as a hook."""
-
-        def hook(weight: Tensor) -> None:
-            assert weight.grad is not None
-            weight.grad.masked_fill_(self._zeros[name], 0)
-
-        return hook
+        trainable = {name: trainable_mask(zeros) for name, zeros in self._weights.zeros.items()}
+        mask_gradients(self._weights.parameters, trainable)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The weights on the grid."""
-        return self._weights
+        return self._weights.parameters
 
     @no_grad
     def step(self, learning_rate: float) -> None:
-        """A step of the optimizer, rounded; its error goes into the first moment."""
+        """Take a step of the optimizer, round, and feed the error into the first moment."""
         self._steps += 1
-        for name, weight in self._weights.items():
+        for name, weight in self._weights.parameters.items():
             if weight.grad is None:
                 continue
             moment = self._first[name].mul_(BETAS[0]).add_(weight.grad, alpha=(1 - BETAS[0]) * learning_rate)
-            scale, back = self._scale(name, weight.grad)
-            wanted = weight.float() * (1 - learning_rate * self._recipe.weight_decay) - moment / scale
-            self._codes[name] = code = rounded(name, self._codes[name], wanted)
-            weight.copy_(code.dequantize())
+            divisor, later = self._divisor(name, weight.grad)
+            target = weight.float() * (1 - learning_rate * self._recipe.weight_decay) - moment / divisor
+            codes = self._weights.round(name, target)
+            weight.copy_(codes.dequantize())
             if self._recipe.feedback:
-                error = (wanted - weight) * code.inside(wanted)
-                moment.sub_(error * scale / back)
+                error = (target - weight) * codes.inside(target)
+                moment.sub_(error * divisor / later)
 
-    def _scale(self, name: str, gradient: Tensor) -> tuple[Tensor | float, float]:
-        """What divides the first moment to give the step; and what one unit in it adds up to, so divided."""
+    def _divisor(self, name: str, gradient: Tensor) -> tuple[Tensor | float, float]:
+        """Update the second moment; return what divides the first moment to give the step.
+
+        Returns:
+            The divisor, and what 1 in the first moment adds to all later steps times the divisor.
+        """
         if self._recipe.optimizer == "sgd":
             return 1.0, BETAS[0] / (1 - BETAS[0])
         steps = int(self._steps)
         second = self._second[name].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         bias = 1 - BETAS[0] ** steps
-        scale = (second / (1 - BETAS[1] ** steps)).sqrt_().add_(EPSILON).mul_(bias)
-        return scale, bias * returned(BETAS[0], steps)
+        divisor = (second / (1 - BETAS[1] ** steps)).sqrt_().add_(EPSILON).mul_(bias)
+        return divisor, bias * sum_of_later_steps(BETAS[0], steps)
 
     def state(self) -> dict[str, Tensor]:
-        """Codes, moments and the number of steps; the weights follow from the codes."""
-        codes = {name: self._codes[name].codes for name in self._weights}
+        """Return codes, moments and the number of steps; the weights follow from the codes."""
+        codes = {name: self._weights.codes[name].codes for name in self._weights.parameters}
         kinds = {"codes": codes, "first": self._first, "second": self._second}
-        told = {f"{name}.{kind}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
-        return {**told, "steps": self._steps}
+        state = {
+            f"{name}.{kind}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()
+        }
+        return {**state, "steps": self._steps}
 
     @no_grad
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """What `state` told, into place, and the weights."""
-        for name, weight in self._weights.items():
-            codes = state[f"{name}.codes"].to(weight.device)
-            self._codes[name] = replace(self._codes[name], codes=codes)
-            weight.copy_(self._codes[name].dequantize())
+        """Restore codes, weights, moments and the number of steps."""
+        all_codes = self._weights.codes
+        for name, weight in self._weights.parameters.items():
+            all_codes[name] = replace(all_codes[name], codes=state[f"{name}.codes"].to(weight.device))
+            weight.copy_(all_codes[name].dequantize())
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 
-    def finish(self) -> Finished:
-        """The weights and their codes."""
-        return Finished(self.model, keep=self._zeros, codes=self._codes)
+    def finish(self) -> Recovered:
+        return self._weights.recovered()
 
 
-def returned(beta: float, step: int) -> float:
-    """The sum over k >= 1 of beta^k / (1 - beta^(step + k)): what 1 in Adam's moment adds to later steps."""
+def sum_of_later_steps(beta: float, step: int) -> float:
+    """Return the sum over k >= 1 of beta^k / (1 - beta^(step + k)).
+
+    It is what 1 in Adam's first moment adds to the steps after `step`.
+    """
     terms = math.ceil(math.log(1e-12) / math.log(beta))
     return sum(beta**k / (1 - beta ** (step + k)) for k in range(1, terms))

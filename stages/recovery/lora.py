@@ -1,10 +1,10 @@
-"""LoRA (2106.09685) that leaves frozen weights alone, through training, merge and save.
+"""LoRA (2106.09685) that leaves frozen weights alone, in training, in the merge and in the file.
 
-A plain adapter trains W + BA and merges it, which fills every zero of W again. Here the layer computes
-W + M * BA with M the positions that are not frozen (`stages.recovery.keep`), in the forward pass as in the
-merge: what is trained is what is merged, and a pruned weight stays exactly zero. The price is the product
-BA at full size once a forward and linear, small beside the forward of a few hundred tokens. With `keep: none`
-there is nothing to mask, and peft's own layer does what it does anywhere.
+A plain adapter trains W + BA and merges it, which fills every zero of W. Here the layer computes W + M * BA,
+with M the positions that are not frozen (`stages.recovery.keep`), in the forward pass as in the merge. What
+is trained is what is merged, and a pruned weight stays exactly zero. The price is the full-size product BA
+once per forward pass and linear, small beside the forward pass of a few hundred tokens. With `keep: none`
+there is no mask, and peft's own layer is used.
 
 On a quantized source these are adapters over its dequantized weights (QLoRA, 2305.14314, without its grid).
 """
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from stages.core.lazy import torch
-from stages.recovery.adam import ByAdam
-from stages.recovery.arm import Arm, Finished
-from stages.recovery.keep import Keeping, moving
+from stages.model.blocks import linears
+from stages.recovery.adam import AdamArm
+from stages.recovery.arm import Arm, Recovered
+from stages.recovery.keep import Keeping
+from stages.recovery.masking import trainable_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,26 +37,25 @@ class LoRA(Keeping):
     """The update is scaled by alpha / rank."""
 
     def arm(self, model: PreTrainedModel, grid: SourceGrid | None) -> Arm:
-        """See `Tuning.arm`."""
-        return _LoRA(model, self, grid)
+        """Return an arm for the adapters; see `Tuning.arm`."""
+        return _LoRAArm(model, self, grid)
 
 
-class _LoRA(ByAdam):
+class _LoRAArm(AdamArm):
     def __init__(self, model: PreTrainedModel, recipe: LoRA, grid: SourceGrid | None) -> None:
         import peft
         from transformers.pytorch_utils import Conv1D
 
-        from stages.model.blocks import linears
         from stages.recovery.masked import MaskedLinear
 
         self._recipe, self._grid = recipe, grid
-        found = linears(model, recipe.ignore)
-        self._frozen = recipe.frozen(found)
+        targets = linears(model, recipe.ignore)
+        self._frozen = recipe.frozen(targets)
         config = peft.LoraConfig(
             r=recipe.rank,
             lora_alpha=recipe.alpha,
-            target_modules=[linear.name for linear in found],
-            fan_in_fan_out=found[0].transposed,
+            target_modules=[linear.name for linear in targets],
+            fan_in_fan_out=targets[0].transposed,
             task_type="CAUSAL_LM",
         )
         if self._frozen:
@@ -62,12 +63,14 @@ class _LoRA(ByAdam):
         torch.manual_seed(recipe.seed)
         self._adapted = peft.get_peft_model(model, config)
         self.model = self._adapted.get_base_model()
-        for name, mask in self._frozen.items():
+        for name, frozen in self._frozen.items():
             layer = self.model.get_submodule(name)
             assert isinstance(layer, MaskedLinear)
-            layer.moving = moving(mask)
-        trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+            layer.trainable_mask = trainable_mask(frozen)
+        trained = {
+            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
         super().__init__(trained, weight_decay=recipe.weight_decay)
 
-    def finish(self) -> Finished:
-        return self._recipe.finished(self._adapted.eval().merge_and_unload(), self._frozen, self._grid)
+    def finish(self) -> Recovered:
+        return self._recipe.recovered(self._adapted.eval().merge_and_unload(), self._frozen, self._grid)

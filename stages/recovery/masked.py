@@ -1,4 +1,4 @@
-"""The LoRA layer whose update leaves frozen weights alone; apart, as it imports peft."""
+"""The LoRA layer whose update leaves frozen weights alone; a file of its own, as it imports peft."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ from torch.nn import functional as F
 
 
 class MaskedLinear(LoraLinear):
-    """A LoRA layer whose update is confined to the positions of its base weight that are `moving`."""
+    """A LoRA layer that updates only the trainable positions of its base weight."""
 
-    moving: Tensor
-    """1 where it is added and 0 elsewhere, shaped as the base weight is stored; to be set before use."""
+    trainable_mask: Tensor
+    """1 where the update is added and 0 elsewhere, shaped as the base weight is stored; set it before use."""
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The masked update, shaped as the base weight is stored; also what the merge adds."""
+        """Return the masked update, shaped as the base weight is stored; the merge adds the same."""
         delta = self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
         delta = delta.T if self.fan_in_fan_out else delta
-        return (delta * self.moving).to(self.get_base_layer().weight.dtype)
+        return (delta * self.trainable_mask).to(self.get_base_layer().weight.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (W + M * BA)T + bias."""
+        """Return x (W + M * BA)T + bias."""
         base = self.get_base_layer()
         weight = base.weight
         if not (self.merged or self.disable_adapters):

@@ -1,8 +1,8 @@
-"""The loop that trains an arm: which rows when, at what rate, for how long, and where a killed run goes on.
+"""The loop that trains an arm: the rows and rate of each step, the number of steps, and resuming killed runs.
 
-All that a step does is decided by the recipe and the step's number: its rows (`Plan`), its learning rate, its
-draws of dropout. So a checkpoint holds the arm's tensors and the curve, and nothing of any generator. The
-loop is our own: transformers' Trainer picks a device by itself, pickles its state, and knows no step that is
+The recipe and the number of a step decide all that the step does: its rows (`StepPlan`), its learning rate,
+its dropout. So a checkpoint holds the arm's tensors and the curve, and no state of any generator. The loop is
+our own because transformers' Trainer picks a device by itself, pickles its state, and knows no step that is
 not an optimizer's.
 """
 
@@ -33,14 +33,17 @@ if TYPE_CHECKING:
 
 
 class Diverged(Refusal):
-    """A number of the training is none any more; the same steps would lead there again."""
+    """A loss or gradient became NaN or infinite; the same steps would lead there again."""
 
 
-class Plan:
-    """The rows of every step: each row once, in a drawn order, before any comes again.
+class StepPlan:
+    """The number of steps and the rows of each: every row once, in a drawn order, before any row repeats.
 
     Args:
         sizes: tokens of each row.
+
+    Attributes: steps: the number of steps. evaluated: the steps after which the held-out loss is computed;
+        always the last, to see the whole effect.
     """
 
     def __init__(self, recipe: Tuning, sizes: Sequence[int]) -> None:
@@ -50,15 +53,14 @@ class Plan:
         last = max(recipe.evaluate_at or (0,))
         if last > self.steps:
             raise Refusal(
-                f"evaluate_at names step {last}, and {recipe.tokens} tokens are reached after {self.steps}; "
-                "lower it, raise tokens, or leave evaluate_at out."
+                f"evaluate_at names step {last}, but {recipe.tokens} tokens are reached after {self.steps} "
+                "steps; lower it, raise tokens, or leave evaluate_at out."
             )
         quarters = {round(self.steps * quarter / 4) for quarter in range(5)}
         self.evaluated = {*(recipe.evaluate_at or quarters), self.steps}
-        """After which steps the held-out loss is taken; after the last always, to see what it has done."""
 
     def rows(self, step: int) -> list[list[int]]:
-        """The numbers of the rows of each micro-batch of `step`, counted from 0."""
+        """Return the row numbers of each micro-batch of `step`, both counted from 0."""
         size, parts = self._recipe.batch_size, self._recipe.accumulation
         start = step * parts * size
         return [
@@ -67,7 +69,7 @@ class Plan:
         ]
 
     def tokens(self, step: int) -> int:
-        """How many tokens `step` attends to."""
+        """Return the number of tokens that `step` attends to."""
         return sum(self._sizes[row] for part in self.rows(step) for row in part)
 
     def _at(self, place: int) -> int:
@@ -89,54 +91,48 @@ def train(label: str, recipe: Tuning, arm: Arm, examples: Examples, checkpoints:
     """Train `arm` to the end of its budget, from the last checkpoint if there is one.
 
     Args:
-        label: whose progress is shown.
+        label: the text beside the progress bar.
 
     Returns:
         The learning curve, with a point for the start and one for each step.
 
     Raises:
-        Refusal: memory does not suffice, or (`Diverged`, and then no checkpoint is left) the loss or its
-            gradient is no number any more.
+        Refusal: the weights, the loss or its gradient became NaN or infinite. A `Diverged` training leaves no
+            checkpoint.
     """
-    plan = Plan(recipe, [sum(len(one.input_ids) for one in row) for row in examples.train])
-    _prepare(arm.model, recipe)
+    plan = StepPlan(recipe, [sum(len(example.input_ids) for example in row) for row in examples.train])
+    if recipe.gradient_checkpointing:
+        arm.model.activation_checkpointing_enable({"use_reentrant": False})
+    arm.model.train()
+    keep_freed(below=TRAINED)
     try:
-        with memory(recipe):
-            return _train(label, recipe, arm, examples, checkpoints, plan)
+        return _train(label, recipe, arm, examples, checkpoints, plan)
     except Diverged:
         checkpoints.clear()
         raise
 
 
-def _prepare(model: PreTrainedModel, recipe: Tuning) -> None:
-    if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    keep_freed(below=TRAINED)
-
-
 def _train(
-    label: str, recipe: Tuning, arm: Arm, examples: Examples, checkpoints: Checkpoints, plan: Plan
+    label: str, recipe: Tuning, arm: Arm, examples: Examples, checkpoints: Checkpoints, plan: StepPlan
 ) -> list[Point]:
     def held_out(step: int) -> float | None:
         if step not in plan.evaluated:
             return None
-        found = held_out_loss(arm.model, examples.held_out, recipe.batch_size)
-        _check(found, "held-out loss", recipe, step)
-        return found
+        loss = held_out_loss(arm.model, examples.held_out, recipe.batch_size)
+        _check_finite(loss, "held-out loss", recipe, step)
+        return loss
 
-    if found := checkpoints.last():
-        state, told = found
+    if checkpoint := checkpoints.last():
+        state, points = checkpoint
         arm.load(state)
-        curve = [Point(**point) for point in told]
+        curve = [Point(**point) for point in points]
     else:
         curve = [Point(0, 0, None, None, held_out(0))]
     with tqdm(total=plan.steps, initial=len(curve) - 1, desc=label, unit="step") as bar:
         for step in range(len(curve) - 1, plan.steps):
             rate = recipe.rate(step, plan.steps)
-            loss = _step(
-                recipe, arm, [[examples.train[row] for row in part] for part in plan.rows(step)], step, rate
-            )
+            parts = [[examples.train[row] for row in part] for part in plan.rows(step)]
+            loss = take_step(recipe, arm, parts, step, rate)
             tokens = curve[-1].tokens + plan.tokens(step)
             curve.append(Point(step + 1, tokens, rate, loss, held_out(step + 1)))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -146,20 +142,21 @@ def _train(
     return curve
 
 
-def _step(recipe: Tuning, arm: Arm, parts: Sequence[Sequence[Row]], step: int, rate: float) -> float:
-    """Do one step and return its loss, the mean over the predicted tokens of all its micro-batches."""
+def take_step(recipe: Tuning, arm: Arm, parts: Sequence[Sequence[Row]], step: int, rate: float) -> float:
+    """Train on the micro-batches `parts` and return the loss, the mean over all their predicted tokens."""
     batches = [collate(rows) for rows in parts]
     predicted = sum(batch.predicted for batch in batches)
     torch.manual_seed(seed_of(f"{recipe.seed} step {step}"))
     total = 0.0
     for batch in batches:
-        mean, count = objective.loss(arm.model, batch, recipe.distillation)
+        mean, count = objective.batch_loss(arm.model, batch, recipe.distillation)
         total += mean.item() * count / predicted
-        _check(total, "training loss", recipe, step)
+        _check_finite(total, "training loss", recipe, step)
         (mean * (count / predicted)).backward()
     trained = list(arm.trained().values())
-    norm = torch.nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None])
-    _check(norm.item(), "training gradient", recipe, step)
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    _check_finite(norm.item(), "training gradient", recipe, step)
     if norm > recipe.clip:
         torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
     arm.step(rate)
@@ -168,7 +165,7 @@ def _step(recipe: Tuning, arm: Arm, parts: Sequence[Sequence[Row]], step: int, r
     return total
 
 
-def _check(value: float, what: str, recipe: Tuning, step: int) -> None:
+def _check_finite(value: float, what: str, recipe: Tuning, step: int) -> None:
     if not -torch.inf < value < torch.inf:
         raise Diverged(
             f"the {what} became {value} at step {step}; lower learning_rate "
@@ -178,32 +175,32 @@ def _check(value: float, what: str, recipe: Tuning, step: int) -> None:
 
 
 def held_out_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int) -> float:
-    """Mean cross entropy over all predicted tokens of `rows`, in nats; the model is left as it was."""
-    was, total, predicted = model.training, 0.0, 0
+    """Return the mean cross entropy over all predicted tokens of `rows`, in nats; keep the model's mode."""
+    training, total, predicted = model.training, 0.0, 0
     model.eval()
     with torch.no_grad():
         for first in range(0, len(rows), batch_size):
-            mean, count = objective.loss(model, collate(rows[first : first + batch_size]), None)
+            mean, count = objective.batch_loss(model, collate(rows[first : first + batch_size]), None)
             total, predicted = total + mean.item() * count, predicted + count
-    model.train(was)
+    model.train(training)
     return total / predicted
 
 
 @contextmanager
-def memory(recipe: Tuning) -> Iterator[None]:
-    """Tell of memory that does not suffice as what it is, on whatever device.
+def refusing_out_of_memory(recipe: Tuning) -> Iterator[None]:
+    """Turn an out-of-memory error of any device into a refusal that says which settings need less.
 
     Raises:
-        Refusal: the body ran out of it.
+        Refusal: the body ran out of memory.
     """
     try:
         yield
     except Exception as error:
         if not exhausted(error):
             raise
+        already = " (it is)" if recipe.gradient_checkpointing else ""
         raise Refusal(
-            f"there is not enough memory; lower batch_size (now {recipe.batch_size}; a higher accumulation, "
-            f"now {recipe.accumulation}, makes up for it) or train.sequence_length (now "
-            f"{recipe.train.sequence_length}), or set gradient_checkpointing: true"
-            f"{' (it is)' if recipe.gradient_checkpointing else ''}."
+            f"there is not enough memory; lower batch_size (now {recipe.batch_size}; raise accumulation, now "
+            f"{recipe.accumulation}, to make up for it) or train.sequence_length (now "
+            f"{recipe.train.sequence_length}), or set gradient_checkpointing: true{already}."
         ) from error

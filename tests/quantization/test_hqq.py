@@ -1,4 +1,4 @@
-"""HQQ: by its own norm never worse than round to nearest, and better where there is something to gain."""
+"""HQQ: in its own norm never worse than round to nearest, and better where weights have outliers."""
 
 import math
 
@@ -20,7 +20,7 @@ def hqq(bits: int, group_size: int | None, symmetric: bool = False, **options) -
 
 
 def lost(weight: torch.Tensor, code: Codes, p: float = 0.7) -> torch.Tensor:
-    """The norm of each group's error, by its definition."""
+    """Return the norm of each group's error, by its definition."""
     groups = code.scale.shape[1]
     away = weight.double() - (
         (code.codes.double() - (0 if code.zero_point is None else wide(code.zero_point, weight)))
@@ -34,7 +34,7 @@ def wide(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def outliers(seed: int) -> torch.Tensor:
-    """A weight with a few large entries."""
+    """Draw a weight with a few large entries."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(16, 64, generator=generator)
     return weight * (1 + 5 * (torch.rand(weight.shape, generator=generator) > 0.97))
@@ -44,14 +44,14 @@ def slow(
     weight: torch.Tensor, bits: int, group_size: int, symmetric: bool, p: float, beta: float, kappa: float,
     iterations: int,
 ) -> tuple[list[float], list[float], int]:  # fmt: skip
-    """Half-quadratic splitting as published, a number at a time in double precision.
+    """Run half-quadratic splitting as published, one number at a time in double precision.
 
-    To the published steps, the shrinkage and the zero point mean(q - (w - e) / s), come the two in which
-    the method here differs: least squares for the scale, and a whole zero point in what is kept. Quotients
-    are fp32, as the largest weight of a symmetric group lies halfway between two codes.
+    Besides the published steps (the shrinkage, and the zero point mean(q - (w - e) / s)) there are the two
+    in which the method here differs: least squares for the scale, and a whole zero point in the result.
+    Quotients are fp32, because the largest weight of a symmetric group lies halfway between two codes.
 
     Returns:
-        Scale and zero point of each group, and how often a weight was given up to e.
+        The scale and zero point of each group, and how often e was not zero.
     """
     low, high = bounds(bits)
     groups = weight.double().view(-1, group_size).tolist()
@@ -62,23 +62,23 @@ def slow(
     def norm(group: list[float], s: float, z: float) -> float:
         return sum(abs(w - (quantized(w, s, z) - z) * s) ** p for w in group)
 
-    now: list[tuple[float, float]] = []
+    grids: list[tuple[float, float]] = []
     for group in groups:
         least, most = min(0.0, *group), max(0.0, *group)
         if symmetric:
-            now.append((float(np.float32(max(-least, most) / ((2**bits - 1) / 2))), 0.0))
+            grids.append((float(np.float32(max(-least, most) / ((2**bits - 1) / 2))), 0.0))
         else:
             s = (most - least) / (high - low)
-            now.append((s, min(max(float(round(low - least / s)), low), high)))
-    best = list(now)
-    losses = [norm(group, s, z) for group, (s, z) in zip(groups, now, strict=True)]
-    least_losses, before, given_up = list(losses), float("inf"), 0
+            grids.append((s, min(max(float(round(low - least / s)), low), high)))
+    best = list(grids)
+    losses = [norm(group, s, z) for group, (s, z) in zip(groups, grids, strict=True)]
+    least_losses, before, nonzero_errors = list(losses), float("inf"), 0
     for _ in range(iterations):
         if sum(losses) >= before:
             break
         before = sum(losses)
         for number, group in enumerate(groups):
-            s, z = now[number]
+            s, z = grids[number]
             q = [quantized(w, s, z) for w in group]
             left = []  # w - e
             for w, code in zip(group, q, strict=True):
@@ -86,19 +86,19 @@ def slow(
                 e = 0.0
                 if away:
                     e = math.copysign(max(abs(away) - abs(away) ** (p - 1) / beta, 0.0), away)
-                given_up += e != 0
+                nonzero_errors += e != 0
                 left.append(w - e)
             if not symmetric:
                 z = sum(code - t / s for code, t in zip(q, left, strict=True)) / len(group)
                 z = min(max(z, low), high)
             steps = [code - z for code in q]
             fitted = sum(t * step for t, step in zip(left, steps, strict=True)) / sum(x * x for x in steps)
-            now[number] = s, z = (fitted if fitted > 0 else s), z
+            grids[number] = s, z = (fitted if fitted > 0 else s), z
             losses[number] = norm(group, s, float(round(z)))
             if losses[number] < least_losses[number]:
                 least_losses[number], best[number] = losses[number], (s, float(round(z)))
         beta *= kappa
-    return [s for s, _ in best], [z for _, z in best], given_up
+    return [s for s, _ in best], [z for _, z in best], nonzero_errors
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -108,8 +108,8 @@ def slow(
 def test_it_is_the_published_splitting_done_slowly(bits, symmetric, p, beta, kappa, seed):
     weight = outliers(seed)
     code = hqq(bits, 16, symmetric, lp_norm=p, beta=beta, kappa=kappa).weights(weight, None)
-    scale, zero, given_up = slow(weight, bits, 16, symmetric, p, beta, kappa, 20)
-    assert given_up or beta < 10
+    scale, zero, nonzero_errors = slow(weight, bits, 16, symmetric, p, beta, kappa, 20)
+    assert nonzero_errors or beta < 10
     assert code.scale.flatten().tolist() == pytest.approx(scale, rel=1e-4)
     if not symmetric:
         assert code.zero_point.flatten().tolist() == zero

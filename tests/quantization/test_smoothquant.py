@@ -1,4 +1,4 @@
-"""SmoothQuant: the formula by hand, and what the loaded model computes with its inputs rounded as well."""
+"""SmoothQuant: the formula by hand, and the output of the loaded model with its inputs rounded as well."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.core.errors import Refusal
 from stages.model.blocks import linears
-from stages.quantization.smoothquant import Peak, SmoothQuant
+from stages.quantization.smoothquant import InputPeak, SmoothQuant
 from tests.pipeline import NONE, TEXT, do, load, params, record
 
 BLOCK = {**TEXT, "sequential": "block"}
@@ -22,11 +22,11 @@ def smoothquant(**fields: Any) -> SmoothQuant:
     return SmoothQuant.model_validate({**RECIPE, **fields})
 
 
-def peak(inputs: torch.Tensor) -> Peak:
-    made = Peak(inputs.shape[1], inputs.device)
+def peak(inputs: torch.Tensor) -> InputPeak:
+    statistic = InputPeak(inputs.shape[1], inputs.device)
     for part in inputs.split(5):
-        made.add(part)
-    return made
+        statistic.add(part)
+    return statistic
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
@@ -35,38 +35,37 @@ def test_the_scale_is_the_papers(alpha):
     weights = [torch.randn(6, 8), torch.randn(3, 8)]
     inputs[:, 6] = 0
     weights[0][:, 7] = weights[1][:, 7] = 0
-    found = smoothquant(alpha=alpha).scale(weights, peak(inputs), lambda scale: scale)
+    scale = smoothquant(alpha=alpha).scale(weights, peak(inputs), lambda scale: scale)
     for j in range(6):
-        most = max(float(w[:, j].abs().max()) for w in weights)
-        assert float(found[j]) == pytest.approx(
-            float(inputs[:, j].abs().max()) ** alpha / most ** (1 - alpha)
-        )
-    assert found[6:].tolist() == [1, 1]
-    if alpha == 0.5:  # the peaks of inputs and weights have become the same
-        balanced = torch.cat(weights).abs().amax(0) * found
-        torch.testing.assert_close((inputs.abs().amax(0) / found)[:6], balanced[:6])
+        largest = max(float(w[:, j].abs().max()) for w in weights)
+        expected = float(inputs[:, j].abs().max()) ** alpha / largest ** (1 - alpha)
+        assert float(scale[j]) == pytest.approx(expected)
+    assert scale[6:].tolist() == [1, 1]
+    if alpha == 0.5:  # the peaks of inputs and weights have become equal
+        balanced = torch.cat(weights).abs().amax(0) * scale
+        torch.testing.assert_close((inputs.abs().amax(0) / scale)[:6], balanced[:6])
 
 
 def test_rows_are_rounded_to_eight_bits_and_zeros_stay():
     weight = torch.randn(6, 32)
     weight[torch.rand(6, 32) < 0.4] = 0
-    made = smoothquant().weights(weight, peak(torch.randn(4, 32)))
+    code = smoothquant().weights(weight, peak(torch.randn(4, 32)))
     step = weight.abs().amax(1, keepdim=True) / 127.5
-    assert ((made.dequantize() - weight).abs() <= step * 0.501).all()
-    assert torch.equal(made.codes, (weight / step).round().clamp(-128, 127).to(torch.int8))
-    assert not made.codes[weight == 0].any()
+    assert ((code.dequantize() - weight).abs() <= step * 0.501).all()
+    assert torch.equal(code.codes, (weight / step).round().clamp(-128, 127).to(torch.int8))
+    assert not code.codes[weight == 0].any()
 
 
-def test_settings_that_are_no_w8a8_are_refused():
+def test_settings_other_than_w8a8_are_refused():
     for wrong in ({"bits": 4}, {"group_size": 32}, {"alpha": 1.5}, {"calibration": TEXT}):
         with pytest.raises(ValidationError):
             smoothquant(**wrong)
 
 
 def rounded(inputs: torch.Tensor) -> torch.Tensor:
-    """Inputs as 8-bit codes, one scale a token of `[windows, tokens, in]`, one for all of `[tokens, in]`.
+    """Round inputs to 8 bits, one scale per token of `[windows, tokens, in]`, one for all of `[tokens, in]`.
 
-    In their own dtype throughout, which is what the model does.
+    In their own dtype throughout, as the model does.
     """
     size = inputs.abs().amax(-1, keepdim=True) if inputs.ndim == 3 else inputs.abs().max()
     scale = size / 127.5
@@ -81,10 +80,10 @@ def test_the_loaded_model_rounds_its_inputs_too(family, workspace):
     tokens = torch.arange(40)[None]
     seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     handles = [
-        one.module.register_forward_hook(
-            lambda module, args, output, name=one.name: seen.append((name, args[0], output))
+        linear.module.register_forward_hook(
+            lambda module, args, output, name=linear.name: seen.append((name, args[0], output))
         )
-        for one in linears(loaded, partial=True)
+        for linear in linears(loaded, partial=True)
     ]
     with torch.no_grad():
         logits = loaded(input_ids=tokens).logits
@@ -115,17 +114,17 @@ def test_a_family_whose_linears_no_format_knows_is_refused(workspace):
         do(params("gpt2", {"quantize/w8a8": RECIPE}))
 
 
-def test_what_is_made_of_it_starts_from_the_weights_its_codes_stand_for(workspace):
-    pruned = {"source": "quantize/w8a8", "method": "magnitude", "sparsity": 0.5, "scope": "matrix"}
-    chosen = params("llama", {"quantize/w8a8": RECIPE, "prune/then": {**pruned, "calibration": NONE}})
-    do(chosen, ["quantize/w8a8", "prune/then"])
+def test_later_stages_start_from_the_values_of_its_codes(workspace):
+    half = {"source": "quantize/w8a8", "method": "magnitude", "sparsity": 0.5, "scope": "matrix"}
+    chosen = params("llama", {"quantize/w8a8": RECIPE, "prune/half": {**half, "calibration": NONE}})
+    do(chosen, ["quantize/w8a8", "prune/half"])
     stored = load_file(Path("data/models/quantize/w8a8/model.safetensors"))
-    made = load("prune/then")
-    for linear in linears(made):
+    pruned = load("prune/half")
+    for linear in linears(pruned):
         codes, scale = stored[f"{linear.name}.weight"], stored[f"{linear.name}.weight_scale"]
         weight = (codes.float() * scale.float()).to(scale.dtype)
         kept = linear.weight != 0
         assert torch.equal(linear.weight[kept], weight[kept])
         assert kept.sum() == kept.numel() / 2
     norm = "model.layers.0.input_layernorm.weight"
-    assert torch.equal(made.get_parameter(norm), stored[norm])
+    assert torch.equal(pruned.get_parameter(norm), stored[norm])

@@ -1,4 +1,4 @@
-"""Frozen weights: which they are; they keep their values bit for bit through training and the file."""
+"""Frozen weights: which weights are frozen, and that training and the file keep them bit for bit."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,10 @@ from pydantic import ValidationError
 
 from stages.model.blocks import linears
 from stages.model.checkpoint import zero_masks
-from stages.recovery import full
 from stages.recovery.keep import Small
 from tests import families
 from tests.pipeline import NONE, dense, do, load, params, record
-from tests.tuned import LORA, TEXT, recipe, tune
+from tests.tuned import LORA, TEXT, recipe, run, tune
 
 MAGNITUDE = {
     "source": "base/tiny", "method": "magnitude", "sparsity": 0.5, "scope": "matrix", "calibration": NONE
@@ -25,41 +24,40 @@ HALF = {"small": {"sparsity": 0.5}}
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {one.name: one.module.weight.detach().clone() for one in linears(model)}
+    return {linear.name: linear.module.weight.detach().clone() for linear in linears(model)}
 
 
 @pytest.mark.parametrize("scope", ["matrix", "row", "global"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("had", [0.0, 0.2, 0.4])
-def test_small_is_what_magnitude_pruning_removes(had, family, scope, workspace):
-    """Of a source that had zeros too, spread unevenly."""
-    recipe = MAGNITUDE | {"scope": scope, "sparsity": 0.3, "source": "prune/had"}
-    source = MAGNITUDE | {"scope": "global", "sparsity": had}
-    do(params(family, {"prune/had": source, "prune/small": recipe}))
-    base = load("prune/had")
-    small = Small(sparsity=0.3, scope=scope).of(linears(base))
-    pruned = {one.name: one.weight == 0 for one in linears(load("prune/small"))}
+@pytest.mark.parametrize("before", [0.0, 0.2, 0.4])
+def test_small_weights_are_those_that_magnitude_pruning_removes(before, family, scope, workspace):
+    """Also of a source that already has zeros, spread unevenly."""
+    source = MAGNITUDE | {"scope": "global", "sparsity": before}
+    recipe = MAGNITUDE | {"scope": scope, "sparsity": 0.3, "source": "prune/before"}
+    do(params(family, {"prune/before": source, "prune/small": recipe}))
+    base = load("prune/before")
+    small = Small(sparsity=0.3, scope=scope).masks(linears(base))
+    pruned = {linear.name: linear.weight == 0 for linear in linears(load("prune/small"))}
     assert any(mask.any() for mask in pruned.values())
     for name, mask in pruned.items():
         assert torch.equal(small[name], mask), name
-    again = Small(sparsity=0.3, scope=scope).of(linears(base.bfloat16()))  # as `run.dtype` has it
+    again = Small(sparsity=0.3, scope=scope).masks(linears(base.bfloat16()))  # as in `run.dtype`
     assert sum(mask.sum() for mask in again.values()) == sum(mask.sum() for mask in small.values())
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"keep": "small"}, "keep small needs small, such as small: {sparsity: 0.5, scope: matrix}"),
-        (HALF, "keep mask has no use for small; leave it out, or say keep: small or shuffled"),
-        ({"keep": "none", **HALF}, "keep none has no use for small"),
+        (HALF, "small has no effect with keep mask; leave it out, or set keep: small or shuffled"),
+        ({"keep": "none", **HALF}, "small has no effect with keep none"),
     ],
 )
-def test_small_is_said_where_it_is_needed_and_nowhere_else(settings, told):
-    with pytest.raises(ValidationError, match=re.escape(told)):
+def test_small_is_set_where_it_is_needed_and_nowhere_else(settings, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
         recipe("full", **settings)
 
 
@@ -69,23 +67,23 @@ def test_small_is_said_where_it_is_needed_and_nowhere_else(settings, told):
 def test_frozen_weights_keep_their_values_and_the_others_train(family, method, keep):
     model = families.model(family)
     generator = torch.Generator().manual_seed(1)
-    for one in linears(model):
-        one.weight[torch.rand(one.weight.shape, generator=generator) < 0.25] = 0
+    for linear in linears(model):
+        linear.weight[torch.rand(linear.weight.shape, generator=generator) < 0.25] = 0
     settings = {"weight_decay": 0.1, "keep": keep} | (HALF if keep in ("small", "shuffled") else {})
     chosen = recipe(method, **settings)
-    # What training begins with: shuffling is the arm's first act, and a draw of the seed alone.
-    begun = families.model(family)
-    begun.load_state_dict(model.state_dict())
-    frozen = chosen.frozen(linears(begun))
-    before = weights(begun)
-    finished, points = tune(chosen, model)
+    # The weights that training begins with: the arm shuffles first, by a draw of the seed alone.
+    start = families.model(family)
+    start.load_state_dict(model.state_dict())
+    frozen = chosen.frozen(linears(start))
+    before = weights(start)
+    recovered, points = tune(chosen, model)
     assert points[-1].heldout_loss < points[0].heldout_loss
-    for name, after in weights(finished.model).items():
+    for name, after in weights(recovered.model).items():
         mask = frozen.get(name, torch.zeros_like(after, dtype=torch.bool))
         assert mask.any() == (keep != "none")
         assert torch.equal(after[mask], before[name][mask]), name
         assert (after[~mask] != before[name][~mask]).float().mean() > 0.5, name
-    assert set(finished.keep) == (set(before) if keep == "mask" else set())
+    assert set(recovered.keep) == (set(before) if keep == "mask" else set())
 
 
 def test_shuffling_permutes_the_small_weights_of_each_matrix_alone():
@@ -102,39 +100,38 @@ def test_shuffling_permutes_the_small_weights_of_each_matrix_alone():
     again, other = families.model("gpt2"), families.model("gpt2")
     recipe("full", keep="shuffled", **HALF).frozen(linears(again))
     recipe("full", keep="shuffled", seed=1, **HALF).frozen(linears(other))
-    assert all(torch.equal(weights(again)[name], one) for name, one in after.items())
-    assert not any(torch.equal(weights(other)[name], one) for name, one in after.items())
+    assert all(torch.equal(weights(again)[name], weight) for name, weight in after.items())
+    assert not any(torch.equal(weights(other)[name], weight) for name, weight in after.items())
 
 
 def test_zeros_are_zero_after_every_step_and_frozen_gradients_do_not_count_in_the_norm(monkeypatch):
     model = families.model("llama")
-    for one in linears(model):
-        one.weight[one.weight.abs() < 0.01] = 0
+    for linear in linears(model):
+        linear.weight[linear.weight.abs() < 0.01] = 0
     zeros = zero_masks(linears(model))
-    steps, norms = [], []
-    step = full._Full.step
+    chosen = recipe("full", weight_decay=0.1)
+    arm = chosen.arm(model, None)
+    kept, gradients, step = [], [], arm.step
 
-    def watched(self, learning_rate):
-        inside = [
-            self.model.get_parameter(f"{name}.weight").grad[mask].abs().max() for name, mask in zeros.items()
-        ]
-        norms.append(max(inside))
-        step(self, learning_rate)
-        steps.append(all((weights(self.model)[name][mask] == 0).all() for name, mask in zeros.items()))
+    def watched(learning_rate):
+        for name, mask in zeros.items():
+            gradients.append(model.get_parameter(f"{name}.weight").grad[mask].abs().max())
+        step(learning_rate)
+        kept.append(all((weights(model)[name][mask] == 0).all() for name, mask in zeros.items()))
 
-    monkeypatch.setattr(full._Full, "step", watched)
-    tune(recipe("full", weight_decay=0.1), model)
-    assert steps == [True] * 8
-    assert max(norms) == 0
+    monkeypatch.setattr(arm, "step", watched)
+    run(chosen, arm)
+    assert kept == [True] * 8
+    assert max(gradients) == 0
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_matrices_that_are_ignored_do_not_train(method):
+def test_ignored_matrices_do_not_train(method):
     model = families.model("llama")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    finished, _ = tune(recipe(method, ignore=("mlp.down_proj",)), model)
+    recovered, _ = tune(recipe(method, ignore=("mlp.down_proj",)), model)
     same = {
-        name: torch.equal(finished.model.get_parameter(name), value)
+        name: torch.equal(recovered.model.get_parameter(name), value)
         for name, value in before.items()
         if "_proj" in name
     }
@@ -152,8 +149,8 @@ def test_every_zero_of_the_source_is_zero_in_the_file(family, workspace):
     do(params(family, recipes))
     masks = zero_masks(linears(load("prune/half")))
     for artifact in list(recipes)[1:]:
-        made = {one.name: one.module.weight == 0 for one in linears(load(artifact))}
-        kept = all(bool(made[name][mask].all()) for name, mask in masks.items())
+        zeros = {linear.name: linear.module.weight == 0 for linear in linears(load(artifact))}
+        kept = all(bool(zeros[name][mask].all()) for name, mask in masks.items())
         assert kept == artifact.endswith("mask")
         assert record(artifact)["sparsity"] == pytest.approx(0.5 if kept else 0, abs=0.02)
 

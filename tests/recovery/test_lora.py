@@ -1,4 +1,4 @@
-"""LoRA under a mask: what is trained is what is merged, and a zero stays a zero."""
+"""LoRA under a mask: the trained weights are merged as they are, and a zero stays a zero."""
 
 from pathlib import Path
 
@@ -8,15 +8,12 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from stages.model.blocks import linears
-from stages.recovery.keep import moving
 from stages.recovery.masked import MaskedLinear
+from stages.recovery.masking import trainable_mask
 from tests import families
-from tests.test_lineage import LORA, WANDA, run
-from tests.tuned import recipe, rows, tune
-
-
-def windows() -> torch.Tensor:
-    return torch.stack([row[0].input_ids for row in rows()])
+from tests.recipes import LORA, WANDA
+from tests.recipes import run as run_stages
+from tests.tuned import recipe, tune, windows
 
 
 def sparse(family: str) -> torch.nn.Module:
@@ -29,11 +26,10 @@ def sparse(family: str) -> torch.nn.Module:
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
-def test_what_is_trained_is_merged_and_zeros_are_kept(family, monkeypatch):
+def test_trained_weights_are_merged_and_zeros_are_kept(family, monkeypatch):
     model = sparse(family)
     zeros = {x.name: x.weight == 0 for x in linears(model)}
     rest = {n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in zeros}
@@ -46,19 +42,19 @@ def test_what_is_trained_is_merged_and_zeros_are_kept(family, monkeypatch):
         return merge(self, *args, **kwargs)
 
     monkeypatch.setattr(peft.tuners.lora.LoraModel, "merge_and_unload", watched)
-    finished, points = tune(recipe("lora"), model)
-    tuned = finished.model
+    recovered, points = tune(recipe("lora"), model)
+    merged = recovered.model
     with torch.no_grad():
-        assert torch.equal(tuned(input_ids=windows()).logits, trained["logits"])
+        assert torch.equal(merged(input_ids=windows()).logits, trained["logits"])
     assert points[-1].heldout_loss < points[0].heldout_loss - 0.01
-    assert len(linears(tuned)) == len(zeros)
-    for linear in linears(tuned):
+    assert len(linears(merged)) == len(zeros)
+    for linear in linears(merged):
         assert zeros[linear.name].any() and (linear.weight[zeros[linear.name]] == 0).all()
         stored = zeros[linear.name].T if linear.transposed else zeros[linear.name]
-        assert torch.equal(finished.keep[linear.name], stored)
+        assert torch.equal(recovered.keep[linear.name], stored)
     for name, value in rest.items():
-        assert torch.equal(tuned.get_parameter(name), value), name
-    assert not any("lora" in name for name, _ in tuned.named_parameters())
+        assert torch.equal(merged.get_parameter(name), value), name
+    assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
@@ -69,7 +65,7 @@ def test_an_update_is_oriented_as_the_weight_is_stored(shape):
     layer = MaskedLinear(
         base, "default", config=peft.LoraConfig(r=2, lora_alpha=4, fan_in_fan_out=True), r=2, lora_alpha=4
     )
-    layer.moving = moving(base.weight == 0)
+    layer.trainable_mask = trainable_mask(base.weight == 0)
     for part in (layer.lora_A, layer.lora_B):
         part["default"].weight.data.normal_()
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -80,15 +76,15 @@ def test_an_update_is_oriented_as_the_weight_is_stored(shape):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_others():
-    made = [tune(recipe("lora", seed=seed, steps=3), sparse("llama"))[0].model for seed in (0, 0, 1)]
-    states = [torch.cat([p.flatten() for p in model.parameters()]) for model in made]
+    models = [tune(recipe("lora", seed=seed, steps=3), sparse("llama"))[0].model for seed in (0, 0, 1)]
+    states = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
 
 
 def test_two_runs_of_the_stage_give_the_same_bytes(workspace):
-    read = []
+    contents = []
     for _ in range(2):
-        _, last = run("llama", ("prune", WANDA), ("finetune", LORA))
-        read.append((Path("data/models") / last / "model.safetensors").read_bytes())
-    assert read[0] == read[1]
+        _, last = run_stages("llama", ("prune", WANDA), ("finetune", LORA))
+        contents.append((Path("data/models") / last / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1]
