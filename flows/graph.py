@@ -1,7 +1,7 @@
-"""DVC's graph: which stages it has, which are stale, what a run changed.
+"""DVC's graph: its stages, which of them are stale, and what a run changed.
 
-DVC owns the graph and the cache; this module only asks. `dvc status` lists the stages whose own inputs or
-outputs differ from the lock. Whether a stage below them must run as well is known once they have run and
+DVC owns the graph and the cache; this module only reads them. `dvc status` lists the stages whose own inputs
+or outputs differ from the lock. Whether a stage below them must run as well is known once they have run and
 `dvc.lock` holds their new hashes.
 """
 
@@ -34,7 +34,7 @@ class Stage:
 
     @property
     def alone(self) -> bool:
-        """Whether it measures time or energy, so that nothing may run beside it."""
+        """Whether it measures time or energy, so nothing may run beside it."""
         return "stages.profile" in self.cmd
 
     @property
@@ -80,7 +80,7 @@ def select(graph: Graph, targets: Iterable[str]) -> Graph:
         targets: a stage (`prune@wanda-50`), a group of stages (`prune`) or an artifact (`prune/wanda-50`).
 
     Raises:
-        Refusal: some targets name nothing; all of these are listed.
+        Refusal: some targets match no stage or artifact; the message lists all of these.
     """
     names: dict[str, set[str]] = {}
     for stage in graph.values():
@@ -115,19 +115,19 @@ def stale(graph: Graph) -> set[str]:
 
 
 def below(graph: Graph, names: set[str]) -> set[str]:
-    """Return `names` and every stage that depends on them, near or far."""
-    below = set(names)
+    """Return `names` and every stage that depends on them, directly or not."""
+    dependent = set(names)
     for stage in graph.values():  # upstream stages come first
-        if below & set(stage.upstream):
-            below.add(stage.name)
-    return below
+        if dependent & set(stage.upstream):
+            dependent.add(stage.name)
+    return dependent
 
 
 def locked_outs() -> dict[str, Any]:
     """Return what dvc.lock holds for each stage's outputs; nothing if the file is missing or half written.
 
     Another process may be writing the file. A missing or cut-off entry differs from every whole entry, so the
-    stages below are checked once too often and never too seldom.
+    stages below may be checked once too often, but never once too seldom.
     """
     try:
         lock = yaml.load(LOCK.read_text(), yaml.CSafeLoader)
@@ -137,7 +137,7 @@ def locked_outs() -> dict[str, Any]:
 
 
 def sort_lock() -> None:
-    """Order the stages of dvc.lock by name; DVC leaves them as they ended, which git shows as changes."""
+    """Sort the stages of dvc.lock by name; DVC writes them as they end, which git shows as changes."""
     from dvc.lock import LockError
     from dvc.repo import Repo
     from dvc.utils.serialize import dumps_yaml

@@ -1,4 +1,4 @@
-"""What a run does, apart from who schedules it: what is out of date, one stage at a time, how each ended."""
+"""The work of a run, apart from its scheduling: find the stale stages, advance each, note how each ended."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ from stages.job.load import load_verified
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended, after how many seconds, and why if it failed."""
+    """How a stage ended, its seconds, and the reason if it failed."""
 
     stage: str
     state: Literal["ran", "restored", "unchanged", "failed", "skipped"]
@@ -35,7 +35,7 @@ class Plan:
         graph: the requested stages and all they need, upstream first.
         jobs: how many stages run side by side.
         stale: the stages that are out of date by themselves.
-        todo: those and all that depend on them, upstream first.
+        todo: these and all that depend on them, upstream first.
     """
 
     graph: Graph
@@ -54,8 +54,8 @@ class Plan:
     def find_stale(self) -> None:
         """Bring the code identities up to date, then ask DVC which stages are stale.
 
-        Recipes depend on `data/code` and not on the sources, so before stage `code` has run DVC cannot tell
-        what an edit made stale.
+        Recipes depend on `data/code` and not on source files, so until stage `code` has run DVC cannot tell
+        which recipes an edit made stale.
 
         Raises:
             Refusal: stage `code` failed, or DVC cannot answer.
@@ -74,7 +74,7 @@ class Plan:
             InterruptedError: the run was stopped.
         """
         if name not in self.stale and not self._changed & set(self.graph[name].upstream):
-            # It would be out of date only if a stage above had changed its outputs, and none has.
+            # It would be stale only if a stage above had changed its outputs, and none has.
             return self._end(Outcome(name, "unchanged"))
         with self._room(self.graph[name]):
             if self.children.stopped.is_set():
@@ -93,7 +93,7 @@ class Plan:
         return self._end(outcome)
 
     def outcomes(self) -> list[Outcome]:
-        """Return how every stage ended, in the graph's order; write it to data/runs/flow.json too."""
+        """Return how every stage ended, in the graph's order; also write it to data/runs/flow.json."""
         ended = [
             self._ended.get(name, Outcome(name, "skipped" if name in self.todo else "unchanged"))
             for name in self.graph
@@ -135,10 +135,10 @@ class Plan:
 
 
 def plan(jobs: int | None, targets: Iterable[str]) -> Plan:
-    """Check params.yaml, bring the code identities up to date, and find what is stale.
+    """Check params.yaml, bring the code identities up to date, and find the stale stages.
 
     Args:
-        jobs: stages side by side; None for as many as there are cores for, one on a GPU.
+        jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
 
     Raises:
         Refusal: bad params, unknown targets or a graph that DVC cannot read; no stage but `code` has run.
@@ -159,7 +159,7 @@ def _say(stage: str, line: str, style: str | None = None) -> None:
 
 
 def _state(output: str) -> Literal["ran", "restored", "unchanged"]:
-    """Tell from DVC's output what it did."""
+    """Return what DVC did, by its output."""
     if "is cached - skipping run" in output:
         return "restored"
     return "unchanged" if "didn't change, skipping" in output else "ran"

@@ -26,7 +26,7 @@ CHATTER = re.compile(
     r"|\s*dvc config core.autostage true|Use `dvc push` .*|(Updating|Generating) lock file .*"
     r"|.*:\s+0%\|.*"
 )
-"""Lines in which DVC explains itself at every stage, and bars that have not begun."""
+"""Lines that DVC repeats at every stage, and bars that have not begun."""
 
 
 class Children:
@@ -41,7 +41,7 @@ class Children:
         """Run `dvc repro --single-item <stage>` and return its exit code and output.
 
         Args:
-            show: gets each line worth showing, as it comes.
+            show: called with each line worth showing, as it comes.
 
         Raises:
             InterruptedError: the run was stopped before or during the stage.
@@ -89,7 +89,7 @@ class Children:
 
 
 def environment() -> dict[str, str]:
-    """Return a stage's environment: this interpreter as `python`, and bars that print now and then."""
+    """Return a stage's environment: this interpreter as `python`, and bars that print every ten seconds."""
     return {
         "TQDM_MININTERVAL": "10",
         "DVC_NO_ANALYTICS": "1",
@@ -100,7 +100,7 @@ def environment() -> dict[str, str]:
 
 
 def _follow(stream: IO[str], file: IO[str], show: Callable[[str], None]) -> str:
-    """Copy a stream to `file` line by line, a redrawn bar as a line of its own, and return all of it."""
+    """Copy a stream to `file` line by line, each redrawn bar as a line, and return all of it."""
     lines = []
     for raw in stream:  # text mode ends a line at \r too
         line = raw.rstrip()
