@@ -1,8 +1,8 @@
 """How long a stage takes until it works: CPU seconds, each beside what nobody can avoid, in one run.
 
-- `help`: `python -m stages.X --help` over `import torch`. Params are read by every stage before it does anything.
-- `first_block`: a recipe of params.yaml from the start of its process to the first block of the model, over
-  `import torch` and the model's own modeling module. What was moved out of `help` counts here.
+- `python -m stages.X --help` over `import torch`: every stage reads its params before it does anything.
+- A recipe of params.yaml from its process's start to the first block of the model, over `import torch` and
+  the model's own modeling module. Imports that were moved out of `--help` into the work count here.
 
     python -m benchmarks.startup          # in a project whose models and data sets are there (`dvc repro`)
 
@@ -91,11 +91,9 @@ def main() -> None:
         seconds = cpu_seconds([python, "-c", UNTIL_BLOCK, stage, recipe])
         tell(f"{stage} {recipe} to its first block, CPU seconds", seconds)
         tell(f"{stage} {recipe} to its first block over torch and modeling", seconds / modeling)
-    for stage, *recipe in WHOLE:
-        tell(
-            f"{' '.join([stage, *recipe])}, CPU seconds",
-            cpu_seconds([python, "-m", f"stages.{stage}", *recipe]),
-        )
+    for stage, *arguments in WHOLE:
+        seconds = cpu_seconds([python, "-m", f"stages.{stage}", *arguments])
+        tell(f"{' '.join([stage, *arguments])}, CPU seconds", seconds)
     check = str(Path(python).with_name("prunequant"))
     tell("prunequant check, CPU seconds", cpu_seconds([check, "check"]))
 

@@ -41,7 +41,7 @@ def workspace(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def finished(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
     """A small project that `prunequant run` has brought up to date; copy it, do not write to it."""
     folder = sweep.make(tmp_path_factory.mktemp("finished") / "project", inputs)
-    (folder / "said.txt").write_text(sweep.prunequant(folder, "run"))
+    (folder / "output.txt").write_text(sweep.prunequant(folder, "run"))
     project.commit(folder, "run")
     return folder
 

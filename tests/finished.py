@@ -90,12 +90,12 @@ def status(folder: Path) -> set[str]:
 
 def processes(mark: str) -> list[str]:
     """Command lines of the living processes that carry `mark` in their environment."""
-    found = []
+    commands = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 if mark.encode() in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                    commands.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             except OSError:
                 continue
-    return found
+    return commands

@@ -131,6 +131,6 @@ def test_two_clones_make_the_same_bytes(finished, tmp_path):
     )
     sweep.prunequant(again, "run", *targets)
     assert set(sweep.outcomes(again).values()) == {"ran"}
-    made, before = outs(again), outs(finished)
-    assert len(made) >= 10
-    assert made == {path: before[path] for path in made}
+    created, before = outs(again), outs(finished)
+    assert len(created) >= 10
+    assert created == {path: before[path] for path in created}

@@ -80,9 +80,9 @@ def recipe(section: str, case: str) -> dict[str, Any]:
 
 
 def recipes(section: str, case: str) -> dict[str, dict[str, Any]]:
-    """The recipe as `<section>/made`, and before it what makes its source."""
-    made = recipe(section, case)
-    return {**(GRID if made["source"] in GRID else {}), f"{section}/made": made}
+    """The recipe as `<section>/result`, and before it what makes its source."""
+    settings = recipe(section, case)
+    return {**(GRID if settings["source"] in GRID else {}), f"{section}/result": settings}
 
 
 def refused(section: str, case: str) -> Mapping[str, str]:
@@ -114,7 +114,9 @@ def test_every_method_is_tried_on_every_family():
             "give a new method a line in OPTIONS"
         )
     assert len(SERVED) + len(REFUSED) == len(CASES) * len(families.CONFIGS)
-    assert len(SERVED) > 100 and REFUSED and len(families.CONFIGS) >= 7, "the enumeration must not come out empty"
+    assert len(SERVED) > 100 and REFUSED and len(families.CONFIGS) >= 7, (
+        "the enumeration must not come out empty"
+    )
 
 
 def test_the_docs_name_the_families_that_are_refused():
@@ -127,13 +129,13 @@ def test_the_docs_name_the_families_that_are_refused():
     ]
 
 
-def smaller(made: torch.nn.Module, base: torch.nn.Module, told: dict[str, Any]) -> None:
-    """Assert that `made` is a plain model like `base`, some of its linears cut and the rest as it was."""
-    assert told["layout"] == "dense"
-    assert told["num_parameters"] == sum(parameter.numel() for parameter in made.parameters())
+def smaller(model: torch.nn.Module, base: torch.nn.Module, facts: dict[str, Any]) -> None:
+    """Assert that `model` is a plain model like `base`, some of its linears cut and the rest as it was."""
+    assert facts["layout"] == "dense"
+    assert facts["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
     cut = []
     for name, parameter in base.named_parameters():
-        other = made.get_parameter(name)
+        other = model.get_parameter(name)
         if parameter.shape != other.shape:
             assert all(ours <= theirs for ours, theirs in zip(other.shape, parameter.shape, strict=True))
             cut.append(name)
@@ -143,13 +145,13 @@ def smaller(made: torch.nn.Module, base: torch.nn.Module, told: dict[str, Any]) 
     assert cut and within.issuperset(cut)
 
 
-def shallower(made: torch.nn.Module, base: torch.nn.Module, removed: list[int]) -> None:
-    """Assert that `made` is `base` without the `removed` blocks, every parameter as it was."""
+def shallower(model: torch.nn.Module, base: torch.nn.Module, removed: list[int]) -> None:
+    """Assert that `model` is `base` without the `removed` blocks, every parameter as it was."""
     left = [block for number, (_, block) in enumerate(blocks(base)) if number not in removed]
-    ours = dict(blocks(made))
+    ours = dict(blocks(model))
     for block, other in zip(left, ours.values(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(block.parameters(), other.parameters(), strict=True))
-    for name, parameter in made.named_parameters():
+    for name, parameter in model.named_parameters():
         inside = name.startswith(tuple(f"{block}." for block in ours))
         assert inside or torch.equal(parameter, base.get_parameter(name)), name
 
@@ -157,83 +159,83 @@ def shallower(made: torch.nn.Module, base: torch.nn.Module, removed: list[int]) 
 @pytest.mark.parametrize(("section", "case", "family"), REFUSED)
 def test_a_family_not_served_is_refused_by_name(section, case, family, workspace):
     tried = recipes(section, case)
-    chosen, source = params(family, tried), tried[f"{section}/made"]["source"]
+    chosen, source = params(family, tried), tried[f"{section}/result"]["source"]
     do(chosen, list(tried)[:-1])
     before = set(Path("data").rglob("*"))
     weights = Path("data/models", source, "model.safetensors")
     weights.rename("away")
     kind, method = families.CONFIGS[family].model_type, case.split()[0]
     with pytest.raises(Refusal, match=f"^{method} does not serve {kind}, the family of {source}: .+"):
-        STAGES[section](chosen, "made")
+        STAGES[section](chosen, "result")
     Path("away").rename(weights)
     assert set(Path("data").rglob("*")) == before
     # Undeclared, the family would be found out by its structure, or by what a file of it cannot hold.
     if section == "finetune":
         with pytest.raises(Refusal, match="fake_quantized"):
-            grids.check(chosen.finetune["made"])
+            grids.check_grid(chosen.finetune["result"])
     else:
         with pytest.raises(Refusal, match=type(load("base/tiny")).__name__):
-            chosen.recipes()[f"{section}/made"].execute(f"{section}/made", chosen.run)
+            chosen.recipes()[f"{section}/result"].execute(f"{section}/result", chosen.run)
     assert not Path("data/models", section).exists()
 
 
 @pytest.mark.parametrize(("section", "case", "family"), SERVED)
 def test_a_family_is_served(section, case, family, workspace):
-    artifact, method = f"{section}/made", case.split()[0]
+    artifact, method = f"{section}/result", case.split()[0]
     tried = recipes(section, case)
     do(params(family, tried))
 
-    made, base, folder = dense(load(artifact)), load("base/tiny"), Path("data/models") / artifact
+    model, base, folder = dense(load(artifact)), load("base/tiny"), Path("data/models") / artifact
     source = dense(load(tried[artifact]["source"]))
     AutoTokenizer.from_pretrained(folder)
-    told = record(artifact)
-    assert told["lineage"] == [*dict.fromkeys(["base/tiny", *tried])]
-    assert told["recipes"][artifact]["method"] == method
-    assert told["base"]["name"] == "tiny"
-    assert told["bytes_on_disk"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    facts = record(artifact)
+    assert facts["lineage"] == [*dict.fromkeys(["base/tiny", *tried])]
+    assert facts["recipes"][artifact]["method"] == method
+    assert facts["base"]["name"] == "tiny"
+    assert facts["bytes_on_disk"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
     if methods(section)[method].reshapes:
-        smaller(made, base, told)
+        smaller(model, base, facts)
         return
     if method == "depth":
-        (removed,) = told["notes"][artifact]["removed"]
-        shallower(made, base, [removed])
+        (removed,) = facts["notes"][artifact]["removed"]
+        shallower(model, base, [removed])
         return
     count = len(linears(base))
     if issubclass(methods(section)[method], Folding):  # norms and biases change with the weights
-        assert len(told["notes"][artifact]["unscaled_linears"]) < count
+        assert len(facts["notes"][artifact]["unscaled_linears"]) < count
     elif method != "full":  # which trains everything
         rest = {f"{linear.name}.weight" for linear in linears(base)}
         for name, parameter in source.named_parameters():
-            assert name in rest or torch.equal(parameter, made.get_parameter(name)), name
+            assert name in rest or torch.equal(parameter, model.get_parameter(name)), name
     changed = [
         linear.name
         for linear in linears(base)
-        if not torch.equal(made.get_submodule(linear.name).weight, source.get_submodule(linear.name).weight)
+        if not torch.equal(model.get_submodule(linear.name).weight, source.get_submodule(linear.name).weight)
     ]
     assert len(changed) == count
     if section != "quantize":
         on_grid = tried[artifact]["source"] in GRID
-        assert told["layout"] == ("pack-quantized" if on_grid else "dense")
+        assert facts["layout"] == ("pack-quantized" if on_grid else "dense")
         if section == "prune":
-            assert told["sparsity"] == pytest.approx(0.5)
-            zeros = sum(int(mask.sum()) for mask in zero_masks(linears(made)).values())
-            assert told["sparsity"] == zeros / sum(linear.weight.numel() for linear in linears(made))
+            assert facts["sparsity"] == pytest.approx(0.5)
+            zeros = sum(int(mask.sum()) for mask in zero_masks(linears(model)).values())
+            assert facts["sparsity"] == zeros / sum(linear.weight.numel() for linear in linears(model))
         return
 
-    assert told["notes"][artifact]["quantized_linears"] == count
-    assert told["bits_per_weight"] < record("base/tiny")["bits_per_weight"]
+    assert facts["notes"][artifact]["quantized_linears"] == count
+    assert facts["bits_per_weight"] < record("base/tiny")["bits_per_weight"]
     # compressed-tensors knows no Conv1D
     layout = "fake_quantized" if family == "gpt2" else LAYOUTS.get(case, "pack-quantized")
-    assert told["layout"] == layout
+    assert facts["layout"] == layout
     if layout == "fake_quantized":
         assert "quantization_config" not in json.loads((folder / "config.json").read_text())
         return
-    assert told["bytes_on_disk"] < record("base/tiny")["bytes_on_disk"]
+    assert facts["bytes_on_disk"] < record("base/tiny")["bytes_on_disk"]
     stored = load_file(folder / "model.safetensors")
     assert len([name for name in stored if name.endswith(".weight_scale")]) == count
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     scheme = {**config["config_groups"]["group_0"], "format": config["format"]}
     for linear in linears(base):
         code = code_from(stored, f"{linear.name}.weight", scheme)
-        assert torch.equal(made.get_submodule(linear.name).weight, code.dequantize())
+        assert torch.equal(model.get_submodule(linear.name).weight, code.dequantize())

@@ -127,7 +127,7 @@ def test_a_stage_depends_on_the_identity_of_its_code():
             assert entry["deps"] == ["stages"], "the identities are read off the sources"
             continue
         (own,) = code
-        methods = {own} if "$" not in own else {one for one in known if one.startswith(f"{stage}/")}
+        methods = {own} if "$" not in own else {name for name in known if name.startswith(f"{stage}/")}
         assert methods and methods <= known, name
         used |= methods
         assert not [dep for dep in entry["deps"] if dep.startswith("stages")], name

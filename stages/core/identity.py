@@ -99,8 +99,8 @@ def needed(file: str, root: Path = ROOT) -> tuple[str, ...]:
     if not file.endswith(".py"):
         return tuple(dict.fromkeys(_named(MODULE.findall(source), root)))
     tree = ast.parse(source)
-    found = [f for node in _running(tree) for f in _imported(node, root) + _read(node, file, root)]
-    return tuple(dict.fromkeys(found))
+    files = [f for node in _running(tree) for f in _imported(node, root) + _read(node, file, root)]
+    return tuple(dict.fromkeys(files))
 
 
 def _running(node: ast.AST) -> Iterator[ast.AST]:
@@ -117,23 +117,28 @@ def _running(node: ast.AST) -> Iterator[ast.AST]:
 def _imported(node: ast.AST, root: Path) -> list[str]:
     if isinstance(node, ast.Import):
         return _named([alias.name for alias in node.names], root)
-    if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+    if isinstance(node, ast.ImportFrom):
+        if node.level:
+            raise ValueError(
+                f"relative import of {node.module or '.'}: write the full name, as only that is followed"
+            )
         return _named([f"{node.module}.{alias.name}" for alias in node.names], root)
     return []
 
 
 def _read(node: ast.AST, file: str, root: Path) -> list[str]:
     """Return the files behind a call `beside(__file__, "name")`."""
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "beside"):
+    if not isinstance(node, ast.Call) or "beside" not in (
+        getattr(node.func, "id", None),
+        getattr(node.func, "attr", None),
+    ):
         return []
     name = node.args[1]
     if not (isinstance(name, ast.Constant) and isinstance(name.value, str)):
         raise ValueError(f"{file}: the name given to beside must be a literal string")
     path = root / Path(file).parent / name.value
     inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [
-        str(one.relative_to(root)) for one in inside if one.is_file() and one.parent.name != "__pycache__"
-    ]
+    return [str(p.relative_to(root)) for p in inside if p.is_file() and p.parent.name != "__pycache__"]
 
 
 def _named(names: Iterable[str], root: Path) -> list[str]:
@@ -141,7 +146,7 @@ def _named(names: Iterable[str], root: Path) -> list[str]:
 
     A name may continue into a module, to what is defined there.
     """
-    found: list[str] = []
+    files: list[str] = []
     for name in names:
         parts = name.split(".")
         if parts[0] != "stages":
@@ -149,11 +154,11 @@ def _named(names: Iterable[str], root: Path) -> list[str]:
         for count in range(1, len(parts) + 1):
             path = Path(*parts[:count])
             if (root / path / "__init__.py").exists():
-                found.append(f"{path}/__init__.py")
+                files.append(f"{path}/__init__.py")
             elif (root / path).with_suffix(".py").exists():
-                found.append(f"{path}.py")
+                files.append(f"{path}.py")
                 break
-    return found
+    return files
 
 
 @cache
@@ -165,22 +170,22 @@ def _hash(root: Path, file: str) -> str:
 
 
 def bare(source: str) -> str:
-    """Return Python source without comments, docstrings, blank lines and blanks at line ends."""
+    """Return Python source without comments, docstrings, blank lines and blanks at line ends.
+
+    A docstring that is a whole body becomes `pass`.
+    """
     lines = [line.encode() for line in source.splitlines()]
     comments, strings = _tokens(source)
-    cuts = [(line, column, line, len(lines[line])) for line, column in comments]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            at = node.value
-            if isinstance(at.value, str):
-                first, last = at.lineno - 1, (at.end_lineno or 0) - 1
-                cuts.append((first, at.col_offset, last, at.end_col_offset or 0))
-                strings -= set(range(first + 1, last + 1))
-    for first, start, last, end in sorted(cuts, reverse=True):  # columns are in bytes
+    cuts = [(line, column, line, len(lines[line]), b"") for line, column in comments]
+    for text, only in _docstrings(ast.parse(source)):
+        first, last = text.lineno - 1, (text.end_lineno or 0) - 1
+        cuts.append((first, text.col_offset, last, text.end_col_offset or 0, b"pass" if only else b""))
+        strings -= set(range(first + 1, last + 1))
+    for first, start, last, end, instead in sorted(cuts, reverse=True):  # columns are in bytes
         if first == last:
-            lines[first] = lines[first][:start] + lines[first][end:]
+            lines[first] = lines[first][:start] + instead + lines[first][end:]
         else:
-            lines[first], lines[last] = lines[first][:start], lines[last][end:]
+            lines[first], lines[last] = lines[first][:start] + instead, lines[last][end:]
             lines[first + 1 : last] = [b""] * (last - first - 1)
     kept = [
         line if number + 1 in strings else line.rstrip()
@@ -188,6 +193,17 @@ def bare(source: str) -> str:
         if number in strings or line.strip()
     ]
     return "".join(f"{line.decode()}\n" for line in kept)
+
+
+def _docstrings(tree: ast.AST) -> Iterator[tuple[ast.Constant, bool]]:
+    """Yield every string that is a statement, and whether it is the only one of its class or function."""
+    for node in ast.walk(tree):
+        if not isinstance(body := getattr(node, "body", None), list):  # a lambda's is an expression
+            continue
+        for statement in body:
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value, len(body) == 1 and not isinstance(node, ast.Module)
 
 
 def _tokens(source: str) -> tuple[list[tuple[int, int]], set[int]]:

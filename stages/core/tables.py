@@ -1,9 +1,8 @@
 """The two tidy tables every evaluation writes: a row a score, a row an answered item.
 
-A score row names everything that a fair comparison needs: what the candidate is and how large (`Subject`),
-how it was asked (`Setting`), and what it scored on what (`Score`). A column holds one fact, so that nobody
-has to take a text apart again: `metric` is a name, its filter, budget and the metric it counts have columns
-of their own.
+A score row holds all that a fair comparison needs: which model and how large (`Subject`), evaluated under
+which settings (`Setting`), and its score (`Score`). Each column holds a single fact, so no reader has to
+parse text: `metric` is a name; its filter, its budget and the metric it counts have columns of their own.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How a candidate was asked a suite."""
+    """The settings under which a suite scored a candidate."""
 
     suite: str
     dataset_source: str
@@ -134,15 +133,15 @@ SAMPLE_COLUMNS = {"candidate": "str", "suite": "str", **_columns(Sample)}
 
 
 def score_table(subject: Subject, setting: Setting, scores: Iterable[Score]) -> pd.DataFrame:
-    """Put scores together with whose they are and how they were asked for."""
+    """Join each score with its candidate and settings."""
     shared = asdict(subject) | asdict(setting)
     return table((shared | asdict(score) for score in scores), SCORE_COLUMNS)
 
 
 def sample_table(candidate: str, suite: str, samples: Iterable[Sample]) -> pd.DataFrame:
-    """Put answers together with whose they are."""
-    asked = {"candidate": candidate, "suite": suite}
-    return table((asked | asdict(sample) for sample in samples), SAMPLE_COLUMNS)
+    """Join each answer with its candidate and suite."""
+    shared = {"candidate": candidate, "suite": suite}
+    return table((shared | asdict(sample) for sample in samples), SAMPLE_COLUMNS)
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:

@@ -80,7 +80,7 @@ REGISTRY: dict[str, tuple[type[Strict], ...]] = {
 
 
 class Suites(Strict):
-    """Section `suites`: the questions every candidate is asked. A suite scores the data set of its name."""
+    """Section `suites`: how every candidate is scored. A suite scores the data set of its name."""
 
     perplexity: dict[Slug, PerplexitySuite] = Field(default_factory=dict)
     graded: dict[Slug, GradedSuite] = Field(default_factory=dict)
@@ -99,7 +99,7 @@ class Evaluate(Strict):
     """Section `evaluate`."""
 
     candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)]
-    """The models that every suite is asked of."""
+    """The models that every suite scores."""
 
 
 class Params(Strict):

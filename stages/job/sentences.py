@@ -24,10 +24,10 @@ PLAINER = {
 }
 
 
-def allowed(known: Iterable[str], given: str | None = None) -> str:
+def allowed(known: Iterable[str], value: str | None = None) -> str:
     """Format `allowed: a, b`, after the name that `given` was probably meant to be."""
     names = sorted(known)
-    close = difflib.get_close_matches(given, names, 1) if given else []
+    close = difflib.get_close_matches(value, names, 1) if value else []
     return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(names) or 'none'}"
 
 
@@ -77,7 +77,7 @@ def follows(details: Any) -> bool:
 
 def sentence(details: Any, root: type[Strict]) -> str:
     """Say where a pydantic error is, which value was given and which are allowed."""
-    kind, given, loc, context = details["type"], details["input"], details["loc"], details.get("ctx", {})
+    kind, value, loc, context = details["type"], details["input"], details["loc"], details.get("ctx", {})
     name = loc[-1] == "[key]"
     at, words = _follow(root, loc[:-1] if name else loc)
     where = ".".join(words)
@@ -99,12 +99,12 @@ def sentence(details: Any, root: type[Strict]) -> str:
     message = PLAINER.get(kind) or str(details["msg"]).removeprefix("Value error, ").replace(
         "Input should be", "it must be"
     )
-    if kind == "value_error" and isinstance(given, dict):  # fields that disagree; the sentence names them
+    if kind == "value_error" and isinstance(value, dict):  # fields that disagree; the sentence names them
         return f"{where}: {message}."
-    return f"{where}: {'bad name ' if name else ''}{_shown(given)}{'' if name else ' given'}; {message}."
+    return f"{where}: {'bad name ' if name else ''}{_shown(value)}{'' if name else ' given'}; {message}."
 
 
-def _shown(given: Any) -> str:
-    if isinstance(given, dict):
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
         return "a mapping"
-    return "null" if given is None else "a list" if isinstance(given, list | tuple) else repr(given)
+    return "null" if value is None else "a list" if isinstance(value, list | tuple) else repr(value)

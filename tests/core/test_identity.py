@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core import identity
@@ -93,24 +93,25 @@ def test_a_new_method_changes_nobody(toy):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("x = 1  # c\n", "x = 1\n"),
         ("# c\n\n\nx = 1\n", "x = 1\n"),
         ('def f():\n    """d"""\n    return 1\n', "def f():\n    return 1\n"),
         ('def f():\n    """d\n\n      more  \n    """\n    return 1\n', "def f():\n    return 1\n"),
         ('class A:\n    x: int\n    """of x"""\n', "class A:\n    x: int\n"),
+        ('class A:\n    """d"""\nx = 1\n', "class A:\n    pass\nx = 1\n"),
         ('x = ("a"  # c\n     "b")\n', 'x = ("a"\n     "b")\n'),
         ("x = 1   \n", "x = 1\n"),
         ('"""é"""; x = 1  # é\n', '"""e"""; x = 1\n'),
     ],
 )
-def test_comments_docstrings_and_blanks_do_not_count(one, other):
-    assert identity.bare(one) == identity.bare(other)
+def test_comments_docstrings_and_blanks_do_not_count(first, second):
+    assert identity.bare(first) == identity.bare(second)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("x = 1\n", "x = 2\n"),
         ("if a:\n    b\nc\n", "if a:\n    b\n    c\n"),
@@ -121,13 +122,14 @@ def test_comments_docstrings_and_blanks_do_not_count(one, other):
         ('x = """# a\n# b"""\n', 'x = """# a\n# c"""\n'),
     ],
 )
-def test_code_counts(one, other):
-    assert identity.bare(one) != identity.bare(other)
+def test_code_counts(first, second):
+    assert identity.bare(first) != identity.bare(second)
 
 
 SOURCES = sorted(project.ROOT.glob("stages/**/*.py"))
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(st.sampled_from(SOURCES), st.randoms(use_true_random=False))
 def test_what_is_left_of_a_file_is_its_code(file, draw):
     """The syntax tree without docstrings is the same, and a comment after any line changes nothing."""
@@ -163,13 +165,19 @@ def skeleton(source: str) -> str:
                 for each in body
                 if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
                 or not isinstance(each.value.value, str)
-            ]
+            ] or [ast.Pass()]
     return ast.dump(tree)
 
 
 def test_a_name_given_to_beside_must_be_literal(toy):
     (toy / "stages/methods/first.py").write_text("NAME = 'tasks'\nbeside(__file__, NAME)\n")
     with pytest.raises(ValueError, match="the name given to beside"):
+        of(toy, "first")
+
+
+def test_a_relative_import_is_refused(toy):
+    (toy / "stages/methods/first.py").write_text("from . import second\n")
+    with pytest.raises(ValueError, match="write the full name"):
         of(toy, "first")
 
 
@@ -183,7 +191,7 @@ def test_a_package_that_a_runner_lacks_has_no_version():
 def newer_pythons() -> list[str]:
     """Interpreters from 3.12 on that run here, on the path or among pyenv's."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    named = [found for minor in range(12, 20) if (found := shutil.which(f"python3.{minor}"))]
+    named = [path for minor in range(12, 20) if (path := shutil.which(f"python3.{minor}"))]
     named += [str(file) for file in sorted(pyenv.glob("3.1[2-9]*/bin/python"))]
     return [
         python for python in named if not subprocess.run([python, "-c", ""], capture_output=True).returncode

@@ -34,7 +34,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(not GLIBC, reason="another C library")
 def test_memory_that_was_freed_is_taken_again_without_the_system():
     env = {**project.ENV, "PYTHONPATH": str(project.ROOT)}
-    found = {
+    faults = {
         how: int(
             subprocess.run(
                 [sys.executable, "-c", FAULTS, how], env=env, capture_output=True, text=True, check=True
@@ -42,7 +42,7 @@ def test_memory_that_was_freed_is_taken_again_without_the_system():
         )
         for how in ("keep", "leave")
     }
-    assert 10 * found["keep"] < found["leave"]
+    assert 10 * faults["keep"] < faults["leave"]
 
 
 def test_another_system_is_left_as_it_is(monkeypatch):
@@ -75,11 +75,11 @@ SMALL = {"below": memory.SMALL, "trim": memory.SMALL}
 def test_where_a_large_model_is_streamed_memory_is_returned(large, expected, workspace, monkeypatch):
     chosen = params("llama", {})
     do(chosen)
-    told: list[dict[str, int]] = []
+    calls: list[dict[str, int]] = []
     monkeypatch.setattr(memory, "LARGE", large)
-    monkeypatch.setattr(memory, "keep_freed", lambda **options: told.append(options) or True)
+    monkeypatch.setattr(memory, "keep_freed", lambda **options: calls.append(options) or True)
     Empty("base/tiny", chosen.run)
-    assert told == expected
+    assert calls == expected
 
 
 HOLES = """

@@ -82,10 +82,10 @@ def test_all_offenders_in_one_message_everywhere(folder):
     )  # fmt: skip
     assert (checked.exit_code, ran.exit_code, stage.returncode) == (2, 2, 2)
     assert state.is_failed()
-    for said in (checked.output, ran.output, state.message, stage.stderr):
-        assert f"{len(together)} problem(s), nothing was run" in said
-        assert all(part in said for kind in together for part in BAD[kind][2]), said
-        assert "Traceback" not in said
+    for output in (checked.output, ran.output, state.message, stage.stderr):
+        assert f"{len(together)} problem(s), nothing was run" in output
+        assert all(part in output for kind in together for part in BAD[kind][2]), output
+        assert "Traceback" not in output
     assert {path.name for path in folder.iterdir()} == {"params.yaml"}
 
 
@@ -113,5 +113,5 @@ def test_check_imports_nothing_that_takes_seconds(folder):
 
 
 def test_an_unknown_target_is_refused(finished):
-    said = sweep.prunequant(finished, "run", "prune/wanda-5", code=2)
-    assert "there is no stage or artifact 'prune/wanda-5', did you mean 'prune/wanda-50'?" in said
+    output = sweep.prunequant(finished, "run", "prune/wanda-5", code=2)
+    assert "there is no stage or artifact 'prune/wanda-5', did you mean 'prune/wanda-50'?" in output

@@ -22,12 +22,12 @@ def stages(**upstream: str) -> graph.Graph:
 
 
 def test_the_first_run_makes_everything(finished):
-    said = (finished / "said.txt").read_text()
+    output = (finished / "output.txt").read_text()
     assert sweep.outcomes(finished) == dict.fromkeys(sweep.STAGES, "ran")
-    assert f"{len(sweep.STAGES)} stages: {len(sweep.STAGES)} ran" in said
-    assert str(finished / "data/report/index.html") in said
-    assert all(candidate in said.split("Results")[1] for candidate in sweep.CANDIDATES)
-    assert "prune@wanda-50 | prune/wanda-50: 100%" in said
+    assert f"{len(sweep.STAGES)} stages: {len(sweep.STAGES)} ran" in output
+    assert str(finished / "data/report/index.html") in output
+    assert all(candidate in output.split("Results")[1] for candidate in sweep.CANDIDATES)
+    assert "prune@wanda-50 | prune/wanda-50: 100%" in output
     assert "block" in (finished / "data/runs/logs/prune@wanda-50.log").read_text()
     assert sweep.status(finished) == set()
     names = list(yaml.safe_load((finished / "dvc.lock").read_text())["stages"])
@@ -37,8 +37,8 @@ def test_the_first_run_makes_everything(finished):
 def test_the_second_run_executes_nothing(copy):
     lock, records = (copy / "dvc.lock").read_bytes(), sorted((copy / "data/runs").rglob("*.json"))
     times = [record.stat().st_mtime for record in records if record.name != "flow.json"]
-    said = sweep.prunequant(copy, "run")
-    assert f"Everything is cached: {len(sweep.STAGES)} stages are up to date, nothing was run." in said
+    output = sweep.prunequant(copy, "run")
+    assert f"Everything is cached: {len(sweep.STAGES)} stages are up to date, nothing was run." in output
     assert sweep.outcomes(copy) == dict.fromkeys(sweep.STAGES, "unchanged")
     assert (copy / "dvc.lock").read_bytes() == lock
     assert [record.stat().st_mtime for record in records if record.name != "flow.json"] == times
@@ -61,7 +61,7 @@ def test_a_lost_lock_is_restored_without_running(copy, monkeypatch):
 def test_a_failed_branch_leaves_the_others_to_finish(copy):
     sweep.edit(copy, "quantize.gptq-w4g32.calibration.num_samples", 100_000)
     sweep.edit(copy, "prune.magnitude-50.sparsity", 0.25)
-    said = sweep.prunequant(copy, "run", code=1)
+    output = sweep.prunequant(copy, "run", code=1)
     ended = sweep.outcomes(copy)
     assert {name: state for name, state in ended.items() if state != "unchanged"} == {
         "validate": "ran",
@@ -71,7 +71,7 @@ def test_a_failed_branch_leaves_the_others_to_finish(copy):
         "graded@quantize/gptq-w4g32-arithmetic": "skipped",
         "report": "skipped",
     }
-    last = said.strip().splitlines()[-2:]
+    last = output.strip().splitlines()[-2:]
     assert last[0] == "1 stage(s) failed:"
     assert last[1].startswith(
         "  - quantize@gptq-w4g32: data set news: 100000 windows of 32 tokens were asked for"
@@ -110,9 +110,9 @@ def wait_for(mark: str, word: str, seconds: float = 20) -> list[str]:
     """The marked processes, as soon as one of them names `word`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        found = sweep.processes(mark)
-        if any(word in command for command in found):
-            return found
+        commands = sweep.processes(mark)
+        if any(word in command for command in commands):
+            return commands
         time.sleep(0.02)
     return []
 

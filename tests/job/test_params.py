@@ -39,19 +39,19 @@ def raw(workspace: Path) -> dict[str, Any]:
 
 def changed(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """A copy of `raw` with the value at the slash-separated `path` set, or removed when it is `...`."""
-    made = json.loads(json.dumps(raw))  # entries that share an object are parted
+    params = json.loads(json.dumps(raw))  # entries that share an object are parted
     *parents, last = path.split("//")
-    at = made
+    at = params
     for parent in parents:
         at = at[parent]
     if value is ...:
         del at[last]
     else:
         at[last] = value
-    return made
+    return params
 
 
-def told(raw: dict[str, Any]) -> list[str]:
+def sentences(raw: dict[str, Any]) -> list[str]:
     """The sentences a file is refused with."""
     with pytest.raises(Refusal) as refusal:
         validate(raw)
@@ -210,20 +210,20 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "a branch for a commit": (
         "models//tiny//source", "hub:org/name@main",
         "models.tiny.source: 'hub:org/name@main' given; allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit "
-        "of 40 hexadecimal digits> (a branch moves, so its name is no pin), or path:<folder or file>.",
+        "of 40 hexadecimal digits> (a branch can move, so its name is no pin), or path:<folder or file>.",
     ),
     "an unpinned package": (
         "datasets//news//source", "pypi:gensim",
         "datasets.news.source: 'pypi:gensim' given; allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit "
-        "of 40 hexadecimal digits> (a branch moves, so its name is no pin), or path:<folder or file>.",
+        "of 40 hexadecimal digits> (a branch can move, so its name is no pin), or path:<folder or file>.",
     ),
     "a file outside its source": (
         "datasets//news//file", "../news.txt",
-        "datasets.news.file: '../news.txt' given; allowed: a path inside the source, without ...",
+        "datasets.news.file: '../news.txt' given; allowed: a relative path that stays inside the source.",
     ),
     "an absolute file": (
         "datasets//news//file", "/etc/passwd",
-        "datasets.news.file: '/etc/passwd' given; allowed: a path inside the source, without ...",
+        "datasets.news.file: '/etc/passwd' given; allowed: a relative path that stays inside the source.",
     ),
     "suite without its data set": (
         "suites//perplexity//bible", {"windows": 2, "batch_size": 1},
@@ -268,11 +268,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "answers that are given": (
         "teach//answers", ANSWERS | {"completion": "reply"},
-        "teach.answers: method answers makes the answers itself; leave completion out.",
+        "teach.answers: method answers generates the answers itself; remove completion.",
     ),
     "a temperature that is all but zero": (
         "teach//answers", ANSWERS | {"temperature": 1e-9},
-        "teach.answers: temperature must be 0, which takes the likeliest token, or 0.000001 or more.",
+        "teach.answers: temperature must be 0, which takes the likeliest token, or at least 0.000001.",
     ),
     "a data set that is made and downloaded": (
         "teach//news", LOGITS, "teach.news: datasets has this name too, and both are data sets; rename one.",
@@ -296,17 +296,17 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "random tokens of a data set": (
         "prune//wanda-50//calibration", TEXT | {"tokens": "random"},
-        "prune.wanda-50.calibration: tokens random needs seed; tokens random reads no data set, "
-        "say dataset: none.",
+        "prune.wanda-50.calibration: tokens random needs seed; tokens random reads no data set; "
+        "set dataset: none.",
     ),
     "generated tokens without their settings": (
         "prune//wanda-50//calibration", TEXT | {"tokens": "generated", "prompt_length": 32},
-        "prune.wanda-50.calibration: tokens generated needs seed, temperature; a prompt_length of 32 "
-        "leaves none of sequence_length 32 to generate.",
+        "prune.wanda-50.calibration: tokens generated needs seed, temperature; prompt_length 32 "
+        "leaves no tokens of sequence_length 32 to generate; lower it.",
     ),
     "settings of another kind of tokens": (
         "prune//wanda-50//calibration", TEXT | {"seed": 0, "temperature": 1.0},
-        "prune.wanda-50.calibration: tokens text has no use for seed, temperature.",
+        "prune.wanda-50.calibration: tokens text does not use seed, temperature; remove that.",
     ),
     "a kind of tokens that is none": (
         "prune//wanda-50//calibration//tokens", "noise",
@@ -314,20 +314,20 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "data for a method that reads none": (
         "prune//magnitude-50//calibration//dataset", "news",
-        "prune.magnitude-50: calibration must be {dataset: none}, as nothing here reads text.",
+        "prune.magnitude-50: calibration must be {dataset: none}, as no part of this recipe reads text.",
     ),
     "two levels of one name": (
         "datasets//arithmetic//levels",
         [{"name": "a", "operator": "+", "digits": n, "carries": True} for n in (1, 2)],
-        "datasets.arithmetic.levels: a list given; two levels are named a.",
+        "datasets.arithmetic.levels: a list given; two levels are named a; rename one.",
     ),
     "a benchmark outside its source": (
         "datasets//words", WORDS | {"config": "../x"},
-        "datasets.words.config: '../x' given; allowed: a path inside the source, without ...",
+        "datasets.words.config: '../x' given; allowed: a relative path that stays inside the source.",
     ),
     "an absolute benchmark in a list": (
         "datasets//words", WORDS | {"config": ["main", "/x"]},
-        "datasets.words.config.1: '/x' given; allowed: a path inside the source, without ...",
+        "datasets.words.config.1: '/x' given; allowed: a relative path that stays inside the source.",
     ),
     "a benchmark of nothing": (
         "datasets//words", WORDS | {"config": None}, "datasets.words.config: null given; it must be a valid string.",
@@ -337,15 +337,15 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "a config twice": (
         "datasets//words", WORDS | {"config": ["main", "./main"]},
-        "datasets.words.config: a list given; main and main are not folders apart; leave one out.",
+        "datasets.words.config: a list given; the folders main and main overlap; remove one.",
     ),
     "a config in another": (
         "datasets//words", WORDS | {"config": ["a/b", "c", "a"]},
-        "datasets.words.config: a list given; a/b and a are not folders apart; leave one out.",
+        "datasets.words.config: a list given; the folders a/b and a overlap; remove one.",
     ),
     "a whole source in a list": (
         "datasets//words", WORDS | {"config": ["."]},
-        "datasets.words.config: a list given; '.' is the whole source; give that alone, not in a list.",
+        "datasets.words.config: a list given; '.' is the whole source; write it alone, not in a list.",
     ),
     "a bad item in a list": (
         "evaluate//candidates", [["base/tiny"]], "evaluate.candidates.0: a list given; it must be a valid string.",
@@ -358,12 +358,13 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "a level named as the whole": (
         "datasets//arithmetic//levels",
         [{"name": n, "operator": "+", "digits": 1, "carries": n == "all"} for n in ("a", "all")],
-        "datasets.arithmetic.levels: a list given; a level is named all, as is the score over all levels; rename it.",
+        "datasets.arithmetic.levels: a list given; the name all is reserved for the score over all levels; "
+        "rename that level.",
     ),
     "two levels of the same items": (
         "datasets//arithmetic//levels",
         [{"name": n, "operator": "+", "digits": 1, "carries": True} for n in ("a", "b")],
-        "datasets.arithmetic.levels: a list given; a and b are the same level.",
+        "datasets.arithmetic.levels: a list given; a and b have the same settings; remove one.",
     ),
     "a device that is none": (
         "run//device", "gpu", "run.device: 'gpu' given; allowed: auto, cpu, cuda, cuda:<index>, mps or xpu.",
@@ -405,18 +406,19 @@ def test_the_projects_sweeps_are_good(path, tmp_path, monkeypatch):
 
 
 def test_the_projects_own_params_are_good():
-    made = validate(yaml.safe_load((ROOT / "params.yaml").read_text()))
-    assert made.run.device == "auto"
+    params = validate(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    assert params.run.device == "auto"
 
 
 @pytest.mark.parametrize(("path", "value", "sentence"), CASES.values(), ids=CASES)
 def test_one_offender_is_one_sentence(path, value, sentence, raw):
-    found = told(changed(raw, path, value))
-    assert sentence in found
-    # What hangs on the offender may be told too, in sentences that name it.
+    errors = sentences(changed(raw, path, value))
+    assert sentence in errors
+    # Problems that follow from the offender may be listed too; their sentences name it.
     name = path.split("//")[1] if "//" in path else path
     assert all(
-        name in line or "calibration.dataset: news" in line or "train.dataset: news" in line for line in found
+        name in line or "calibration.dataset: news" in line or "train.dataset: news" in line
+        for line in errors
     )
 
 
@@ -424,7 +426,7 @@ def test_a_group_size_that_its_method_fixes_has_no_other(raw):
     raw["models"]["tiny"]["in_features"] = [48]
     raw["quantize"] = {"four": {"source": "base/tiny", "method": "mxfp4", "calibration": NONE}}
     raw["evaluate"]["candidates"] = ["base/tiny"]
-    assert told(raw) == [
+    assert sentences(raw) == [
         "quantize.four.group_size: 32 does not divide 48, the input width of linears of tiny; this method has no "
         "other; use another method, or list those linears in ignore."
     ]
@@ -454,32 +456,32 @@ def test_a_group_size_that_its_method_fixes_has_no_other(raw):
 @pytest.mark.parametrize("section", ["prune", "models", "datasets", "noise"])
 def test_a_name_that_is_no_slug_is_refused(name, section, raw):
     some = next(iter(raw[section].values()))
-    found = told(changed(raw, f"{section}//{name}", some))
-    assert found == [
+    errors = sentences(changed(raw, f"{section}//{name}", some))
+    assert errors == [
         f"{section}.{name}: bad name {name!r}; {SLUG}".replace(
-            f"{section}.{name}:", found[0].split(": bad")[0] + ":"
+            f"{section}.{name}:", errors[0].split(": bad")[0] + ":"
         )
     ]
-    assert repr(name) in found[0]
+    assert repr(name) in errors[0]
 
 
 @pytest.mark.parametrize("section", ["prune", "models", "datasets", "noise"])
 def test_a_name_too_long_for_a_file_is_refused(section, raw):
     some = next(iter(raw[section].values()))
-    found = told(changed(raw, f"{section}//{'a' * 240}", some))
-    assert found == [
+    errors = sentences(changed(raw, f"{section}//{'a' * 240}", some))
+    assert errors == [
         f"{section}.{'a' * 240}: bad name {'a' * 240!r}; it has 240 characters; allowed: at most 100, as names "
         "become those of files."
     ]
 
 
 def test_a_number_for_a_name_is_refused(raw):
-    (line,) = told(changed(raw, "prune", {50: WANDA} | raw["prune"]))
+    (line,) = sentences(changed(raw, "prune", {50: WANDA} | raw["prune"]))
     assert line.startswith("prune.50: bad name 50; it must be a valid string")
 
 
 def test_a_candidates_name_cannot_reach_a_shell(raw):
-    (line,) = told(changed(raw, "evaluate//candidates", ["base/tiny; touch y"]))[:1]
+    (line,) = sentences(changed(raw, "evaluate//candidates", ["base/tiny; touch y"]))[:1]
     assert line.startswith("evaluate.candidates.0: 'base/tiny; touch y' given; allowed: <stage>/<recipe>")
 
 
@@ -505,7 +507,7 @@ def test_all_offenders_at_once(raw):
     bad["datasets"]["speeches"]["documents"] = "pages"
     bad["run"]["device"] = "gpu"
     bad["noise"] = None
-    found = told(bad)
+    errors = sentences(bad)
     starts = [
         "prune.one.method:", "prune.two.sparsty:", "prune.three.source:", "prune.four.source: a cycle",
         "prune.five.source: a cycle", "prune.six.sparsity:", "prune.seven.sparsity:", "prune.ei.ght: bad name",
@@ -515,8 +517,8 @@ def test_all_offenders_at_once(raw):
         "evaluate.candidates: there is no 'noise/tiny-batch-3'",
     ]  # fmt: skip
     for start in starts:
-        assert sum(line.startswith(start) for line in found) == 1, start
-    assert len(found) == len(starts)
+        assert sum(line.startswith(start) for line in errors) == 1, start
+    assert len(errors) == len(starts)
 
 
 @pytest.mark.parametrize(
@@ -555,4 +557,4 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize("section", ["prune", "quantize", "models", "datasets", "noise"])
 def test_a_name_that_is_no_string_is_told(raw, section):
     raw[section] = raw[section] | {True: {}}
-    assert f"{section}.1: bad name True; it must be a valid string." in told(raw)
+    assert f"{section}.1: bad name True; it must be a valid string." in sentences(raw)
