@@ -191,7 +191,7 @@ def test_a_family_without_sdpa_is_run_with_eager_attention(workspace, caplog):
 
 
 def test_a_mixture_is_downloaded_and_its_attention_pruned(workspace):
-    """Matrices that are no linear's weight are refused by the method, not the download, and count as sizes."""
+    """Matrices that are no linear's weight are refused by the method, not by the download, and count."""
     families.mixture().save_pretrained("mixture")
     families.tokenizer().save_pretrained("mixture")
     chosen = params("llama", {})

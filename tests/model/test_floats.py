@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.errors import Refusal
-from stages.model.floats import E4M3_MAX, MXFloat4, NVFloat4, Float8
+from stages.model.floats import E4M3_MAX, Float8, MXFloat4, NVFloat4
 from stages.model.grid import Integers, Quantized
 from stages.model.packed import FORMATS, code_from
 from stages.quantization.nf4 import NF4, levels
@@ -48,7 +48,7 @@ def nf4(group_size: int | None = 16, double_quant: bool = False) -> NF4:
 
 
 def the_librarys(values: torch.Tensor, code: Quantized) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The tensors that compressed-tensors stores of `values` under the code's scheme, and what it reads back."""
+    """The tensors that compressed-tensors stores of `values` under the code's scheme, and reads back."""
     code_scheme = code.scheme()
     args = QuantizationArgs(**code_scheme["weights"])
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
