@@ -1,7 +1,7 @@
 """The command line: `prunequant run`, `check`, `diff`, `cost`, `batch-size`, `profile`.
 
-A mistake that the user can mend is one message and exit code 2, never a traceback; a stage that fails is exit
-code 1. Heavy imports are inside the commands, so that `check` answers without starting Prefect.
+A mistake that the user can fix ends in a message and exit code 2, without a traceback; a failed stage ends in
+exit code 1. Commands import whatever is slow to import, so `check` answers without starting Prefect.
 """
 
 import json
@@ -16,12 +16,15 @@ import typer
 
 from stages.core.errors import Refusal
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Prune, quantize, recover and evaluate language models as params.yaml says.",
+)  # fmt: skip
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Print a refusal as it is and exit with 2."""
+    """Print a refusal and exit with code 2."""
     try:
         yield
     except Refusal as refusal:
@@ -31,7 +34,7 @@ def refusals() -> Iterator[None]:
 
 @app.command()
 def check() -> None:
-    """Check params.yaml as a whole; runs nothing."""
+    """Check the whole of params.yaml without running anything."""
     with refusals():
         from stages.job.entry import outdated
         from stages.job.load import load_verified
@@ -52,14 +55,14 @@ def check() -> None:
 @app.command()
 def run(
     targets: Annotated[
-        list[str] | None, typer.Argument(help="Stages or artifacts, such as prune/wanda-50; default all.")
+        list[str] | None, typer.Argument(help="Stages or artifacts, such as prune/wanda-50; default: all.")
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Stages side by side; default cores / run.threads, 1 on a GPU."),
+        typer.Option(min=1, help="Stages side by side; default: cores / run.threads, 1 on a GPU."),
     ] = None,
 ) -> None:
-    """Bring everything, or the targets and what they need, up to date."""
+    """Bring everything, or the targets and all they need, up to date."""
     with refusals():
         from flows import graph
         from stages.job.load import load
@@ -84,21 +87,21 @@ def run(
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(help="The older revision: a commit, branch, tag or DVC experiment.")],
-    b: Annotated[str | None, typer.Argument(help="The newer one; default the workspace.")] = None,
+    b: Annotated[str | None, typer.Argument(help="The newer revision; default: the workspace.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what changed from A to B: params, artifacts, scores beside their noise, and flipped items."""
     with refusals():
-        from flows.diff import diff as compare_revisions
+        from flows.diff import diff_revisions
 
-        changes = compare_revisions(a, b)
+        changes = diff_revisions(a, b)
     if as_json:
         typer.echo(json.dumps(changes, indent=2))
     else:
-        from flows.show import show
+        from flows.show import show_diff
         from flows.terminal import console
 
-        show(changes, console)
+        show_diff(changes, console)
 
 
 @app.command()
@@ -106,7 +109,7 @@ def cost(
     candidate: Annotated[str, typer.Argument(help="A model, such as base/smollm2.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show what each suite asks of a model: items, tokens, and how long the last run took."""
+    """Show how much each suite asks of a model: items, tokens, and the minutes of the last run."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     with refusals():
         from flows import costs
@@ -120,12 +123,12 @@ def cost(
 def batch_size(
     candidate: Annotated[str, typer.Argument(help="A model, such as base/smollm2.")],
     suite: Annotated[str, typer.Argument(help="A suite of params.yaml.")],
-    items: Annotated[int, typer.Option(min=1, help="Requests to try it on, of each kind.")] = 64,
+    items: Annotated[int, typer.Option(min=1, help="Requests to time, of each kind.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Propose a batch size: the smallest that is about as fast as the fastest, for a model and a suite.
+    """Propose a batch size for a model and a suite: the smallest that is about as fast as the fastest.
 
-    Use the same for all candidates of a suite, as in bfloat16 the batch size changes answers.
+    Use the same for all candidates of a suite: in bfloat16 the batch size changes answers.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     with refusals():
@@ -140,7 +143,7 @@ def batch_size(
 def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show the speed, memory and energy that `prunequant run profile` has measured."""
+    """Show the speed, memory and energy measured by `prunequant run profile`."""
     with refusals():
         from flows import profiles
 

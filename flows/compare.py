@@ -1,9 +1,9 @@
 """The flow: bring every stale stage of DVC's graph up to date, as many side by side as there are cores.
 
-DVC decides what there is to do and keeps every result; Prefect runs it. A stage is a task that waits for the
-tasks it depends on and then calls `dvc repro --single-item`. If a stage fails, those that depend on it are
-skipped and all others still end; then the flow fails and says which stage failed and why. `dvc repro` alone
-does the same work one stage at a time.
+DVC decides which stages must run and keeps their results; Prefect runs them. A stage is a task that waits for
+the tasks it depends on and then calls `dvc repro --single-item`. If a stage fails, all that depend on it are
+skipped and the others still run; then the flow fails and says which stage failed and why. `dvc repro` alone
+does the same work, a stage at a time.
 """
 
 import os
@@ -30,16 +30,16 @@ from flows.plan import plan
 from flows.terminal import console
 from stages.core.errors import Refusal
 
-# A task that waits for its upstream holds a thread, so there are many threads; `jobs` decides how many stages
-# really run. Tasks are submitted upstream first, so waits are never circular.
+# A task that waits for its upstream holds a thread, so there are many threads; `jobs` limits how many stages
+# run at a time. Tasks are submitted upstream first, so waits are never circular.
 THREADS = 256
 
 
 def start_server() -> None:
-    """Start Prefect's temporary server, deaf to ctrl-C, unless a server is configured.
+    """Start Prefect's temporary server, which ignores ctrl-C, unless a server is configured.
 
-    A terminal sends ctrl-C to every process of the group. If the server ended with the rest, the flow would
-    wait long to report how it ended; the server stops when this process exits.
+    A terminal sends ctrl-C to every process of its group. If the server stopped with the others, the flow
+    would wait long before it could report how it ended. The server stops when this process exits.
     """
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_URL
@@ -58,8 +58,8 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
     """Bring the project in the current folder up to date.
 
     Args:
-        jobs: stages side by side; None for as many as there are cores for, one on a GPU.
-        targets: stages or artifacts to make, with all they need; None or empty for everything.
+        jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
+        targets: stages or artifacts to make, with all they need; None or empty: everything.
     """
     try:
         run = plan(jobs, targets or [])
@@ -88,12 +88,14 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
     finally:
         graph.sort_lock()
     outcomes = run.outcomes()
-    create_table_artifact(key="compare", table=summary.rows(outcomes), description=summary.sentence(outcomes))
-    get_run_logger().info(summary.sentence(outcomes))
-    summary.show(outcomes)
+    create_table_artifact(
+        key="compare", table=summary.outcome_rows(outcomes), description=summary.totals(outcomes)
+    )
+    get_run_logger().info(summary.totals(outcomes))
+    summary.show_outcomes(outcomes)
     if summary.is_current(outcomes):
         summary.show_report()
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         return Failed(message=summary.blame(failed))
-    return Completed(message=summary.sentence(outcomes))
+    return Completed(message=summary.totals(outcomes))

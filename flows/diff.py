@@ -1,63 +1,64 @@
 """What changed between two revisions, and whether a changed score means anything.
 
-From git and DVC's cache alone: changed params, artifacts whose hash differs (models tensor by tensor),
-scores that differ, and the items whose answer turned from right to wrong or back. Beside each changed
-score stand the noise floor, how far the same measure moved between a model and itself at another batch
-size (`noise/` candidates), and the verdict the report would give: a difference within the floor, or one
-that is luck over these items, says nothing about the recipes.
+It is read from git and DVC's cache alone: changed params, artifacts whose hash differs (models tensor by
+tensor), scores that differ, and items whose answer turned from right to wrong or back. Beside each changed
+score stand its noise, how far the same measure moves when only batch size or dtype changes (`noise/`
+candidates), and the verdict of the report: a difference within the noise, or one that is luck over these
+items, says nothing about the recipes.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from flows import revisions, tensors
-from flows.revisions import WORKSPACE, Revision
-from stages.core.tables import SAMPLE_COLUMNS, SAMPLES, SCORE_COLUMNS, SCORES, table
-from stages.reporting.collect import KEY, Results, noise_floor, records
-from stages.reporting.comparison import between
+from flows.revisions import WORKSPACE, Revision, read_revision
+from flows.tensors import compare_tensors
+from stages.core.files import MODELS, RECORD, RESULTS, read_json
+from stages.core.tables import MEASURE, SAMPLE_COLUMNS, SAMPLES, SCORE_COLUMNS, SCORES, table
+from stages.reporting.collect import KEY, Results, measure_of, noise_by_measure, records
+from stages.reporting.comparison import compare_revisions
+from stages.reporting.words import labels
 
-ITEM = ["candidate", "suite", "task", "readout", "doc_id", "prompt_hash", "metric"]
+_ITEM = ["candidate", *MEASURE, "doc_id", "draw", "prompt_hash"]
 
 
-def diff(old_name: str, new_name: str | None) -> dict[str, Any]:
-    """Everything that differs, as plain values; `new_name` None is the workspace.
+def diff_revisions(old_name: str, new_name: str | None) -> dict[str, Any]:
+    """Return everything that differs, as plain values; `new_name` None is the workspace.
 
     Raises:
-        Refusal: an unknown revision.
+        Refusal: a revision does not exist.
     """
-    old, new = revisions.read(old_name), revisions.read(new_name)
-    outs = results(old, new)
-    scores = [_table(revision, SCORES, outs) for revision in (old, new)]
-    samples = [_table(revision, SAMPLES, outs) for revision in (old, new)]
-    found = {
+    old, new = read_revision(old_name), read_revision(new_name)
+    outs = results_to_read(old, new)
+    results = [read_results(revision, outs) for revision in (old, new)]
+    changes = {
         "revisions": [old.name, new.name],
-        "params": list(params(old.params, new.params)),
-        "artifacts": list(artifacts(old, new)),
-        "scores": score_changes(*(Results(*tables) for tables in zip(scores, samples, strict=True))),
-        "flipped": flips(*samples),
-        "warnings": [*machine_changes(old, new), *run_changes(*scores)],
+        "params": list(param_changes(old.params, new.params)),
+        "artifacts": list(artifact_changes(old, new)),
+        "scores": score_changes(*results),
+        "flipped": flipped_items(*(side.samples for side in results)),
+        "warnings": [*machine_changes(old, new), *run_changes(*(side.scores for side in results))],
     }
-    return {**found, "missing": [missing(revision) for revision in (old, new) if revision.missing]}
+    gaps = [missing_outputs(revision) for revision in (old, new) if revision.missing]
+    return {**changes, "missing": gaps}
 
 
-def params(old: Any, new: Any, key: str = "") -> Iterator[dict[str, Any]]:
-    """Leaves that differ, by their dotted key; null stands for a key that is not there."""
+def param_changes(old: Any, new: Any, key: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the leaves that differ, by dotted key, None where a side has no such key."""
     if isinstance(old, dict) or isinstance(new, dict):
         old, new = (
             side if isinstance(side, dict) else {} if side is None else {"": side} for side in (old, new)
         )
         for name in dict.fromkeys([*old, *new]):
-            yield from params(old.get(name), new.get(name), f"{key}.{name}".strip("."))
+            yield from param_changes(old.get(name), new.get(name), f"{key}.{name}".strip("."))
     elif old != new:
         yield {"key": key, "old": old, "new": new}
 
 
-def artifacts(old: Revision, new: Revision) -> Iterator[dict[str, Any]]:
-    """Outputs added, removed or changed; a changed model with its tensors where both are in the cache."""
+def artifact_changes(old: Revision, new: Revision) -> Iterator[dict[str, Any]]:
+    """Yield outputs added, removed or changed; a changed model with its tensors if both are in the cache."""
     for path in sorted(old.outs.keys() | new.outs.keys()):
         if old.hash(path) == new.hash(path):
             continue
@@ -65,45 +66,54 @@ def artifacts(old: Revision, new: Revision) -> Iterator[dict[str, Any]]:
         change = "changed" if was and now else "added" if now else "removed"
         row: dict[str, Any] = {"path": path, "change": change}
         row |= {"old_bytes": was and was.get("size"), "new_bytes": now and now.get("size")}
-        if change == "changed" and path.startswith("data/models/"):
+        if change == "changed" and Path(path).is_relative_to(MODELS):
             sides = [
                 [file for name, file in revision.files(path).items() if name.endswith(".safetensors")]
                 for revision in (old, new)
             ]
             if not {path} & (old.missing | new.missing):
-                row["tensors"] = tensors.compare(*sides)
+                row["tensors"] = compare_tensors(*sides)
         yield row
 
 
-def results(old: Revision, new: Revision) -> list[str]:
-    """The results to read: those that differ, and those their noise floor is taken from.
+def results_to_read(old: Revision, new: Revision) -> list[str]:
+    """Return the results that differ, and those that their noise is measured on.
 
-    What the cache lacks on either side is left out, as its rows would look added or removed.
+    Results that the cache lacks on either side are left out, or their rows would look added or removed.
     """
-    found = {path for path in old.outs.keys() | new.outs.keys() if path.startswith("data/results/")}
-    differ = {
-        path for path in found if old.outs.get(path, {}).get("md5") != new.outs.get(path, {}).get("md5")
-    }
+    paths = {path for path in old.outs.keys() | new.outs.keys() if Path(path).is_relative_to(RESULTS)}
+    differing = {path for path in paths if old.hash(path) != new.hash(path)}
     noisy = {
         candidate
         for revision in (old, new)
         for name, recipe in revision.params["noise"].items()
         for candidate in (f"noise/{name}", recipe["source"])
     }
-    suites = {Path(path).name for path in differ}
-    floors = {f"data/results/{candidate}/{suite}" for candidate in noisy for suite in suites} & found
-    wanted = differ | floors
+    suites = {Path(path).name for path in differing}
+    wanted = differing | (
+        {str(RESULTS / candidate / suite) for candidate in noisy for suite in suites} & paths
+    )
     for revision in (old, new):
         for path in wanted & revision.outs.keys():
             revision.files(path)
     return sorted(wanted - old.missing - new.missing)
 
 
-def score_changes(old: Results, new: Results) -> list[dict[str, Any]]:
-    """Rows whose value differs or that only one side has, with the noise floor, `p` and `verdict`.
+def read_results(revision: Revision, outs: list[str]) -> Results:
+    """Read some results of a revision; columns that its older tables lack are empty."""
+    tables = []
+    for name, columns in ((SCORES, SCORE_COLUMNS), (SAMPLES, SAMPLE_COLUMNS)):
+        files = [file for out in outs if (file := revision.file(out, name))]
+        frames = [pd.read_parquet(file).reindex(columns=list(columns)).astype(columns) for file in files]
+        tables.append(pd.concat(frames, ignore_index=True) if frames else table([], columns))
+    return Results(*tables)
 
-    The verdict is that of `stages.reporting.comparison`, empty where there is nothing to compare with; it goes by
-    `p_corrected`, over the `family` of that many comparisons.
+
+def score_changes(old: Results, new: Results) -> list[dict[str, Any]]:
+    """Return scores that differ or that a side lacks, with `label`, `noise`, `p` and `verdict`.
+
+    The verdict is that of `stages.reporting.comparison`, missing where there is nothing to compare with; it
+    goes by `p_corrected`, over a `family` of that many comparisons.
     """
     if old.scores.empty and new.scores.empty:
         return []
@@ -111,29 +121,33 @@ def score_changes(old: Results, new: Results) -> list[dict[str, Any]]:
     sides = [side.scores[[*key, "value"]] for side in (old, new)]
     both = sides[0].merge(sides[1], on=key, how="outer", suffixes=("_old", "_new"))
     same = (both["value_old"] == both["value_new"]) | both[["value_old", "value_new"]].isna().all(axis=1)
-    both = both[~same].merge(noise_floor(old.scores, new.scores).reset_index(), on=["base", *KEY], how="left")
+    both = both[~same].merge(noise_by_measure(old.scores, new.scores), on=["base", *KEY], how="left")
     judged = ["p", "p_corrected", "family", "verdict"]
-    both = both.merge(between(old, new)[[*key, *judged]], on=key, how="left")
+    both = both.merge(compare_revisions(old, new)[[*key, *judged]], on=key, how="left")
     both["difference"] = both["value_new"] - both["value_old"]
-    return records(both.rename(columns={"value_old": "old", "value_new": "new"}))
+    label = labels(pd.concat([old.scores, new.scores]))
+    rows = records(both.rename(columns={"value_old": "old", "value_new": "new"}))
+    return [row | {"label": label[measure_of(row)]} for row in rows]
 
 
-def flips(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
-    """Items asked the same way on both sides, and right on one side only."""
-    told = ["target", "difficulty", "response", "score"]
+def flipped_items(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return items with the same prompt on both sides that are right on one side only."""
+    shown = ["target", "difficulty", "response", "score"]
     sides = [
-        side[side["target"].notna() & side["score"].isin([0.0, 1.0])][[*ITEM, *told]] for side in (old, new)
+        side[side["target"].notna() & side["score"].isin([0.0, 1.0])][[*_ITEM, *shown]] for side in (old, new)
     ]
-    both = sides[0].merge(sides[1].drop(columns=["target", "difficulty"]), on=ITEM, suffixes=("_old", "_new"))
+    both = sides[0].merge(
+        sides[1].drop(columns=["target", "difficulty"]), on=_ITEM, suffixes=("_old", "_new")
+    )
     both = both[both["score_old"] != both["score_new"]]
     both["became"] = both["score_new"].map({1.0: "right", 0.0: "wrong"})
     return records(both.drop(columns=["score_old", "score_new", "prompt_hash"]))
 
 
 def machine_changes(old: Revision, new: Revision) -> Iterator[str]:
-    """Models on both sides that were computed on unlike machines or versions."""
+    """Yield a sentence for each model that the sides computed on different machines or versions."""
     for path in sorted(old.outs.keys() & new.outs.keys()):
-        if path.startswith("data/models/") and old.hash(path) != new.hash(path):
+        if Path(path).is_relative_to(MODELS) and old.hash(path) != new.hash(path):
             sides = [_record(revision, path).get("numerics", {}) for revision in (old, new)]
             for name in sides[0].keys() & sides[1].keys():
                 if sides[0][name] != sides[1][name]:
@@ -141,38 +155,30 @@ def machine_changes(old: Revision, new: Revision) -> Iterator[str]:
 
 
 def run_changes(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
-    """Evaluations of one candidate and suite that ran under unlike conditions."""
-    told: list[str] = []
+    """Return a sentence for each candidate and suite that the sides evaluated under different conditions."""
+    sentences: list[str] = []
     key, columns = ["candidate", "suite"], ["device", "threads", "dtype", "batch_size"]
     sides = [side.drop_duplicates(key)[[*key, *columns]] for side in (old, new)]
-    for row in sides[0].merge(sides[1], on=key, suffixes=("_old", "_new")).to_dict("records"):
+    for row in records(sides[0].merge(sides[1], on=key, suffixes=("_old", "_new"))):
         for column in columns:
             was, now = row[f"{column}_old"], row[f"{column}_new"]
-            if was != now and not (pd.isna(was) and pd.isna(now)):
-                told.append(f"{row['candidate']} on {row['suite']}: {column} was {was}, is {now}")
-    return told
+            if was != now:
+                sentences.append(f"{row['candidate']} on {row['suite']}: {column} was {was}, is {now}")
+    return sentences
 
 
-def missing(revision: Revision) -> dict[str, Any]:
-    """What the cache lacks of a revision, and the command that brings it from the remote."""
+def missing_outputs(revision: Revision) -> dict[str, Any]:
+    """Return the outputs of a revision that the cache lacks, and the command that fetches them."""
     paths = sorted(revision.missing)
     if revision.name == WORKSPACE:
         command = " ".join(["dvc pull", *paths])
-    else:  # dvc fetch --all-commits passes over commits it cannot read, and says so in a warning only
+    else:  # dvc fetch --all-commits skips commits that it cannot read, with nothing but a warning
         fetch = " ".join(["dvc fetch", *paths])
         command = f"git checkout --quiet --detach {revision.name} && {fetch}; git checkout --quiet -"
     return {"revision": revision.name, "outputs": paths, "command": command}
 
 
-def _table(revision: Revision, name: str, outs: list[str]) -> pd.DataFrame:
-    """One of the tables of some results, with all columns even where there is no result."""
-    columns = SCORE_COLUMNS if name == SCORES else SAMPLE_COLUMNS
-    files = [revision.file(out, name) for out in outs]
-    frames = [pd.read_parquet(file) for file in files if file]
-    return pd.concat(frames, ignore_index=True).astype(columns) if frames else table([], columns)
-
-
 def _record(revision: Revision, out: str) -> dict[str, Any]:
-    file = revision.file(out, "artifact.json")
-    record: dict[str, Any] = json.loads(file.read_text()) if file else {}
+    file = revision.file(out, RECORD)
+    record: dict[str, Any] = read_json(file) if file else {}
     return record

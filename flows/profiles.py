@@ -1,42 +1,41 @@
-"""What the `profile` stage has measured, as a table: a row a candidate and batch size."""
+"""The measurements of the `profile` stage as a table: a row a candidate and batch size."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 
 from stages.core.errors import Refusal
-from stages.core.files import PROFILES
+from stages.core.files import PROFILES, read_json
 
-NOT_MEASURED = "not measured"
+_NOT_MEASURED = "not measured"
 
 
-def read() -> list[dict[str, Any]]:
-    """Every profile there is, by candidate.
+def read_profiles() -> list[dict[str, Any]]:
+    """Read every profile, sorted by candidate.
 
     Raises:
-        Refusal: there is none.
+        Refusal: there are no profiles.
     """
-    found = [json.loads(file.read_text()) for file in sorted(PROFILES.glob("*/*/profile.json"))]
-    if not found:
+    profiles = [read_json(file) for file in sorted(PROFILES.glob("*/*/profile.json"))]
+    if not profiles:
         raise Refusal(
-            "nothing has been profiled here yet; list models in profile.candidates of params.yaml, then "
+            "nothing has been profiled yet; list models under profile.candidates in params.yaml, then run "
             "`prunequant run profile`."
         )
-    return found
+    return profiles
 
 
-def table(profiles: list[dict[str, Any]]) -> Table:
-    """Medians with their quartiles, ready to print."""
-    shown = Table(title=", ".join(sorted({_machine(one) for one in profiles})), title_justify="left")
+def profile_table(profiles: list[dict[str, Any]]) -> Table:
+    """Return medians with their quartiles, ready to print."""
+    shown = Table(title=", ".join(sorted(set(map(_machine, profiles)))), title_justify="left")
     for column in (
         "candidate", "batch", "first token, ms", "each token, ms", "tokens/s", "peak MB", "disk MB",
         "J/token", "others busy",
     ):  # fmt: skip
         shown.add_column(column, justify="left" if column == "candidate" else "right")
-    for one in profiles:
-        for row in _rows(one):
+    for profile in profiles:
+        for row in _rows(profile):
             shown.add_row(*row)
     return shown
 
@@ -52,7 +51,7 @@ def _rows(profile: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{batch['tokens_per_second']:.1f}",
             _megabytes(batch["peak_bytes"]),
             _megabytes(profile["bytes_on_disk"]),
-            NOT_MEASURED if joules is None else f"{joules:.3f}",
+            _NOT_MEASURED if joules is None else f"{joules:.3f}",
             f"{100 * batch['others_busy']:.0f} %",
         )
 
@@ -69,4 +68,4 @@ def _spread(seconds: dict[str, float]) -> str:
 
 
 def _megabytes(size: int | None) -> str:
-    return NOT_MEASURED if size is None else f"{size / 1e6:.1f}"
+    return _NOT_MEASURED if size is None else f"{size / 1e6:.1f}"

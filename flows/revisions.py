@@ -1,7 +1,7 @@
-"""One revision of the project as it was: its params, its locked outputs, and their files in DVC's cache.
+"""A past revision of the project: its params, its locked outputs, and their files in DVC's cache.
 
-Nothing is checked out and nothing is fetched. A file whose bytes are not in the cache is told to the
-caller as missing, so that everything else can still be shown.
+Nothing is checked out or fetched. Outputs that the cache lacks are noted as missing, so that everything
+else can still be shown.
 """
 
 import json
@@ -22,10 +22,10 @@ class Revision:
     """A git revision, or the workspace.
 
     Attributes:
-        name: as the user gave it.
+        name: as the user typed it.
         params: params.yaml as plain values.
-        outs: path -> entry of dvc.lock (`md5`, `size`), of everything params.yaml still asks for.
-        missing: outputs wanted so far of which the cache lacks something.
+        outs: path -> entry of dvc.lock (`md5`, `size`), for all outputs that params.yaml still names.
+        missing: outputs requested so far that the cache lacks in part or whole.
     """
 
     name: str
@@ -35,28 +35,28 @@ class Revision:
     missing: set[str] = field(default_factory=set)
 
     def hash(self, out: str) -> str | None:
-        """The md5 of an output; None where there is no such output."""
+        """Return the md5 of an output; None if there is no such output."""
         return self.outs[out]["md5"] if out in self.outs else None
 
     def files(self, out: str) -> dict[str, Path]:
-        """The files of an output by their path inside it; empty, and noted, where one is not there."""
+        """Return an output's files by their path inside it; note it as missing if any is not cached."""
         tree = self._locate(self.outs[out]["md5"], Path(out))
         if tree is None:
             self.missing.add(out)
             return {}
         if tree.is_dir():
             return {str(file.relative_to(tree)): file for file in sorted(tree.rglob("*")) if file.is_file()}
-        found: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for entry in json.loads(tree.read_text()):
             file = self._locate(entry["md5"], Path(out, entry["relpath"]))
             if file is None:
                 self.missing.add(out)
             else:
-                found[entry["relpath"]] = file
-        return found
+                files[entry["relpath"]] = file
+        return files
 
     def file(self, out: str, name: str) -> Path | None:
-        """One file of an output; None where the output or the file is not there."""
+        """Return a file of an output; None if the output or the file is missing."""
         return self.files(out).get(name) if out in self.outs else None
 
     def _locate(self, md5: str, path: Path) -> Path | None:
@@ -66,11 +66,11 @@ class Revision:
         return path if self.name == WORKSPACE and path.exists() else None
 
 
-def read(name: str | None) -> Revision:
-    """The revision of this name (commit, branch, tag or DVC experiment), None being the workspace.
+def read_revision(name: str | None) -> Revision:
+    """Read the revision of this name: a commit, branch, tag or DVC experiment; None is the workspace.
 
     Raises:
-        Refusal: there is no such revision, or it holds no params.yaml.
+        Refusal: there is no such revision, or it has no params.yaml.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -79,13 +79,13 @@ def read(name: str | None) -> Revision:
     try:
         repo = Repo()
     except DvcException as error:
-        raise Refusal(f"{error}; run from the root of a prunequant project.") from None
+        raise Refusal(f"{error}; run this in the root of a prunequant project.") from None
     cache = Path(repo.cache.local.path)
     if name is None:
         texts = {path: _text(Path(path)) for path in ("params.yaml", "dvc.lock")}
     else:
         if isinstance(repo.scm, NoSCM):
-            raise Refusal("this project is not in git, so there are no revisions to compare.")
+            raise Refusal("this project is not in git, so it has no revisions to compare.")
         try:
             commit = resolve_rev(repo.scm, name)
         except RevError:
@@ -94,7 +94,7 @@ def read(name: str | None) -> Revision:
             ) from None
         texts = {path: _show(commit, path) for path in ("params.yaml", "dvc.lock")}
     if texts["params.yaml"] is None:
-        raise Refusal(f"{name or WORKSPACE} holds no params.yaml.")
+        raise Refusal(f"{name or WORKSPACE} has no params.yaml.")
     params = yaml.safe_load(texts["params.yaml"])
     lock = yaml.load(texts["dvc.lock"] or "{}", yaml.CSafeLoader)
     outs = {
@@ -107,7 +107,7 @@ def read(name: str | None) -> Revision:
 
 
 def _wanted(out: str, params: dict[str, Any]) -> bool:
-    """Whether params still ask for an output; dvc.lock remembers recipes that were taken out."""
+    """Tell whether params.yaml still names an output; dvc.lock keeps those of recipes that were removed."""
     kind, _, rest = out.removeprefix("data/").partition("/")
     if kind == "datasets":
         return rest == "none" or rest in params["datasets"]
@@ -126,5 +126,5 @@ def _text(path: Path) -> str | None:
 
 
 def _show(commit: str, path: str) -> str | None:
-    done = subprocess.run(["git", "show", f"{commit}:./{path}"], capture_output=True, text=True)
-    return None if done.returncode else done.stdout
+    process = subprocess.run(["git", "show", f"{commit}:./{path}"], capture_output=True, text=True)
+    return None if process.returncode else process.stdout

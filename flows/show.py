@@ -1,4 +1,4 @@
-"""A diff as tables on the terminal."""
+"""Print a diff as tables on the terminal."""
 
 from collections import Counter
 from typing import Any
@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-ITEMS = 20
+_ITEMS = 20
 """Flipped items shown; `--json` has all."""
 
 
-def show(diff: dict[str, Any], console: Console) -> None:
+def show_diff(diff: dict[str, Any], console: Console) -> None:
     """Print every part of a diff that is not empty, warnings last."""
     old, new = diff["revisions"]
     changed = [part for part in ("params", "artifacts", "scores", "flipped") if diff[part]]
@@ -30,52 +30,57 @@ def show(diff: dict[str, Any], console: Console) -> None:
             ("candidate", "measure", old, new, "difference", "noise", "verdict"),
             [_score(row) for row in diff["scores"]],
         )
-        if said := _families(diff["scores"]):
-            console.print(said, markup=False)
+        if sentence := _families(diff["scores"]):
+            console.print(sentence, markup=False)
     if diff["flipped"]:
         _flipped(console, diff["flipped"], old, new)
     for warning in diff["warnings"]:
-        console.print(f"not like for like: {warning}", style="yellow", markup=False)
+        console.print(f"different conditions: {warning}", style="yellow", markup=False)
     for gap in diff["missing"]:
-        lacking = f"{len(gap['outputs'])} output(s) of {gap['revision']} are not in the cache"
-        console.print(f"{lacking}; what depends on them is not shown. To bring them:", style="yellow")
+        count, revision = len(gap["outputs"]), gap["revision"]
+        console.print(
+            f"The cache lacks {count} output(s) of {revision}; what depends on them is left out. Fetch them:",
+            style="yellow",
+            markup=False,
+        )
         console.print(f"  {gap['command']}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _tensors(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _tensors(differences: dict[str, Any] | None) -> str:
+    if differences is None:
         return ""
-    lines = [f"{found['changed']} of {found['tensors']} differ"]
+    lines = [f"{differences['changed']} of {differences['tensors']} differ"]
     for side in ("only_old", "only_new", "reshaped"):
-        if found[side]:
-            lines.append(f"{side.replace('_', ' ')}: {len(found[side])}, such as {found[side][0]}")
-    for tensor in found["largest"]:
-        by = tensor["max_abs_difference"]
-        reach = "" if by is None else f", by up to {by:.3g}"
+        if names := differences[side]:
+            lines.append(f"{side.replace('_', ' ')}: {len(names)}, such as {names[0]}")
+    for tensor in differences["largest"]:
+        largest = tensor["max_abs_difference"]
+        reach = "" if largest is None else f", by up to {largest:.3g}"
         lines.append(f"{tensor['name']}: {tensor['share']:.1%}{reach}")
     return "\n".join(lines)
 
 
 def _score(row: dict[str, Any]) -> tuple[Any, ...]:
     level = "" if row["difficulty"] == "all" else f" {row['difficulty']}"
-    numbers = (row["old"], row["new"], row["difference"], row["noise_floor"])
     return (
         row["candidate"],
-        f"{row['suite']}{level} {row['readout']} {row['metric']}",
-        *numbers,
+        f"{row['suite']}{level} {row['readout']} {row['label']}",
+        *(row[name] for name in ("old", "new", "difference", "noise")),
         row["verdict"] or "",
     )
 
 
 def _families(scores: list[dict[str, Any]]) -> str:
-    """Over how many comparisons the p-values behind the verdicts are corrected, empty where there is none."""
+    """Say over how many comparisons the verdicts' p-values are corrected; empty without comparisons."""
     kinds = {"overall scores": True, "single levels": False}
     sizes = {
         kind: max((row["family"] or 0 for row in scores if (row["difficulty"] == "all") == whole), default=0)
         for kind, whole in kinds.items()
     }
-    told = " and of ".join(f"{size} {kind}" for kind, size in sizes.items() if size)
-    return f"verdicts: p <= 0.05 after Holm's correction within the family of {told} compared" if told else ""
+    families = " and of ".join(f"{size} {kind}" for kind, size in sizes.items() if size)
+    if not families:
+        return ""
+    return f"verdicts: p <= 0.05 after Holm's correction within the family of {families} compared"
 
 
 def _flipped(console: Console, items: list[dict[str, Any]], old: str, new: str) -> None:
@@ -85,9 +90,9 @@ def _flipped(console: Console, items: list[dict[str, Any]], old: str, new: str) 
     rows = [
         (i["candidate"], f"{i['suite']} {i['readout']} {i['doc_id']}", i["difficulty"], i["target"],
          i["response_old"], i["response_new"], i["became"])
-        for i in items[:ITEMS]
+        for i in items[:_ITEMS]
     ]  # fmt: skip
-    title = f"Flipped items ({min(ITEMS, len(items))} of {len(items)})"
+    title = f"Flipped items ({min(_ITEMS, len(items))} of {len(items)})"
     _table(console, title, ("candidate", "item", "difficulty", "target", old, new, "became"), rows)
 
 

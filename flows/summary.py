@@ -1,4 +1,4 @@
-"""What a run did, told on the terminal and in Prefect's artifact."""
+"""Summarize a run on the terminal and in Prefect's artifact."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from flows.plan import Outcome
 from flows.terminal import console
 from stages.core.files import REPORT
 
-SUMMARY = REPORT / "summary.csv"
-PAGE = REPORT / "index.html"
-SIZES = {"bytes_ideal": "MB ideal", "bytes_on_disk": "MB on disk"}
-WORDS = {
+_SUMMARY = REPORT / "summary.csv"
+_PAGE = REPORT / "index.html"
+_MEGABYTES = {"bytes_ideal": "MB ideal", "bytes_on_disk": "MB on disk"}
+_STATES = {
     "ran": "ran",
     "restored": "restored from the cache",
     "unchanged": "unchanged",
@@ -24,60 +24,61 @@ WORDS = {
 }
 
 
-def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row a stage."""
+def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return a row a stage."""
     return [
-        {"stage": o.stage, "outcome": WORDS[o.state], "seconds": o.seconds, "reason": o.reason}
+        {"stage": o.stage, "outcome": _STATES[o.state], "seconds": o.seconds, "reason": o.reason}
         for o in outcomes
     ]
 
 
-def sentence(outcomes: Sequence[Outcome]) -> str:
-    """The totals; that all is cached where nothing had to be done."""
+def totals(outcomes: Sequence[Outcome]) -> str:
+    """Return a sentence with the totals, or that everything is cached."""
     counts = Counter[str](outcome.state for outcome in outcomes)
     if set(counts) <= {"unchanged"}:
         return f"Everything is cached: {len(outcomes)} stages are up to date, nothing was run."
-    parts = [f"{counts[state]} {word}" for state, word in WORDS.items() if counts[state]]
-    return f"{len(outcomes)} stages: {', '.join(parts)}; {sum(o.seconds for o in outcomes):.0f} s of stages."
+    parts = [f"{counts[state]} {word}" for state, word in _STATES.items() if counts[state]]
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    return f"{len(outcomes)} stages: {', '.join(parts)}; {seconds:.0f} s of stages."
 
 
 def blame(failed: Sequence[Outcome]) -> str:
-    """One line a failed stage, with its reason."""
+    """Return a line for each failed stage, with its reason."""
     return f"{len(failed)} stage(s) failed:\n" + "\n".join(f"  - {o.stage}: {o.reason}" for o in failed)
 
 
-def show(outcomes: Sequence[Outcome]) -> None:
-    """Print the stages that were not simply up to date, and the totals."""
-    told = [outcome for outcome in outcomes if outcome.state != "unchanged"]
-    if told:
-        table = Table("stage", "outcome", "seconds", title="What was done", box=box.SIMPLE)
-        for outcome in told:
-            table.add_row(outcome.stage, WORDS[outcome.state], f"{outcome.seconds:.1f}")
+def show_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """Print the stages that were not up to date, and the totals."""
+    changed = [outcome for outcome in outcomes if outcome.state != "unchanged"]
+    if changed:
+        table = Table("stage", "outcome", "seconds", title="Stages", box=box.SIMPLE)
+        for outcome in changed:
+            table.add_row(outcome.stage, _STATES[outcome.state], f"{outcome.seconds:.1f}")
         console.print(table)
-    console.print(sentence(outcomes))
+    console.print(totals(outcomes))
 
 
 def is_current(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the report on disk is that of this run: its stage was asked for and has not failed."""
+    """Tell whether the report on disk belongs to this run: its stage was requested and did not fail."""
     return any(o.stage == "report" and o.state in ("ran", "restored", "unchanged") for o in outcomes)
 
 
 def show_report() -> None:
-    """Print the report's summary and where the page is, where there is a report."""
-    if not (SUMMARY.exists() and PAGE.exists()):
+    """Print the report's summary and the path of its page, if there is a report."""
+    if not (_SUMMARY.exists() and _PAGE.exists()):
         return
-    lines = pd.read_csv(SUMMARY).astype(object)
+    lines = pd.read_csv(_SUMMARY).astype(object)
     table = Table(title="Results", box=box.SIMPLE)
     for column in map(str, lines):
-        words = SIZES.get(column, column.replace(".", " ").replace("_", " "))
+        heading = _MEGABYTES.get(column, column.replace(".", " ").replace("_", " "))
         first = column == "candidate"
-        table.add_column(words.replace(" ", "\n"), justify="left" if first else "right", no_wrap=True)
-        if column in SIZES:
+        table.add_column(heading.replace(" ", "\n"), justify="left" if first else "right", no_wrap=True)
+        if column in _MEGABYTES:
             lines[column] /= 1e6
     for row in lines.to_dict("records"):
         table.add_row(*("" if pd.isna(value) else _short(value) for value in row.values()))
     console.print(table)
-    console.print(f"The report: {PAGE.resolve()}")
+    console.print(f"The report: {_PAGE.resolve()}")
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Two checkpoints compared tensor by tensor, one tensor in memory at a time."""
+"""Compare two checkpoints tensor by tensor, with a single pair of tensors in memory at a time."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -7,17 +7,17 @@ from typing import Any
 
 from safetensors import safe_open
 
-SHOWN = 5
-"""Tensors told by name, those with the largest share of changed values."""
+_LISTED = 5
+"""Tensors listed, those with the largest share of changed values."""
 
 
-def compare(old: Iterable[Path], new: Iterable[Path]) -> dict[str, Any]:
-    """How the tensors of two sets of safetensors files differ.
+def compare_tensors(old: Iterable[Path], new: Iterable[Path]) -> dict[str, Any]:
+    """Compare the tensors of two sets of safetensors files.
 
     Returns:
-        `tensors` (in both), `changed`, `only_old`, `only_new`, `reshaped` (names), and `largest`: name,
-        `share` of changed values and, for floats, `max_abs_difference`. Codes of packed weights are
-        compared as the integers they are stored in, whose difference means nothing.
+        `tensors`, in both; `changed`; `only_old`, `only_new` and `reshaped`, by name; and `largest`:
+        `name`, `share` of changed values and `max_abs_difference`. The last is None for integers: codes of
+        packed weights are compared as stored, and differences between them mean nothing.
     """
     with ExitStack() as stack:
         before, after = _open(stack, old), _open(stack, new)
@@ -39,11 +39,11 @@ def compare(old: Iterable[Path], new: Iterable[Path]) -> dict[str, Any]:
             "only_old": sorted(before.keys() - after.keys()),
             "only_new": sorted(after.keys() - before.keys()),
             "reshaped": reshaped,
-            "largest": sorted(changed, key=lambda entry: (-entry["share"], entry["name"]))[:SHOWN],
+            "largest": sorted(changed, key=lambda entry: (-entry["share"], entry["name"]))[:_LISTED],
         }
 
 
 def _open(stack: ExitStack, files: Iterable[Path]) -> dict[str, Any]:
-    """Each tensor's name -> the open file that holds it."""
+    """Map each tensor's name to the open file that holds it."""
     handles = [stack.enter_context(safe_open(file, "pt")) for file in files]
     return {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""The one place everything is printed, wide enough for tables where there is no terminal to measure."""
+"""The console that everything prints to, wide enough for tables where there is no terminal to measure."""
 
 import sys
 

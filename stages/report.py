@@ -1,4 +1,4 @@
-"""Report: every score of every candidate in one table, one page and one picture."""
+"""Report: all scores of all candidates as tables, metrics, figures and a page."""
 
 from stages.core.files import REPORT, writing
 from stages.job.entry import entry
@@ -9,14 +9,16 @@ from stages.reporting.scope import Scope
 def report(scope: Scope) -> None:
     """Write data/report: tables, metrics, data for plots, figures, and index.html."""
     results = collect.collect(scope.evaluations, scope.candidates, scope.suites)
-    compared, alike = comparison.compare(results), agreement.agreement(results)
-    drawn = {"quality": figures.quality(compared), "difficulty": figures.difficulty(compared)}
+    compared, agreements = comparison.compare_candidates(results), agreement.agreement(results)
+    drawn = {"quality": figures.draw_quality(compared), "difficulty": figures.draw_difficulty(compared)}
     with writing(REPORT) as folder:
-        export.write(folder, results, compared, alike)
+        export.write_data(folder, results, compared, agreements)
         pictures = {
-            stem: figures.write(figure, folder / stem) for stem, figure in drawn.items() if figure is not None
+            stem: figures.save_figure(figure, folder / stem)
+            for stem, figure in drawn.items()
+            if figure is not None
         }
-        (folder / "index.html").write_text(page.render(scope, results, compared, alike, pictures))
+        (folder / "index.html").write_text(page.render(scope, results, compared, agreements, pictures))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ DOUBT = 1e-4
 
 
 def rate(passed: Iterable[bool]) -> tuple[float, float, float]:
-    """Return the share of true outcomes and the interval of its probability (Clopper-Pearson, level `DOUBT`)."""
+    """Return the share of true outcomes and an interval of its probability (Clopper-Pearson)."""
     outcomes = [bool(outcome) for outcome in passed]
     hits = stats.binomtest(sum(outcomes), len(outcomes))
     low, high = hits.proportion_ci(1 - DOUBT)

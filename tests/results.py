@@ -1,19 +1,23 @@
-"""Made-up results of the default sweep, in the shape that evaluations write: what a report is read from."""
+"""Made-up results of the default sweep, in the form in which evaluations write them: a report's input."""
 
 import hashlib
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from stages.core import tables
+from stages.core.tables import Sample, Score, Setting, Subject
 from stages.job.load import validate
 from stages.job.params import Params
+from stages.reporting.collect import Results, collect
 
 ROOT = Path(__file__).parents[1]
-# How much worse than the dense base a recipe is, in nats a token; and its size in MB, on disk and ideally.
+# By how much a recipe is worse than the dense base, in nats a token; and its size in MB, on disk and ideally.
 HARM = {
     "smollm2": (0.0, 269.1, 269.0), "smollm2-batch-5": (0.0, 269.1, 269.0),
     "magnitude-50": (1.9, 269.1, 176.3), "wanda-50": (0.35, 269.1, 176.3),
@@ -25,51 +29,49 @@ LEVEL = 0.15  # how much harder each level of arithmetic is than the one before
 
 
 def params(**changes: Any) -> Params:
-    """The project's own params with whole sections changed."""
+    """Return the project's own params with whole sections changed."""
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     return validate(raw | changes)
 
 
 def without(suites: dict[str, Any], *kinds: str) -> dict[str, Any]:
-    """The sections of suites with some kinds empty."""
-    return {kind: {} if kind in kinds else found for kind, found in suites.items()}
+    """Return the sections of suites with some kinds empty."""
+    return {kind: {} if kind in kinds else section for kind, section in suites.items()}
 
 
 def write(root: Path, wanted: Params, *, response: str = "7") -> None:
     """Write scores and samples of every evaluation that `wanted` names into `root`.
 
     Args:
-        response: what every candidate but the base generates where it is wrong.
+        response: the answer that every candidate but the base generates where it is wrong.
     """
     for candidate in wanted.evaluate.candidates:
         for suite in wanted.suites.by_name():
-            described = tables.describe(record(wanted, candidate)) | {
-                "suite": suite, "dataset_source": getattr(wanted.datasets[suite], "source", "reasoning-gym"),
-                "batch_size": 5 if candidate.startswith("noise/") else 8,
-                "dtype": "bfloat16", "device": "cpu", "threads": 1,
-            }  # fmt: skip
-            made = _text if suite in wanted.suites.perplexity else _items
-            scores, samples = made(candidate, suite, wanted, response)
+            setting = Setting(
+                suite=suite, dataset_source=getattr(wanted.datasets[suite], "source", "reasoning-gym"),
+                batch_size=5 if candidate.startswith("noise/") else 8,
+                dtype="bfloat16", device="cpu", threads=1,
+            )  # fmt: skip
+            answered = _text if suite in wanted.suites.perplexity else _items
+            scores, samples = answered(candidate, suite, wanted, response)
             folder = root / candidate / suite
             folder.mkdir(parents=True)
-            asked = {"candidate": candidate, "suite": suite}
             tables.write_tables(
                 folder,
-                tables.table([described | row for row in scores], tables.SCORE_COLUMNS),
-                tables.table([asked | row for row in samples], tables.SAMPLE_COLUMNS),
+                tables.score_table(tables.subject(record(wanted, candidate)), setting, scores),
+                tables.sample_table(candidate, suite, samples),
             )
 
 
 def record(wanted: Params, candidate: str) -> dict[str, Any]:
-    """An `artifact.json` as the stages would write it."""
+    """Return an `artifact.json` as the stages would write it."""
     recipes = wanted.recipes()
-    lineage, at = [candidate], candidate
-    while at in recipes:
-        at = recipes[at].source
-        lineage.insert(0, at)
+    lineage = [candidate]
+    while lineage[0] in recipes:
+        lineage.insert(0, recipes[lineage[0]].source)
     name = candidate.split("/")[1]
     _, disk, ideal = HARM[name]
-    model = at.removeprefix("base/")
+    model = lineage[0].removeprefix("base/")
     return {
         "artifact": candidate,
         "lineage": lineage,
@@ -93,35 +95,45 @@ def record(wanted: Params, candidate: str) -> dict[str, Any]:
     }
 
 
-def _text(candidate: str, suite: str, wanted: Params, response: str) -> Any:
+def read(wanted: Params, root: Path) -> Results:
+    """Read the results that `wanted` names from `root`."""
+    return collect(
+        wanted.evaluations(), list(wanted.evaluate.candidates), list(wanted.suites.by_name()), root
+    )
+
+
+def _text(candidate: str, suite: str, wanted: Params, response: str) -> tuple[list[Score], list[Sample]]:
     count = wanted.suites.perplexity[suite].windows
     easy, own = random.Random(suite), random.Random(candidate + suite)
     harm = HARM[candidate.split("/")[1]][0] * (1.0 if suite == "news" else 1.3)
     losses = [easy.gauss(3.0, 0.25) + harm + own.gauss(0, 0.01 + 0.05 * harm) for _ in range(count)]
     mean = math.fsum(losses) / count
     spread = math.sqrt(math.fsum((x - mean) ** 2 for x in losses) / (count - 1) / count)
-    shared = {"task": f"perplexity-{suite}", "readout": "likelihood", "difficulty": "all"}
-    score = {
-        **shared, "metric": "perplexity", "value": math.exp(mean), "stderr": math.exp(mean) * spread,
-        "num_items": count, "higher_is_better": False, "shots": 0, "template": "none", "seed": 0,
-        "task_version": "windows of 512", "prompt_hash": _hash(suite),
-    }  # fmt: skip
+    task = f"perplexity-{suite}"
+    score = Score(
+        task=task, readout="likelihood", metric="perplexity", value=math.exp(mean),
+        stderr=math.exp(mean) * spread, num_items=count, higher_is_better=False, shots=0, seed=0,
+        task_version="windows of 512", prompt_hash=_hash(suite),
+    )  # fmt: skip
     samples = [
-        {**shared, "doc_id": i, "prompt_hash": _hash(suite, i), "metric": "nats_per_token", "score": loss,
-         "log_likelihoods": [-loss * 511]}
+        Sample(
+            task=task, readout="likelihood", doc_id=i, prompt_hash=_hash(suite, i), metric="nats_per_token",
+            score=loss, log_likelihoods=[-loss * 511],
+        )
         for i, loss in enumerate(losses)
     ]  # fmt: skip
     return [score], samples
 
 
-def _items(candidate: str, suite: str, wanted: Params, response: str) -> Any:
+def _items(candidate: str, suite: str, wanted: Params, response: str) -> tuple[list[Score], list[Sample]]:
     benchmark = suite in wanted.suites.benchmark
     levels = ["all"] if benchmark else [level.name for level in wanted.datasets[suite].levels]
     each = 40 if benchmark else wanted.datasets[suite].test
-    asked = [("likelihood", "acc")] + ([] if benchmark else [("generation", "exact_match")])
+    readouts = [("likelihood", "acc")] + ([] if benchmark else [("generation", "exact_match")])
     harm = HARM[candidate.split("/")[1]][0]
-    scores, samples = [], []
-    for readout, metric in asked:
+    scores: list[Score] = []
+    samples: list[Sample] = []
+    for readout, metric in readouts:
         hard, own = random.Random(suite + readout), random.Random(candidate + suite + readout)
         right = {}
         for rank, level in enumerate(levels):
@@ -132,16 +144,20 @@ def _items(candidate: str, suite: str, wanted: Params, response: str) -> Any:
         for level in dict.fromkeys(["all", *levels]):
             picked = [value for (at, _), value in right.items() if level in ("all", at)]
             mean = sum(picked) / len(picked)
-            scores.append({
-                "task": suite, "readout": readout, "difficulty": level, "metric": metric, "value": mean,
-                "stderr": math.sqrt(mean * (1 - mean) / (len(picked) - 1)), "num_items": len(picked),
-                "floor": 0.25 if readout == "likelihood" else None, "higher_is_better": True, "shots": 4,
-                "template": "none", "seed": 0, "task_version": "1", "prompt_hash": _hash(suite, level),
-            })  # fmt: skip
+            scores.append(
+                Score(
+                    task=suite, readout=readout, difficulty=level, metric=metric, value=mean,
+                    stderr=math.sqrt(mean * (1 - mean) / (len(picked) - 1)), num_items=len(picked),
+                    floor=0.25 if readout == "likelihood" else None, higher_is_better=True, shots=4, seed=0,
+                    task_version="1", prompt_hash=_hash(suite, level),
+                )
+            )  # fmt: skip
         samples += [
-            {"task": suite, "readout": readout, "difficulty": level, "metric": metric, "score": value,
-             "doc_id": i, "prompt_hash": _hash(suite, i), "target": str(i),
-             "response": str(i) if value else response, "generated_tokens": 3}
+            Sample(
+                task=suite, readout=readout, difficulty=level, metric=metric, score=value, doc_id=i,
+                prompt_hash=_hash(suite, i), target=str(i), response=str(i) if value else response,
+                generated_tokens=3,
+            )
             for (level, i), value in right.items()
         ]  # fmt: skip
     return scores, samples
@@ -149,3 +165,54 @@ def _items(candidate: str, suite: str, wanted: Params, response: str) -> Any:
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def subject(candidate: str) -> Subject:
+    """Return a candidate of the base `m`, made from it directly."""
+    dense = candidate == "base/m"
+    return Subject(
+        candidate=candidate, base="m", base_source="path:m", source=None if dense else "base/m",
+        lineage=["base/m"] if dense else ["base/m", candidate], sparsity=0.0, structure="dense",
+        calibration="none", layout="dense", num_parameters=1, bits_per_weight=16.0, bytes_ideal=2,
+        bytes_on_disk=2,
+    )  # fmt: skip
+
+
+def of_items(items: dict[str, Sequence[float]], **measure: Any) -> Results:
+    """Return results of the suite `s` from the per-item scores of each candidate of the base `m`.
+
+    Args:
+        measure: values of the columns of `stages.core.tables.MEASURE`; the default is `acc` by likelihood.
+            The items of a perplexity are its windows, in nats a token.
+    """
+    setting = Setting(
+        suite="s", dataset_source="path:s", batch_size=1, dtype="float32", device="cpu", threads=1
+    )
+    named = {"task": "t", "readout": "likelihood", "metric": "acc"} | measure
+    nats = named["metric"] == "perplexity"
+    scores, samples = [], []
+    for candidate, values in items.items():
+        mean = math.fsum(values) / len(values)
+        score = Score(
+            **named, value=math.exp(mean) if nats else mean, num_items=len(values), higher_is_better=not nats,
+            task_version="1", shots=0, seed=0,
+        )  # fmt: skip
+        scores.append(tables.score_table(subject(candidate), setting, [score]))
+        answered = named | ({"metric": "nats_per_token"} if nats else {})
+        rows = [
+            Sample(
+                **answered, doc_id=i, prompt_hash=str(i), target="1.0", score=value,
+                response=None if nats else str(value),
+            )
+            for i, value in enumerate(values)
+        ]  # fmt: skip
+        samples.append(tables.sample_table(candidate, "s", rows))
+    return Results(pd.concat(scores, ignore_index=True), pd.concat(samples, ignore_index=True))
+
+
+def together(*parts: Results) -> Results:
+    """Return the rows of several results, as of one suite with several measures."""
+    return Results(
+        pd.concat([part.scores for part in parts], ignore_index=True),
+        pd.concat([part.samples for part in parts], ignore_index=True),
+    )

@@ -1,18 +1,19 @@
-"""How far a candidate answers as its dense parent does, whatever is right.
+"""Measure how far a candidate answers as its dense base does, whether right or wrong.
 
-Accuracy can stay while many single answers change, as losses and wins make up for each other
-(2407.09141). So answers are compared one by one:
+Accuracy can stay while many single answers change, since losses and wins cancel (2407.09141). So answers are
+compared one by one:
 
-- same: the share of items, or of draws, that got the parent's very answer.
+- same: the share of items, or of draws, with the very answer of the base.
 - lost, won: answers that went from right to wrong, and from wrong to right.
-- kl: KL divergence of the parent's distribution over the choices from the candidate's, in bits, a mean over
+- kl: KL divergence of the base's distribution over the choices from the candidate's, in bits, a mean over
   items; a distribution is the softmax of the choices' log-likelihoods.
-- entropy: of that distribution, in bits. A candidate that has lost what it knew may still be sure (low), or
-  spread evenly (log2 of the number of choices).
+- entropy: the entropy of that distribution, in bits. A candidate that has lost its knowledge may still be
+  sure (low), or spread evenly (log2 of the number of choices).
 - generated_tokens: the mean length of an answer, thinking included.
 
-Beside each stands what numerical noise alone did: the furthest that a `noise` candidate of the same base got
-from its own source (`noise_same`, `noise_flips`, `noise_kl`). What is no further says nothing.
+Beside each stands the effect of numerical noise alone: the furthest that a `noise` candidate of the same
+base got from its own source (`noise_same`, `noise_flips`, `noise_kl`). Ignore any change no larger than
+that.
 """
 
 from typing import Any
@@ -21,91 +22,91 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from stages.core.tables import SAMPLE_COLUMNS
 from stages.reporting.collect import Results, competes, is_noise
 
-MEASURE = ["suite", "task", "readout", "budget"]
-ITEM = [*MEASURE, "draw", "doc_id", "prompt_hash"]
+_QUESTIONS = ["suite", "task", "readout", "budget"]
+_ANSWER = [*_QUESTIONS, "draw", "doc_id", "prompt_hash"]
+_KINDS = {"base": "str", **{name: SAMPLE_COLUMNS[name] for name in _QUESTIONS}}
 
 
 def agreement(results: Results) -> pd.DataFrame:
-    """A row a measure of each candidate that competes and is no dense base, in the order of the candidates.
+    """Compare the answers of every competing candidate with its dense base's, in the order of the candidates.
 
-    Columns: `candidate`, `reference`, `base`, those of `MEASURE`, `items`, `same`, `lost`, `won` (missing
-    where items are not right or wrong), `kl`, `entropy`, `reference_entropy` (likelihoods only),
-    `generated_tokens`, `reference_generated_tokens` (generation only), and the three of noise. A candidate
-    whose base was not evaluated, or on other prompts, has none.
+    Returns:
+        A row for each suite, task, readout and budget of each candidate whose base answered the same
+        prompts. Columns: `candidate`, `reference`, `base`, `suite`, `task`, `readout`, `budget`, `items`,
+        `same`, `lost` and `won` (missing unless every score is 0 or 1), `kl`, `entropy` and
+        `reference_entropy` (likelihoods only), `generated_tokens` and `reference_generated_tokens`
+        (generation only), and the three of noise.
     """
     answers = _answers(results.samples)
-    first = results.scores.drop_duplicates("candidate")
-    lineages = {
-        str(name): str(line).split(" > ")
-        for name, line in zip(first["candidate"], first["lineage"], strict=True)
-    }
-    bases = dict(zip(lineages, first["base"], strict=True))
-    noisy, competing = (list(map(str, first[kind(first)]["candidate"])) for kind in (is_noise, competes))
-    rows = [
-        {"candidate": name, "reference": lineage[0], "base": bases[name], **row}
-        for name, lineage in ((name, lineages[name]) for name in competing)
-        if name != lineage[0]
-        for row in _between(answers, name, lineage[0])
-    ]
-    floors = [
-        {"base": bases[name], **row} for name in noisy for row in _between(answers, name, lineages[name][-2])
-    ]
+    subjects = results.scores.drop_duplicates("candidate")
     columns = [
-        "candidate", "reference", "base", *MEASURE, "items", "same", "lost", "won", "kl", "entropy",
+        "candidate", "reference", "base", *_QUESTIONS, "items", "same", "lost", "won", "kl", "entropy",
         "reference_entropy", "generated_tokens", "reference_generated_tokens",
     ]  # fmt: skip
-    noise = pd.DataFrame(floors, columns=columns)
+
+    def compared(chosen: pd.DataFrame, references: "pd.Series[str]") -> pd.DataFrame:
+        rows = [
+            {"candidate": candidate, "reference": reference, "base": base, **row}
+            for candidate, base, reference in zip(
+                chosen["candidate"], chosen["base"], references, strict=True
+            )
+            if candidate != reference
+            for row in _pair(answers, candidate, reference)
+        ]
+        return pd.DataFrame(rows, columns=columns).astype(_KINDS)
+
+    noisy, competing = subjects[is_noise(subjects)], subjects[competes(subjects)]
+    noise = compared(noisy, noisy["source"])
     noise["flips"] = noise["lost"] + noise["won"]
-    furthest = noise.groupby(["base", *MEASURE], dropna=False, as_index=False).agg(
+    furthest = noise.groupby(["base", *_QUESTIONS], dropna=False, as_index=False).agg(
         noise_same=("same", "min"), noise_flips=("flips", "max"), noise_kl=("kl", "max")
     )
-    made = pd.DataFrame(rows, columns=columns)
-    kinds = {name: made[name].dtype for name in ("base", *MEASURE)}
-    return made.merge(furthest.astype(kinds), on=["base", *MEASURE], how="left")
+    rows = compared(competing, "base/" + competing["base"])
+    return rows.merge(furthest, on=["base", *_QUESTIONS], how="left")
 
 
-def entropy(log_likelihoods: Any) -> float:
-    """Of the softmax of `[choices]` log-likelihoods in nats, in bits."""
+def choice_entropy(log_likelihoods: Any) -> float:
+    """Return the entropy of the softmax of `[choices]` log-likelihoods in nats, in bits."""
     return float(special.entr(special.softmax(log_likelihoods)).sum() / np.log(2))
 
 
-def divergence(log_likelihoods: Any, of: Any) -> float:
-    """KL(softmax(`of`) || softmax(`log_likelihoods`)) over the same `[choices]`, in bits."""
+def choice_divergence(log_likelihoods: Any, of: Any) -> float:
+    """Return KL(softmax(`of`) || softmax(`log_likelihoods`)) over the same `[choices]`, in bits."""
     terms = special.rel_entr(special.softmax(of), special.softmax(log_likelihoods))
     return float(terms.sum() / np.log(2))
 
 
 def _answers(samples: pd.DataFrame) -> pd.DataFrame:
-    """One row an answer: several metrics of one answer are told by the first."""
-    told = samples[samples["response"].notna()]
-    return told.drop_duplicates(["candidate", *ITEM])
+    """Keep one row an answer, that of its first metric."""
+    return samples[samples["response"].notna()].drop_duplicates(["candidate", *_ANSWER])
 
 
-def _between(answers: pd.DataFrame, ours: str, reference: str) -> list[dict[str, Any]]:
+def _pair(answers: pd.DataFrame, ours: str, reference: str) -> list[dict[str, Any]]:
     sides = (answers[answers["candidate"] == name] for name in (ours, reference))
-    both = next(sides).merge(next(sides), on=ITEM, suffixes=("", "_base"))
+    both = next(sides).merge(next(sides), on=_ANSWER, suffixes=("", "_base"))
     return [
-        dict(zip(MEASURE, key, strict=True)) | _compared(found)
-        for key, found in both.groupby(MEASURE, dropna=False, sort=False)
+        dict(zip(_QUESTIONS, key, strict=True)) | _figures(pairs)
+        for key, pairs in both.groupby(_QUESTIONS, dropna=False, sort=False)
     ]
 
 
-def _compared(found: pd.DataFrame) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "items": len(found),
-        "same": float((found["response"] == found["response_base"]).mean()),
+def _figures(pairs: pd.DataFrame) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "items": len(pairs),
+        "same": float((pairs["response"] == pairs["response_base"]).mean()),
     }
-    if set(found["score"]) | set(found["score_base"]) <= {0.0, 1.0}:
-        made["lost"] = int((found["score"] < found["score_base"]).sum())
-        made["won"] = int((found["score"] > found["score_base"]).sum())
-    if found[["log_likelihoods", "log_likelihoods_base"]].notna().all(axis=None):
-        pairs = list(zip(found["log_likelihoods"], found["log_likelihoods_base"], strict=True))
-        made["kl"] = float(np.mean([divergence(one, of=other) for one, other in pairs]))
-        made["entropy"] = float(np.mean([entropy(one) for one, _ in pairs]))
-        made["reference_entropy"] = float(np.mean([entropy(other) for _, other in pairs]))
-    if found[["generated_tokens", "generated_tokens_base"]].notna().all(axis=None):
-        made["generated_tokens"] = float(found["generated_tokens"].mean())
-        made["reference_generated_tokens"] = float(found["generated_tokens_base"].mean())
-    return made
+    if set(pairs["score"]) | set(pairs["score_base"]) <= {0.0, 1.0}:
+        figures["lost"] = int((pairs["score"] < pairs["score_base"]).sum())
+        figures["won"] = int((pairs["score"] > pairs["score_base"]).sum())
+    if pairs[["log_likelihoods", "log_likelihoods_base"]].notna().all(axis=None):
+        ours, base = list(pairs["log_likelihoods"]), list(pairs["log_likelihoods_base"])
+        figures["kl"] = float(np.mean([choice_divergence(a, of=b) for a, b in zip(ours, base, strict=True)]))
+        figures["entropy"] = float(np.mean([choice_entropy(a) for a in ours]))
+        figures["reference_entropy"] = float(np.mean([choice_entropy(b) for b in base]))
+    if pairs[["generated_tokens", "generated_tokens_base"]].notna().all(axis=None):
+        figures["generated_tokens"] = float(pairs["generated_tokens"].mean())
+        figures["reference_generated_tokens"] = float(pairs["generated_tokens_base"].mean())
+    return figures

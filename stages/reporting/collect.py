@@ -1,39 +1,43 @@
-"""Reading the results that params name into two tables, in the order params name them.
+"""Read the results that params.yaml names into two tables, in the order of params.yaml.
 
-`data/results/<candidate>/<suite>` holds one evaluation (see `stages.core.tables`). A missing one is a
-mistake of whoever runs the stage by hand, as DVC runs evaluations first.
+`data/results/<candidate>/<suite>` holds one evaluation (see `stages.core.tables`). DVC evaluates before it
+reports, so results are missing only where the stage is run by hand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 
 from stages.core.errors import Refusal
 from stages.core.files import RESULTS
-from stages.core.tables import SAMPLES, SCORES
+from stages.core.tables import MEASURE, SAMPLES, SCORES
 
-KEY = ["suite", "task", "readout", "metric", "difficulty"]
-"""What makes two scores the same measure."""
+KEY = [*MEASURE, "difficulty"]
+"""The columns that make two scores the same measure at the same difficulty."""
+
+Measure: TypeAlias = tuple[Any, ...]
+"""The values of the columns `MEASURE`, None where missing: missing values must be equal, and NaN never is."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """All rows of a comparison: `scores`, one a score; `samples`, one an item; both tidy."""
+    """All rows of a comparison: `scores`, a row a score, and `samples`, a row an item; both tidy."""
 
     scores: pd.DataFrame
     samples: pd.DataFrame
 
     @property
     def candidates(self) -> list[str]:
-        """Candidates in the order of params."""
+        """Candidates in the order of params.yaml."""
         return list(dict.fromkeys(self.scores["candidate"]))
 
     @property
     def suites(self) -> list[str]:
-        """Suites in the order of params."""
+        """Suites in the order of params.yaml."""
         return list(dict.fromkeys(self.scores["suite"]))
 
 
@@ -43,12 +47,12 @@ def collect(
     """Read the tables of exactly `evaluations`, each `<candidate>/<suite>`.
 
     Args:
-        candidates: their order in the tables.
+        candidates: the order of candidates.
         suites: the order of suites within a candidate.
 
     Raises:
-        Refusal: there are no evaluations, or some have no results; every missing one is listed.
-        ValueError: a candidate has two scores of one measure; a bug of the evaluation.
+        Refusal: there are no evaluations, or some have no results; the message lists every missing one.
+        ValueError: a candidate has two scores of one measure, a bug in its evaluation.
     """
     if not evaluations:
         raise Refusal("params.yaml names no suite, so there is nothing to report; add one under suites.")
@@ -59,7 +63,7 @@ def collect(
         listed = "\n".join(f"  - {name}" for name in missing)
         raise Refusal(
             f"{len(missing)} of {len(evaluations)} results that params.yaml names are missing from {root}; "
-            f"`dvc repro` makes them:\n{listed}"
+            f"run `dvc repro` to make them:\n{listed}"
         )
     order = {name: place for place, name in enumerate(f"{c}/{s}" for c in candidates for s in suites)}
     ordered = sorted(evaluations, key=order.__getitem__)
@@ -68,40 +72,58 @@ def collect(
         for file in (SCORES, SAMPLES)
     )
     if (twice := scores[scores.duplicated(["candidate", *KEY])]).size:
-        raise ValueError(f"scores given twice: {twice[['candidate', *KEY]].to_dict('records')}")
+        raise ValueError(f"two scores of one measure: {twice[['candidate', *KEY]].to_dict('records')}")
     return Results(scores, samples)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame as dicts, a missing value as None."""
-    return [
-        {str(name): None if value is pd.NA or value != value else value for name, value in row.items()}
-        for row in frame.to_dict("records")
-    ]
+    """Return the rows of a frame as dicts, None for a missing value and a list for an array."""
+    return [{str(name): _plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return None if value is pd.NA or value != value else value
+
+
+def measure_of(row: Mapping[str, Any]) -> Measure:
+    """Return the measure of a row from `records`."""
+    return tuple(row[column] for column in MEASURE)
+
+
+def by_measure(rows: pd.DataFrame) -> dict[Measure, pd.DataFrame]:
+    """Group rows by measure, in the order in which measures appear."""
+    return {
+        tuple(map(_plain, key)): group for key, group in rows.groupby(list(MEASURE), dropna=False, sort=False)
+    }
 
 
 def is_noise(rows: pd.DataFrame) -> "pd.Series[bool]":
-    """Which rows are of a candidate that is another one at another batch size or in another dtype."""
+    """Mark rows of noise candidates: the weights of another candidate at another batch size or dtype."""
     return rows["candidate"].str.startswith("noise/")
 
 
 def competes(rows: pd.DataFrame) -> "pd.Series[bool]":
-    """Which rows are of a model that competes: no measure of noise, and no responder that knows nothing."""
+    """Mark rows of models that compete, which noise candidates and responders without knowledge do not."""
     return ~rows["candidate"].str.startswith(("noise/", "floor/"))
 
 
-def noise_floor(*tables: pd.DataFrame) -> "pd.Series[float]":
-    """How far each measure of a base moved when only batch size or dtype did, by `base` and `KEY`.
+def noise_by_measure(*tables: pd.DataFrame) -> pd.DataFrame:
+    """Measure how far each score of a base moves when only batch size or dtype changes.
 
-    The largest |difference| of a `noise/` candidate from its source, over all of `tables` (score rows of
-    one revision each).
+    Args:
+        tables: score rows, of one revision each.
+
+    Returns:
+        Columns `base`, those of `KEY`, and `noise`: the largest |difference| between a noise candidate and
+        its source, over all tables.
     """
-    moved = []
+    moves = []
     for scores in tables:
-        noise = scores[is_noise(scores)]
-        source = noise["lineage"].str.split(" > ").str[-2].astype(scores["candidate"].dtype)
-        pairs = noise.assign(candidate=source).merge(
+        noisy = scores[is_noise(scores)]
+        pairs = noisy.assign(candidate=noisy["source"]).merge(
             scores, on=["candidate", "base", *KEY], suffixes=("", "_source")
         )
-        moved.append(pairs.assign(floor=(pairs["value"] - pairs["value_source"]).abs()))
-    return pd.concat(moved).groupby(["base", *KEY], dropna=False)["floor"].max().rename("noise_floor")
+        moves.append(pairs.assign(noise=(pairs["value"] - pairs["value_source"]).abs()))
+    return pd.concat(moves).groupby(["base", *KEY], dropna=False)["noise"].max().reset_index()

@@ -1,4 +1,4 @@
-"""The report as files for other tools: parquet for analysis, JSON and CSV for DVC and the terminal."""
+"""Write the report as files for other tools: parquet for analysis, JSON and CSV for DVC and the terminal."""
 
 import json
 import math
@@ -7,62 +7,57 @@ from typing import Any
 
 import pandas as pd
 
-from stages.reporting.collect import Results, records
+from stages.core.tables import MEASURE
+from stages.reporting.collect import Results, by_measure, measure_of, records
 from stages.reporting.comparison import Comparison
-from stages.reporting.words import family
+from stages.reporting.words import family, labels
 
-SIZES = ["sparsity", "bits", "bits_per_weight", "bytes_ideal", "bytes_on_disk"]
+_SIZES = ["sparsity", "bits", "bits_per_weight", "bytes_ideal", "bytes_on_disk"]
 
 
-def write(folder: Path, results: Results, comparison: Comparison, alike: pd.DataFrame) -> None:
-    """Write results.parquet, samples.parquet, three summaries and the two CSVs of `dvc plots`.
+def write_data(folder: Path, results: Results, comparison: Comparison, agreements: pd.DataFrame) -> None:
+    """Write results.parquet, samples.parquet, three summaries and the two CSV files of `dvc plots`.
 
-    results.parquet has the score rows with all that the comparison adds to them; the summaries are
-    summary.csv, metrics.json and agreement.csv, which is `alike`.
+    results.parquet has the score rows with the columns that the comparison adds; the summaries are
+    summary.csv, metrics.json and agreement.csv, which is `agreements`.
     """
     comparison.rows.to_parquet(folder / "results.parquet", index=False)
     results.samples.to_parquet(folder / "samples.parquet", index=False)
-    summary(comparison).to_csv(folder / "summary.csv", index=False)
-    alike.to_csv(folder / "agreement.csv", index=False)
-    (folder / "metrics.json").write_text(json.dumps(metrics(results.scores), indent=2) + "\n")
+    summarize(comparison).to_csv(folder / "summary.csv", index=False)
+    agreements.to_csv(folder / "agreement.csv", index=False)
+    (folder / "metrics.json").write_text(json.dumps(nested_metrics(results.scores), indent=2) + "\n")
     for axis in ("on_disk", "ideal"):
-        quality(comparison, f"bytes_{axis}").to_csv(folder / f"quality_{axis}.csv", index=False)
+        plotted_perplexities(comparison, f"bytes_{axis}").to_csv(folder / f"quality_{axis}.csv", index=False)
 
 
-def summary(comparison: Comparison) -> pd.DataFrame:
-    """One line a candidate: its sizes and each suite's headline metrics, as `<suite>.<metric>`."""
+def summarize(comparison: Comparison) -> pd.DataFrame:
+    """Return a line a candidate: its sizes and each suite's headline scores, as `<suite>.<label>`."""
     rows = comparison.rows
-    lines = rows.drop_duplicates("candidate").set_index("candidate")[SIZES].copy()
-    for suite, readout, metric in comparison.headlines():
-        chosen = of_measure(rows, suite, readout, metric)
-        lines[f"{suite}.{metric}"] = chosen.set_index("candidate")["value"].reindex(lines.index)
+    lines = rows.drop_duplicates("candidate").set_index("candidate")[_SIZES].copy()
+    scores, label = by_measure(rows[rows["difficulty"] == "all"]), labels(rows)
+    for measure in comparison.headlines():
+        suite = measure[MEASURE.index("suite")]
+        values = scores[measure].set_index("candidate")["value"]
+        lines[f"{suite}.{label[measure]}"] = values.reindex(lines.index)
     return lines.reset_index()
 
 
-def of_measure(rows: pd.DataFrame, suite: str, readout: str, metric: str) -> pd.DataFrame:
-    """The overall scores of one measure, one row a candidate."""
-    named = (rows["suite"] == suite) & (rows["readout"] == readout) & (rows["metric"] == metric)
-    return rows[named & (rows["difficulty"] == "all")]
-
-
-def metrics(scores: pd.DataFrame) -> dict[str, Any]:
-    """Overall scores as `{candidate: {suite: {metric: value}}}`."""
+def nested_metrics(scores: pd.DataFrame) -> dict[str, Any]:
+    """Return the overall scores as `{candidate: {suite: {label: value}}}`, null where not finite."""
+    label = labels(scores)
     nested: dict[str, Any] = {}
     for row in records(scores[scores["difficulty"] == "all"]):
-        suite = nested.setdefault(str(row["candidate"]), {}).setdefault(str(row["suite"]), {})
-        value = row["value"]  # JSON knows neither NaN nor infinity
-        suite[str(row["metric"])] = value if value is not None and math.isfinite(value) else None
+        suite = nested.setdefault(row["candidate"], {}).setdefault(row["suite"], {})
+        value = row["value"]  # JSON has neither NaN nor infinity
+        suite[label[measure_of(row)]] = value if value is not None and math.isfinite(value) else None
     return nested
 
 
-def quality(comparison: Comparison, size: str) -> pd.DataFrame:
-    """Perplexity of each text suite against `size` in megabytes (10^6 bytes), a row a candidate and suite.
-
-    A perplexity that is no finite number has no place on a plot.
-    """
+def plotted_perplexities(comparison: Comparison, size: str) -> pd.DataFrame:
+    """Return finite perplexities against `size` in megabytes (10^6 bytes), a row a candidate and suite."""
     rows, _ = comparison.perplexities
-    made = rows[["candidate", "suite"]].copy()
-    made["family"] = [family(row) for row in records(rows)]
-    made["megabytes"] = rows[size].astype("float64") / 1e6
-    made["perplexity"] = rows["value"]
-    return made.sort_values(["suite", "megabytes", "candidate"], kind="stable")
+    points = rows[["candidate", "suite"]].copy()
+    points["family"] = [family(row) for row in records(rows)]
+    points["megabytes"] = rows[size].astype("float64") / 1e6
+    points["perplexity"] = rows["value"]
+    return points.sort_values(["suite", "megabytes", "candidate"], kind="stable")

@@ -1,8 +1,8 @@
-"""The two pictures: quality against size, and accuracy by difficulty.
+"""Draw the two figures: quality against size, and accuracy by difficulty.
 
-Colours are Okabe and Ito's, told apart by colour-blind eyes, and every family has a marker of its own as
-well. Sizes are drawn twice because they disagree: unstructured zeros make a model ideally smaller and its
-file not at all. The same rows give the same bytes: no date, no random ids.
+Colours are Okabe and Ito's, which colour-blind eyes can tell apart, and every family has its own marker as
+well. Both sizes are drawn because they disagree: unstructured zeros shrink a model's ideal size but not its
+file. The same rows give the same bytes: no date, no random ids.
 """
 
 import io
@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 from matplotlib import rc_context
@@ -22,50 +22,48 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from stages.reporting.collect import records
+from stages.reporting.collect import measure_of, records
 from stages.reporting.comparison import Comparison
 from stages.reporting.statistics.pareto import contenders, frontier
 from stages.reporting.words import FAMILIES, family, short
 
-COLOURS = dict(zip(FAMILIES, ("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
-MARKERS = dict(zip(FAMILIES, ("*", "o", "s", "P", "^"), strict=True))
-READOUTS = {"likelihood": ("#0072B2", "o"), "generation": ("#D55E00", "s")}
-SIZES = {"bytes_on_disk": "size on disk, MB", "bytes_ideal": "ideal size, MB"}
-STYLE = {"svg.hashsalt": "prunequant", "svg.fonttype": "path", "font.size": 9, "text.parse_math": False}
-Box = tuple[float, float, float, float]
-OFFSETS = [(dx, dy) for dy in (0, 12, -12, 24, -24, 36, -36, 48, -48, 64, -64) for dx in (8, -8, 20, -20)]
+_COLOURS = dict(zip(FAMILIES, ("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
+_MARKERS = dict(zip(FAMILIES, ("*", "o", "s", "P", "^"), strict=True))
+_READOUTS = {"likelihood": ("#0072B2", "o"), "generation": ("#D55E00", "s")}
+_SIZES = {"bytes_on_disk": "size on disk", "bytes_ideal": "ideal size"}
+_STYLE = {"svg.hashsalt": "prunequant", "svg.fonttype": "path", "font.size": 9, "text.parse_math": False}
+_OFFSETS = [(dx, dy) for dy in (0, 12, -12, 24, -24, 36, -36, 48, -48, 64, -64) for dx in (8, -8, 20, -20)]
 """Where a label may stand, in points from its marker, the nearest first."""
+_Box: TypeAlias = tuple[float, float, float, float]
+"""Left, bottom, right and top, in pixels."""
 
 
-def quality(comparison: Comparison) -> Figure | None:
-    """Perplexity (log axis) against size on disk and ideal size, a row a text suite; None without one.
-
-    A perplexity that is no finite number has no place on it.
-    """
+def draw_quality(comparison: Comparison) -> Figure | None:
+    """Draw finite perplexities (log axis) against both sizes, a row a text suite; None without any."""
     rows, _ = comparison.perplexities
     suites = list(dict.fromkeys(rows["suite"]))
     if not suites:
         return None
-    with rc_context(STYLE):
+    with rc_context(_STYLE):
         figure = Figure(figsize=(11, 0.7 + 4.1 * len(suites)), layout="constrained")
-        grid = figure.subplots(len(suites), len(SIZES), squeeze=False, sharey="row")
+        grid = figure.subplots(len(suites), len(_SIZES), squeeze=False, sharey="row")
         for suite, pair in zip(suites, grid, strict=True):
-            for axis, (column, label) in zip(pair, SIZES.items(), strict=True):
+            for axis, (column, label) in zip(pair, _SIZES.items(), strict=True):
                 _points(axis, rows[rows["suite"] == suite], column)
-                axis.set(xlabel=label, title=f"{suite}: perplexity against {label.split(',')[0]}")
+                axis.set(xlabel=f"{label}, MB", title=f"{suite}: perplexity against {label}")
             pair[0].set_ylabel("perplexity (log axis, lower is better)")
         present = {family(row) for row in records(rows)}
         handles = [
-            Line2D([], [], color=COLOURS[f], marker=MARKERS[f], linestyle="", markersize=8, label=f)
+            Line2D([], [], color=_COLOURS[f], marker=_MARKERS[f], linestyle="", markersize=8, label=f)
             for f in FAMILIES
             if f in present
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
         renderer = FigureCanvasAgg(figure).get_renderer()
-        figure.draw_without_rendering()  # labels are placed by where the layout put the points
+        figure.draw_without_rendering()  # labels are placed around points where the layout has put them
         figure.set_layout_engine("none")
         for suite, pair in zip(suites, grid, strict=True):
-            for axis, column in zip(pair, SIZES, strict=True):
+            for axis, column in zip(pair, _SIZES, strict=True):
                 chosen = rows[rows["suite"] == suite]
                 points = list(zip(chosen[column].astype(float) / 1e6, chosen["value"], strict=True))
                 _labels(axis, points, [short(name) for name in chosen["candidate"]], renderer)
@@ -84,16 +82,16 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
         if kind == "dense":
             axis.axhline(row["value"], color="#777777", linestyle="--", linewidth=1, zorder=1)
         axis.plot(
-            row[column] / 1e6, row["value"], marker=MARKERS[kind], color=COLOURS[kind],
+            row[column] / 1e6, row["value"], marker=_MARKERS[kind], color=_COLOURS[kind],
             markersize=14 if kind == "dense" else 9, linestyle="", zorder=3,
-            markerfacecolor=COLOURS[kind] if chosen else "white",
-            markeredgecolor="white" if chosen else COLOURS[kind], markeredgewidth=0.7 if chosen else 1.2,
+            markerfacecolor=_COLOURS[kind] if chosen else "white",
+            markeredgecolor="white" if chosen else _COLOURS[kind], markeredgewidth=0.7 if chosen else 1.2,
         )  # fmt: skip
     axis.margins(x=0.22, y=0)
     low, high = rows["value"].min(), rows["value"].max()
     room = max((high / low) ** 0.16, 1.02)
     axis.set_ylim(low / room, min(float(high) * float(room), sys.float_info.max))
-    # A log axis labels decades; a narrow one has none, and takes the round numbers of a linear axis.
+    # A log axis labels decades; a narrow range has none, so it gets the round numbers of a linear axis.
     steps = range(1, 10) if high < 8 * low else (1, 2, 5)
     axis.yaxis.set_major_locator(MaxNLocator(5) if high < 2 * low else LogLocator(subs=steps))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
@@ -101,7 +99,7 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
 
 
 def _nats(row: Mapping[str, Any]) -> tuple[float, float]:
-    """The interval of a perplexity's logarithm, paired with its base's; everything where it is not known."""
+    """Return the interval of a perplexity's logarithm, paired with its base's; unbounded where unknown."""
     if row["reference"] is None:
         known = row["candidate"] == f"base/{row['base']}"
         return (math.log(row["value"]),) * 2 if known else (-math.inf, math.inf)
@@ -114,7 +112,7 @@ def _nats(row: Mapping[str, Any]) -> tuple[float, float]:
 def _labels(
     axis: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], renderer: RendererAgg
 ) -> None:
-    """Write each name near its point, where it covers least of other names and points, with a leader."""
+    """Write each name near its point where it covers least of the others, with a line to a distant one."""
     scale = axis.figure.dpi / 72
     frame = axis.get_window_extent(renderer).extents
     pixels = axis.transData.transform(points)
@@ -124,13 +122,13 @@ def _labels(
         probe = axis.text(*point, name, fontsize=8)
         extent = probe.get_window_extent(renderer)
         probe.remove()
-        boxes = [_box(x + dx * scale, y + dy * scale, extent, dx < 0) for dx, dy in OFFSETS]
+        boxes = [_box(x + dx * scale, y + dy * scale, extent, dx < 0) for dx, dy in _OFFSETS]
         costs = [
             sum(_shared(box, other) for other in taken) + 3 * (_area(box) - _shared(box, frame)) + place
             for place, box in enumerate(boxes)
         ]
         best = costs.index(min(costs))
-        dx, dy = OFFSETS[best]
+        dx, dy = _OFFSETS[best]
         line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
         axis.annotate(
             name, point, (dx, dy), textcoords="offset points", fontsize=8, va="center",
@@ -140,34 +138,33 @@ def _labels(
         taken.append(boxes[best])
 
 
-def _box(x: float, y: float, extent: Bbox, leftwards: bool) -> Box:
-    """Where a text of `extent` lies whose left (or right) end is at x and whose middle is at y."""
+def _box(x: float, y: float, extent: Bbox, leftwards: bool) -> _Box:
+    """Return the box of a text of `extent` whose left (or right) end is at x and whose middle is at y."""
     left = x - extent.width if leftwards else x
     return left, y - extent.height / 2, left + extent.width, y + extent.height / 2
 
 
-def _area(box: Box) -> float:
+def _area(box: _Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _shared(one: Box, other: Box) -> float:
-    """Area that two boxes share, in square pixels."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
+def _shared(box: _Box, other: _Box) -> float:
+    """Return the area that two boxes share, in square pixels."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
     return max(0.0, width) * max(0.0, height)
 
 
-def difficulty(comparison: Comparison) -> Figure | None:
-    """Accuracy by difficulty, a panel a candidate, both readouts, floor drawn; None without levels."""
-    rows = comparison.competitors
-    rows = rows[rows["difficulty"] != "all"]
+def draw_difficulty(comparison: Comparison) -> Figure | None:
+    """Draw headline scores by difficulty, a panel a candidate, with floors; None without levels."""
+    rows = _leveled(comparison)
     panels = list(dict.fromkeys(zip(rows["suite"], rows["candidate"], strict=True)))
     if not panels:
         return None
     columns = min(5, len(panels))
     lines = -(-len(panels) // columns)
     height = 0.7 + 0.22 * rows["difficulty"].nunique()
-    with rc_context(STYLE):
+    with rc_context(_STYLE):
         figure = Figure(figsize=(1.9 * columns + 1.6, height * lines + 0.7), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
         several = rows["suite"].nunique() > 1
@@ -182,7 +179,7 @@ def difficulty(comparison: Comparison) -> Figure | None:
         grid[0].invert_yaxis()  # the easiest on top
         handles = [
             Line2D([], [], color=colour, marker=marker, markersize=4, label=readout)
-            for readout, (colour, marker) in READOUTS.items()
+            for readout, (colour, marker) in _READOUTS.items()
             if readout in set(rows["readout"])
         ]
         handles += [
@@ -193,10 +190,18 @@ def difficulty(comparison: Comparison) -> Figure | None:
         return figure
 
 
+def _leveled(comparison: Comparison) -> pd.DataFrame:
+    """Return competitors' scores at single levels, of the headline of each suite and readout."""
+    rows = comparison.competitors
+    rows = rows[(rows["difficulty"] != "all") & rows["readout"].isin(_READOUTS)]
+    headlines = comparison.headlines()
+    return rows.loc[[measure_of(row) in headlines for row in records(rows)]]
+
+
 def _levels(axis: Axes, rows: pd.DataFrame) -> None:
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.set(xlim=(-0.05, 1.05), xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0", "", ".5", "", "1"))
-    for readout, (colour, marker) in READOUTS.items():
+    for readout, (colour, marker) in _READOUTS.items():
         chosen = rows[rows["readout"] == readout]
         axis.plot(chosen["reference_value"], chosen["difficulty"], color=colour, alpha=0.4, linewidth=1)
         axis.errorbar(
@@ -207,18 +212,18 @@ def _levels(axis: Axes, rows: pd.DataFrame) -> None:
             axis.axvline(floor, color=colour, linestyle=":", linewidth=1)
 
 
-def write(figure: Figure, stem: Path) -> str:
+def save_figure(figure: Figure, stem: Path) -> str:
     """Write `<stem>.svg` and `<stem>.png`, the same bytes for the same figure, and return the SVG."""
-    text = svg(figure)
+    text = _svg(figure)
     stem.with_suffix(".svg").write_text(text)
-    with rc_context(STYLE):
+    with rc_context(_STYLE):
         figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
     return text
 
 
-def svg(figure: Figure) -> str:
-    """The figure as SVG without date, generator or comments (matplotlib writes every text as one too)."""
+def _svg(figure: Figure) -> str:
+    """Return the figure as SVG without date, generator or comments (matplotlib repeats each text in one)."""
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with rc_context(STYLE), io.StringIO() as buffer:
+    with rc_context(_STYLE), io.StringIO() as buffer:
         figure.savefig(buffer, format="svg", metadata=nothing)
         return re.sub(r"<!--.*?-->\n?", "", buffer.getvalue(), flags=re.DOTALL)

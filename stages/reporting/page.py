@@ -1,9 +1,9 @@
-"""The page: everything a reader needs to judge the comparison, in one file that fetches nothing."""
+"""Render the page: all that a reader needs to judge the comparison, in a single file that fetches nothing."""
 
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -11,30 +11,30 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from stages.core.identity import beside
+from stages.core.tables import MEASURE
 from stages.reporting import words
-from stages.reporting.collect import KEY, Results, competes, records
+from stages.reporting.collect import Measure, Results, by_measure, competes, measure_of, records
 from stages.reporting.comparison import Comparison
-from stages.reporting.export import of_measure
 from stages.reporting.scope import Scope
 
-FLIPS_SHOWN = 8
-"""Changed answers written out a candidate; samples.parquet has all."""
-ANSWER_SHOWN = 80
-"""Characters of an answer that are written out."""
+_FLIPS_SHOWN = 8
+"""Changed answers shown for each candidate; samples.parquet has all."""
+_ANSWER_SHOWN = 80
+"""Characters shown of an answer."""
 
 
 def render(
     scope: Scope,
     results: Results,
     comparison: Comparison,
-    alike: pd.DataFrame,
+    agreements: pd.DataFrame,
     pictures: Mapping[str, str],
 ) -> str:
-    """The page's HTML; every number on it is from the rows, every word of a model is escaped.
+    """Return the page's HTML; every number comes from the rows, and text written by models is escaped.
 
     Args:
-        alike: what `stages.reporting.agreement` found.
-        pictures: SVG of the figures there are, by name.
+        agreements: the table of `stages.reporting.agreement`.
+        pictures: the figures as SVG, by name.
     """
     environment = Environment(
         loader=FileSystemLoader(beside(__file__, "page.html").parent),
@@ -47,20 +47,31 @@ def render(
         name: getattr(words, name)
         for name in ("number", "score", "signed", "chance", "size", "short", "share")
     }
-    rows = comparison.rows
-    competing = comparison.competitors
-    one_a_candidate = records(competing.drop_duplicates("candidate"))
+    rows, competing, noise = comparison.rows, comparison.competitors, comparison.noise
+    label = words.labels(rows)
     suites = list(dict.fromkeys(competing["suite"]))
+    measures = {
+        measure: _measure(scope, label[measure], scores)
+        for measure, scores in by_measure(competing[competing["difficulty"] == "all"]).items()
+    }
     return environment.get_template("page.html").render(
-        bases=[_base(scope, found) for _, found in rows.groupby("base", sort=False)],
-        candidates=[_candidate(scope, row, suites) for row in one_a_candidate],
-        suites=[_suite(rows[rows["suite"] == suite]) for suite in suites],
-        headlines=[_measure(scope, competing, *measure) for measure in comparison.headlines()],
-        measures=[_measure(scope, competing, *measure) for measure in _measures(competing)],
-        noise=records(comparison.noise[comparison.noise["difficulty"] == "all"]),
-        floors=records(rows[rows["candidate"].str.startswith("floor/") & (rows["difficulty"] == "all")]),
-        difficulty=[_difficulty(scope, found) for _, found in _graded(competing)],
-        agreement=records(alike),
+        bases=[_base(scope, group) for _, group in rows.groupby("base", sort=False)],
+        candidates=[
+            _candidate(scope, row, suites) for row in records(competing.drop_duplicates("candidate"))
+        ],
+        suites=[_suite(rows[rows["suite"] == suite], label) for suite in suites],
+        headlines=[measures[measure] for measure in comparison.headlines() if measure in measures],
+        measures=list(measures.values()),
+        noise=_labelled(noise[noise["difficulty"] == "all"], label),
+        floors=_labelled(
+            rows[rows["candidate"].str.startswith("floor/") & (rows["difficulty"] == "all")], label
+        ),
+        difficulty=[
+            _difficulty(scope, label[measure], scores)
+            for measure, scores in by_measure(competing).items()
+            if scores["difficulty"].nunique() > 1
+        ],
+        agreement=records(agreements),
         flips=_flips(results, comparison),
         compared=[
             int(competing[part]["family"].max())
@@ -69,45 +80,48 @@ def render(
         ],
         undrawn=records(comparison.perplexities[1]),
         figures={stem: _inline(picture) for stem, picture in pictures.items()},
-        facts={name: _distinct(rows, name) for name in ("dtype", "device", "threads", "seed")},
-        shown=(FLIPS_SHOWN, ANSWER_SHOWN),
+        facts={name: _listed(rows[name]) for name in ("dtype", "device", "threads", "seed")},
+        shown=(_FLIPS_SHOWN, _ANSWER_SHOWN),
     )
 
 
-def _distinct(rows: pd.DataFrame, name: str) -> str:
-    return ", ".join(str(value) for value in rows[name].dropna().unique())
+def _listed(values: "pd.Series[Any]") -> str:
+    return ", ".join(str(value) for value in values.dropna().unique())
+
+
+def _labelled(rows: pd.DataFrame, label: Mapping[Measure, str]) -> list[dict[str, Any]]:
+    return [row | {"label": label[measure_of(row)]} for row in records(rows)]
 
 
 def _base(scope: Scope, rows: pd.DataFrame) -> dict[str, Any]:
-    name = str(rows["base"].iloc[0])
+    first = records(rows.head(1))[0]
+    model = scope.models[first["base"]]
     return {
-        "name": name,
-        "source": words.source(str(rows["base_source"].iloc[0])),
-        "file": getattr(scope.models[name], "file", None),
-        "sha256": scope.models[name].sha256,
-        "grid": rows["base_grid"].iloc[0],
-        "parameters": int(rows["num_parameters"].iloc[0]),
-        "evaluated": f"base/{name}" in set(rows["candidate"]),
+        "name": first["base"],
+        "source": words.source(first["base_source"]),
+        "file": getattr(model, "file", None),
+        "sha256": model.sha256,
+        "grid": first["base_grid"],
+        "parameters": first["num_parameters"],
+        "evaluated": f"base/{first['base']}" in set(rows["candidate"]),
     }
 
 
-def _candidate(scope: Scope, row: Mapping[str, Any], suites: list[str]) -> dict[str, Any]:
+def _candidate(scope: Scope, row: Mapping[str, Any], suites: Iterable[str]) -> dict[str, Any]:
     recipes = scope.recipes
-    lineage = row["lineage"].split(" > ")
     return {
         **row,
         "family": words.family(row),
         "steps": [
-            (step, _flow(recipes[step].model_dump(mode="json"))) for step in lineage if step in recipes
+            (step, _flow(recipes[step].model_dump(mode="json"))) for step in row["lineage"] if step in recipes
         ],
-        "path": lineage,
         "on_grid": _marks(row, scope)["on_grid"],
         "read": [name for name in scope.learned_from.get(row["candidate"], ()) if name in suites],
     }
 
 
 def _flow(value: Any) -> str:
-    """A recipe as it may stand in params.yaml: YAML in one line."""
+    """Format a recipe as a line of YAML, as it may stand in params.yaml."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
@@ -115,37 +129,29 @@ def _flow(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _suite(rows: pd.DataFrame) -> dict[str, Any]:
+def _suite(rows: pd.DataFrame, label: Mapping[Measure, str]) -> dict[str, Any]:
     whole = rows[rows["difficulty"] == "all"]
     return {
         "name": rows["suite"].iloc[0],
         "source": words.source(str(rows["dataset_source"].iloc[0])),
-        "items": _distinct(whole, "num_items"),
-        "prompts": _distinct(whole[["prompt_hash"]].dropna().map(lambda value: value[:12]), "prompt_hash"),
-        **{
-            name: _distinct(whole, name)
-            for name in ("task_version", "template", "shots", "readout", "metric")
-        },
-        "batch_size": _distinct(whole[competes(whole)], "batch_size"),
+        "items": _listed(whole["num_items"]),
+        "prompts": _listed(whole["prompt_hash"].str[:12]),
+        **{name: _listed(whole[name]) for name in ("task_version", "template", "shots", "readout")},
+        "metrics": "; ".join(label[measure] for measure in by_measure(whole)),
+        "batch_size": _listed(whole[competes(whole)]["batch_size"]),
     }
 
 
-def _measures(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
-    whole = rows[rows["difficulty"] == "all"]
-    return list(dict.fromkeys(zip(whole["suite"], whole["readout"], whole["metric"], strict=True)))
-
-
-def _measure(scope: Scope, rows: pd.DataFrame, suite: str, readout: str, metric: str) -> dict[str, Any]:
-    chosen = [row | _marks(row, scope) for row in records(of_measure(rows, suite, readout, metric))]
+def _measure(scope: Scope, label: str, rows: pd.DataFrame) -> dict[str, Any]:
+    chosen = [row | _marks(row, scope) for row in records(rows)]
     for row in chosen:
-        nats = metric == "perplexity" and row["low"] is not None
+        nats = row["metric"] == "perplexity" and row["low"] is not None
         row["ratio"] = (_exp(row["low"]), _exp(row["high"])) if nats else None
+    first = chosen[0]
     return {
-        "suite": suite,
-        "readout": readout,
-        "metric": metric,
-        "higher": bool(chosen[0]["higher_is_better"]),
-        "floor": chosen[0]["floor"],
+        **{name: first[name] for name in (*MEASURE, "floor")},
+        "label": label,
+        "higher": bool(first["higher_is_better"]),
         "rows": chosen,
         "by_candidate": {row["candidate"]: row for row in chosen},
     }
@@ -156,54 +162,48 @@ def _exp(nats: float) -> float:
 
 
 def _marks(row: Mapping[str, Any], scope: Scope) -> dict[str, bool]:
-    """Whether a score is flattered by the grid of the base, and whether by its own domain."""
+    """Return whether the base's grid flatters a score, and whether text of the suite's own domain does."""
     return {
         "in_domain": row["suite"] in scope.learned_from.get(row["candidate"], ()),
-        "on_grid": row["base_grid"] != "none" and row["quantize_method"] is not None,
+        "on_grid": row["base_grid"] is not None and row["quantize_method"] is not None,
     }
 
 
-def _graded(rows: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
-    leveled = rows.groupby(KEY[:-1], sort=False)
-    return [(key, found) for key, found in leveled if found["difficulty"].nunique() > 1]
-
-
-def _difficulty(scope: Scope, rows: pd.DataFrame) -> dict[str, Any]:
+def _difficulty(scope: Scope, label: str, rows: pd.DataFrame) -> dict[str, Any]:
     levels = [level for level in dict.fromkeys(rows["difficulty"]) if level != "all"]
+    scores = records(rows)
     cells: dict[str, dict[str, Any]] = {}
-    found = records(rows)
-    for row in found:
+    for row in scores:
         cells.setdefault(row["candidate"], {})[row["difficulty"]] = row
-    first = rows.iloc[0]
     return {
-        "suite": first["suite"], "readout": first["readout"], "metric": first["metric"],
-        "floor": None if pd.isna(first["floor"]) else float(first["floor"]),
-        "levels": [*levels, "all"], "cells": cells,
-        "about": {row["candidate"]: _marks(row, scope) for row in found},
-    }  # fmt: skip
+        **{name: scores[0][name] for name in (*MEASURE, "floor")},
+        "label": label,
+        "levels": [*levels, "all"],
+        "cells": cells,
+        "about": {row["candidate"]: _marks(row, scope) for row in scores},
+    }
 
 
 def _flips(results: Results, comparison: Comparison) -> list[dict[str, Any]]:
-    """Generated answers whose score differs from the dense base's, the first few of each candidate."""
+    """Return generated answers whose score differs from the dense base's, the first few of each candidate."""
     references = comparison.competitors.dropna(subset=["reference"])
     pairs = references.drop_duplicates("candidate")[["candidate", "reference"]].to_numpy().tolist()
     samples = results.samples
     generated = samples[(samples["readout"] == "generation") & samples["response"].notna()]
-    keys = ["suite", "task", "metric", "doc_id", "draw", "prompt_hash"]
-    found = []
+    flips = []
     for candidate, reference in pairs:
         ours, base = (generated[generated["candidate"] == name] for name in (candidate, reference))
-        both = ours.merge(base, on=keys, suffixes=("", "_base"))
+        both = ours.merge(base, on=[*MEASURE, "doc_id", "draw", "prompt_hash"], suffixes=("", "_base"))
         changed = both[both["score"] != both["score_base"]]
         if len(changed):
-            shown = records(changed.head(FLIPS_SHOWN))
-            found.append({"candidate": candidate, "count": len(changed), "rows": shown})
-    return found
+            shown = records(changed.head(_FLIPS_SHOWN))
+            flips.append({"candidate": candidate, "count": len(changed), "rows": shown})
+    return flips
 
 
 def _inline(picture: str) -> Markup:
-    """An SVG file as an element of the page: no prologue, and no ids but those it refers to itself."""
+    """Return an SVG file as an element of the page, without its prologue and without unused ids."""
     text = picture[picture.index("<svg") :]
     referred = set(re.findall(r"#([\w-]+)", text))
-    text = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in referred else "", text)
+    text = re.sub(r' id="([\w-]+)"', lambda match: match[0] if match[1] in referred else "", text)
     return Markup(text)

@@ -1,4 +1,4 @@
-"""What a report compares, as params name it."""
+"""The scope of a report: which results it compares, and the recipes behind them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scope:
-    """The results there must be, and where their candidates come from.
+    """The results that must exist, and the origin of their candidates.
 
-    They are read from params and never from what lies in `data/results`: a recipe taken out of params leaves its
-    results behind, and these are not part of the comparison.
+    It comes from params.yaml and never from the files in `data/results`: a recipe that is removed from
+    params.yaml leaves its results behind, and they are no part of the comparison.
     """
 
     evaluations: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""How rows are said: families of methods, short names, and numbers with the digits that matter."""
+"""Put rows into words: labels of measures, families of methods, short names, and numbers."""
 
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -6,12 +6,40 @@ from typing import Any
 
 import pandas as pd
 
+from stages.core.tables import MEASURE
+from stages.reporting.collect import Measure, measure_of, records
+
 FAMILIES = ("dense", "pruned", "quantized", "pruned and quantized", "recovered")
 MINUS = "\N{MINUS SIGN}"
 
 
+def labels(scores: pd.DataFrame) -> dict[Measure, str]:
+    """Label every measure in `scores`, such as `pass@4, budget 512`, uniquely within its suite.
+
+    A label has the metric, the budget, and whichever other columns tell measures of this metric in the
+    suite apart.
+    """
+    namesakes: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in records(scores[list(MEASURE)].drop_duplicates()):
+        namesakes.setdefault((row["suite"], row["metric"]), []).append(row)
+    return {
+        measure_of(row): _label(row, [name for name in MEASURE if len({other[name] for other in rows}) > 1])
+        for rows in namesakes.values()
+        for row in rows
+    }
+
+
+def _label(row: Mapping[str, Any], differing: list[str]) -> str:
+    named = {name: row[name] for name in differing if row[name] is not None}
+    parts = [f"{row['metric']} of {named['counted']}" if "counted" in named else row["metric"]]
+    parts += [named[name] for name in ("filter", "readout", "task") if name in named]
+    if row["budget"] is not None:
+        parts.append(f"budget {row['budget']}")
+    return ", ".join(parts)
+
+
 def family(row: Mapping[str, Any]) -> str:
-    """What was done to the model of a score row, one of FAMILIES; a fine-tuned one is `recovered`."""
+    """Return what was done to a score row's model, one of `FAMILIES`; a fine-tuned model is `recovered`."""
     pruned, quantized, tuned = (
         not pd.isna(row[f"{stage}_method"]) for stage in ("prune", "quantize", "finetune")
     )
@@ -19,46 +47,46 @@ def family(row: Mapping[str, Any]) -> str:
 
 
 def short(candidate: str) -> str:
-    """A candidate's recipe without its stage."""
-    return candidate.split("/", 1)[1]
+    """Return a candidate's recipe without its stage."""
+    return PurePath(candidate).name
 
 
 def source(text: str) -> str:
-    """A source as named in params, a local path by its last part alone."""
+    """Return a source as params.yaml has it, but only the last part of a local path."""
     return f"path:{PurePath(text).name}" if text.startswith("path:") else text
 
 
 def number(value: float | None, metric: str = "") -> str:
-    """A score: three decimals, two of a perplexity above 0.1, none above 1000; a dash if missing."""
+    """Format a score: three decimals, for perplexities two from 0.1 and none from 1000; a dash if missing."""
     if value is None or pd.isna(value):
         return "–"
     size = abs(value)
     digits = 3 if metric != "perplexity" or size < 0.1 else 2 if size < 1000 else 0
-    said = f"{value:,.{digits}f}"
-    return said.replace("-", MINUS) if float(said.replace(",", "")) else said.removeprefix("-")
+    text = f"{value:,.{digits}f}"
+    return text.replace("-", MINUS) if float(text.replace(",", "")) else text.removeprefix("-")
 
 
 def score(value: float | None, metric: str = "") -> str:
-    """A score that was measured, as `number` says it, where a missing one came out as no number."""
+    """Format a measured score as `number` does, but a missing one, which came out as no number, as NaN."""
     return "NaN" if value is None else number(value, metric)
 
 
 def signed(value: float, metric: str = "") -> str:
-    """A difference with its sign, rounded as `number` does."""
-    said = number(value, metric)
-    return said if said.startswith(MINUS) else f"+{said}"
+    """Format a difference as `number` does, with its sign."""
+    text = number(value, metric)
+    return text if text.startswith(MINUS) else f"+{text}"
 
 
 def chance(p: float) -> str:
-    """A p-value."""
+    """Format a p-value."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def share(value: float) -> str:
-    """A share in percent."""
+    """Format a share in percent."""
     return f"{round(100 * value):,} %".replace("-", MINUS)
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units."""
+    """Format bytes in decimal units."""
     return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -1,4 +1,4 @@
-"""What `prunequant diff` says of two revisions, and what it can say without the cache."""
+"""`prunequant diff` between two revisions, with and without the cache."""
 
 import json
 
@@ -8,108 +8,151 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from flows import diff, tensors
-from flows.show import show
-from stages.core.tables import SAMPLE_COLUMNS, SCORE_COLUMNS, table
+from flows import diff
+from flows.revisions import Revision
+from flows.show import show_diff
+from flows.tensors import compare_tensors
+from stages.core import tables
 from stages.reporting.collect import Results
 from tests import finished as sweep
 from tests import project
+from tests.results import of_items, together
 
 MODEL = "data/models/quantize/gptq-w4g32"
-MEASURE = {"suite": "s", "task": "t", "readout": "generation", "difficulty": "all", "metric": "exact_match"}
+CANDIDATES = {"m": "base/m", "again": "noise/again", "w": "prune/w"}
+GENERATED = {"readout": "generation", "metric": "exact_match"}
 
 
-def scores(**values: float) -> pd.DataFrame:
-    """Scores of `base/m` and the others, by the last part of their name."""
-    names = {"m": "base/m", "again": "noise/again", "w": "prune/w"}
-    rows = [
-        {**MEASURE, "candidate": names[key], "value": value,
-         "base": "m", "higher_is_better": True,
-         "lineage": "base/m" if key == "m" else f"base/m > {names[key]}"}
-        for key, value in values.items()
-    ]  # fmt: skip
-    return table(rows, SCORE_COLUMNS)
+def results(values: dict[str, float], items: dict[str, list[float]] | None = None) -> Results:
+    """Return scores by candidate, and items answered right (1) or wrong (0), which need not match them."""
+    scores, samples = (
+        of_items({CANDIDATES[name]: row for name, row in rows.items()}, **GENERATED)
+        for rows in ({name: [value] for name, value in values.items()}, items or {"m": [1.0]})
+    )
+    return Results(scores.scores, samples.samples)
 
 
-def samples(*rightness: float, target: str | None = "7") -> pd.DataFrame:
-    """One item each, answered right (1) or wrong (0)."""
-    rows = [
-        {**MEASURE, "candidate": "base/m", "doc_id": i, "prompt_hash": f"h{i}", "target": target,
-         "response": f"r{score}", "score": score}
-        for i, score in enumerate(rightness)
-    ]  # fmt: skip
-    return table(rows, SAMPLE_COLUMNS)
+def samples(*rightness: float, **columns: object) -> pd.DataFrame:
+    """Return items of `base/m`, answered right (1) or wrong (0)."""
+    return of_items({"base/m": list(rightness)}, **GENERATED).samples.assign(**columns)
 
 
 def test_params_are_compared_by_key():
     old = {"a": {"b": 1, "gone": 2}, "same": [1]}
     new = {"a": {"b": 1.5}, "same": [1], "new": {"c": "x"}}
-    assert list(diff.params(old, new)) == [
+    assert list(diff.param_changes(old, new)) == [
         {"key": "a.b", "old": 1, "new": 1.5},
         {"key": "a.gone", "old": 2, "new": None},
         {"key": "new.c", "old": None, "new": "x"},
     ]
 
 
-def items(candidate: str, *rightness: float) -> pd.DataFrame:
-    """One item each of `candidate`, answered right (1) or wrong (0)."""
-    return samples(*rightness).assign(candidate=candidate)
-
-
-def results(table: pd.DataFrame, *answers: pd.DataFrame) -> Results:
-    return Results(table, pd.concat(answers) if answers else samples())
-
-
 @pytest.mark.parametrize(
     ("new", "right", "verdict"),
     [
-        (0.58, [1.0] * 58 + [0.0] * 42, "within noise"),  # inside the floor
+        (0.58, [1.0] * 58 + [0.0] * 42, "within noise"),  # no more than noise
         (0.7, [0.0, 1.0] * 10, "within noise"),  # outside, and as many items lost as won
         (0.9, [1.0] * 90 + [0.0] * 10, "better"),
         (0.1, [0.0] * 90 + [1.0] * 10, "worse"),
     ],
 )
-def test_a_changed_score_stands_beside_its_noise_floor_and_verdict(new, right, verdict):
+def test_a_changed_score_stands_beside_its_noise_and_verdict(new, right, verdict):
     before = [1.0, 0.0] * (len(right) // 2)
-    old = results(scores(m=0.5, again=0.6, w=0.5), items("prune/w", *before))
-    (row,) = diff.score_changes(old, results(scores(m=0.5, again=0.6, w=new), items("prune/w", *right)))
+    old = results({"m": 0.5, "again": 0.6, "w": 0.5}, {"w": before})
+    (row,) = diff.score_changes(old, results({"m": 0.5, "again": 0.6, "w": new}, {"w": right}))
     assert row["candidate"] == "prune/w"
     assert (row["old"], row["new"]) == (0.5, new)
     assert row["difference"] == pytest.approx(new - 0.5)
-    assert row["noise_floor"] == pytest.approx(0.1)
+    assert row["noise"] == pytest.approx(0.1)
     assert row["verdict"] == verdict
 
 
 def test_p_values_are_corrected_over_all_scores_compared(capsys):
     before, after = [1.0] * 50 + [0.0] * 50, [1.0] * 44 + [0.0] * 56
-    old = results(scores(m=0.5, w=0.5), items("base/m", *before), items("prune/w", *before))
-    new = results(scores(m=0.5, w=0.44), items("base/m", *before), items("prune/w", *after))
+    old = results({"m": 0.5, "w": 0.5}, {"m": before, "w": before})
+    new = results({"m": 0.5, "w": 0.44}, {"m": before, "w": after})
     (row,) = diff.score_changes(old, new)
     assert (row["p"], row["p_corrected"]) == pytest.approx((1 / 64, 1 / 32))
     assert (row["family"], row["verdict"]) == (2, "worse")  # the unchanged score was compared as well
     empty = {"params": [], "artifacts": [], "flipped": [], "warnings": [], "missing": []}
-    show(empty | {"revisions": ["a", "b"], "scores": [row]}, Console(width=200))
+    show_diff(empty | {"revisions": ["a", "b"], "scores": [row]}, Console(width=200))
     assert "Holm's correction within the family of 2 overall scores compared" in capsys.readouterr().out
 
 
 def test_without_items_a_change_is_untested():
-    (row,) = diff.score_changes(results(scores(m=0.5)), results(scores(m=0.6)))
-    assert (row["noise_floor"], row["p"], row["verdict"]) == (None, None, "untested")
+    old, new = (
+        Results(table.scores, table.samples.head(0)) for table in (results({"m": 0.5}), results({"m": 0.6}))
+    )
+    (row,) = diff.score_changes(old, new)
+    assert (row["noise"], row["p"], row["verdict"]) == (None, None, "untested")
 
 
 def test_a_candidate_of_one_side_has_no_difference():
-    old, new = results(scores(m=0.5, again=0.5)), results(scores(m=0.5, again=0.5, w=0.4))
+    old, new = results({"m": 0.5, "again": 0.5}), results({"m": 0.5, "again": 0.5, "w": 0.4})
     (row,) = diff.score_changes(old, new)
     assert (row["candidate"], row["old"], row["new"], row["difference"]) == ("prune/w", None, 0.4, None)
     assert row["verdict"] == ""
 
 
+def test_measures_of_one_metric_are_told_apart():
+    def at(long: float, short: float) -> Results:
+        thinking = GENERATED | {"metric": "pass@1", "counted": "exact_match"}
+        return together(
+            of_items({"base/m": [long] * 9}, **thinking, budget=64),
+            of_items({"base/m": [short] * 9}, **thinking, budget=8),
+            of_items({"base/m": [1.0] * 9}, **GENERATED, filter="strict"),
+            of_items({"base/m": [short] * 9}, **GENERATED, filter="loose"),
+        )
+
+    rows = diff.score_changes(at(1.0, 1.0), at(1.0, 0.0))
+    assert {row["label"]: (row["old"], row["new"], row["verdict"]) for row in rows} == {
+        "pass@1, budget 8": (1, 0, "worse"), "exact_match, loose": (1, 0, "worse"),
+    }  # fmt: skip
+    assert {row["family"] for row in rows} == {4}
+    flipped = diff.flipped_items(at(1.0, 1.0).samples, at(1.0, 0.0).samples)
+    assert [(item["filter"], item["budget"]) for item in flipped] == [(None, 8)] * 9 + [("loose", None)] * 9
+
+
 def test_flips_are_items_that_crossed():
-    found = diff.flips(samples(1, 0, 1, 0), samples(1, 1, 0, 0))
-    assert [(item["doc_id"], item["became"]) for item in found] == [(1, "right"), (2, "wrong")]
-    assert (found[0]["response_old"], found[0]["response_new"]) == ("r0", "r1")
-    assert diff.flips(samples(1, target=None), samples(0, target=None)) == []
-    assert diff.flips(samples(0.25), samples(1)) == []  # a score that is neither right nor wrong
+    flipped = diff.flipped_items(samples(1, 0, 1, 0), samples(1, 1, 0, 0))
+    assert [(item["doc_id"], item["became"]) for item in flipped] == [(1, "right"), (2, "wrong")]
+    assert (flipped[0]["response_old"], flipped[0]["response_new"]) == ("0", "1")
+    assert diff.flipped_items(samples(1, target=None), samples(0, target=None)) == []
+    assert diff.flipped_items(samples(0.25), samples(1)) == []  # a score that is neither right nor wrong
+
+
+def test_draws_flip_each_by_itself():
+    old, new = (pd.concat([samples(first, draw=0), samples(1, draw=1)]) for first in (0, 1))
+    assert [(item["draw"], item["became"]) for item in diff.flipped_items(old, new)] == [(0, "right")]
+
+
+class Stored(Revision):
+    """A revision whose files lie in a folder."""
+
+    def files(self, out):
+        return {file.name: file for file in (self.cache / out).iterdir()}
+
+
+def test_tables_of_older_revisions_lack_columns(tmp_path):
+    """Columns that an older schema lacks are empty, and a text in the place of a list does not matter."""
+    out = "data/results/base/m/s"
+    added = ["source", "counted", "filter"]
+    for name, value in (("old", 0.0), ("new", 1.0)):
+        table = of_items({"base/m": [value] * 9, "noise/n": [0.0] * 9}, **GENERATED)
+        if name == "old":
+            table = Results(
+                table.scores.drop(columns=added).assign(lineage="base/m > noise/n", base_grid="none"),
+                table.samples.drop(columns=added[1:]),
+            )
+        folder = tmp_path / name / out
+        folder.mkdir(parents=True)
+        tables.write_tables(folder, table.scores, table.samples)
+    old, new = (Stored(name, {}, {out: {"md5": name}}, tmp_path / name) for name in ("old", "new"))
+    sides = [diff.read_results(revision, [out]) for revision in (old, new)]
+    assert sides[0].scores.dtypes.equals(sides[1].scores.dtypes)
+    (row,) = diff.score_changes(*sides)
+    assert (row["candidate"], row["old"], row["new"], row["verdict"]) == ("base/m", 0, 1, "within noise")
+    assert len(diff.flipped_items(*(side.samples for side in sides))) == 9
 
 
 def test_tensors_are_compared_one_by_one(tmp_path):
@@ -118,28 +161,32 @@ def test_tensors_are_compared_one_by_one(tmp_path):
     new |= {"new": torch.ones(1)}
     for name, values in (("old", old), ("new", new)):
         save_file(values, tmp_path / f"{name}.safetensors")
-    found = tensors.compare([tmp_path / "old.safetensors"], [tmp_path / "new.safetensors"])
-    assert (found["tensors"], found["changed"]) == (3, 2)
-    assert (found["only_old"], found["only_new"], found["reshaped"]) == (["gone"], ["new"], [])
-    assert found["largest"] == [
+    differences = compare_tensors([tmp_path / "old.safetensors"], [tmp_path / "new.safetensors"])
+    assert (differences["tensors"], differences["changed"]) == (3, 2)
+    assert (differences["only_old"], differences["only_new"], differences["reshaped"]) == (
+        ["gone"],
+        ["new"],
+        [],
+    )
+    assert differences["largest"] == [
         {"name": "codes", "share": 0.5, "max_abs_difference": None},
         {"name": "a", "share": 0.25, "max_abs_difference": 2.0},
     ]
 
 
-def test_a_real_edit_is_told_whole(edited):
+def test_a_real_edit_is_shown_whole(edited):
     folder, _ = edited
-    told = json.loads(sweep.prunequant(folder, "diff", "HEAD~1", "--json"))
-    assert told["revisions"] == ["HEAD~1", "workspace"]
-    assert told["params"] == [{"key": "quantize.gptq-w4g32.bits", "old": 4, "new": 3}]
-    artifacts = {entry["path"]: entry for entry in told["artifacts"]}
+    changes = json.loads(sweep.prunequant(folder, "diff", "HEAD~1", "--json"))
+    assert changes["revisions"] == ["HEAD~1", "workspace"]
+    assert changes["params"] == [{"key": "quantize.gptq-w4g32.bits", "old": 4, "new": 3}]
+    artifacts = {entry["path"]: entry for entry in changes["artifacts"]}
     assert artifacts.keys() == {
         MODEL, "data/report", "data/results/quantize/gptq-w4g32/news",
         "data/results/quantize/gptq-w4g32/arithmetic",
     }  # fmt: skip
     assert artifacts[MODEL]["tensors"]["changed"] > 0
-    assert {row["candidate"] for row in told["scores"]} <= {"quantize/gptq-w4g32"}
-    assert (told["warnings"], told["missing"]) == ([], [])
+    assert {row["candidate"] for row in changes["scores"]} <= {"quantize/gptq-w4g32"}
+    assert (changes["warnings"], changes["missing"]) == ([], [])
     shown = sweep.prunequant(folder, "diff", "HEAD~1", "HEAD")
     assert "quantize.gptq-w4g32.bits" in shown
     assert "tensors" in shown
@@ -150,9 +197,9 @@ def test_a_real_edit_is_told_whole(edited):
 def test_a_clone_without_the_cache_says_what_to_pull(edited, tmp_path):
     folder, clone = edited[0], tmp_path / "clone"
     project.run(tmp_path, "git", "clone", "-q", str(folder), str(clone))
-    said = sweep.prunequant(clone, "diff", "HEAD~1")
-    assert "quantize.gptq-w4g32.bits" in said
-    commands = [line.strip() for line in said.splitlines() if line.startswith(("  git ", "  dvc "))]
+    output = sweep.prunequant(clone, "diff", "HEAD~1")
+    assert "quantize.gptq-w4g32.bits" in output
+    commands = [line.strip() for line in output.splitlines() if line.startswith(("  git ", "  dvc "))]
     assert [command.split(" data/")[0] for command in commands] == [
         "git checkout --quiet --detach HEAD~1 && dvc fetch", "dvc pull",
     ]  # fmt: skip
@@ -163,13 +210,11 @@ def test_a_clone_without_the_cache_says_what_to_pull(edited, tmp_path):
     assert whole[0] == whole[1]
 
 
-def test_another_machine_is_warned_of():
-    old, new = scores(m=0.5), scores(m=0.5)
-    for side, threads in ((old, 1), (new, 2)):
-        side["threads"] = threads
+def test_different_threads_are_a_warning():
+    old, new = (results({"m": 0.5}).scores.assign(threads=threads) for threads in (1, 2))
     assert diff.run_changes(old, new) == ["base/m on s: threads was 1, is 2"]
 
 
 def test_an_unknown_revision_is_one_sentence(finished):
-    said = sweep.prunequant(finished, "diff", "nowhere", code=2)
-    assert said == "there is no revision 'nowhere'; give a commit, a branch, a tag or an experiment.\n"
+    output = sweep.prunequant(finished, "diff", "nowhere", code=2)
+    assert output == "there is no revision 'nowhere'; give a commit, a branch, a tag or an experiment.\n"

@@ -55,7 +55,7 @@ def test_what_was_measured_is_what_is_written(workspace):
         assert (batch["joules_per_token"] is None) == (batch["energy"] == energy.NOT_MEASURED)
     artifact = json.loads(Path("data/models/base/tiny/artifact.json").read_text())
     assert told["bytes_on_disk"] == artifact["bytes_on_disk"]
-    assert "base/tiny" in str(list(profiles.table(profiles.read()).columns[0].cells))
+    assert "base/tiny" in str(list(profiles.profile_table(profiles.read_profiles()).columns[0].cells))
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
@@ -192,7 +192,7 @@ def test_own_work_is_not_that_of_others():
 def test_no_profiles_are_told_of(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match="prunequant run profile"):
-        profiles.read()
+        profiles.read_profiles()
 
 
 def test_nothing_runs_beside_a_profile(tmp_path, monkeypatch):

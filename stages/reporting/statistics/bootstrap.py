@@ -1,16 +1,16 @@
-"""How sure is a number computed from per-item scores? Draw the items again, with replacement, many times.
+"""The bootstrap: how sure a number computed from per-item scores is, by drawing the items again many times.
 
-Every draw takes whole items, with the scores of all models on them, so that what makes an item hard stays
-with it (the paired bootstrap). Items of unlike kinds, such as levels of difficulty, are drawn each within
-its own kind (stratified), as there are so many of each by design. The interval is either the middle 95 % of
-the draws (percentile) or those percentiles corrected for bias and skew (BCa), which is the better one for
-few items (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 14; with strata Davison and
-Hinkley 1997, Bootstrap Methods and their Application, section 5.3).
+Items are drawn with replacement and whole, with the scores of all models on them, so that an item's
+difficulty stays with it (the paired bootstrap). Items of different kinds, such as levels of difficulty, are
+drawn within their kind (stratified), because the number of each is fixed by design. The interval is either
+the middle 95 % of the draws (percentile) or those percentiles corrected for bias and skew (BCa), which is
+better for few items (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 14; with strata
+Davison and Hinkley 1997, Bootstrap Methods and their Application, section 5.3).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,17 +19,18 @@ from scipy import stats
 from stages.core.errors import Refusal
 from stages.reporting.statistics.paired import LEVEL, refuse_missing
 
-DRAWS = 9999
-CHUNK = 2**22
+_DRAWS = 9999
+_CHUNK = 2**22
 """Drawn items held in memory at once."""
 
-Floats = NDArray[np.float64]
-Statistic = Callable[[Floats], Floats]
+_Floats: TypeAlias = NDArray[np.float64]
+StatisticOfMeans: TypeAlias = Callable[[_Floats], _Floats]
+"""From means `[..., strata, columns]`, strata in sorted order, to `[...]`."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic, its bootstrap standard error, its interval, and a two-sided p of its being zero."""
+    """A statistic, its bootstrap standard error, its interval, and the two-sided p-value that it is zero."""
 
     value: float
     stderr: float
@@ -40,29 +41,28 @@ class Estimate:
 
 def bootstrap(
     values: ArrayLike,
-    statistic: Statistic,
+    statistic: StatisticOfMeans,
     strata: ArrayLike | None = None,
     *,
     seed: int,
-    draws: int = DRAWS,
+    draws: int = _DRAWS,
     method: Literal["bca", "percentile"] = "bca",
     level: float = LEVEL,
 ) -> Estimate:
-    """The interval of a statistic of means of per-item scores.
+    """Estimate a statistic of means of per-item scores.
 
     Args:
         values: `[items, columns]`, a column for each model or condition.
-        statistic: from means `[..., strata, columns]`, strata in sorted order, to `[...]`.
-        strata: `[items]`, what each item is drawn within; None for a single stratum.
-        level: the share of intervals that may miss, 0.05 for one of 95 %.
+        strata: `[items]`, the stratum of each item; None for a single stratum.
+        level: the share of intervals that may miss, 0.05 for an interval of 95 %.
 
     Raises:
-        Refusal: there are no items, a stratum has a single one, whose spread cannot be known, or a score is
-            no finite number.
+        Refusal: there are no items, a stratum has a single item, whose spread cannot be known, or a score
+            is not finite.
     """
     scores = np.asarray(values, dtype=np.float64)
     if not len(scores):
-        raise Refusal("no items given; a bootstrap needs at least two.")
+        raise Refusal("a bootstrap needs at least two items, and there are none.")
     refuse_missing("scores", scores)
     _, stratum = np.unique(
         np.zeros(len(scores)) if strata is None else np.asarray(strata), return_inverse=True
@@ -70,7 +70,7 @@ def bootstrap(
     parts = [scores[stratum == kind] for kind in range(stratum.max() + 1)]
     if single := [len(part) for part in parts if len(part) < 2]:
         raise Refusal(
-            f"{len(single)} strata have a single item; a bootstrap within strata needs two of each."
+            f"{len(single)} strata have a single item; a bootstrap within strata needs two in each."
         )
     means = np.stack([part.mean(axis=0) for part in parts])
     value = float(statistic(means))
@@ -82,7 +82,7 @@ def bootstrap(
         bias, skew = float(stats.norm.ppf(below)), _skew(parts, means, statistic)
     reach = stats.norm.ppf([level / 2, 1 - level / 2]) + bias
     low, high = np.quantile(drawn, stats.norm.cdf(bias + reach / (1 - skew * reach)))
-    # The level at which an end of the interval would be zero; one more draw on either side keeps it from 0.
+    # p is the level at which an end of the interval is zero; half a draw on either side keeps it above 0.
     zero = stats.norm.ppf(((drawn < 0).sum() + (drawn == 0).sum() / 2 + 0.5) / (draws + 1)) - bias
     tail = stats.norm.cdf(zero / (1 + skew * zero) - bias)
     return Estimate(
@@ -90,17 +90,17 @@ def bootstrap(
     )
 
 
-def _drawn_means(part: Floats, draws: int, random: np.random.Generator) -> Floats:
-    """Means of `draws` samples of the items of one stratum: `[draws, columns]`."""
+def _drawn_means(part: _Floats, draws: int, random: np.random.Generator) -> _Floats:
+    """Return the means of `draws` samples of a stratum's items, `[draws, columns]`."""
     count = len(part)
-    each = max(1, CHUNK // count)
+    each = max(1, _CHUNK // count)
     sizes = [min(each, draws - start) for start in range(0, draws, each)]
     shares = np.full(count, 1 / count)
     return np.concatenate([random.multinomial(count, shares, size) @ part / count for size in sizes])
 
 
-def _skew(parts: list[Floats], means: Floats, statistic: Statistic) -> float:
-    """BCa's acceleration, from what the statistic becomes without each item."""
+def _skew(parts: list[_Floats], means: _Floats, statistic: StatisticOfMeans) -> float:
+    """Return BCa's acceleration, from the statistic without each item in turn."""
     cubes = squares = 0.0
     for kind, part in enumerate(parts):
         count = len(part)
@@ -119,15 +119,15 @@ def mean_difference(
     strata: ArrayLike | None = None,
     *,
     seed: int,
-    draws: int = DRAWS,
+    draws: int = _DRAWS,
     method: Literal["bca", "percentile"] = "bca",
 ) -> Estimate:
-    """The mean of `ours` minus `base`, per-item scores `[items]` of the same items in the same order."""
+    """Estimate the mean of `ours` minus `base`, scores `[items]` of the same items in the same order."""
     scores = np.stack([np.asarray(base, np.float64), np.asarray(ours, np.float64)], axis=1)
     kinds = np.zeros(len(scores)) if strata is None else np.asarray(strata)
     shares = np.unique(kinds, return_counts=True)[1] / len(scores)
 
-    def difference(means: Floats) -> Floats:
+    def difference(means: _Floats) -> _Floats:
         return (means[..., 1] - means[..., 0]) @ shares
 
     return bootstrap(scores, difference, kinds, seed=seed, draws=draws, method=method)
@@ -139,29 +139,30 @@ def difference_in_differences(
     hard: ArrayLike,
     *,
     seed: int,
-    draws: int = DRAWS,
+    draws: int = _DRAWS,
     method: Literal["bca", "percentile"] = "bca",
 ) -> Estimate:
-    """What compression changes on hard items minus what it changes on easy ones (Card and Krueger 1994).
+    """Estimate the change by compression on hard items minus that on easy items (Card and Krueger 1994).
 
-    Below zero where hard items lose more, if a higher score is better. A difference of scores says so only
-    where neither kind lies at its floor or its ceiling.
+    It is below zero where hard items lose more, if a higher score is better. Do not conclude that where
+    either kind lies at its floor or ceiling.
 
     Args:
-        dense: scores `[items]` before; `compressed`: after, of the same items in the same order.
-        hard: `[items]`, true for hard ones.
+        dense: scores `[items]` before compression.
+        compressed: scores after it, of the same items in the same order.
+        hard: `[items]`, true for hard items.
 
     Raises:
-        Refusal: there are not at least two items of each kind.
+        Refusal: a kind has fewer than two items.
     """
     kinds = np.asarray(hard, dtype=bool)
     if min(kinds.sum(), (~kinds).sum()) < 2:
         raise Refusal(
-            f"{kinds.sum()} hard and {(~kinds).sum()} easy items given; at least two of each are needed."
+            f"there are {kinds.sum()} hard and {(~kinds).sum()} easy items; at least two of each are needed."
         )
     scores = np.stack([np.asarray(dense, np.float64), np.asarray(compressed, np.float64)], axis=1)
 
-    def contrast(means: Floats) -> Floats:
+    def contrast(means: _Floats) -> _Floats:
         change = means[..., 1] - means[..., 0]
         return change[..., 1] - change[..., 0]
 

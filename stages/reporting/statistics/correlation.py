@@ -1,9 +1,10 @@
-"""Do two measures of a few models go together? A correlation judged by all orders in which they could.
+"""Whether two measures of a few models go together: a correlation judged by all pairings of their values.
 
-Six or seven models are too few for the t distribution of a correlation. Were the measures unrelated, every
-pairing of their values would be as likely, so the p-value is the share of all pairings whose correlation is
-at least as large in absolute value (Pitman 1937, doi:10.2307/2983647). Beyond nine models pairings
-are drawn, and the one seen counts as drawn too (Phipson and Smyth 2010, doi:10.2202/1544-6115.1585).
+Six or seven models are too few for the t distribution of a correlation. If the measures were unrelated,
+every pairing of their values would be equally likely, so the p-value is the share of all pairings whose
+correlation is at least as large in absolute value (Pitman 1937, doi:10.2307/2983647). Beyond nine models
+pairings are drawn, and the observed one counts as drawn (Phipson and Smyth 2010,
+doi:10.2202/1544-6115.1585).
 """
 
 import math
@@ -17,8 +18,8 @@ from scipy import stats
 from stages.core.errors import Refusal
 from stages.reporting.statistics.paired import refuse_missing
 
-EXACT_PAIRS = 9
-DRAWS = 99_999
+_EXACT_PAIRS = 9
+_DRAWS = 99_999
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,20 @@ class Correlation:
 def correlation(
     x: ArrayLike, y: ArrayLike, kind: Literal["spearman", "pearson"] = "spearman", *, seed: int = 0
 ) -> Correlation:
-    """The correlation of `x` and `y`, both `[pairs]`.
+    """Correlate `x` with `y`, both `[pairs]`.
 
     Args:
-        seed: of the pairings drawn where there are too many to count.
+        seed: seeds the draw of pairings where there are too many to count.
 
     Raises:
-        Refusal: fewer than three pairs, one of the two does not vary, or a value is no finite number.
+        Refusal: there are fewer than three pairs, `x` or `y` does not vary, or a value is not finite.
     """
     refuse_missing("values", x, y)
     sides = [np.asarray(side, dtype=np.float64) for side in (x, y)]
     if len(sides[0]) != len(sides[1]) or len(sides[0]) < 3 or any(np.ptp(side) == 0 for side in sides):
         raise Refusal(
-            f"{len(sides[0])} and {len(sides[1])} values given; a correlation needs at least three pairs "
-            "whose values are not all the same."
+            f"a correlation needs at least three pairs whose values are not all the same; there are "
+            f"{len(sides[0])} and {len(sides[1])} values."
         )
     if kind == "spearman":
         sides = [stats.rankdata(side) for side in sides]
@@ -55,15 +56,15 @@ def correlation(
     def strength(permuted: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
         return np.abs(np.tensordot(np.moveaxis(permuted, axis, -1), other, axes=1))
 
-    exact = len(ours) <= EXACT_PAIRS
-    found = stats.permutation_test(
+    exact = len(ours) <= _EXACT_PAIRS
+    test = stats.permutation_test(
         (ours,),
         strength,
         permutation_type="pairings",
-        n_resamples=math.inf if exact else DRAWS,
+        n_resamples=math.inf if exact else _DRAWS,
         alternative="greater",
         vectorized=True,
         batch=10_000,
         rng=np.random.default_rng(seed),
     )
-    return Correlation(float(ours @ other), float(found.pvalue), exact)
+    return Correlation(float(ours @ other), float(test.pvalue), exact)

@@ -1,16 +1,16 @@
-"""Is one model better than another on the same items, or was it luck?
+"""Whether a model is better than another on the same items, or merely lucky.
 
-Two models that answer the same items are compared item by item, which takes the items' own difficulty
-out of the comparison and finds far smaller differences than two separate error bars would.
+Models that answer the same items are compared item by item. That takes the items' own difficulty out of the
+comparison and finds far smaller differences than two separate error bars would.
 
 - Right or wrong answers: McNemar's exact test with the mid-p correction. Only items that one model gets
-  right and the other wrong say anything; were the models equal, each such item would fall either way like
-  a fair coin. The plain exact test errs far less often than its level says and so misses differences; the
-  mid-p counts the outcome that was seen by half (Fagerland, Lydersen and Laake 2013,
-  doi:10.1186/1471-2288-13-91).
+  right and the other wrong count; if the models were equal, each such item would fall either way like a
+  fair coin. The plain exact test errs far less often than its level and so misses differences; the mid-p
+  counts the observed outcome by half (Fagerland, Lydersen and Laake 2013, doi:10.1186/1471-2288-13-91).
 - Numbers (nats a token of a window of text): the paired t interval of the mean difference.
-- No worse, or the same within a margin: that no difference was found is no proof of none. Two one-sided
-  t tests (TOST; Schuirmann 1987, doi:10.1007/BF01068419) test that the difference lies inside the margin.
+- No worse, or the same within a margin: finding no difference does not prove that there is none. Two
+  one-sided t tests (TOST; Schuirmann 1987, doi:10.1007/BF01068419) test that the difference lies inside the
+  margin.
 """
 
 import math
@@ -24,12 +24,12 @@ from scipy import stats
 from stages.core.errors import Refusal
 
 LEVEL = 0.05
-"""At or below this p-value a difference is more than luck."""
+"""The p-value at or below which a difference is more than luck."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference, its standard error, its 95 % interval, and p of a mean of zero."""
+    """A mean difference, its standard error, its 95 % interval, and the p-value that it is zero."""
 
     mean: float
     stderr: float
@@ -38,40 +38,41 @@ class Interval:
     p: float
 
 
-def refuse_missing(what: str, *found: ArrayLike) -> None:
-    """Hold that every value is a finite number, as one that is missing would pass for a small p-value.
+def refuse_missing(noun: str, *arrays: ArrayLike) -> None:
+    """Refuse values that are not finite, as a missing value could pass for a small p-value.
+
+    Args:
+        noun: names the values in the message.
 
     Raises:
         Refusal: some are NaN or infinite.
     """
-    values = [np.asarray(one, dtype=np.float64) for one in found]
-    if broken := sum(int((~np.isfinite(one)).sum()) for one in values):
-        raise Refusal(
-            f"{broken} of {sum(one.size for one in values)} {what} are NaN or infinite; leave them out."
-        )
+    values = np.concatenate([np.ravel(np.asarray(array, dtype=np.float64)) for array in arrays])
+    if missing := int((~np.isfinite(values)).sum()):
+        raise Refusal(f"{missing} of {values.size} {noun} are NaN or infinite; leave those items out.")
 
 
 def discordant(
     base: Sequence[float], ours: Sequence[float], higher_is_better: bool = True
 ) -> tuple[int, int]:
-    """Items lost and items won: those whose score is worse and better in `ours` than in `base`."""
+    """Count the items lost and won: those with a worse and a better score in `ours` than in `base`."""
     pairs = list(zip(base, ours, strict=True))
     fell, rose = sum(new < old for old, new in pairs), sum(new > old for old, new in pairs)
     return (fell, rose) if higher_is_better else (rose, fell)
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided mid-p that `lost` and `won` items come from a fair coin; 1 when there are none."""
+    """Return the two-sided mid-p of `lost` and `won` items from a fair coin; 1 when there are none."""
     coin = stats.binom(lost + won, 0.5)
     fewer = min(lost, won)
     return min(1.0, float(2 * coin.cdf(fewer) - coin.pmf(fewer)))
 
 
 def interval(differences: Sequence[float]) -> Interval | None:
-    """Paired t statistics of per-item differences, in their unit.
+    """Return paired t statistics of per-item differences, in their unit.
 
     Returns:
-        None for fewer than two items, or where a difference is no finite number.
+        None for fewer than two items, or where a difference is not finite.
     """
     count = len(differences)
     if count < 2 or not all(map(math.isfinite, differences)):
@@ -87,19 +88,19 @@ def interval(differences: Sequence[float]) -> Interval | None:
 
 
 def equivalence(differences: Sequence[float], low: float, high: float) -> float | None:
-    """The p-value of a mean difference outside `low` to `high`: small where it surely lies inside (TOST).
+    """Test that a mean difference lies between `low` and `high` (TOST): p is small where it surely does.
 
     Args:
         differences: per item, in the unit of the margins.
-        high: infinity asks for non-inferiority only, that is a mean above `low`.
+        high: infinity tests for non-inferiority only, a mean above `low`.
 
     Returns:
-        The larger of the two one-sided p-values; None where `interval` is.
+        The larger of the two one-sided p-values; None where `interval` returns None.
     """
-    found = interval(differences)
-    if found is None:
+    difference = interval(differences)
+    if difference is None:
         return None
-    if found.stderr == 0:
-        return 0.0 if low < found.mean < high else 1.0
-    ts = ((found.mean - low) / found.stderr, (high - found.mean) / found.stderr)
+    if difference.stderr == 0:
+        return 0.0 if low < difference.mean < high else 1.0
+    ts = ((difference.mean - low) / difference.stderr, (high - difference.mean) / difference.stderr)
     return float(max(stats.t.sf(t, len(differences) - 1) for t in ts))

@@ -1,18 +1,19 @@
-"""Where does a score that rises ever more slowly end? The curve a - b exp(-x / c), fitted to scores over x.
+"""Where a score that rises ever more slowly ends: the curve a - b exp(-x / c), fitted to scores over x.
 
-x is a budget, such as tokens of training or of thought; a is the score at no limit of it, b how far below
-the score starts at x = 0, and c the budget in which the rest of the way shrinks by e (asymptotic
-regression: Ratkowsky 1990, Handbook of Nonlinear Regression Models; Bates and Watts 1988, Nonlinear
-Regression Analysis, appendix A). For a given c the best a and b are a line's, so only c is searched
-(variable projection: Golub and Pereyra 1973, doi:10.1137/0710036).
+x is a budget, such as tokens of training or of thought; a is the score at an unlimited budget, b how far
+below it the score starts at x = 0, and c the budget over which the remaining distance shrinks by a factor e
+(asymptotic regression: Ratkowsky 1990, Handbook of Nonlinear Regression Models; Bates and Watts 1988,
+Nonlinear Regression Analysis, appendix A). For a given c the best a and b follow from linear regression, so
+only c is searched (variable projection: Golub and Pereyra 1973, doi:10.1137/0710036).
 
-A curve that has not begun to bend says nothing of where it ends: a straight line fits it with any a. So the
-items are drawn again (see `stages.reporting.statistics.bootstrap`), and where more than 2.5 % of the draws are fitted best
-by a line, or fewer than 97.5 % have a b of one sign, no end is told.
+A curve that has not begun to bend does not show where it ends: a straight line fits it with any a. So the
+items are drawn again (see `stages.reporting.statistics.bootstrap`), and no end is given where a line fits
+more than 2.5 % of the draws best, or where fewer than 97.5 % of them have a b of the same sign.
 """
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,17 +21,17 @@ from numpy.typing import ArrayLike, NDArray
 from stages.core.errors import Refusal
 from stages.reporting.statistics.paired import LEVEL, refuse_missing
 
-DRAWS = 1999
-SCALES = 240
+_DRAWS = 1999
+_SCALES = 240
 """Values of c tried first, a constant factor apart; the best is then refined between its neighbours."""
 STRAIGHT = 20.0
-"""From this many times the range of x on, c is a straight line's: it bends by under 1 % of its rise."""
-Floats = NDArray[np.float64]
+"""The c, in ranges of x, from which on a curve counts as straight: it bends by under 1 % of its rise."""
+_Floats: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Saturation:
-    """The curve, and 95 % intervals of where it ends and of c; `bends` is false where none can be told."""
+    """The curve, and 95 % intervals of its end and of c, both None unless the data bend (`bends`)."""
 
     a: float
     b: float
@@ -39,34 +40,34 @@ class Saturation:
     end: tuple[float, float] | None
     scale: tuple[float, float] | None
 
-    def at(self, x: ArrayLike) -> Floats:
-        """The curve at `x`; beyond the data it is a guess unless `bends`."""
+    def at(self, x: ArrayLike) -> _Floats:
+        """Return the curve at `x`; beyond the data it is a guess unless `bends`."""
         return self.a - self.b * np.exp(-np.asarray(x, dtype=np.float64) / self.c)
 
 
-def fit(x: ArrayLike, y: ArrayLike, weights: ArrayLike | None = None) -> tuple[Floats, Floats, Floats]:
-    """Least-squares a, b and c, each `[...]`, of curves `y` `[..., points]` over `x` `[points]`.
+def fit(x: ArrayLike, y: ArrayLike, weights: ArrayLike | None = None) -> tuple[_Floats, _Floats, _Floats]:
+    """Fit curves `y` `[..., points]` over `x` `[points]` by least squares; return a, b and c, each `[...]`.
 
     Args:
-        weights: `[points]`, of the squared errors; None for equal ones.
+        weights: `[points]`, of the squared errors; None for equal weights.
 
     Raises:
-        Refusal: there are fewer than four distinct x, which three parameters would fit without an error, or a
-            value is no finite number.
+        Refusal: there are fewer than four distinct x, which three parameters would fit without error, or a
+            value is not finite.
     """
     refuse_missing("values", x, y)
     points, curves = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if (distinct := len(np.unique(points))) < 4:
-        raise Refusal(f"{distinct} distinct x given; a saturating curve has three parameters and needs four.")
+        raise Refusal(f"a saturating curve has three parameters and needs four distinct x, not {distinct}.")
     weight = np.ones(len(points)) if weights is None else np.asarray(weights, np.float64)
     share = weight / weight.sum()
     span = float(np.ptp(points))
     closest = float(np.diff(np.unique(points)).min())
-    grid = np.linspace(math.log(closest / 10), math.log(STRAIGHT * span), SCALES)
+    grid = np.linspace(math.log(closest / 10), math.log(STRAIGHT * span), _SCALES)
 
-    def line(logs: Floats) -> tuple[Floats, Floats, Floats]:
-        """Weighted error, a and b for scales `[..., tried]` of each curve."""
-        # Counted from the least x, which keeps exp(-x / c) from vanishing at every point.
+    def line(logs: _Floats) -> tuple[_Floats, _Floats, _Floats]:
+        """Return the weighted error, a and b for scales `[..., tried]` of each curve."""
+        # Measure x from its minimum, or exp(-x / c) could vanish at every point.
         decay = np.exp(-(points - points.min()) / np.exp(logs)[..., None])
         decay_mean, mean = decay @ share, (curves @ share)[..., None]
         apart = decay - decay_mean[..., None]
@@ -74,9 +75,9 @@ def fit(x: ArrayLike, y: ArrayLike, weights: ArrayLike | None = None) -> tuple[F
         left = curves[..., None, :] - mean[..., None] - slope[..., None] * apart
         return (left**2) @ share, mean - slope * decay_mean, -slope
 
-    tried = np.broadcast_to(grid, (*curves.shape[:-1], SCALES))
+    tried = np.broadcast_to(grid, (*curves.shape[:-1], _SCALES))
     best = np.argmin(line(tried)[0], axis=-1)
-    low, high = grid[np.maximum(best - 1, 0)], grid[np.minimum(best + 1, SCALES - 1)]
+    low, high = grid[np.maximum(best - 1, 0)], grid[np.minimum(best + 1, _SCALES - 1)]
     golden = (math.sqrt(5) - 1) / 2
     while float((high - low).max()) > 1e-10:
         inner = np.stack([high - golden * (high - low), low + golden * (high - low)], axis=-1)
@@ -84,34 +85,34 @@ def fit(x: ArrayLike, y: ArrayLike, weights: ArrayLike | None = None) -> tuple[F
         left = errors[..., 0] <= errors[..., 1]
         low, high = np.where(left, low, inner[..., 0]), np.where(left, inner[..., 1], high)
     logs = (low + high) / 2
-    _, a, b = (found[..., 0] for found in line(logs[..., None]))
+    _, a, b = (values[..., 0] for values in line(logs[..., None]))
     c = np.exp(logs)
     return a, b * np.exp(points.min() / c), c
 
 
-def saturation(x: ArrayLike, scores: ArrayLike, *, seed: int, draws: int = DRAWS) -> Saturation:
-    """The curve through the means of per-item `scores` `[items, points]` over `x` `[points]`.
+def saturation(x: ArrayLike, scores: ArrayLike, *, seed: int, draws: int = _DRAWS) -> Saturation:
+    """Fit the curve to the means of per-item `scores` `[items, points]` over `x` `[points]`.
 
     Raises:
-        Refusal: fewer than four distinct x, fewer than two items, or a score is no finite number.
+        Refusal: there are fewer than four distinct x or two items, or a score is not finite.
     """
     items = np.asarray(scores, dtype=np.float64)
     if len(items) < 2:
-        raise Refusal(f"{len(items)} items given; drawing items again needs at least two.")
+        raise Refusal(f"drawing items again needs at least two items, not {len(items)}.")
     refuse_missing("scores", items)
     count = len(items)
     random = np.random.default_rng(seed)
     drawn = random.multinomial(count, np.full(count, 1 / count), draws) @ items / count
-    a, b, c = (float(found) for found in fit(x, items.mean(axis=0)))
+    a, b, c = (float(parameter) for parameter in fit(x, items.mean(axis=0)))
     ends, rises, scales = fit(x, drawn)
     straight = scales > 0.99 * STRAIGHT * np.ptp(np.asarray(x, np.float64))
     tail = LEVEL / 2
-    # Scores that are the same at every x rise by what rounding leaves, whose sign says nothing.
+    # Scores that are the same at every x rise by rounding errors, whose sign means nothing.
     flat = np.ptp(drawn, axis=1) <= 1e-12 * np.abs(items).max()
     one_sided = max((~flat & (rises > 0)).mean(), (~flat & (rises < 0)).mean()) >= 1 - tail
     bends = bool(straight.mean() <= tail and one_sided)
 
-    def middle(values: Floats) -> tuple[float, float]:
+    def middle(values: _Floats) -> tuple[float, float]:
         low, high = np.quantile(values, [tail, 1 - tail])
         return float(low), float(high)
 

@@ -1,13 +1,13 @@
-"""Does a score rise with an ordered condition, such as difficulty, sparsity or size?
+"""Whether a score rises with an ordered condition, such as difficulty, sparsity or size.
 
-- Jonckheere and Terpstra: groups of different items, one group a condition. J counts the pairs of items of
-  different groups in which the later group's is larger, a tie as a half (Jonckheere 1954,
-  doi:10.1093/biomet/41.1-2.133; Terpstra 1952; variance under ties: Hollander and Wolfe 1999,
-  Nonparametric Statistical Methods, section 6.2).
+- Jonckheere and Terpstra: different items under each condition, a group a condition. J counts the pairs of
+  items of different groups in which the later group's is larger, a tie as a half (Jonckheere 1954,
+  doi:10.1093/biomet/41.1-2.133; Terpstra 1952; variance under ties: Hollander and Wolfe 1999, Nonparametric
+  Statistical Methods, section 6.2).
 - Page: the same blocks (items, seeds or candidates) under each condition. L is the sum over conditions of
   their place times their rank sum within blocks (Page 1963, doi:10.1080/01621459.1963.10500843).
 
-Both are one-sided, for a rise in the order given; reverse the order to ask for a fall.
+Both are one-sided, for a rise in the order of the conditions; reverse the order to test for a fall.
 """
 
 import math
@@ -21,13 +21,13 @@ from scipy import stats
 from stages.core.errors import Refusal
 from stages.reporting.statistics.paired import refuse_missing
 
-EXACT_ITEMS = 60
-"""Up to this many items, none tied, Jonckheere's distribution is counted out."""
+_EXACT_ITEMS = 60
+"""Up to this many items without ties, Jonckheere's distribution is enumerated."""
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A trend statistic, the p-value of one so large without a trend, and whether p is exact."""
+    """A trend statistic, the p-value of at least such a statistic without a trend, and whether p is exact."""
 
     statistic: float
     p: float
@@ -35,15 +35,15 @@ class Trend:
 
 
 def jonckheere(groups: Sequence[ArrayLike]) -> Trend:
-    """Whether values `[items]` rise from group to group; exact for few items without ties, else normal.
+    """Test whether values `[items]` rise from group to group; exact for few items without ties, else normal.
 
     Raises:
-        Refusal: there are fewer than two groups, one is empty, or a value is no finite number.
+        Refusal: there are fewer than two groups, a group is empty, or a value is not finite.
     """
     values = [np.asarray(group, dtype=np.float64) for group in groups]
     sizes = [len(group) for group in values]
     if len(values) < 2 or not all(sizes):
-        raise Refusal(f"groups of {sizes} items given; a trend needs at least two groups, none empty.")
+        raise Refusal(f"a trend needs at least two groups, none empty; the groups have {sizes} items.")
     refuse_missing("values", *values)
     statistic = 0.0
     for place, later in enumerate(values[1:], 1):
@@ -52,7 +52,7 @@ def jonckheere(groups: Sequence[ArrayLike]) -> Trend:
         statistic += float((below + upto).sum()) / 2
     total = sum(sizes)
     ties = np.unique(np.concatenate(values), return_counts=True)[1]
-    if ties.max() == 1 and total <= EXACT_ITEMS:
+    if ties.max() == 1 and total <= _EXACT_ITEMS:
         counts = _arrangements(sizes)
         return Trend(statistic, sum(counts[int(statistic) :]) / sum(counts), exact=True)
     mean = (total**2 - sum(size**2 for size in sizes)) / 4
@@ -62,7 +62,7 @@ def jonckheere(groups: Sequence[ArrayLike]) -> Trend:
 
 
 def _arrangements(sizes: Sequence[int]) -> list[int]:
-    """In how many of all assignments to groups J is 0, 1, 2, ...: the Gaussian multinomial coefficients."""
+    """Count the assignments to groups in which J is 0, 1, 2, ...: the Gaussian multinomial coefficients."""
     total, longest = 0, (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2 + 1
     counts = [1] + [0] * (longest - 1)
     for size in sizes:
@@ -76,7 +76,7 @@ def _arrangements(sizes: Sequence[int]) -> list[int]:
 
 
 def _variance(sizes: Sequence[int], ties: Sequence[int]) -> float:
-    """The variance of J without a trend, given how many items share each value."""
+    """Return the variance of J without a trend; `ties` counts the items that share each value."""
 
     def falling(counts: Sequence[int], length: int) -> int:
         return sum(math.perm(count, length) for count in counts)
@@ -92,24 +92,24 @@ def _variance(sizes: Sequence[int], ties: Sequence[int]) -> float:
 
 
 def page(blocks: ArrayLike) -> Trend:
-    """Whether values `[blocks, conditions]` rise along the conditions within blocks.
+    """Test whether values `[blocks, conditions]` rise along the conditions within blocks.
 
-    Without ties scipy's p-value, exact for few blocks and conditions; with ties a normal one whose variance
-    is that of the ranks as tied.
+    Without ties p is scipy's, exact for few blocks and conditions; with ties it is a normal one, with the
+    variance of the tied ranks.
 
     Raises:
-        Refusal: there are fewer than three conditions or two blocks, or a value is no finite number.
+        Refusal: there are fewer than three conditions or two blocks, or a value is not finite.
     """
     values = np.asarray(blocks, dtype=np.float64)
     if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 3:
         raise Refusal(
-            f"values of shape {values.shape} given; Page's test needs two blocks, three conditions."
+            f"Page's test needs at least two blocks and three conditions, not values of {values.shape}."
         )
     refuse_missing("values", values)
     ranks = stats.rankdata(values, axis=1)
     if (np.diff(np.sort(values, axis=1), axis=1) > 0).all():
-        found = stats.page_trend_test(ranks, ranked=True)
-        return Trend(float(found.statistic), float(found.pvalue), found.method == "exact")
+        test = stats.page_trend_test(ranks, ranked=True)
+        return Trend(float(test.statistic), float(test.pvalue), test.method == "exact")
     count, conditions = values.shape
     places = np.arange(1, conditions + 1)
     statistic = float((ranks @ places).sum())

@@ -109,7 +109,7 @@ def test_too_few_items_are_refused():
 
 
 def test_what_is_missing_is_no_score():
-    with pytest.raises(Refusal, match="no items given"):
+    with pytest.raises(Refusal, match="at least two items"):
         mean_difference([], [], seed=0)
     with pytest.raises(Refusal, match="1 of 8 scores are NaN or infinite"):
         mean_difference([1, 0, np.nan, 1], [0, 1, 1, 0], seed=0)

@@ -101,9 +101,9 @@ def test_what_is_missing_is_refused():
 
 
 def test_too_few_points_or_items_are_refused():
-    with pytest.raises(Refusal, match="3 distinct x"):
+    with pytest.raises(Refusal, match="four distinct x, not 3"):
         fit([1, 2, 3, 3], [0.1, 0.2, 0.3, 0.3])
-    with pytest.raises(Refusal, match="1 items"):
+    with pytest.raises(Refusal, match="two items, not 1"):
         saturation(BUDGETS, np.ones((1, 6)), seed=0)
 
 

@@ -1,0 +1,84 @@
+"""The files for other tools against the rows that they come from: nothing lost, nothing invented."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+import yaml
+
+from stages.core import tables
+from stages.reporting.collect import measure_of, records
+from stages.reporting.comparison import compare_candidates
+from stages.reporting.export import nested_metrics, summarize
+from stages.reporting.words import labels
+from tests import results
+from tests.results import of_items, together
+
+
+def test_every_row_is_in_the_tables(whole):
+    wanted, folder = whole
+    read = results.read(wanted, folder / "data/results")
+    written = pd.read_parquet(folder / "data/report/results.parquet")
+    pd.testing.assert_frame_equal(written[list(tables.SCORE_COLUMNS)], read.scores)
+    assert len(pd.read_parquet(folder / "data/report/samples.parquet")) == len(read.samples)
+
+
+def test_metrics_and_summary_are_the_overall_scores(whole):
+    wanted, folder = whole
+    scores = results.read(wanted, folder / "data/results").scores
+    metrics = json.loads((folder / "data/report/metrics.json").read_text())
+    summary = pd.read_csv(folder / "data/report/summary.csv").set_index("candidate")
+    assert list(metrics) == list(wanted.evaluate.candidates) == list(summary.index)
+    overall = scores[scores["difficulty"] == "all"]
+    assert len(overall) == sum(len(values) for suites in metrics.values() for values in suites.values())
+    for row in records(overall):
+        assert metrics[row["candidate"]][row["suite"]][row["metric"]] == row["value"]
+        assert summary.loc[row["candidate"], f"{row['suite']}.{row['metric']}"] == pytest.approx(row["value"])
+        assert summary.loc[row["candidate"], "bytes_on_disk"] == row["bytes_on_disk"]
+
+
+MEASURES = [
+    {"readout": "generation", "metric": "pass@1", "counted": "exact_match", "budget": 64},
+    {"readout": "generation", "metric": "pass@1", "counted": "exact_match", "budget": 8},
+    {"readout": "generation", "metric": "exact_match", "filter": "strict"},
+    {"readout": "generation", "metric": "exact_match", "filter": "loose"},
+    {"metric": "exact_match"},
+]
+
+
+def test_no_measure_hides_another():
+    table = together(
+        *(
+            of_items({"base/m": [1.0] * place + [0.0] * (9 - place), "prune/p": [1.0]}, **measure)
+            for place, measure in enumerate(MEASURES)
+        )
+    )
+    values = nested_metrics(table.scores)["base/m"]["s"]
+    label = labels(table.scores)
+    assert len(values) == len(MEASURES)
+    for row in records(table.scores[table.scores["candidate"] == "base/m"]):
+        assert values[label[measure_of(row)]] == row["value"]
+    summary = summarize(compare_candidates(table)).set_index("candidate")
+    headlines = [column for column in summary if column.startswith("s.")]
+    assert headlines == ["s.exact_match, strict, generation", "s.exact_match, likelihood"]
+    assert summary.loc["base/m", headlines].tolist() == pytest.approx([2 / 9, 4 / 9])
+
+
+def test_json_has_neither_nan_nor_infinity():
+    scores = of_items({"base/m": [1.0], "prune/p": [1.0]}).scores
+    scores["value"] = [float("nan"), float("inf")]
+    assert nested_metrics(scores) == {"base/m": {"s": {"acc": None}}, "prune/p": {"s": {"acc": None}}}
+
+
+def test_plots_have_the_columns_that_dvc_draws(whole):
+    _, folder = whole
+    plots = yaml.safe_load((results.ROOT / "dvc.yaml").read_text())["plots"]
+    for entry in plots:
+        ((path, settings),) = entry.items()
+        drawn = pd.read_csv(folder / path)
+        template = (results.ROOT / settings["template"]).read_text()
+        assert {settings["x"], settings["y"]} <= set(drawn)
+        assert set(re.findall(r'"field": "(\w+)"', template)) - {"rev"} <= set(drawn)
+        assert not drawn["candidate"].str.startswith("noise/").any()
+        assert len(drawn) == 2 * 10

@@ -1,0 +1,48 @@
+"""The figures: drawn from finite numbers and headlines only, the same rows to the same bytes."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from stages.reporting.comparison import Comparison, compare_candidates
+from stages.reporting.figures import draw_difficulty, draw_quality, save_figure
+from tests import results
+from tests.results import of_items
+
+
+@pytest.fixture(scope="module")
+def comparison(whole) -> Comparison:
+    wanted, folder = whole
+    return compare_candidates(results.read(wanted, folder / "data/results"))
+
+
+def test_figures_are_those_of_the_report(whole, comparison, tmp_path):
+    for name, draw in (("quality", draw_quality), ("difficulty", draw_difficulty)):
+        text = save_figure(draw(comparison), tmp_path / name)
+        for suffix in ("svg", "png"):
+            written = (whole[1] / f"data/report/{name}.{suffix}").read_bytes()
+            assert (tmp_path / f"{name}.{suffix}").read_bytes() == written
+        assert text == (tmp_path / f"{name}.svg").read_text()
+
+
+def test_difficulty_is_drawn_of_headlines_by_likelihood_and_generation(comparison, tmp_path):
+    rows = comparison.rows
+    generated = rows[rows["readout"] == "generation"]
+    others = [
+        generated.assign(metric="tokens", value=100.0),
+        generated.assign(readout="states", suite="elsewhere"),
+    ]
+    more = Comparison(pd.concat([rows, *others], ignore_index=True), comparison.noise)
+    first, second = (
+        save_figure(draw_difficulty(each), tmp_path / name)
+        for each, name in ((comparison, "plain"), (more, "more"))
+    )
+    assert first == second
+
+
+def test_nothing_to_draw_is_no_figure():
+    comparison = compare_candidates(of_items({"base/m": [1.0, 0.0]}))
+    assert draw_quality(comparison) is draw_difficulty(comparison) is None
+    infinite = compare_candidates(of_items({"base/m": [math.inf, 2.0]}, metric="perplexity"))
+    assert draw_quality(infinite) is None

