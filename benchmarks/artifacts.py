@@ -1,281 +1,51 @@
-"""The bytes of every artifact: run it before and after a change that should change none, and compare.
+"""Hash every kind of artifact: run this before and after a change that should change none, and compare.
 
-Every method, allocation, importance, metric and fine-tuning arm is applied to a tiny model, through the stage
-functions, in one process; then every file under `data/` is printed with its sha256, a table with one hash a
-column.
+Apply every method, allocation, importance, metric and fine-tuning arm to tiny models, through the stage
+functions in a single process. Then print the sha256 of every file under `data/`, of result tables by column.
 
     python -m benchmarks.artifacts > before.txt    # in the checkout before the change
-    python -m benchmarks.artifacts > after.txt     # in the one after it, on the same machine
-    diff before.txt after.txt                      # prints nothing where nothing changed
+    python -m benchmarks.artifacts > after.txt     # in the checkout after it, on the same machine
+    diff before.txt after.txt                      # prints nothing if no artifact has changed
+
+Name families as arguments (`llama opt`) to make only theirs.
 """
 
 import hashlib
 import json
-import itertools
+import logging
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import chdir
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from tests import families, project
+from benchmarks.figures import show
+from stages.job import lineage
+from stages.job.load import validate
+from stages.job.params import Params
+from tests import families, pipeline, project
 
-TEXT: dict[str, Any] = {"dataset": "news", "num_samples": 4, "sequence_length": 32}
-NONE = {"dataset": "none"}
-DRAWN: tuple[dict[str, Any], ...] = ({}, {"seed": 1})
-ORDERS: tuple[dict[str, Any], ...] = ({}, {"samples": 3})
-SKIPPED = ("runs", "scratch", "code", "validated.json")
+Settings = dict[str, Any]
+Recipes = dict[str, Settings]
 
-
-def recipes(source: str = "base/tiny") -> dict[str, dict[str, dict[str, Any]]]:
-    """By section, every recipe tried on a gated model."""
-    made: dict[str, dict[str, dict[str, Any]]] = {"prune": {}, "quantize": {}, "teach": {}, "finetune": {}}
-
-    def add(section: str, name: str, method: str, at: str = source, /, **settings: Any) -> None:
-        made[section][name] = {"source": at, "method": method, **settings}
-
-    block, dense = TEXT | {"sequential": "block"}, TEXT | {"sequential": "none", "batch_size": 2}
-    generated = TEXT | {"tokens": "generated", "seed": 3, "temperature": 1.0, "prompt_length": 8}
-    noise = {"dataset": "none", "tokens": "random", "num_samples": 4, "sequence_length": 32, "seed": 5}
-    for scope in ("global", "matrix", "row"):
-        add("prune", f"magnitude-{scope}", "magnitude", sparsity=0.37, scope=scope, calibration=NONE)
-    add("prune", "magnitude-2of4", "magnitude", sparsity=0.5, scope="row", structure="2:4", calibration=NONE)
-    for name, text in {
-        "linear": TEXT,
-        "block": block,
-        "none": dense,
-        "generated": generated,
-        "random": noise,
-    }.items():
-        add("prune", f"wanda-{name}", "wanda", sparsity=0.5, calibration=text)
-        add("prune", f"sparsegpt-{name}", "sparsegpt", sparsity=0.5, calibration=text)
-    kinds: dict[str, dict[str, Any]] = {
-        "erk": {},
-        "owl": {"multiple": 3.0},
-        "alpha": {"spread": 0.2},
-        "layer-if": {},
-    }
-    for kind, more in kinds.items():
-        allocation = {"kind": kind, **more}
-        text = TEXT if kind in ("owl", "layer-if") else NONE
-        add(
-            "prune",
-            f"magnitude-{kind}",
-            "magnitude",
-            sparsity=0.4,
-            scope="matrix",
-            allocation=allocation,
-            calibration=text,
-        )
-        add("prune", f"wanda-{kind}", "wanda", sparsity=0.4, allocation=allocation, calibration=TEXT)
-        add("prune", f"sparsegpt-{kind}", "sparsegpt", sparsity=0.4, allocation=allocation, calibration=TEXT)
-    floors = {"kind": "uniform", "floor_rows": True}
-    add("prune", "wanda-floor-rows", "wanda", sparsity=0.37, allocation=floors, calibration=TEXT)
-    add("prune", "wanda-2of4", "wanda", sparsity=0.5, structure="2:4", calibration=TEXT)
-    add("prune", "sparsegpt-2of4", "sparsegpt", sparsity=0.5, structure="2:4", calibration=TEXT)
-    grid = {"bits": 4, "group_size": 16}
-    add("prune", "sparsegpt-grid", "sparsegpt", sparsity=0.5, grid=grid, calibration=TEXT)
-    add("prune", "random-50", "random", sparsity=0.5, seed=7, calibration=NONE)
-    for importance in ("ppm", "vow", "pon", "l2", "activation", "llm-bip", "random"):
-        measured = importance in ("activation", "llm-bip")
-        add(
-            "prune",
-            f"width-{importance}",
-            "width",
-            importance=importance,
-            remove=0.4,
-            calibration=TEXT if measured else NONE,
-            **DRAWN[importance == "random"],
-        )
-    for importance, unit in itertools.product(
-        ("magnitude", "activation", "llm-bip", "random"), ("groups", "queries")
-    ):
-        measured = importance in ("activation", "llm-bip")
-        add(
-            "prune",
-            f"heads-{importance}-{unit}",
-            "heads",
-            importance=importance,
-            unit=unit,
-            remove=0.5,
-            calibration=TEXT if measured else NONE,
-            **DRAWN[importance == "random"],
-        )
-    for metric, target in itertools.product(
-        ("block-influence", "angular", "reverse", "perplexity", "shapley", "greedy"), ("block", "attention")
-    ):
-        if (metric, target) != ("angular", "attention"):
-            add(
-                "prune",
-                f"depth-{metric}-{target}",
-                "depth",
-                metric=metric,
-                target=target,
-                blocks=1,
-                calibration=NONE if metric == "reverse" else TEXT,
-                **ORDERS[metric == "shapley"],
-            )
-    add(
-        "prune",
-        "depth-items",
-        "depth",
-        metric="greedy",
-        blocks=1,
-        calibration={"dataset": "arithmetic", "shots": 1},
-    )
-    add(
-        "prune",
-        "stepwise",
-        "stepwise",
-        sparsity=0.3,
-        max_rise=9.0,
-        held_out=1,
-        policy={"kind": "rules"},
-        calibration=TEXT,
-    )
-    add("prune", "resp-row", "resp", sparsity=0.5, scope="row", steps=2, calibration=generated)
-    add("prune", "resp-matrix", "resp", sparsity=0.5, scope="matrix", steps=2, calibration=generated)
-
-    add("quantize", "rtn-w4", "rtn", bits=4, group_size=16, calibration=NONE)
-    add("quantize", "rtn-w3-channel", "rtn", bits=3, group_size=None, symmetric=False, calibration=NONE)
-    add("quantize", "gptq-w4", "gptq", bits=4, group_size=16, calibration=TEXT)
-    add("quantize", "gptq-w3-block", "gptq", bits=3, group_size=16, symmetric=False, calibration=block)
-    add(
-        "quantize",
-        "gptq-static",
-        "gptq",
-        bits=4,
-        group_size=16,
-        static_groups=True,
-        act_order=True,
-        calibration=TEXT,
-    )
-    add("quantize", "awq", "awq", bits=4, group_size=16, calibration=block)
-    add("quantize", "awq-clip", "awq", bits=4, group_size=16, symmetric=False, clip=True, calibration=block)
-    add("quantize", "smoothquant", "smoothquant", calibration=block)
-    add("quantize", "hqq", "hqq", bits=4, group_size=16, calibration=NONE)
-    add("quantize", "hqq-symmetric", "hqq", bits=4, group_size=16, symmetric=True, calibration=NONE)
-    add("quantize", "nf4", "nf4", group_size=16, calibration=NONE)
-    add("quantize", "nf4-double", "nf4", group_size=16, double_quant=True, calibration=NONE)
-    add("quantize", "fp8", "fp8", calibration=NONE)
-    add("quantize", "fp8-dynamic", "fp8", strategy="tensor", activations="dynamic", calibration=NONE)
-    add("quantize", "mxfp4", "mxfp4", calibration=NONE)
-    add("quantize", "nvfp4", "nvfp4", calibration=NONE)
-    add("quantize", "wanda-gptq", "gptq", "prune/wanda-linear", bits=4, group_size=16, calibration=TEXT)
-
-    add(
-        "teach",
-        "taught-answers",
-        "answers",
-        dataset="arithmetic",
-        num_samples=6,
-        held_out=4,
-        batch_size=2,
-        max_new_tokens=6,
-        temperature=0.7,
-        shots=1,
-    )
-    add(
-        "teach",
-        "taught-logits",
-        "logits",
-        dataset="news",
-        num_samples=4,
-        held_out=2,
-        batch_size=2,
-        sequence_length=32,
-        top=8,
-    )
-
-    tune: dict[str, Any] = {"train": TEXT, "learning_rate": 0.01, "steps": 3, "batch_size": 2}
-    lora = {"rank": 2, "alpha": 4}
-    small = {"sparsity": 0.5, "scope": "row"}
-    pruned = "prune/wanda-linear"
-    for keep in ("mask", "none"):
-        add("finetune", f"lora-{keep}", "lora", pruned, keep=keep, **lora, **tune)
-        add("finetune", f"full-{keep}", "full", pruned, keep=keep, weight_decay=0.1, **tune)
-        add(
-            "finetune",
-            f"qat-{keep}",
-            "qat",
-            "quantize/wanda-gptq",
-            keep=keep,
-            **tune | {"learning_rate": 0.1},
-        )
-        add(
-            "finetune",
-            f"eco-{keep}",
-            "eco",
-            "quantize/wanda-gptq",
-            keep=keep,
-            **tune | {"learning_rate": 0.1},
-        )
-    add("finetune", "eco-sgd", "eco", "quantize/rtn-w4", optimizer="sgd", **tune | {"learning_rate": 1.0})
-    for keep, scope in itertools.product(("small", "shuffled"), ("matrix", "global", "row")):
-        add("finetune", f"full-{keep}-{scope}", "full", keep=keep, small=small | {"scope": scope}, **tune)
-    add("finetune", "lora-shuffled", "lora", keep="shuffled", small=small, **lora, **tune)
-    add("finetune", "lora-requantize", "lora", "quantize/gptq-w4", requantize=True, **lora, **tune)
-    add(
-        "finetune",
-        "full-packed",
-        "full",
-        **tune
-        | {
-            "train": {
-                "dataset": "arithmetic",
-                "num_samples": 6,
-                "held_out": 4,
-                "sequence_length": 64,
-                "packing": True,
-            },
-            "accumulation": 2,
-        },
-    )
-    add(
-        "finetune",
-        "lora-answers",
-        "lora",
-        pruned,
-        **lora,
-        **tune
-        | {
-            "train": {
-                "dataset": "taught-answers",
-                "num_samples": 4,
-                "held_out": 2,
-                "sequence_length": 64,
-            }
-        },
-    )
-    add(
-        "finetune",
-        "full-distilled",
-        "full",
-        pruned,
-        **tune
-        | {
-            "train": {
-                "dataset": "taught-logits",
-                "num_samples": 4,
-                "held_out": 2,
-                "sequence_length": 32,
-            },
-            "distillation": {"weight": 0.5, "temperature": 2.0},
-        },
-    )
-    return made
-
-
-SMALLER = (
-    "wanda-linear", "wanda-block", "sparsegpt-linear", "width-l2", "depth-block-influence-block",
-    "magnitude-global", "gptq-w4", "awq", "rtn-w4", "smoothquant", "lora-mask", "full-mask",
-)  # fmt: skip
-"""Recipes tried on the other families too; those that refuse a family are left out."""
-LEVELS: dict[str, list[dict[str, Any]]] = {
+BASE = "base/tiny"
+NONE: Settings = {"dataset": "none"}
+TEXT: Settings = {"dataset": "news", "num_samples": 4, "sequence_length": 32}
+BLOCK = TEXT | {"sequential": "block"}
+DENSE = TEXT | {"sequential": "none", "batch_size": 2}
+GENERATED = TEXT | {"tokens": "generated", "seed": 3, "temperature": 1.0, "prompt_length": 8}
+RANDOM = TEXT | {"dataset": "none", "tokens": "random", "seed": 5}
+MEASURED = ("activation", "llm-bip")
+"""The importances that read text."""
+INT4 = {"bits": 4, "group_size": 16}
+LEVELS: dict[str, list[Settings]] = {
     "arithmetic": [
         {"name": "add", "operator": "+", "digits": 1, "carries": False},
         {"name": "carry", "operator": "+", "digits": 2, "carries": True},
@@ -286,158 +56,236 @@ LEVELS: dict[str, list[dict[str, Any]]] = {
     "classification": [{"name": "four", "chains": 4}, {"name": "chains", "chains": 4, "rules": 2}],
     "instructions": [{"name": "one", "constraints": 1}, {"name": "three", "constraints": 3}],
 }
+"""The levels of each graded task."""
+FEW = (
+    "wanda-linear", "wanda-block", "sparsegpt-linear", "width-l2", "depth-block-influence-block",
+    "magnitude-global", "gptq-w4", "awq", "rtn-w4", "smoothquant", "lora-mask", "full-mask",
+)  # fmt: skip
+"""The recipes of families other than Llama."""
+UNHASHED = ("runs", "scratch", "code", "validated.json")
+
+
+def recipe(method: str, source: str = BASE, /, **settings: Any) -> Settings:
+    """Return a recipe of `method` on `source`."""
+    return {"source": source, "method": method, **settings}
+
+
+def prune_recipes() -> Recipes:
+    """Return recipes of every pruning method."""
+    recipes: Recipes = {}
+    for scope in ("global", "matrix", "row"):
+        recipes[f"magnitude-{scope}"] = recipe("magnitude", sparsity=0.37, scope=scope, calibration=NONE)
+    half = {"sparsity": 0.5, "structure": "2:4"}
+    recipes["magnitude-2of4"] = recipe("magnitude", **half, scope="row", calibration=NONE)
+    texts = {"linear": TEXT, "block": BLOCK, "none": DENSE, "generated": GENERATED, "random": RANDOM}
+    for name, text in texts.items():
+        for method in ("wanda", "sparsegpt"):
+            recipes[f"{method}-{name}"] = recipe(method, sparsity=0.5, calibration=text)
+    for allocation in (
+        {"kind": "erk"}, {"kind": "owl", "multiple": 3.0}, {"kind": "alpha", "spread": 0.2},
+        {"kind": "layer-if"},
+    ):  # fmt: skip
+        kind, spread = allocation["kind"], {"sparsity": 0.4, "allocation": allocation}
+        text = TEXT if kind in ("owl", "layer-if") else NONE
+        recipes[f"magnitude-{kind}"] = recipe("magnitude", **spread, scope="matrix", calibration=text)
+        for method in ("wanda", "sparsegpt"):
+            recipes[f"{method}-{kind}"] = recipe(method, **spread, calibration=TEXT)
+    floors = {"kind": "uniform", "floor_rows": True}
+    recipes["wanda-floor-rows"] = recipe("wanda", sparsity=0.37, allocation=floors, calibration=TEXT)
+    for method in ("wanda", "sparsegpt"):
+        recipes[f"{method}-2of4"] = recipe(method, **half, calibration=TEXT)
+    recipes["sparsegpt-grid"] = recipe("sparsegpt", sparsity=0.5, grid=INT4, calibration=TEXT)
+    recipes["random-50"] = recipe("random", sparsity=0.5, seed=7, calibration=NONE)
+
+    def by_importance(importance: str) -> Settings:
+        seed = {"seed": 1} if importance == "random" else {}
+        return {"importance": importance, "calibration": TEXT if importance in MEASURED else NONE, **seed}
+
+    for importance in ("ppm", "vow", "pon", "l2", "activation", "llm-bip", "random"):
+        recipes[f"width-{importance}"] = recipe("width", remove=0.4, **by_importance(importance))
+    for importance, unit in product(("magnitude", "activation", "llm-bip", "random"), ("groups", "queries")):
+        settings = by_importance(importance)
+        recipes[f"heads-{importance}-{unit}"] = recipe("heads", unit=unit, remove=0.5, **settings)
+    metrics = ("block-influence", "angular", "reverse", "perplexity", "shapley", "greedy")
+    for metric, target in product(metrics, ("block", "attention")):
+        if (metric, target) != ("angular", "attention"):
+            settings = {"calibration": NONE if metric == "reverse" else TEXT, "blocks": 1}
+            settings |= {"samples": 3} if metric == "shapley" else {}
+            recipes[f"depth-{metric}-{target}"] = recipe("depth", metric=metric, target=target, **settings)
+    items = {"dataset": "arithmetic", "shots": 1}
+    recipes["depth-items"] = recipe("depth", metric="greedy", blocks=1, calibration=items)
+    rules = {"max_rise": 9.0, "held_out": 1, "policy": {"kind": "rules"}}
+    recipes["stepwise"] = recipe("stepwise", sparsity=0.3, **rules, calibration=TEXT)
+    for scope in ("row", "matrix"):
+        recipes[f"resp-{scope}"] = recipe("resp", sparsity=0.5, scope=scope, steps=2, calibration=GENERATED)
+    return recipes
+
+
+def quantize_recipes() -> Recipes:
+    """Return recipes of every quantization method."""
+    int3 = {"bits": 3, "group_size": 16, "symmetric": False}
+    static = INT4 | {"static_groups": True, "act_order": True}
+    return {
+        "rtn-w4": recipe("rtn", **INT4, calibration=NONE),
+        "rtn-w3-channel": recipe("rtn", **int3 | {"group_size": None}, calibration=NONE),
+        "gptq-w4": recipe("gptq", **INT4, calibration=TEXT),
+        "gptq-w3-block": recipe("gptq", **int3, calibration=BLOCK),
+        "gptq-static": recipe("gptq", **static, calibration=TEXT),
+        "awq": recipe("awq", **INT4, calibration=BLOCK),
+        "awq-clip": recipe("awq", **INT4, symmetric=False, clip=True, calibration=BLOCK),
+        "smoothquant": recipe("smoothquant", calibration=BLOCK),
+        "hqq": recipe("hqq", **INT4, calibration=NONE),
+        "hqq-symmetric": recipe("hqq", **INT4, symmetric=True, calibration=NONE),
+        "nf4": recipe("nf4", group_size=16, calibration=NONE),
+        "nf4-double": recipe("nf4", group_size=16, double_quant=True, calibration=NONE),
+        "fp8": recipe("fp8", calibration=NONE),
+        "fp8-dynamic": recipe("fp8", strategy="tensor", activations="dynamic", calibration=NONE),
+        "mxfp4": recipe("mxfp4", calibration=NONE),
+        "nvfp4": recipe("nvfp4", calibration=NONE),
+        "wanda-gptq": recipe("gptq", "prune/wanda-linear", **INT4, calibration=TEXT),
+    }
+
+
+def teach_recipes() -> Recipes:
+    """Return a recipe of each way of teaching."""
+    graded = {"dataset": "arithmetic", "num_samples": 6, "held_out": 4, "shots": 1, "max_new_tokens": 6}
+    text = TEXT | {"held_out": 2, "top": 8}
+    return {
+        "taught-answers": recipe("answers", **graded, temperature=0.7, batch_size=2),
+        "taught-logits": recipe("logits", **text, batch_size=2),
+    }
+
+
+def finetune_recipes() -> Recipes:
+    """Return recipes of every fine-tuning method, on dense, pruned and quantized sources."""
+    tune: Settings = {"train": TEXT, "learning_rate": 0.01, "steps": 3, "batch_size": 2}
+    fast = tune | {"learning_rate": 0.1}
+    lora = {"rank": 2, "alpha": 4} | tune
+    small = {"sparsity": 0.5, "scope": "row"}
+    pruned, quantized = "prune/wanda-linear", "quantize/wanda-gptq"
+    recipes: Recipes = {}
+    for keep in ("mask", "none"):
+        recipes[f"lora-{keep}"] = recipe("lora", pruned, keep=keep, **lora)
+        recipes[f"full-{keep}"] = recipe("full", pruned, keep=keep, weight_decay=0.1, **tune)
+        for method in ("qat", "eco"):
+            recipes[f"{method}-{keep}"] = recipe(method, quantized, keep=keep, **fast)
+    recipes["eco-sgd"] = recipe("eco", "quantize/rtn-w4", optimizer="sgd", **tune | {"learning_rate": 1.0})
+    for keep, scope in product(("small", "shuffled"), ("matrix", "global", "row")):
+        recipes[f"full-{keep}-{scope}"] = recipe("full", keep=keep, small=small | {"scope": scope}, **tune)
+    recipes["lora-shuffled"] = recipe("lora", keep="shuffled", small=small, **lora)
+    recipes["lora-requantize"] = recipe("lora", "quantize/gptq-w4", requantize=True, **lora)
+
+    def on(dataset: str, **settings: Any) -> Settings:
+        return {"train": {"dataset": dataset, "num_samples": 4, "held_out": 2, **settings}}
+
+    packed = on("arithmetic", num_samples=6, held_out=4, sequence_length=64, packing=True)
+    recipes["full-packed"] = recipe("full", **tune | packed, accumulation=2)
+    recipes["lora-answers"] = recipe("lora", pruned, **lora | on("taught-answers", sequence_length=64))
+    logits = on("taught-logits", sequence_length=32) | {"distillation": {"weight": 0.5, "temperature": 2.0}}
+    recipes["full-distilled"] = recipe("full", pruned, **tune | logits)
+    return recipes
 
 
 def params(family: str, inputs: Path) -> dict[str, Any]:
-    """All of params.yaml for one family."""
+    """Return params.yaml for a family: for Llama with every recipe and candidate, for others with a few."""
     raw = project.params(inputs)
     raw["models"]["tiny"] |= {
-        "source": f"path:{inputs / family}",
-        "in_features": families.IN_FEATURES[family],
+        "source": f"path:{inputs / family}", "in_features": families.IN_FEATURES[family],
         "sha256": project.sha256(inputs / family),
-    }
-    made = recipes()
-    for kind, levels in LEVELS.items():
-        raw["datasets"][kind] = {
-            "kind": kind,
-            "seed": 0,
-            "test": 4,
-            "train": 4,
-            "fewshot": 1,
-            "levels": levels,
-        }
-    if family != "llama":
-        made = {s: {n: r for n, r in found.items() if n in SMALLER} for s, found in made.items()}
-        if family == "gpt2":
-            made["quantize"].pop("smoothquant")
-    else:
-        raw["noise"] = {
-            "batch": {"source": "base/tiny", "batch_size": 3},
-            "fp32": {"source": "base/tiny", "dtype": "float32"},
-        }
-        raw["floor"] = {"dot": {"source": "base/tiny", "responder": "dot"}}
-    for section in ("prune", "quantize", "teach", "finetune"):
-        raw[section] = made[section]
-    for section in ("noise", "floor"):
-        raw[section] = raw[section] if family == "llama" else {}
-    raw["suites"] = {
-        "perplexity": {
-            "news": {
-                "windows": 3,
-                "sequence_length": 32,
-                "batch_size": 2,
-                "emergence": {"windows": 64, "sequence_length": 4, "steps": 5, "width": 8},
-            }
-        },
-        "graded": {kind: {"shots": 1, "batch_size": 2} for kind in LEVELS},
-        "benchmark": {},
-    }
-    raw["suites"]["graded"]["brackets"]["thinking"] = {
-        "budgets": [0, 4, 8],
-        "draws": 3,
-        "temperature": 0.9,
-        "waits": 1,
-    }
-    candidates = ["base/tiny"]
+    }  # fmt: skip
+    sizes = {"seed": 0, "test": 4, "train": 4, "fewshot": 1}
+    raw["datasets"] |= {kind: {"kind": kind, **sizes, "levels": levels} for kind, levels in LEVELS.items()}
+    sections = {
+        "prune": prune_recipes(), "quantize": quantize_recipes(), "teach": teach_recipes(),
+        "finetune": finetune_recipes(), "noise": {}, "floor": {},
+    }  # fmt: skip
+    candidates = [BASE]
     if family == "llama":
+        sections["noise"] = {
+            "batch": {"source": BASE, "batch_size": 3}, "fp32": {"source": BASE, "dtype": "float32"},
+        }  # fmt: skip
+        sections["floor"] = {"dot": {"source": BASE, "responder": "dot"}}
         candidates += [
-            "noise/batch",
-            "noise/fp32",
-            "floor/dot",
-            "prune/wanda-linear",
-            "quantize/gptq-w4",
-            "quantize/smoothquant",
-            "finetune/lora-mask",
-        ]
-    raw["evaluate"] = {"candidates": candidates}
-    raw["profile"]["candidates"] = []
-    return raw
+            "noise/batch", "noise/fp32", "floor/dot", "prune/wanda-linear", "quantize/gptq-w4",
+            "quantize/smoothquant", "finetune/lora-mask",
+        ]  # fmt: skip
+    else:
+        for section, recipes in sections.items():
+            sections[section] = {name: recipes[name] for name in recipes if name in FEW}
+    if family == "gpt2":
+        del sections["quantize"]["smoothquant"]  # refuses GPT-2
+    emergence = {"windows": 64, "sequence_length": 4, "steps": 5, "width": 8}
+    news = {"windows": 3, "sequence_length": 32, "batch_size": 2, "emergence": emergence}
+    graded: Recipes = {kind: {"shots": 1, "batch_size": 2} for kind in LEVELS}
+    graded["brackets"]["thinking"] = {"budgets": [0, 4, 8], "draws": 3, "temperature": 0.9, "waits": 1}
+    suites = {"perplexity": {"news": news}, "graded": graded}
+    profile = raw["profile"] | {"candidates": []}
+    return raw | sections | {"suites": suites, "evaluate": {"candidates": candidates}, "profile": profile}
 
 
-def hashes(root: Path, label: str) -> None:
-    """Print `<hash>  <family>/<file>` of every file under `root`; of a table a hash a column."""
+def make(raw: dict[str, Any]) -> None:
+    """Run every stage of params in the working folder, each recipe after its sources; print failures."""
+    params = validate(raw)
+
+    def run(label: str, stage: Callable[[Params, str], None], name: str) -> None:
+        try:
+            stage(params, name)
+        except Exception as error:
+            show(f"{label}: {type(error).__name__}: {error}")
+
+    pipeline.validate(params, "all")
+    for name in (*(f"datasets/{key}" for key in params.datasets), *(f"base/{key}" for key in params.models)):
+        pipeline.download(params, name)
+    todo = list(params.recipes())
+    while todo:
+        artifact = next(name for name in todo if not lineage.ancestors(params, name) & set(todo))
+        section, name = artifact.split("/")
+        run(artifact, pipeline.STAGES[section], name)
+        todo.remove(artifact)
+    for name in params.evaluations():
+        run(f"evaluate {name}", pipeline.evaluate, name)
+    run("report all", pipeline.report, "all")
+
+
+def show_hashes(root: Path, label: str) -> None:
+    """Print `<hash>  <label>/<file>` for every file under `root`, and for every column of a result table."""
+
+    def line(content: bytes, name: str) -> None:
+        show(f"{hashlib.sha256(content).hexdigest()[:16]}  {label}/{name}")
+
     for file in sorted(root.rglob("*")):
         name = file.relative_to(root)
-        if not file.is_file() or name.parts[0] in SKIPPED:
+        if not file.is_file() or name.parts[0] in UNHASHED:
             continue
         if file.suffix == ".parquet" and name.parts[0] in ("results", "report"):
             for column, values in pd.read_parquet(file).items():
-                text = json.dumps(values.tolist(), default=str)
-                print(f"{hashlib.sha256(text.encode()).hexdigest()[:16]}  {label}/{name}:{column}")
+                line(json.dumps(values.tolist(), default=str).encode(), f"{name}:{column}")
         else:
-            print(f"{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}  {label}/{name}")
+            line(file.read_bytes(), str(name))
 
 
 def main() -> None:
-    """Make everything and print its hashes."""
+    """Make the artifacts of every family, or of those named as arguments, and print their hashes."""
     torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import logging
-
+    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     logging.disable(logging.WARNING)
-    start = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = Path(folder) / "inputs"
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs = Path(scratch) / "inputs"
         inputs.mkdir()
         for name, seed in (("news", 1), ("speeches", 2)):
             (inputs / f"{name}.txt").write_text(project.text(seed))
         for family in families.CONFIGS:
             families.save(family, inputs / family)
         (inputs / "tiny").symlink_to(inputs / "llama")
-        for family in families.CONFIGS if len(sys.argv) < 2 else sys.argv[1:]:
-            place = Path(folder) / family
-            place.mkdir()
-            os.chdir(place)
-            os.symlink(inputs, "inputs")
-            clock = time.perf_counter()
-            make(params(family, Path("inputs")))
-            print(f"{family}: {time.perf_counter() - clock:.0f} s", file=sys.stderr)
-            hashes(Path("data"), family)
-            os.chdir(start)
-
-
-def make(raw: dict[str, Any]) -> None:
-    """Run every stage of params in the working folder, one after the other."""
-    from stages.download import download
-    from stages.evaluate import evaluate
-    from stages.finetune import finetune
-    from stages.floor import floor
-    from stages.job import lineage
-    from stages.job.load import validate
-    from stages.job.pieces import STAGES
-    from stages.noise import noise
-    from stages.prune import prune
-    from stages.quantize import quantize
-    from stages.report import report
-    from stages.teach import teach
-    from stages.validate import validate as mark
-
-    params = validate(raw)
-    mark(*STAGES["validate"].arguments(params, "all"))
-    for name in (*(f"datasets/{key}" for key in params.datasets), *(f"base/{key}" for key in params.models)):
-        download(*STAGES["download"].arguments(params, name))
-    stages: dict[str, Any] = {
-        "prune": prune, "quantize": quantize, "teach": teach, "finetune": finetune, "noise": noise,
-        "floor": floor,
-    }  # fmt: skip
-    todo, done = list(params.recipes()), set[str]()
-    while todo:
-        for artifact in list(todo):
-            if done >= lineage.ancestors(params, artifact):
-                stage, name = artifact.split("/")
-                try:
-                    stages[stage](*STAGES[stage].arguments(params, name))
-                except Exception as error:
-                    print(f"{artifact}: {type(error).__name__}: {error}")
-                done.add(artifact)
-                todo.remove(artifact)
-    for stage, function, names in (("evaluate", evaluate, params.evaluations()), ("report", report, ["all"])):
-        for name in names:
-            try:
-                function(*STAGES[stage].arguments(params, name))
-            except Exception as error:
-                print(f"{stage} {name}: {type(error).__name__}: {error}")
+        for family in sys.argv[1:] or families.CONFIGS:
+            folder = Path(scratch) / family
+            folder.mkdir()
+            (folder / "inputs").symlink_to(inputs)
+            start = time.perf_counter()
+            with chdir(folder):
+                make(params(family, Path("inputs")))
+                sys.stderr.write(f"{family}: {time.perf_counter() - start:.0f} s\n")
+                show_hashes(Path("data"), family)
 
 
 if __name__ == "__main__":

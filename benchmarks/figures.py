@@ -1,9 +1,14 @@
-"""What benchmarks print: one figure a line, as JSON."""
+"""Print the figures of benchmarks, one JSON object a line."""
 
 import json
 
 
 def tell(figure: str, value: float | bool) -> None:
-    """Print a figure at once, numbers to six decimals."""
-    told = value if isinstance(value, bool) else round(value, 6)
-    print(json.dumps({"figure": figure, "value": told}), flush=True)  # noqa: T201
+    """Print a figure, a number rounded to six decimals."""
+    rounded = value if isinstance(value, bool) else round(value, 6)
+    show(json.dumps({"figure": figure, "value": rounded}))
+
+
+def show(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)  # noqa: T201
