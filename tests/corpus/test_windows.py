@@ -8,10 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from stages.core.errors import Refusal
-from stages.core.files import DATASETS, sha256
+from stages.core.files import DATASETS
 from stages.core.tables import subject
 from stages.corpus.windows import (
     Calibration,
@@ -24,8 +23,9 @@ from stages.corpus.windows import (
 from stages.job.load import load
 from stages.sources.graded.arithmetic import Arithmetic, ArithmeticLevel
 from stages.sources.text import split_calibration
-from tests import families, project
-from tests.pipeline import TEXT, do, params, prune, record
+from tests import families, fewrows, project
+from tests.lessons import SUMS
+from tests.pipeline import TEXT, do, download, params, prune, record
 
 TOKENIZER = families.tokenizer()
 GENERATED = {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 8}
@@ -150,26 +150,20 @@ def test_every_token_has_a_row_in_the_models_embedding(folder):
 
 
 def test_a_model_with_fewer_rows_than_its_tokenizer_has_tokens_is_pruned(workspace):
-    settings = families.CONFIGS["llama"].to_dict() | {"vocab_size": 200}
-    config = LlamaConfig(**settings | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained("small")
-    TOKENIZER.save_pretrained("small")
     wanda = {"source": "base/tiny", "method": "wanda", "sparsity": 0.5}
     resp = {"source": "base/tiny", "method": "resp", "sparsity": 0.5, "scope": "row", "steps": 2}
-    chosen = params(
-        "llama",
-        {
-            "prune/random": wanda | {"calibration": TEXT | RANDOM},
-            "prune/text": wanda | {"calibration": TEXT},
-            "prune/generated": wanda | {"calibration": TEXT | GENERATED},
-            "prune/resp": resp | {"calibration": TEXT | GENERATED},
-        },
-    )
-    small = {"source": "path:small", "sha256": sha256(Path("small"))}
-    chosen.models["tiny"] = chosen.models["tiny"].model_copy(update=small)
+    depth = {"source": "base/tiny", "method": "depth", "metric": "greedy", "blocks": 1}
+    recipes = {
+        "prune/random": wanda | {"calibration": TEXT | RANDOM},
+        "prune/text": wanda | {"calibration": TEXT},
+        "prune/generated": wanda | {"calibration": TEXT | GENERATED},
+        "prune/resp": resp | {"calibration": TEXT | GENERATED},
+        "prune/items": depth | {"calibration": {"dataset": "sums", "shots": 0}},
+    }
+    chosen = fewrows.use(params("llama", recipes, datasets={"sums": SUMS}))
+    download(chosen, "datasets/sums")
     do(chosen, ["prune/random"])
-    for name in ("text", "generated", "resp"):
+    for name in ("text", "generated", "resp", "items"):
         with pytest.raises(Refusal, match=r"token .* has id .* embedding has 200 rows"):
             prune(chosen, name)
     # Text that the model knows is continued with tokens that it knows.

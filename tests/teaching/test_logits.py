@@ -37,7 +37,9 @@ def test_a_student_equal_to_its_teacher_learns_from_the_text_alone():
     model = pipeline.load("base/tiny").float()
     batch = collate(load_examples(train, load_tokenizer("base/tiny"), model.config).train)
     plain, _ = batch_loss(model, batch, None)
-    torch.testing.assert_close(batch_loss(model, batch, Distillation(weight=3.0))[0], plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        batch_loss(model, batch, Distillation(weight=3.0))[0], plain, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_examples_are_those_that_would_be_trained_on_without_a_teacher():

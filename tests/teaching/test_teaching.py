@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
+from stages.core.errors import Refusal
 from stages.job import lineage
-from tests import pipeline
-from tests.lessons import ANSWERS, SUMS, TWICE
-from tests.pipeline import download
+from tests import fewrows, lessons, pipeline
+from tests.lessons import ANSWERS, LOGITS, SUMS, TWICE
+from tests.pipeline import download, teach
 
 pytestmark = pytest.mark.usefixtures("workspace")
 
@@ -59,3 +60,12 @@ def test_a_pruned_model_is_trained_on_answers_and_logits_of_its_dense_parent(pac
     assert any(not torch.equal(imitates[name], distilled[name]) for name in zeros)
     held_out = pd.read_csv("data/curves/imitates.csv")["heldout_loss"].dropna()
     assert held_out.iloc[-1] < held_out.iloc[0] - 0.1
+
+
+def test_a_teacher_with_fewer_rows_than_its_tokenizer_has_tokens_is_refused():
+    chosen = fewrows.use(lessons.params(answered=ANSWERS, lesson=LOGITS))
+    for name in ("datasets/news", "datasets/sums", "base/tiny"):
+        download(chosen, name)
+    for name in ("answered", "lesson"):
+        with pytest.raises(Refusal, match=r"token .* has id .* embedding has 200 rows"):
+            teach(chosen, name)

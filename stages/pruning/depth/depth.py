@@ -17,7 +17,7 @@ from stages.compress.method import Change, Context, WholeModel
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import NoData, Seed
-from stages.corpus.windows import Tokens
+from stages.corpus.windows import Tokens, check_token_ids
 from stages.model.artifact import load_config
 from stages.model.blocks import blocks, linears
 from stages.pruning.depth import rank
@@ -107,6 +107,9 @@ class Depth(WholeModel):
             data = context.windows()
         elif isinstance(self.calibration, Items):
             data = self.calibration.choices(context.tokenizer)
+            vocab_size = model.config.get_text_config().vocab_size
+            source = f"data set {self.calibration.dataset}"
+            check_token_ids(data.rows.tokens, vocab_size, source, context.tokenizer)
         if self.replace_by_mean:
             check_biases(model, self.target)
         ranking = self.rank(model, data, context.seed)
