@@ -1,0 +1,31 @@
+"""ERK: the published formula, worked out by hand."""
+
+import pytest
+
+from stages.model.blocks import linears
+from tests.allocations import shares
+
+
+def test_erk_is_the_papers_formula(model):
+    result = shares("erk", model, 0.5)
+    shapes = {linear.name: linear.weight.shape for linear in linears(model)}
+    density = {name: (rows + columns) / (rows * columns) for name, (rows, columns) in shapes.items()}
+    kept = 0.5 * sum(rows * columns for rows, columns in shapes.values())
+    factor = kept / sum(rows + columns for rows, columns in shapes.values())
+    assert max(factor * value for value in density.values()) < 1  # no matrix stays dense at this sparsity
+    assert result == pytest.approx({name: 1 - factor * value for name, value in density.items()})
+
+
+def test_matrices_that_would_keep_more_than_all_stay_dense_and_the_others_lose_more(model):
+    result = shares("erk", model, 0.2)
+    sizes = {linear.name: linear.weight.numel() for linear in linears(model)}
+    perimeters = {linear.name: sum(linear.weight.shape) for linear in linears(model)}
+    dense = [name for name, share in result.items() if share == 0]
+    assert {name.rpartition(".")[2] for name in dense} == {"k_proj", "v_proj"}
+    assert sum(result[name] * size for name, size in sizes.items()) == pytest.approx(
+        0.2 * sum(sizes.values())
+    )
+    factors = [
+        (1 - share) * sizes[name] / perimeters[name] for name, share in result.items() if name not in dense
+    ]
+    assert max(factors) == pytest.approx(min(factors))
