@@ -160,7 +160,7 @@ def _is_only_feed(feed: Feed, group: Group, block: Callable[[], Any], expected: 
     """Tell whether the feed's output is the group's input, channel by channel, and the input of nothing else.
 
     Args:
-        expected: the block's output with everything as it is.
+        expected: the block's output without any factors.
     """
     inputs = group.inputs
     exponents = torch.randint(-3, 4, inputs.shape[-1:], generator=torch.Generator("cpu").manual_seed(0))

@@ -5,9 +5,9 @@ w~ = w - u, the grid gives q = round(w~), and the error e = w~ - q would be lost
 smaller than half a grid step. ECO takes the error out of the first moment, from where it returns in the
 following steps.
 
-By how much: with the learning rate included, SGD's moment is m = beta m + (1 - beta) lr g and the step is u =
-m. Adding d to m adds beta^k d to the k-th step from here, in sum d beta / (1 - beta). These steps shall add
-up to e, and a step is subtracted, so
+By how much: with the learning rate included, SGD's moment is m = beta m + (1 - beta) lr g, and the step u is
+m itself. Adding d to m adds beta^k d to the k-th step from here, d beta / (1 - beta) in all. The weight must
+change by e in all, and steps are subtracted from it, so
 
     d = -e (1 - beta) / beta = e (1 - 1 / beta),
 
@@ -36,7 +36,7 @@ from stages.core.lazy import torch
 from stages.core.numbers import no_grad
 from stages.recovery.adam import EPSILON
 from stages.recovery.arm import Arm, Recovered
-from stages.recovery.masking import mask_gradients, trainable_mask
+from stages.recovery.freezing import mask_gradients, trainable_mask
 from stages.recovery.ongrid import GridWeights, OnGrid
 
 if TYPE_CHECKING:
@@ -98,10 +98,11 @@ class _ECOArm(Arm):
                 moment.sub_(error * divisor / later)
 
     def _divisor(self, name: str, gradient: Tensor) -> tuple[Tensor | float, float]:
-        """Update the second moment; return what divides the first moment to give the step.
+        """Update the second moment, and return what turns the first moment into steps.
 
         Returns:
-            The divisor, and what 1 in the first moment adds to all later steps times the divisor.
+            The divisor of the first moment that gives this step; and the sum of the later steps that follow
+            without further gradients, as a multiple of this step.
         """
         if self._recipe.optimizer == "sgd":
             return 1.0, BETAS[0] / (1 - BETAS[0])

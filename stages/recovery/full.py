@@ -13,8 +13,8 @@ from stages.core.lazy import torch
 from stages.model.blocks import blocks, linears
 from stages.recovery.adam import AdamArm, Publish
 from stages.recovery.arm import Arm, Recovered
+from stages.recovery.freezing import mask_gradients, trainable_mask
 from stages.recovery.keep import Keeping
-from stages.recovery.masking import mask_gradients, trainable_mask
 
 if TYPE_CHECKING:
     from torch import Tensor

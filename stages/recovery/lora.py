@@ -19,8 +19,8 @@ from stages.core.lazy import torch
 from stages.model.blocks import linears
 from stages.recovery.adam import AdamArm
 from stages.recovery.arm import Arm, Recovered
+from stages.recovery.freezing import trainable_mask
 from stages.recovery.keep import Keeping
-from stages.recovery.masking import trainable_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,8 +1,8 @@
 """Quantization-aware training (1712.05877): the forward pass computes with rounded weights.
 
 Each weight on the source's grid has an fp32 master, and the forward pass sees the master rounded to the grid,
-with the scales and zero points of the source. The slope of rounding is zero nearly everywhere, so its
-gradient is taken as if it were the identity (the straight-through estimator, 1308.3432), except where a
+with the scales and zero points of the source. The slope of rounding is zero nearly everywhere, so
+gradients pass it as if it were the identity (the straight-through estimator, 1308.3432), except where a
 master is beyond the range of the codes: there the rounded weight does not move with it, and the gradient is
 zero.
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from stages.core.lazy import torch
 from stages.recovery.adam import AdamArm, Publish
 from stages.recovery.arm import Arm, Recovered
-from stages.recovery.masking import mask_gradients, trainable_mask
+from stages.recovery.freezing import mask_gradients, trainable_mask
 from stages.recovery.ongrid import GridWeights, OnGrid
 
 if TYPE_CHECKING:

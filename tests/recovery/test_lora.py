@@ -8,8 +8,8 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from stages.model.blocks import linears
+from stages.recovery.freezing import trainable_mask
 from stages.recovery.masked import MaskedLinear
-from stages.recovery.masking import trainable_mask
 from tests import families
 from tests.recipes import LORA, WANDA
 from tests.recipes import run as run_stages
