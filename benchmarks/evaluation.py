@@ -1,16 +1,16 @@
-"""Evaluation against lm-eval's own command: the same tasks, the same model, all in one run.
+"""Evaluation against lm-eval's own command, on the same tasks and model, all in one run.
 
     dvc repro model@smollm2 dataset@arithmetic
-    python -m benchmarks.evaluation                    # the graded suite of params.yaml
-    python -m benchmarks.evaluation --suite brackets   # another one of it, its data set made before
+    python -m benchmarks.evaluation                    # the graded suite arithmetic of params.yaml
+    python -m benchmarks.evaluation --suite brackets   # another graded suite, whose data set must exist
 
-Ours is `python -m stages.evaluate`, theirs `lm-eval run` with the tasks written out as it reads them. Both
-are whole commands, started anew, with imports, loading and writing inside the clock; both have the same
-batch size and threads. They take turns, `--runs` times, and medians are told. In float32 no score of an
-item may differ; that is what `graded.scores_identical` says. Log-likelihoods differ by rounding,
-`graded.log_likelihood_difference` nats at most.
+Our side is `python -m stages.evaluate`, theirs `lm-eval run` with the tasks written as YAML. Both are whole
+commands in new processes, timed with imports, loading and writing, with the same batch size and threads. They
+take turns, `--runs` times; figures are medians. In float32 no score of an item may differ, which
+`graded.scores_identical` tells. Log-likelihoods differ by rounding, at most by
+`graded.log_likelihood_difference` nats.
 
-One JSON object a line. The aim: `graded.times_faster_than_lm_eval` 2 at least.
+Each line is a JSON object. The aim: `graded.times_faster_than_lm_eval` at least 2.
 """
 
 import argparse
@@ -35,32 +35,36 @@ from stages.evaluation.graded import GradedSuite
 
 ROOT = Path(__file__).parents[1]
 MODEL = Path("data/models/base/smollm2")
-CONFIGS = Path("tasks.json")
-"""What `task` makes the tasks from: the suite's name and settings."""
+SUITE = Path("suite.json")
+"""The suite's name and settings, from which `task` builds the tasks."""
 
 
 class Function:
-    """A function that a YAML file of lm-eval's names."""
+    """A function that a task's YAML names."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes functions as lm-eval reads them."""
+    """Write functions as lm-eval reads them."""
 
 
-Dumper.add_representer(Function, lambda dumper, one: dumper.represent_scalar("!function", one.name))
+Dumper.add_representer(Function, lambda dumper, function: dumper.represent_scalar("!function", function.name))
 
 
 def task(number: int, key: str) -> Any:
-    """A function of the suite's task `number`; the modules beside the YAML files import theirs by this."""
-    told = json.loads(CONFIGS.read_text())
-    return GradedSuite.model_validate(told["settings"]).tasks(told["suite"])[number][key]
+    """Return a function of the suite's task `number`; the modules beside the YAML files import it by this."""
+    suite = json.loads(SUITE.read_text())
+    return GradedSuite.model_validate(suite["settings"]).tasks(suite["name"])[number][key]
 
 
 def write_tasks(suite: GradedSuite, name: str, folder: Path) -> list[str]:
-    """Write the suite's tasks as YAML into `folder`, to be read with `folder`'s parent as working folder."""
+    """Write the suite's tasks as YAML into `folder`, whose parent must be the working folder of lm-eval.
+
+    Returns:
+        The tasks' names.
+    """
     folder.mkdir()
     names = []
     for number, config in enumerate(suite.tasks(name)):
@@ -76,28 +80,26 @@ def write_tasks(suite: GradedSuite, name: str, folder: Path) -> list[str]:
 
 
 def project(folder: Path, params: dict[str, Any], suite: str, threads: int, dtype: str) -> None:
-    """A project with the model and one suite, in `folder`."""
-    kept = {section: {} if isinstance(value, dict) else value for section, value in params.items()}
-    kept["run"] = {**params["run"], "device": "cpu", "dtype": dtype, "threads": threads}
-    kept["models"] = {"smollm2": params["models"]["smollm2"]}
-    kept["datasets"] = {suite: params["datasets"][suite]}
-    kept["suites"] = {kind: {} for kind in params["suites"]} | {
-        "graded": {suite: params["suites"]["graded"][suite]}
-    }
-    kept["evaluate"] = {"candidates": ["base/smollm2"]}
-    kept["profile"] = {**params["profile"], "candidates": []}
+    """Set up a project with the model and a single suite in `folder`."""
+    reduced = {section: {} if isinstance(value, dict) else value for section, value in params.items()}
+    reduced["run"] = {**params["run"], "device": "cpu", "dtype": dtype, "threads": threads}
+    reduced["models"] = {"smollm2": params["models"]["smollm2"]}
+    reduced["datasets"] = {suite: params["datasets"][suite]}
+    reduced["suites"] = {"graded": {suite: params["suites"]["graded"][suite]}}
+    reduced["evaluate"] = {"candidates": ["base/smollm2"]}
+    reduced["profile"] = {**params["profile"], "candidates": []}
     with (folder / "params.yaml").open("w") as file:
-        YAML().dump(kept, file)
+        YAML().dump(reduced, file)
     for path in (MODEL, Path("data/datasets") / suite):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).symlink_to(path.resolve())
 
 
 def run(command: list[str], folder: Path, threads: int) -> float:
-    """Wall time of a command in `folder`, in seconds.
+    """Run a command in `folder` and return its wall time in seconds.
 
     Raises:
-        SystemExit: it failed; the message has the end of what it said.
+        SystemExit: it failed; the message ends with its output.
     """
     environment = {
         **os.environ,
@@ -115,61 +117,63 @@ def run(command: list[str], folder: Path, threads: int) -> float:
 
 
 def ours(folder: Path, suite: str) -> pd.DataFrame:
-    """Our answers: `task`, `doc_id`, `score`, `likelihoods`."""
-    found = pd.read_parquet(folder / f"data/results/base/smollm2/{suite}" / SAMPLES)
-    found["task"] = suite + "-" + found["readout"]
-    return found.rename(columns={"log_likelihoods": "likelihoods"})
+    """Return our answers: `task`, `doc_id`, `score`, `likelihoods`."""
+    samples = pd.read_parquet(folder / f"data/results/base/smollm2/{suite}" / SAMPLES)
+    samples["task"] = suite + "-" + samples["readout"]
+    return samples.rename(columns={"log_likelihoods": "likelihoods"})
 
 
 def theirs(folder: Path) -> pd.DataFrame:
-    """lm-eval's answers, in the same columns."""
+    """Return lm-eval's answers, in the same columns."""
     rows = []
     for file in sorted(folder.rglob("samples_*.jsonl")):
         name = file.name.removeprefix("samples_").rsplit("_", 1)[0]
         for line in file.read_text().splitlines():
             item = json.loads(line)
             (metric,) = item["metrics"]
-            likelihoods = [float(one[0]) for one in item["filtered_resps"]] if metric == "acc" else None
+            likelihoods = [float(pair[0]) for pair in item["filtered_resps"]] if metric == "acc" else None
             row = {"task": name, "doc_id": item["doc_id"], "score": float(item[metric])}
             rows.append({**row, "likelihoods": likelihoods})
     return pd.DataFrame(rows)
 
 
-def compare(one: pd.DataFrame, other: pd.DataFrame) -> tuple[bool, float]:
-    """Whether all items are there on both sides with the same score; the largest difference in nats."""
-    both = one.merge(other, on=["task", "doc_id"], suffixes=("_one", "_other"))
-    whole = len(both) == len(one) == len(other) > 0
-    apart = [
-        abs(a - b)
-        for a_item, b_item in zip(both["likelihoods_one"], both["likelihoods_other"], strict=True)
-        if a_item is not None
-        for a, b in zip(a_item, b_item, strict=True)
+def compare(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[bool, float]:
+    """Return whether both sides have all items with the same score, and the largest difference in nats."""
+    both = ours.merge(theirs, on=["task", "doc_id"], suffixes=("_ours", "_theirs"))
+    complete = len(both) == len(ours) == len(theirs) > 0
+    differences = [
+        abs(our - their)
+        for our_item, their_item in zip(both["likelihoods_ours"], both["likelihoods_theirs"], strict=True)
+        if our_item is not None
+        for our, their in zip(our_item, their_item, strict=True)
     ]
-    return whole and bool((both["score_one"] == both["score_other"]).all()), max(apart, default=0.0)
+    same = bool((both["score_ours"] == both["score_theirs"]).all())
+    return complete and same, max(differences, default=0.0)
 
 
 def main() -> None:
     """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--suite", default="arithmetic", help="a graded suite of the params")
+    parser.add_argument("--suite", default="arithmetic", help="a graded suite of params.yaml")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     params = YAML(typ="safe", pure=True).load(options.params.read_text())
-    if options.suite not in params["suites"]["graded"]:
-        raise SystemExit(f"{options.params} has no graded suite {options.suite}.")
+    graded = params["suites"].get("graded", {})
+    if options.suite not in graded:
+        raise SystemExit(f"{options.params} has no graded suite {options.suite}, only {', '.join(graded)}.")
     needed = {"model@smollm2": MODEL, f"dataset@{options.suite}": Path("data/datasets") / options.suite}
     if missing := [stage for stage, path in needed.items() if not path.exists()]:
-        raise SystemExit(f"run dvc repro {' '.join(missing)} first.")
-    settings = params["suites"]["graded"][options.suite]
+        raise SystemExit(f"model or data are missing; run dvc repro {' '.join(missing)}.")
+    settings = graded[options.suite]
     suite = GradedSuite.model_validate(settings)
     scripts = Path(sys.executable).parent
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / CONFIGS).write_text(json.dumps({"suite": options.suite, "settings": settings}))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / SUITE).write_text(json.dumps({"name": options.suite, "settings": settings}))
         project(folder, params, options.suite, options.threads, options.dtype)
         tasks = write_tasks(suite, options.suite, folder / "tasks")
         arguments = f"pretrained={MODEL},dtype={options.dtype},softmax_dtype=float32"
@@ -185,13 +189,13 @@ def main() -> None:
             seconds["ours"].append(run(stage, folder, options.threads))
             shutil.rmtree(folder / "theirs", ignore_errors=True)
             seconds["theirs"].append(run(command, folder, options.threads))
-        identical, apart = compare(ours(folder, options.suite), theirs(folder / "theirs"))
-    mine, other = (statistics.median(seconds[side]) for side in ("ours", "theirs"))
-    tell("graded.seconds", mine)
-    tell("graded.seconds_lm_eval", other)
-    tell("graded.times_faster_than_lm_eval", other / mine)
+        identical, difference = compare(ours(folder, options.suite), theirs(folder / "theirs"))
+    our_seconds, their_seconds = (statistics.median(seconds[side]) for side in ("ours", "theirs"))
+    tell("graded.seconds", our_seconds)
+    tell("graded.seconds_lm_eval", their_seconds)
+    tell("graded.times_faster_than_lm_eval", their_seconds / our_seconds)
     tell("graded.scores_identical", identical)
-    tell("graded.log_likelihood_difference", apart)
+    tell("graded.log_likelihood_difference", difference)
 
 
 if __name__ == "__main__":

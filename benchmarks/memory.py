@@ -1,13 +1,12 @@
 """Peak memory of pruning a model larger than it: random weights in the shape of Llama-3.1-8B.
 
-    python -m benchmarks.memory                    # 32 blocks, 16 GB on disk, deleted after
+    python -m benchmarks.memory                    # 8 and 32 blocks; needs 34 GB of disk, deleted afterwards
     python -m benchmarks.memory --blocks 4 8       # a quicker look
 
-For every number of blocks the model is made in a scratch project, then pruned by magnitude and by Wanda
-through `python -m stages.prune`, as a user would; the largest one is killed half way by magnitude and
-started again. `peak_gib` is the process' VmHWM, everything in it counted; `growth_per_block` is how much
-the peak grew a block from the fewest to the most, in GiB: nothing, if blocks really stream.
-One JSON object a line.
+For every number of blocks, write the model into a scratch project and prune it by magnitude and by Wanda with
+`python -m stages.prune`, as a user would; kill the magnitude run on the largest model half way and start it
+again. `peak_gib` is VmHWM of the whole process. `growth_per_block` is the growth of the peak per block from the
+smallest to the largest model, in GiB; it is about zero if blocks really stream. Each line is a JSON object.
 """
 
 import argparse
@@ -41,16 +40,18 @@ LINEARS = {
     "self_attn.v_proj": (KEY, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
     "mlp.gate_proj": (WIDE, HIDDEN), "mlp.up_proj": (WIDE, HIDDEN), "mlp.down_proj": (HIDDEN, WIDE),
 }  # fmt: skip
-"""Of a block, `(out, in)`."""
+"""The linears of a block, `(out, in)`."""
+SAVED_BLOCKS = "data/scratch/resume/*/*/*.json"
+"""Files of a killed run, as many as it finished blocks."""
 
 
 def size_of(count: int) -> int:
-    """Bytes of a checkpoint with `count` blocks, norms left out."""
+    """Return the bytes of a checkpoint with `count` blocks, without its norms."""
     return 2 * (count * sum(map(math.prod, LINEARS.values())) + 2 * SHAPE["vocab_size"] * HIDDEN)
 
 
 def make(folder: Path, count: int, tokenizer: Path) -> None:
-    """A checkpoint with `count` blocks of random bf16 weights, a shard a block, as a base artifact."""
+    """Write a base artifact with `count` blocks of random bf16 weights, a shard per block."""
     folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(0)
 
@@ -74,8 +75,9 @@ def make(folder: Path, count: int, tokenizer: Path) -> None:
     rest = {
         "model.embed_tokens.weight": weight(vocabulary, HIDDEN),
         "lm_head.weight": weight(vocabulary, HIDDEN),
+        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
     }
-    write(count + 1, rest | {"model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)})
+    write(count + 1, rest)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = LlamaConfig(
         **SHAPE, num_hidden_layers=count, tie_word_embeddings=False, dtype="bfloat16",
@@ -88,7 +90,7 @@ def make(folder: Path, count: int, tokenizer: Path) -> None:
 
 
 def project(folder: Path, news: Path, samples: int, length: int) -> None:
-    """A project with the two recipes and the text, in `folder`."""
+    """Set up a project with the two recipes and their text in `folder`."""
     yaml = YAML(typ="safe", pure=True)
     params: dict[str, Any] = yaml.load((ROOT / "params.yaml").read_text())
     text = {"dataset": "news", "num_samples": samples, "sequence_length": length}
@@ -104,7 +106,7 @@ def project(folder: Path, news: Path, samples: int, length: int) -> None:
     }  # fmt: skip
     params |= {"quantize": {}, "teach": {}, "finetune": {}, "noise": {}, "floor": {}}
     params["profile"]["candidates"] = []
-    params["suites"] = {"perplexity": {}, "graded": {}, "benchmark": {}}
+    params["suites"] = {}
     params["evaluate"] = {"candidates": ["base/big"]}
     with (folder / "params.yaml").open("w") as file:
         YAML().dump(params, file)
@@ -113,12 +115,19 @@ def project(folder: Path, news: Path, samples: int, length: int) -> None:
 
 
 def prune(folder: Path, recipe: str, kill_after: int | None = None) -> tuple[float, float]:
-    """Run the stage; returns its VmHWM in GiB and its seconds. `kill_after` that many shards, SIGKILL."""
+    """Run the stage and return its VmHWM in GiB and its seconds.
+
+    Args:
+        kill_after: send SIGKILL once so many blocks are finished; None lets it end.
+
+    Raises:
+        SystemExit: it failed; the message ends with its output.
+    """
     start, peak = time.monotonic(), 0.0
-    with tempfile.TemporaryFile("w+") as told:
+    with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             [sys.executable, "-m", "stages.prune", recipe],
-            cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=told,
+            cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=errors,
         )  # fmt: skip
         while child.poll() is None:
             try:
@@ -126,39 +135,40 @@ def prune(folder: Path, recipe: str, kill_after: int | None = None) -> tuple[flo
                 peak = max(peak, int(status.split("VmHWM:")[1].split()[0]) / 2**20)
             except (FileNotFoundError, IndexError, ProcessLookupError):
                 pass  # it has just ended
-            if kill_after and len(list(folder.glob("data/scratch/resume/*/*/*.json"))) >= kill_after:
+            if kill_after and len(list(folder.glob(SAVED_BLOCKS))) >= kill_after:
                 child.send_signal(signal.SIGKILL)
                 child.wait()
                 return peak, time.monotonic() - start
             time.sleep(0.2)
         if child.returncode:
-            told.seek(0)
-            last = told.read()[-4000:]
-            raise SystemExit(f"python -m stages.prune {recipe} ended with {child.returncode}:\n{last}")
+            errors.seek(0)
+            raise SystemExit(
+                f"python -m stages.prune {recipe} ended with {child.returncode}:\n{errors.read()[-4000:]}"
+            )
     return peak, time.monotonic() - start
 
 
 def main() -> None:
     """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 32], help="sizes to measure")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows")
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="with models/base/smollm2 and datasets/news"
+        "--data", type=Path, default=Path("data"), help="folder with models/base/smollm2 and datasets/news"
     )
     options = parser.parse_args()
     tokenizer, news = options.data / "models/base/smollm2", options.data / "datasets/news"
     if missing := [str(path) for path in (tokenizer, news) if not path.exists()]:
-        raise SystemExit(f"there is no {', '.join(missing)}; run dvc repro model@smollm2 dataset@news.")
+        raise SystemExit(f"{', '.join(missing)} missing; run dvc repro model@smollm2 dataset@news.")
     scratch = options.data / "scratch"
     scratch.mkdir(exist_ok=True)
-    # The source, and the pruned one beside it.
-    needed, free = 2.1 * size_of(max(options.blocks)) / 2**30, shutil.disk_usage(scratch).free / 2**30
-    if free < needed:
+    few, many = min(options.blocks), max(options.blocks)
+    needed = 2.1 * size_of(many) / 2**30  # the source, and the pruned model beside it
+    if (free := shutil.disk_usage(scratch).free / 2**30) < needed:
         raise SystemExit(
-            f"{max(options.blocks)} blocks take {needed:.1f} GiB in {scratch} and {free:.1f} are free; "
-            "give --blocks fewer or make room."
+            f"{many} blocks need {needed:.1f} GiB in {scratch}, but {free:.1f} are free; lower --blocks or "
+            "free space."
         )
     peaks: dict[str, dict[int, float]] = {"magnitude": {}, "wanda": {}}
     for count in sorted(options.blocks):
@@ -168,23 +178,21 @@ def main() -> None:
             make(folder / "data/models/base/big", count, tokenizer)
             size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
             tell(f"checkpoint.{count}_blocks.gib", size / 2**30)
-            if count == max(options.blocks):
-                _, took = prune(folder, "magnitude", kill_after=count // 2)
-                tell("magnitude.killed_after_seconds", took)
-                kept = len(list(folder.glob("data/scratch/resume/*/*/*.json")))
-                tell("magnitude.blocks_kept_by_the_kill", kept)
-                _, took = prune(folder, "magnitude")
-                tell("magnitude.resumed_seconds", took)
+            if count == many:
+                _, seconds = prune(folder, "magnitude", kill_after=count // 2)
+                tell("magnitude.killed_after_seconds", seconds)
+                tell("magnitude.blocks_kept_by_the_kill", len(list(folder.glob(SAVED_BLOCKS))))
+                _, seconds = prune(folder, "magnitude")
+                tell("magnitude.resumed_seconds", seconds)
                 shutil.rmtree(folder / "data/models/prune")
-            for recipe, found in peaks.items():
-                found[count], took = prune(folder, recipe)
-                tell(f"{recipe}.{count}_blocks.peak_gib", found[count])
-                tell(f"{recipe}.{count}_blocks.seconds", took)
+            for recipe, by_count in peaks.items():
+                by_count[count], seconds = prune(folder, recipe)
+                tell(f"{recipe}.{count}_blocks.peak_gib", by_count[count])
+                tell(f"{recipe}.{count}_blocks.seconds", seconds)
                 shutil.rmtree(folder / "data/models/prune")
-    few, many = min(options.blocks), max(options.blocks)
-    tell("peak_gib", max(found[many] for found in peaks.values()))
+    tell("peak_gib", max(by_count[many] for by_count in peaks.values()))
     if few < many:
-        growth = max((found[many] - found[few]) / (many - few) for found in peaks.values())
+        growth = max((by_count[many] - by_count[few]) / (many - few) for by_count in peaks.values())
         tell("growth_per_block", growth)
 
 

@@ -1,8 +1,8 @@
-"""The other side of `benchmarks.compression`, run by the interpreter that has llm-compressor.
+"""The llm-compressor side of `benchmarks.compression`, run by an interpreter that has llm-compressor.
 
     python other_side.py <model> <tokens.safetensors> <method> <pipeline> <output folder> <threads> <seed>
 
-Prints {"seconds": ...}: the time of `oneshot` on a loaded model. Imports nothing of the project.
+Prints {"seconds": ...}, the time of `oneshot` on a loaded model. Imports nothing from the project.
 """
 
 import json
@@ -17,7 +17,7 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModif
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-model_path, tokens_path, method, pipeline, out, threads, seed = sys.argv[1:]
+model_path, tokens_path, method, pipeline, folder, threads, seed = sys.argv[1:]
 torch.set_num_threads(int(threads))
 torch.manual_seed(int(seed))
 tokens = load_file(tokens_path)["input_ids"]
@@ -53,6 +53,6 @@ oneshot(
     num_calibration_samples=len(tokens),
     shuffle_calibration_samples=True,
 )
-took = time.perf_counter() - start
-model.save_pretrained(out)
-print(json.dumps({"seconds": took}))  # noqa: T201
+seconds = time.perf_counter() - start
+model.save_pretrained(folder)
+print(json.dumps({"seconds": seconds}))  # noqa: T201

@@ -1,11 +1,11 @@
-"""The table of docs/recovery.md, from what a run of sweeps/recovery.yaml has written.
+"""Print the table of docs/recovery.md from the artifacts of sweeps/recovery.yaml.
 
     cp sweeps/recovery.yaml params.yaml && prunequant run
     python -m benchmarks.recovered
 
-A row is a recipe, with its source's scores before the arrows. Zeros are counted in the files as they are on
-disk, position by position: how many weights of block linears are zero in the source and not in the result. Of
-a quantized source it is told how many weights lie on another point of its grid.
+A row is a recipe, with its source's scores before the arrows. Zeros are compared position by position in the
+files on disk: how many weights of block linears are zero in the source and not in the result. For a quantized
+source the last column is the share of weights that moved to another point of its grid.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from safetensors import safe_open
 
+from benchmarks.figures import show
 from stages.core.run import Run
 from stages.job.load import load
 from stages.job.params import Params
@@ -28,7 +29,7 @@ MEASURES = (
 
 
 def score(candidate: str, suite: str, metric: str) -> float | None:
-    """A candidate's score over all items; None where it has none yet."""
+    """Return a candidate's score over all items; None if there is none yet."""
     file = RESULTS / candidate / suite / "scores.parquet"
     if not file.exists():
         return None
@@ -37,44 +38,44 @@ def score(candidate: str, suite: str, metric: str) -> float | None:
 
 
 def before_after(source: str, candidate: str, suite: str, metric: str, form: str) -> str:
-    """`before → after`, with a dash for what is not there."""
-    found = (score(source, suite, metric), score(candidate, suite, metric))
-    return " → ".join("–" if value is None else form.format(value) for value in found)
+    """Return `before → after`, with a dash for a missing score."""
+    values = (score(source, suite, metric), score(candidate, suite, metric))
+    return " → ".join("–" if value is None else form.format(value) for value in values)
 
 
 def learned(recipe: str) -> str:
-    """The held-out loss at the start of a recipe's curve, and that of the model it has written."""
+    """Return the held-out loss at the start of a recipe's curve, and that of the written model."""
     before = pd.read_csv(CURVES / f"{recipe}.csv")["heldout_loss"].iloc[0]
     written = load_record(f"finetune/{recipe}")["notes"][f"finetune/{recipe}"]["held_out_loss"]
     return f"{before:.3f} → {written:.3f}"
 
 
 def lost(source: str, candidate: str) -> str:
-    """How many of the zeros of the source's block linears are not zero in the candidate, of how many."""
+    """Return how many zeros of the source's block linears are not zero in the candidate, and of how many."""
     gone = zeros = 0
     files = [MODELS / name / "model.safetensors" for name in (source, candidate)]
     with safe_open(files[0], "pt") as old, safe_open(files[1], "pt") as new:
         for name in old.keys():  # noqa: SIM118 (the file is no dict)
             if ".layers." in name and len(old.get_slice(name).get_shape()) == 2:
-                was = old.get_tensor(name) == 0
-                zeros += int(was.sum())
-                gone += int((was & (new.get_tensor(name) != 0)).sum())
+                before = old.get_tensor(name) == 0
+                zeros += int(before.sum())
+                gone += int((before & (new.get_tensor(name) != 0)).sum())
     return f"{gone:,} of {zeros:,}"
 
 
 def moved(source: str, candidate: str) -> str:
-    """The share of the weights of the source's block linears that are another number in the candidate."""
+    """Return the share of weights of the source's block linears that differ in the candidate."""
     run = Run(device="cpu", dtype="bfloat16", threads=1, seed=0)
     before, after = (load_model(name, run, dequantize=True) for name in (source, candidate))
     changed = total = 0
-    for one in linears(before):
-        changed += int((one.weight != after.get_submodule(one.name).weight).sum())
-        total += one.weight.numel()
+    for linear in linears(before):
+        changed += int((linear.weight != after.get_submodule(linear.name).weight).sum())
+        total += linear.weight.numel()
     return f"{changed / total:.2%} of {total:,}"
 
 
 def table(params: Params) -> list[str]:
-    """Its lines, for every recipe that has been run."""
+    """Return the table's lines, for every recipe that has run."""
     suites = {kind: next(iter(getattr(params.suites, kind))) for kind in ("perplexity", "graded")}
     heads = ["recipe", "held-out loss", *(f"{suites[kind]}, {metric}" for kind, metric, _ in MEASURES)]
     lines = [f"| {' | '.join([*heads, 'zeros lost, codes moved'])} |", "|---" * (len(heads) + 1) + "|"]
@@ -93,4 +94,5 @@ def table(params: Params) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(table(load(Path("params.yaml")))))  # noqa: T201
+    for line in table(load(Path("params.yaml"))):
+        show(line)

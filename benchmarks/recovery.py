@@ -1,21 +1,20 @@
-"""The speed of recovery: tokens a second of our loop and of transformers' Trainer, in one run.
+"""The speed of recovery: tokens per second of our loop and of transformers' Trainer, in one run.
 
     dvc repro model@smollm2 dataset@news
     python -m benchmarks.recovery
 
-Every side trains all parameters of SmolLM2 (or LoRA on all its linears) on the same windows of news, in
-batches of the same size with the same accumulation, by AdamW, with a learning rate that warms up and falls,
-on the same number of threads. Sides take turns, several times, each time from the checkpoint; a step's time
-is that between the ends of two steps, so that neither loading nor the first step counts, and the figure is
-the median. On a machine that others use, `--clock cpu --threads 1` takes the processor's time instead of the
-wall's, which is then nobody's but the side's own.
+Every side trains all parameters of SmolLM2 (or LoRA on all its linears) on the same windows of news, with the
+same batch size, accumulation and threads, by AdamW, with a learning rate that warms up and falls. Sides take
+turns, each turn from the checkpoint. A step's time is that between the ends of two steps, so loading and the
+first step do not count; figures are medians. On a shared machine use `--clock cpu --threads 1`: processor time
+in place of wall time, to which other processes add nothing.
 
-- `plain`, `masked`, `lora`: our loop on bf16 weights with fp32 masters; `plain` keeps nothing, the others
-  keep the zeros of a model whose smaller half of every matrix was set to zero.
-- `trainer`: transformers.Trainer as its users run it in mixed precision, bf16 autocast over fp32 weights.
+- `plain`, `masked`, `lora`: our loop on bf16 weights with fp32 masters; `plain` freezes nothing, the others keep
+  the zeros of a model in which the smaller half of every matrix is zero.
+- `trainer`: transformers.Trainer in mixed precision as users run it, bf16 autocast over fp32 weights.
 - `trainer_bf16`: the same on bf16 weights without masters, which costs less and loses small steps.
 
-One JSON object a line. The aim: `masked.speed_over_trainer`, of `trainer`, 0.95 at least.
+Each line is a JSON object. The aim: `masked.speed_over_trainer` (over `trainer`) at least 0.95.
 """
 
 import argparse
@@ -43,8 +42,7 @@ from transformers import (
 from benchmarks.figures import tell
 from stages.compress.select import smallest_overall
 from stages.core.run import Run
-from stages.corpus import examples
-from stages.corpus.examples import Examples, Train
+from stages.corpus.examples import Examples, Train, load_examples
 from stages.model.blocks import linears
 from stages.recovery.arm import Arm
 from stages.recovery.full import Full
@@ -58,7 +56,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def recipes(text: Train, options: argparse.Namespace) -> dict[str, Tuning]:
-    """What our loop runs."""
+    """Return the recipes of our sides."""
     shared: dict[str, Any] = {
         "source": "base/smollm2", "train": text, "steps": options.steps, "batch_size": options.batch_size,
         "accumulation": options.accumulation, "learning_rate": 1e-5, "evaluate_at": (0,),
@@ -71,7 +69,7 @@ def recipes(text: Train, options: argparse.Namespace) -> dict[str, Tuning]:
 
 
 def load(dtype: torch.dtype) -> PreTrainedModel:
-    """The model with the smaller half of every block linear's weights set to zero."""
+    """Load the model with the smaller half of every block linear's weights set to zero."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype, local_files_only=True)
     for linear in linears(model):
         scores = linear.weight.float().abs()
@@ -80,12 +78,12 @@ def load(dtype: torch.dtype) -> PreTrainedModel:
 
 
 def between(ends: list[float]) -> list[float]:
-    """The seconds of each step but the first, from the times at which steps ended."""
+    """Return the seconds of each step but the first, from the times at which steps ended."""
     return [later - earlier for earlier, later in pairwise(ends)]
 
 
-def ours(recipe: Tuning, found: Examples, clock: Callable[[], float]) -> list[float]:
-    """Seconds of each step but the first in our loop."""
+def ours(recipe: Tuning, rows: Examples, clock: Callable[[], float]) -> list[float]:
+    """Return the seconds of each step but the first in our loop."""
     arm: Arm = recipe.arm(load(torch.bfloat16), None)
     ends: list[float] = []
     step: Callable[[float], None] = arm.step
@@ -96,15 +94,15 @@ def ours(recipe: Tuning, found: Examples, clock: Callable[[], float]) -> list[fl
 
     arm.step = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as scratch:
-        train(recipe.method, recipe, arm, found, Checkpoints(Path(scratch) / "key", recipe.steps or 1))
+        train(recipe.method, recipe, arm, rows, Checkpoints(Path(scratch) / "key", recipe.steps or 1))
     return between(ends)
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
-    """The rows our loop trains on, as Trainer reads them."""
+    """The rows that our loop trains on, as Trainer reads them."""
 
-    def __init__(self, found: Examples) -> None:
-        self.rows = [one for row in found.train for one in row]
+    def __init__(self, rows: Examples) -> None:
+        self.rows = [example for row in rows.train for example in row]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,20 +111,20 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.rows[index].input_ids, "labels": self.rows[index].labels}
 
 
-class Ends(TrainerCallback):
-    """Notes when each step of the optimizer ended."""
+class StepClock(TrainerCallback):
+    """Note when each step of the optimizer ends."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self.taken: list[float] = []
+        self.ends: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.taken.append(self.clock())
+        self.ends.append(self.clock())
 
 
-def theirs(recipe: Tuning, found: Examples, clock: Callable[[], float], dtype: torch.dtype) -> list[float]:
-    """Seconds of each step but the first in transformers' Trainer."""
-    ends = Ends(clock)
+def theirs(recipe: Tuning, rows: Examples, clock: Callable[[], float], dtype: torch.dtype) -> list[float]:
+    """Return the seconds of each step but the first in transformers' Trainer."""
+    step_clock = StepClock(clock)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -146,16 +144,18 @@ def theirs(recipe: Tuning, found: Examples, clock: Callable[[], float], dtype: t
             disable_tqdm=True,
         )
         model: nn.Module = load(dtype)
-        trainer = Trainer(model, arguments, train_dataset=Windows(found), callbacks=[ends])
-        trainer.remove_callback(PrinterCallback)  # what is printed here are figures
+        trainer = Trainer(model, arguments, train_dataset=Windows(rows), callbacks=[step_clock])
+        trainer.remove_callback(PrinterCallback)  # only figures are printed
         trainer.train()
-    return between(ends.taken)
+    return between(step_clock.ends)
 
 
 def main() -> None:
     """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help="of a turn, the first of which does not count")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="steps of a turn, of which the first does not count"
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=1)
@@ -164,27 +164,27 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args()
     if not (MODEL / "model.safetensors").exists():
-        raise SystemExit(f"there is no {MODEL}; run dvc repro model@smollm2 dataset@news.")
+        raise SystemExit(f"{MODEL} is missing; run dvc repro model@smollm2 dataset@news.")
     Run(device="cpu", dtype="bfloat16", threads=options.threads, seed=0).start()
     tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
     text = Train(dataset="news", num_samples=64, held_out=1, sequence_length=options.sequence_length)
-    found = examples.load_examples(text, tokenizer, load(torch.bfloat16).config)
-    tuned, clock = recipes(text, options), CLOCKS[options.clock]
+    rows = load_examples(text, tokenizer, load(torch.bfloat16).config)
+    arms, clock = recipes(text, options), CLOCKS[options.clock]
     sides: dict[str, Callable[[], list[float]]] = {
-        name: lambda recipe=recipe: ours(recipe, found, clock)  # type: ignore[misc]
-        for name, recipe in tuned.items()
+        name: lambda recipe=recipe: ours(recipe, rows, clock)  # type: ignore[misc]
+        for name, recipe in arms.items()
     }
-    sides["trainer"] = lambda: theirs(tuned["masked"], found, clock, torch.float32)
-    sides["trainer_bf16"] = lambda: theirs(tuned["masked"], found, clock, torch.bfloat16)
+    sides["trainer"] = lambda: theirs(arms["masked"], rows, clock, torch.float32)
+    sides["trainer_bf16"] = lambda: theirs(arms["masked"], rows, clock, torch.bfloat16)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.turns):
         for name, side in sides.items():
             seconds[name] += side()
     tokens = options.batch_size * options.accumulation * options.sequence_length
-    speed = {name: tokens / statistics.median(found) for name, found in seconds.items()}
+    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
     for name, value in speed.items():
         tell(f"{name}.tokens_per_second", value)
-    for name in tuned:
+    for name in arms:
         tell(f"{name}.speed_over_trainer", speed[name] / speed["trainer"])
     tell("masked.speed_over_trainer_bf16", speed["masked"] / speed["trainer_bf16"])
 

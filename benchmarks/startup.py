@@ -1,12 +1,12 @@
-"""How long a stage takes until it works: CPU seconds, each beside what nobody can avoid, in one run.
+"""The start-up time of stages in CPU seconds, over that of the imports nobody can avoid, all in one run.
 
-- `python -m stages.X --help` over `import torch`: every stage reads its params before it does anything.
-- A recipe of params.yaml from its process's start to the first block of the model, over `import torch` and
-  the model's own modeling module. Imports that were moved out of `--help` into the work count here.
+    python -m benchmarks.startup          # in a project with its models and data sets (`dvc repro`)
 
-    python -m benchmarks.startup          # in a project whose models and data sets are there (`dvc repro`)
+- `python -m stages.<stage> --help` over `import torch`: every stage reads its params before it does anything.
+- A recipe of params.yaml from the start of its process to the model's first block, over `import torch` and the
+  model's own modeling module. Imports moved out of `--help` into the work count here.
 
-Prints one JSON line a figure, the least of a few turns: on a shared machine the others only add.
+Each line is a JSON object. Figures are the least of a few turns, since other processes can only add to them.
 """
 
 import os
@@ -32,15 +32,15 @@ STAGES = (
     "profile",
     "report",
 )
-WHOLE = (("validate",), ("noise", "smollm2-batch-5"))
-"""Stages that need no torch, run to their end."""
+WITHOUT_TORCH = (("validate",), ("noise", "smollm2-batch-5"))
+"""Stages that need no torch, each with its recipe; they run to their end."""
 FORWARD = {
     "prune": "wanda-50",
     "quantize": "gptq-w4g64",
     "finetune": "wanda-50-lora",
     "evaluate": "base/smollm2/news",
 }
-"""The recipe of each stage that is followed to its first block."""
+"""Stages that run to the model's first block, each with its recipe."""
 MODELING = "transformers.models.llama.modeling_llama"
 UNTIL_BLOCK = """
 import os, runpy, sys
@@ -59,21 +59,21 @@ runpy.run_module(f"stages.{stage}", run_name="__main__")
 
 
 def cpu_seconds(command: Sequence[str]) -> float:
-    """User and system time of a command, the least of a few turns.
+    """Return the user and system time of a command, the least of a few turns.
 
     Raises:
-        RuntimeError: the command fails.
+        SystemExit: the command failed; the message ends with its errors.
     """
-    turns = []
+    times = []
     env = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     for _ in range(TURNS):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
-            raise RuntimeError(f"{command}: {done.stderr.strip()[-500:]}")
-        turns.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    return min(turns)
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr.strip()[-500:]}")
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    return min(times)
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
         seconds = cpu_seconds([python, "-c", UNTIL_BLOCK, stage, recipe])
         tell(f"{stage} {recipe} to its first block, CPU seconds", seconds)
         tell(f"{stage} {recipe} to its first block over torch and modeling", seconds / modeling)
-    for stage, *arguments in WHOLE:
+    for stage, *arguments in WITHOUT_TORCH:
         seconds = cpu_seconds([python, "-m", f"stages.{stage}", *arguments])
         tell(f"{' '.join([stage, *arguments])}, CPU seconds", seconds)
     check = str(Path(python).with_name("prunequant"))
