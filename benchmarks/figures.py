@@ -1,4 +1,4 @@
-"""Print the figures of benchmarks, one JSON object a line."""
+"""Print the figures of benchmarks, a JSON object per line."""
 
 import json
 

@@ -5,8 +5,8 @@
 
 For every number of blocks, write the model into a scratch project and prune it by magnitude and by Wanda with
 `python -m stages.prune`, as a user would; kill the magnitude run on the largest model half way and start it
-again. `peak_gib` is VmHWM of the whole process. `growth_per_block` is the growth of the peak per block from the
-smallest to the largest model, in GiB; it is about zero if blocks really stream. Each line is a JSON object.
+again. `peak_gib` is VmHWM of the whole process. `growth_per_block` is the growth of the peak per block, from
+the smallest to the largest model, in GiB; it is about zero if blocks really stream. Each line is a JSON object.
 """
 
 import argparse

@@ -6,11 +6,11 @@
 Every side trains all parameters of SmolLM2 (or LoRA on all its linears) on the same windows of news, with the
 same batch size, accumulation and threads, by AdamW, with a learning rate that warms up and falls. Sides take
 turns, each turn from the checkpoint. A step's time is that between the ends of two steps, so loading and the
-first step do not count; figures are medians. On a shared machine use `--clock cpu --threads 1`: processor time
-in place of wall time, to which other processes add nothing.
+first step do not count; figures are medians. On a shared machine use `--clock cpu --threads 1`: it counts
+processor time, to which other processes add nothing.
 
-- `plain`, `masked`, `lora`: our loop on bf16 weights with fp32 masters; `plain` freezes nothing, the others keep
-  the zeros of a model in which the smaller half of every matrix is zero.
+- `plain`, `masked`, `lora`: our loop on bf16 weights with fp32 masters; `plain` freezes nothing, the others
+  keep the zeros of a model in which the smaller half of every matrix is zero.
 - `trainer`: transformers.Trainer in mixed precision as users run it, bf16 autocast over fp32 weights.
 - `trainer_bf16`: the same on bf16 weights without masters, which costs less and loses small steps.
 
@@ -153,9 +153,7 @@ def theirs(recipe: Tuning, rows: Examples, clock: Callable[[], float], dtype: to
 def main() -> None:
     """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--steps", type=int, default=6, help="steps of a turn, of which the first does not count"
-    )
+    parser.add_argument("--steps", type=int, default=6, help="per turn; the first does not count")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=1)

@@ -3,8 +3,8 @@
     python -m benchmarks.startup          # in a project with its models and data sets (`dvc repro`)
 
 - `python -m stages.<stage> --help` over `import torch`: every stage reads its params before it does anything.
-- A recipe of params.yaml from the start of its process to the model's first block, over `import torch` and the
-  model's own modeling module. Imports moved out of `--help` into the work count here.
+- A recipe of params.yaml from the start of its process to the model's first block, over `import torch` and
+  the model's own modeling module. Imports moved out of `--help` into the work count here.
 
 Each line is a JSON object. Figures are the least of a few turns, since other processes can only add to them.
 """
