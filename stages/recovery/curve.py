@@ -22,7 +22,7 @@ class Point:
     train_loss: float | None
     """Mean of the whole objective over the step's predicted tokens, before the step changes the weights."""
     heldout_loss: float | None
-    """Mean cross entropy over the held-out predicted tokens, in nats, after the step; None if not taken."""
+    """Mean cross entropy over the held-out predicted tokens, in nats, after the step, where computed."""
 
 
 def write_curve(points: list[Point], recipe: str) -> None:

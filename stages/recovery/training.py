@@ -42,8 +42,10 @@ class StepPlan:
     Args:
         sizes: tokens of each row.
 
-    Attributes: steps: the number of steps. evaluated: the steps after which the held-out loss is computed;
-        always the last, to see the whole effect.
+    Attributes:
+        steps: the number of steps.
+        evaluated: the steps after which the held-out loss is computed; always the last, to see the whole
+            effect.
     """
 
     def __init__(self, recipe: Tuning, sizes: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, NemotronConfig, OPTConfig, PhiCon
 from stages.model.blocks import blocks
 from stages.quantization.feeds import LinearFeed, NormFeed
 from tests import families
-from tests.held import Held, scales, shaken
+from tests.first_block import FirstBlock, scales, shaken
 
 HEADS = {"num_key_value_heads": 4}
 QKV, OUT = "self_attn.q_proj", "self_attn.o_proj"
@@ -36,12 +36,12 @@ FEEDS: dict[str, dict[str, str | None]] = {
 @pytest.mark.parametrize("family", families.CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_feed_of_each_group(family, dtype):
-    assert Held(shaken(family), dtype).names() == FEEDS[family]
+    assert FirstBlock(shaken(family), dtype).names() == FEEDS[family]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
 def test_with_as_many_value_heads_as_queries_values_feed_the_output(family):
-    assert Held(shaken(family, **HEADS)).names() == FEEDS[family] | {OUT: "self_attn.v_proj"}
+    assert FirstBlock(shaken(family, **HEADS)).names() == FEEDS[family] | {OUT: "self_attn.v_proj"}
 
 
 def configured(kind: type[PreTrainedConfig], **settings: Any) -> nn.Module:
@@ -53,21 +53,21 @@ def configured(kind: type[PreTrainedConfig], **settings: Any) -> nn.Module:
 
 def test_families_of_other_shapes():
     after = configured(OPTConfig, ffn_dim=64, word_embed_proj_dim=32, do_layer_norm_before=False)
-    assert Held(after).names() == {  # its norms write the residual stream
+    assert FirstBlock(after).names() == {  # its norms write the residual stream
         QKV: None, "self_attn.out_proj": "self_attn.v_proj", "fc1": None, "fc2": "fc1",
     }  # fmt: skip
     parallel = configured(PhiConfig, intermediate_size=64)
-    assert Held(parallel).names() == {  # one norm feeds q, k, v and fc1
+    assert FirstBlock(parallel).names() == {  # one norm feeds q, k, v and fc1
         QKV: "input_layernorm", "self_attn.dense": "self_attn.v_proj", "mlp.fc2": None,
     }  # fmt: skip
     biased = configured(NemotronConfig, intermediate_size=64, head_dim=8, num_key_value_heads=4)
-    feed = Held(biased).feeds()[QKV]  # LayerNorm with 1 + weight, and a bias; its MLP is a squared ReLU
+    feed = FirstBlock(biased).feeds()[QKV]  # LayerNorm with 1 + weight, and a bias; its MLP is a squared ReLU
     assert feed.origin == 1
-    assert Held(biased).names()["mlp.down_proj"] is None
+    assert FirstBlock(biased).names()["mlp.down_proj"] is None
 
 
 def test_norms_and_linears_become_feeds_of_their_kind():
-    gemma, llama = Held(shaken("gemma3", **HEADS)).feeds(), Held(shaken("llama")).feeds()
+    gemma, llama = FirstBlock(shaken("gemma3", **HEADS)).feeds(), FirstBlock(shaken("llama")).feeds()
     assert gemma[QKV].origin == 1
     assert llama[QKV].origin == 0
     assert isinstance(gemma[QKV], NormFeed)
@@ -78,8 +78,8 @@ def test_norms_and_linears_become_feeds_of_their_kind():
 @pytest.mark.parametrize("family", ["gemma3", "llama", "opt"])
 def test_the_reachable_scale_is_exactly_that_of_the_rounded_norm(family, dtype):
     """Gemma's 1 + weight is stored coarsely near 0; the product with the linears must not suffer."""
-    held = Held(shaken(family), dtype)
-    feed = held.feeds()[QKV]
+    first = FirstBlock(shaken(family), dtype)
+    feed = first.feeds()[QKV]
     before = feed.module.weight.data.double() + feed.origin
     before[3] = 0
     feed.module.weight.data[3] = -feed.origin
@@ -95,7 +95,7 @@ def test_the_reachable_scale_is_exactly_that_of_the_rounded_norm(family, dtype):
 
 
 def test_a_channel_gemma_would_lose_keeps_its_weight():
-    norm = Held(shaken("gemma3"), torch.bfloat16).feeds()[QKV]
+    norm = FirstBlock(shaken("gemma3"), torch.bfloat16).feeds()[QKV]
     scale = norm.reachable(torch.full((32,), 1e6))
     assert torch.equal(scale, torch.ones(32))
 
@@ -119,7 +119,7 @@ def read_twice(change: str) -> nn.Module:
     [("stream", {"mlp.gate_proj"}), ("linear", {"mlp.gate_proj"}), ("twice", {QKV, "mlp.gate_proj"})],
 )
 def test_a_module_with_another_reader_is_no_feed(change, lost):
-    names = Held(read_twice(change)).names()
+    names = FirstBlock(read_twice(change)).names()
     assert {group for group, feed in names.items() if feed is None} == lost
     assert len(names) == 4
 
@@ -132,19 +132,19 @@ def test_a_linear_before_an_activation_that_is_not_homogeneous_is_no_feed(bend):
 
     model = shaken("opt")
     blocks(model)[0][1].activation_fn = Bent()
-    assert Held(model).names()["fc2"] is None
+    assert FirstBlock(model).names()["fc2"] is None
 
 
 def test_part_of_a_group_has_no_feed():
     """If the recipe ignores v, a scale for q and k would reach v too."""
-    held = Held(shaken("llama"))
-    held.groups[0].linears.pop()
-    assert held.feeds()[QKV] is None
+    first = FirstBlock(shaken("llama"))
+    first.groups[0].linears.pop()
+    assert first.feeds()[QKV] is None
 
 
 def test_no_hook_and_no_change_is_left():
-    held = Held(shaken("llama"))
-    before = {n: p.clone() for n, p in held.block.named_parameters()}
-    held.feeds()
-    assert all(torch.equal(p, before[n]) for n, p in held.block.named_parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in held.model.modules())
+    first = FirstBlock(shaken("llama"))
+    before = {n: p.clone() for n, p in first.block.named_parameters()}
+    first.feeds()
+    assert all(torch.equal(p, before[n]) for n, p in first.block.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in first.model.modules())

@@ -12,7 +12,7 @@ from stages.quantization.feeds import find_feeds
 from tests import families
 
 
-class Held:
+class FirstBlock:
     """The first block of a model and its groups; a call runs the block on the arguments the model passed."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
