@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from stages.compress.capture import Group
     from stages.core.run import Run
     from stages.model.blocks import Linear
-    from stages.model.stream import Empty, Streamed
+    from stages.model.source import Empty
+    from stages.model.stream import Streamed
 
 
 class Compression(Recipe):
@@ -104,9 +105,8 @@ class WholeModel(Compression):
         model = load_source(self.source, run)
 
         def windows() -> Tensor:
-            return model_windows(
-                tokenizer, self.calibration, model.config.get_text_config().vocab_size, lambda: model
-            )
+            vocab_size = model.config.get_text_config().vocab_size
+            return model_windows(tokenizer, self.calibration, vocab_size, lambda: model)
 
         change = self.change(model, Context(tokenizer, windows, run.seed, artifact))
         checkpoint.save(artifact, model, self, run, keep=change.zeros, notes=change.notes)
@@ -133,9 +133,9 @@ class WeightMethod(Compression):
         """Return whatever `replace` needs to know of the whole source.
 
         Args:
-            source: a model without weights, whose blocks are loaded on request. windows: returns the
-                calibration's token ids, `[num_samples, sequence_length]`. They may have to be
-                generated first, so refuse what can be refused before calling it.
+            source: a model without weights, whose blocks are loaded on request.
+            windows: returns the calibration's token ids, `[num_samples, sequence_length]`. They may have to
+                be generated, so refuse what can be refused before calling it.
         """
         return None
 
@@ -160,7 +160,8 @@ class WeightMethod(Compression):
 
     def execute(self, artifact: str, run: Run) -> None:
         """Stream the source block by block, replace its weights, and write it as `artifact`."""
-        from stages.model.stream import Empty, Streamed
+        from stages.model.source import Empty
+        from stages.model.stream import Streamed
 
         source = Streamed(artifact, self, run)
 
@@ -171,7 +172,8 @@ class WeightMethod(Compression):
             return model_windows(source.tokenizer, self.calibration, vocab_size, source.whole)
 
         plan = self.plan(Empty(self.source, run), windows)
-        text = windows() if self.statistic else None  # may load the whole model, so before embeddings
+        # Generating windows loads the whole model, so it comes before embeddings are loaded.
+        text = windows() if self.statistic else None
         self._replace_all(source, plan, text)
         source.finish(self.notes(plan))
 

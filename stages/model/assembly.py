@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 ONE_FILE = 2**30
 """Bytes below which a checkpoint is a single file."""
-Part: TypeAlias = Path | str
+CheckpointPart: TypeAlias = Path | str
 """A block's shard, or the name of a tensor outside the blocks."""
 
 
 def write_tensors(
     folder: Path,
     model: PreTrainedModel,
-    parts: Sequence[Part],
-    load: Callable[[Part], Mapping[str, Tensor]],
+    parts: Sequence[CheckpointPart],
+    load: Callable[[CheckpointPart], Mapping[str, Tensor]],
     size: int,
 ) -> None:
     """Write a checkpoint's safetensors: a single file if small, else a file per part and an index.
@@ -40,7 +40,7 @@ def write_tensors(
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    def stored(part: Part) -> dict[str, Tensor]:
+    def stored(part: CheckpointPart) -> dict[str, Tensor]:
         tensors = revert_weight_conversion(model, load(part))
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 

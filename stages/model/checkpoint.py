@@ -130,10 +130,10 @@ def save(
     """Write a model that the recipe made in memory, and return its record.
 
     Args:
-        keep: positions that must be zero in the file, see `zero_masks`. notes: facts for the record, constant
-            from run to run. quantized: codes of linears by full name, all of one scheme and packable. They
-            are written in place of the
-            model's weights.
+        keep: positions that must be zero in the file, see `zero_masks`.
+        notes: facts for the record, constant from run to run.
+        quantized: codes of linears by full name, all packable and with the same scheme; they are written in
+            place of the model's weights.
 
     Raises:
         Refusal: a parameter is NaN or infinite.
@@ -168,6 +168,7 @@ def _finish(
     record: dict[str, Any],
     codes: Mapping[str, Quantized] | None = None,
 ) -> dict[str, Any]:
+    """Add the layout and the sizes to a record, write it, and return it."""
     record = {"layout": "dense", **record, **sizes_of(model, codes), "bytes_on_disk": bytes_on_disk(folder)}
     write_record(folder, record)
     return record

@@ -90,9 +90,9 @@ class Float4(Quantized):
         raise NotImplementedError
 
     def dequantize(self) -> Tensor:
-        """Return `[out, in]` in bf16, which the library computes in whatever the model's dtype."""
-        wide = self.factor().repeat_interleave(self.codes.shape[1] // self.scale.shape[1], 1)
-        return (self.codes * wide).bfloat16()
+        """Return `[out, in]` in bf16, in which the library computes it for a model of any dtype."""
+        factor = self.factor().repeat_interleave(self.codes.shape[1] // self.scale.shape[1], 1)
+        return (self.codes * factor).bfloat16()
 
     def requantize(self, weight: Tensor) -> Self:
         """Round `weight`, `[out, in]`, with the same scales, clamped to 6 times the scale."""

@@ -24,7 +24,7 @@ from stages.core.errors import Refusal, Unreadable
 from stages.core.files import MODELS, SCRATCH, replacing, writing
 from stages.core.numbers import check_finite
 from stages.model.artifact import write_record
-from stages.model.assembly import Part, copy_generation_config, write_tensors
+from stages.model.assembly import CheckpointPart, copy_generation_config, write_tensors
 from stages.model.blocks import linears
 from stages.model.checkpoint import Sizes, bytes_on_disk, check_codes, check_zeros, lineage, zero_masks
 from stages.model.grid import Quantized
@@ -183,7 +183,7 @@ class Streamed(Empty):
             dequantize: write dense weights, because not every block could be packed.
         """
 
-        def load(part: Part) -> dict[str, Tensor]:
+        def load(part: CheckpointPart) -> dict[str, Tensor]:
             if isinstance(part, str):
                 return {part: self._read(part)}
             stored = load_file(part)
