@@ -3,23 +3,24 @@
 import logging
 import statistics
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from stages.core.errors import Refusal
 from stages.core.files import RUNS, read_json
+from stages.core.lazy import torch
 from stages.job import lineage
-
-if TYPE_CHECKING:
-    from stages.job.params import Params
+from stages.job.params import Params
+from stages.model.artifact import load_model, load_record, load_tokenizer
+from stages.profiling.speed import PeakMemory
 
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _NEAR = 1.05
 """Up to this many times the shortest time counts as fast: a smaller batch takes less memory."""
 
 
-def costs(params: "Params", candidate: str) -> list[dict[str, Any]]:
+def costs(params: Params, candidate: str) -> list[dict[str, Any]]:
     """Return a row a suite: items, requests, tokens, and the minutes of its last run.
 
     Raises:
@@ -27,7 +28,6 @@ def costs(params: "Params", candidate: str) -> list[dict[str, Any]]:
     """
     from stages.evaluation.null import ANSWER_TOKENS
     from stages.evaluation.requests import calls, cost
-    from stages.model.artifact import load_tokenizer
 
     suites = params.suites.by_name()
     _check(params, candidate, list(suites))
@@ -55,7 +55,7 @@ class Trial(NamedTuple):
     peak_bytes: int | None
 
 
-def trials(params: "Params", candidate: str, suite: str, items: int, repeats: int = 3) -> list[Trial]:
+def trials(params: Params, candidate: str, suite: str, items: int, repeats: int = 3) -> list[Trial]:
     """Time the first `items` requests of each call of `suite` at every batch size that they fill.
 
     Each time is the median of `repeats` turns after a warm-up. A suite with thinking thinks once an item,
@@ -64,13 +64,9 @@ def trials(params: "Params", candidate: str, suite: str, items: int, repeats: in
     Raises:
         Refusal: the candidate or the suite is unknown or does not exist yet, or the candidate is not a model.
     """
-    import torch
-
     from stages.evaluation.requests import calls
     from stages.evaluation.shared import SharedPrefixLM
     from stages.evaluation.thinking.budget import BudgetLM
-    from stages.model.artifact import load_model, load_record, load_tokenizer
-    from stages.profiling.speed import PeakMemory
 
     _check(params, candidate, [suite])
     if "responder" in load_record(candidate):
@@ -139,7 +135,7 @@ def trial_table(results: list[Trial]) -> Table:
     return table
 
 
-def _check(params: "Params", candidate: str, suites: list[str]) -> None:
+def _check(params: Params, candidate: str, suites: list[str]) -> None:
     logging.getLogger("lm_eval").setLevel(
         logging.ERROR
     )  # lm-eval warns a lot about a responder without a model

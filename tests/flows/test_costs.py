@@ -1,4 +1,4 @@
-"""What a suite asks, counted before it is asked, and the batch size proposed for it."""
+"""The cost of a suite, counted before it runs, and the batch size proposed for it."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ from tests.pipeline import do, download, evaluate, params
 from tests.scoring import changed
 
 
-def test_costs_are_what_is_asked(workspace, monkeypatch):
+def test_costs_count_requests_and_tokens(workspace, monkeypatch):
     chosen = params("llama", {})
     do(chosen)
     download(chosen, "datasets/arithmetic")
     with monkeypatch.context() as patched:
-        patched.setattr(null, "for_readouts", lambda *_: pytest.fail("floors are not measured for a cost"))
+        patched.setattr(null, "for_readouts", lambda *_: pytest.fail("a cost needs no floors"))
         rows = {row["suite"]: row for row in costs.costs(chosen, "base/tiny")}
     assert set(rows) == {"news", "arithmetic"}
     windows = chosen.suites.perplexity["news"]
@@ -42,12 +42,15 @@ def test_costs_are_what_is_asked(workspace, monkeypatch):
     assert (row["items"], row["requests"], row["read"]) == (4, 4 * 5, read)
     assert row["written"] == 4 * 12 and row["minutes"] is None
 
-    asked = []
-    monkeypatch.setattr(
-        HFLM, "generate_until", lambda self, requests, **_: [asked.append(one) or "" for one in requests]
-    )
+    prompts = []
+
+    def generate_until(self, requests, **_):
+        prompts.extend(requests)
+        return [""] * len(requests)
+
+    monkeypatch.setattr(HFLM, "generate_until", generate_until)
     evaluate(chosen, "base/tiny/arithmetic")
-    assert len(asked) == 4
+    assert len(prompts) == 4
     Path("data/runs/evaluate/base/tiny").mkdir(parents=True)
     record = {"state": "done", "seconds": 90.0}
     Path("data/runs/evaluate/base/tiny/arithmetic.json").write_text(json.dumps(record))
@@ -80,44 +83,49 @@ def test_thinking_costs_what_it_reads_and_writes(waits, workspace, monkeypatch):
         patched.setattr(BudgetLM, "_generate", as_long_as_may_be)
         evaluate(chosen, "base/tiny/arithmetic")
     samples = pd.read_parquet("data/results/base/tiny/arithmetic/samples.parquet")
-    draws = samples[samples.metric.str.startswith("draw")]
-    assert draws.generated_tokens.sum() - 4 * 2 * 3 == row["written"]  # of the budget of 3 thinks no one anew
+    draws = samples[samples.draw.notna()]
+    assert (
+        draws.generated_tokens.sum() - 4 * 2 * 3 == row["written"]
+    )  # the budget of 3 reuses the thoughts of 20
     assert sum(read) == row["read"] if waits == 0 else sum(read) < row["read"]
 
-    thought = []
-    think = BudgetLM._think
-    monkeypatch.setattr(
-        BudgetLM, "_think", lambda self, *rest: thought.append(self.batch_size) or think(self, *rest)
-    )
-    found = costs.trials(chosen, "base/tiny", "arithmetic", items=2, repeats=1)
-    assert [trial.batch_size for trial in found] == [1, 2] and thought == [1, 1, 2, 2]
+    sizes = []
+    generate_until = BudgetLM.generate_until
+
+    def sized(self, *arguments, **options):
+        sizes.append(self.batch_size)
+        return generate_until(self, *arguments, **options)
+
+    monkeypatch.setattr(BudgetLM, "generate_until", sized)
+    trials = costs.trials(chosen, "base/tiny", "arithmetic", items=2, repeats=1)
+    assert [trial.batch_size for trial in trials] == [1, 2] and sizes == [1, 1, 2, 2]
 
 
-def test_batch_sizes_are_tried_up_to_what_the_items_fill(workspace):
+def test_batch_sizes_are_tried_up_to_the_number_of_items(workspace):
     chosen = params("llama", {})
     do(chosen)
     download(chosen, "datasets/arithmetic")
-    found = costs.trials(chosen, "base/tiny", "arithmetic", items=5, repeats=1)
-    assert [trial.batch_size for trial in found] == [1, 2, 4]
-    assert all(trial.seconds > 0 and trial.peak_bytes for trial in found)
-    assert costs.trial_table(found).row_count == 3
+    trials = costs.trials(chosen, "base/tiny", "arithmetic", items=5, repeats=1)
+    assert [trial.batch_size for trial in trials] == [1, 2, 4]
+    assert all(trial.seconds > 0 and trial.peak_bytes for trial in trials)
+    assert costs.trial_table(trials).row_count == 3
 
 
-def test_the_smallest_of_the_fast_is_proposed():
-    found = [Trial(1, 9.0, 1), Trial(2, 5.2, 2), Trial(4, 5.1, 3), Trial(8, 5.0, 4), Trial(16, 5.3, 5)]
-    assert costs.proposed(found).batch_size == 2
-    assert costs.proposed([*found, Trial(32, 4.0, 6)]).batch_size == 32
+def test_the_smallest_fast_batch_is_proposed():
+    trials = [Trial(1, 9.0, 1), Trial(2, 5.2, 2), Trial(4, 5.1, 3), Trial(8, 5.0, 4), Trial(16, 5.3, 5)]
+    assert costs.proposed(trials).batch_size == 2
+    assert costs.proposed([*trials, Trial(32, 4.0, 6)]).batch_size == 32
 
 
 @pytest.mark.parametrize(
-    ("candidate", "suite", "told"),
+    ("candidate", "suite", "message"),
     [("base/other", "news", "no 'base/other'"), ("base/tiny", "other", "no suite 'other'")],
 )
-def test_what_is_not_there_is_refused(candidate, suite, told, workspace):
-    with pytest.raises(Refusal, match=told):
+def test_an_unknown_candidate_or_suite_is_refused(candidate, suite, message, workspace):
+    with pytest.raises(Refusal, match=message):
         costs.trials(params("llama", {}), candidate, suite, items=4)
 
 
-def test_what_is_not_made_yet_is_named_with_its_command(workspace):
-    with pytest.raises(Refusal, match=r"python -m stages.download base/tiny"):
+def test_a_missing_artifact_is_named_with_its_command(workspace):
+    with pytest.raises(Refusal, match=r"dvc repro model@tiny"):
         costs.costs(params("llama", {}), "base/tiny")

@@ -1,4 +1,4 @@
-"""The bootstrap against the book, against scipy, and how often its intervals miss."""
+"""The bootstrap against the book and scipy, and the error rates of its intervals."""
 
 import numpy as np
 import pytest
@@ -20,9 +20,9 @@ def variance(means):
     return means[..., 0, 1] - means[..., 0, 0] ** 2
 
 
-def test_bca_and_percentile_intervals_are_the_books():
+def test_intervals_match_the_book():
     # Table 14.2, 90 % intervals of the variance 171.5 with 2000 draws: percentile (100.8, 233.9),
-    # BCa (115.8, 259.6). What 2000 draws leave to chance at these ends is a few units.
+    # BCa (115.8, 259.6). With 2000 draws chance moves these ends by a few units.
     moments = np.stack([SPATIAL, SPATIAL**2], axis=1)
     percentile = bootstrap(moments, variance, seed=0, level=0.1, method="percentile", draws=50_000)
     bca = bootstrap(moments, variance, seed=0, level=0.1, draws=50_000)
@@ -32,11 +32,11 @@ def test_bca_and_percentile_intervals_are_the_books():
 
 
 @pytest.mark.parametrize("method", ["bca", "percentile"])
-def test_strata_are_scipys_samples(method):
+def test_strata_match_scipys_samples(method):
     random = np.random.default_rng(0)
     samples = (random.exponential(1, 40), random.exponential(3, 25))
     kinds = np.repeat([0, 1], [40, 25])
-    found = bootstrap(
+    estimate = bootstrap(
         np.concatenate(samples)[:, None],
         lambda means: means[..., 1, 0] / means[..., 0, 0],
         kinds,
@@ -51,41 +51,41 @@ def test_strata_are_scipys_samples(method):
         method=method,
         rng=2,
     )
-    assert found.stderr == pytest.approx(theirs.standard_error, rel=0.02)
-    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval), rel=0.02)
+    assert estimate.stderr == pytest.approx(theirs.standard_error, rel=0.02)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(theirs.confidence_interval), rel=0.02)
 
 
-def test_drawing_whole_items_is_drawing_their_differences():
+def test_items_are_drawn_whole():
     random = np.random.default_rng(3)
     base = random.normal(0, 5, 50)
     ours = base + random.normal(0.4, 1, 50)
     levels = random.permutation(np.repeat(["a", "b", "c"], [10, 15, 25]))
     for strata in (None, levels):
-        found = mean_difference(base, ours, strata, seed=4)
-        assert found.value == pytest.approx((ours - base).mean())
-        assert found.stderr < 0.3  # of either score alone it is 0.7
-        assert found == mean_difference(base, ours, strata, seed=4)
-    # Levels apart in the mean: what lies between them is by design and no chance.
+        estimate = mean_difference(base, ours, strata, seed=4)
+        assert estimate.value == pytest.approx((ours - base).mean())
+        assert estimate.stderr < 0.3  # of either score alone it is 0.7
+        assert estimate == mean_difference(base, ours, strata, seed=4)
+    # Levels differ in their means by design, which is not chance.
     apart = ours + 10 * (levels == "c")
-    assert mean_difference(base, apart, levels, seed=4).stderr == pytest.approx(found.stderr, rel=1e-6)
-    assert mean_difference(base, apart, seed=4).stderr > 2 * found.stderr
+    assert mean_difference(base, apart, levels, seed=4).stderr == pytest.approx(estimate.stderr, rel=1e-6)
+    assert mean_difference(base, apart, seed=4).stderr > 2 * estimate.stderr
 
 
 def test_p_is_the_level_at_which_an_end_of_the_interval_is_zero():
     random = np.random.default_rng(5)
     differences = random.exponential(1, 40) - 0.75
-    found = mean_difference(np.zeros(40), differences, seed=6)
-    at = bootstrap(differences[:, None], lambda m: m[..., 0, 0], seed=6, level=found.p)
+    estimate = mean_difference(np.zeros(40), differences, seed=6)
+    at = bootstrap(differences[:, None], lambda m: m[..., 0, 0], seed=6, level=estimate.p)
     assert min(abs(at.low), abs(at.high)) < 0.01 * (at.high - at.low)
-    assert (found.low <= 0 <= found.high) == (found.p > LEVEL)
+    assert (estimate.low <= 0 <= estimate.high) == (estimate.p > LEVEL)
 
 
 def test_equal_scores_have_no_spread():
-    found = mean_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], seed=0)
-    assert (found.value, found.stderr, found.low, found.high, found.p) == (0, 0, 0, 0, 1)
+    estimate = mean_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], seed=0)
+    assert (estimate.value, estimate.stderr, estimate.low, estimate.high, estimate.p) == (0, 0, 0, 0, 1)
 
 
-def test_difference_in_differences_is_card_and_kruegers():
+def test_difference_in_differences_matches_card_and_krueger():
     # Full-time employment in the balanced sample, change of means and standard errors (Card and Krueger
     # 1994, table 3, row 4): New Jersey .47 (.48), Pennsylvania -2.28 (1.25), difference 2.75 (1.34).
     def stores(count, change, stderr):
@@ -95,10 +95,10 @@ def test_difference_in_differences_is_card_and_kruegers():
     jersey, other = stores(290, 0.47, 0.48), stores(70, -2.28, 1.25)
     before = np.random.default_rng(0).normal(21, 9, 360)
     after = before + np.concatenate([jersey, other])
-    found = difference_in_differences(before, after, np.arange(360) < 290, seed=1)
-    assert found.value == pytest.approx(2.75)
-    assert found.stderr == pytest.approx(1.34, abs=0.03)
-    assert 0.02 < found.p < 0.07
+    estimate = difference_in_differences(before, after, np.arange(360) < 290, seed=1)
+    assert estimate.value == pytest.approx(2.75)
+    assert estimate.stderr == pytest.approx(1.34, abs=0.03)
+    assert 0.02 < estimate.p < 0.07
 
 
 def test_too_few_items_are_refused():
@@ -108,7 +108,7 @@ def test_too_few_items_are_refused():
         difference_in_differences([1, 0, 1], [1, 0, 1], [True, False, False], seed=0)
 
 
-def test_what_is_missing_is_no_score():
+def test_missing_scores_are_refused():
     with pytest.raises(Refusal, match="at least two items"):
         mean_difference([], [], seed=0)
     with pytest.raises(Refusal, match="1 of 8 scores are NaN or infinite"):
@@ -118,7 +118,7 @@ def test_what_is_missing_is_no_score():
 
 
 def lossy(hard_loss, easy_loss, random, count):
-    """Which tests find a difference between 60 hard and 60 easy items that lose these shares."""
+    """Yield whether tests detect a difference between 60 hard and 60 easy items that lose these shares."""
     hard = np.repeat([True, False], 60)
     right = np.where(hard, 0.5, 0.8)
     for _ in range(count):
@@ -127,7 +127,7 @@ def lossy(hard_loss, easy_loss, random, count):
         yield difference_in_differences(dense, dense & kept, hard, seed=0, draws=399).p <= LEVEL
 
 
-def test_tests_err_at_their_level_and_find_what_is_there():
+def test_tests_err_at_their_level_and_find_an_effect():
     random = np.random.default_rng(7)
     # Loss is skewed, as nats a token are; the same of both models up to noise.
     pairs = random.exponential(1, (600, 1, 80)) + random.normal(0, 0.3, (600, 2, 80))

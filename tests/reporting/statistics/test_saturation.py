@@ -1,13 +1,10 @@
-"""The saturating curve against certified fits, its end told only of data that bend; the frontier."""
+"""The saturating curve: certified fits, and an end only for data that bend."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import optimize
 
 from stages.core.errors import Refusal
-from stages.reporting.statistics.pareto import contenders, frontier
 from stages.reporting.statistics.saturation import STRAIGHT, fit, saturation
 from tests.chance import is_at_most, rate
 
@@ -26,7 +23,7 @@ BUDGETS = np.array([1.0, 2, 4, 8, 16, 32])
 
 
 @pytest.mark.parametrize(("x", "y", "certified"), [MISRA, BOX])
-def test_fits_are_nists_certified_values(x, y, certified):
+def test_fits_match_nists_certified_values(x, y, certified):
     # Their curve starts at the origin: a point that the fit may not miss makes ours do so as well.
     a, b, c = fit([0, *x], [0, *y], [1e9, *np.ones(len(x))])
     assert (a, b, 1 / c) == pytest.approx((certified[0], certified[0], certified[1]), rel=2e-6)
@@ -34,7 +31,7 @@ def test_fits_are_nists_certified_values(x, y, certified):
     assert (left**2).sum() == pytest.approx(certified[2], rel=1e-6)
 
 
-def test_fits_are_least_squares_whichever_way_the_curve_goes():
+def test_fits_are_least_squares_in_either_direction():
     random = np.random.default_rng(0)
     truth = np.array([[0.8, 0.5, 6.0], [0.2, -0.6, 3.0], [50.0, 20.0, 10.0]])
     y = truth[:, :1] - truth[:, 1:2] * np.exp(-(BUDGETS + 3) / truth[:, 2:])
@@ -48,19 +45,19 @@ def test_fits_are_least_squares_whichever_way_the_curve_goes():
 
 
 def answers(known, random, items=200):
-    """Right or wrong, `[items, budgets]`, with this share right at each budget and hard items hard at all."""
+    """Return right (1) or wrong (0), `[items, budgets]`; a hard item is hard at every budget."""
     return (random.random((items, 1)) + random.normal(0, 0.1, (items, len(known))) < known).astype(float)
 
 
-def test_an_end_is_told_of_data_that_bend_and_of_no_others():
+def test_only_data_that_bend_have_an_end():
     random = np.random.default_rng(1)
     bent = 0.7 - 0.5 * np.exp(-BUDGETS / 5)
-    found = saturation(BUDGETS, answers(bent, random, 2000), seed=0)
-    assert found.bends
-    assert found.end[0] < found.a < found.end[1]
-    assert found.scale[0] < found.c < found.scale[1]
-    assert found.at([0, 1e6]) == pytest.approx([found.a - found.b, found.a])
-    assert found == saturation(BUDGETS, answers(bent, np.random.default_rng(1), 2000), seed=0)
+    curve = saturation(BUDGETS, answers(bent, random, 2000), seed=0)
+    assert curve.bends
+    assert curve.end[0] < curve.a < curve.end[1]
+    assert curve.scale[0] < curve.c < curve.scale[1]
+    assert curve.at([0, 1e6]) == pytest.approx([curve.a - curve.b, curve.a])
+    assert curve == saturation(BUDGETS, answers(bent, np.random.default_rng(1), 2000), seed=0)
     straight = saturation(BUDGETS, answers(0.2 + 0.015 * BUDGETS, random), seed=0)
     assert (straight.bends, straight.end, straight.scale) == (False, None, None)
     upward = saturation(BUDGETS, answers(0.1 + 0.0005 * BUDGETS**2, random), seed=0)
@@ -68,7 +65,7 @@ def test_an_end_is_told_of_data_that_bend_and_of_no_others():
     assert not upward.bends
 
 
-def test_lines_seldom_bend_curves_mostly_do_and_intervals_hold_the_end():
+def test_lines_seldom_bend_curves_mostly_do_and_intervals_cover_the_end():
     random = np.random.default_rng(2)
     lines = [
         saturation(BUDGETS, answers(known, random), seed=0, draws=199).bends
@@ -87,12 +84,12 @@ def test_lines_seldom_bend_curves_mostly_do_and_intervals_hold_the_end():
 def test_scores_that_do_not_change_have_no_bend(share):
     random = np.random.default_rng(3)
     items = np.repeat(random.random((50, 1)) if share == 0.3 else np.full((50, 1), share), 6, axis=1)
-    found = saturation(BUDGETS, items, seed=0)
-    assert (found.bends, found.end, found.scale) == (False, None, None)
-    assert found.at(BUDGETS) == pytest.approx(items.mean(axis=0))
+    curve = saturation(BUDGETS, items, seed=0)
+    assert (curve.bends, curve.end, curve.scale) == (False, None, None)
+    assert curve.at(BUDGETS) == pytest.approx(items.mean(axis=0))
 
 
-def test_what_is_missing_is_refused():
+def test_missing_scores_are_refused():
     scores = np.where(np.eye(50, 6) > 0, np.nan, 0.5)
     with pytest.raises(Refusal, match="6 of 300 scores are NaN or infinite"):
         saturation(BUDGETS, scores, seed=0)
@@ -105,34 +102,3 @@ def test_too_few_points_or_items_are_refused():
         fit([1, 2, 3, 3], [0.1, 0.2, 0.3, 0.3])
     with pytest.raises(Refusal, match="two items, not 1"):
         saturation(BUDGETS, np.ones((1, 6)), seed=0)
-
-
-points = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=12)
-
-
-@given(points)
-def test_the_frontier_is_its_definition(models):
-    sizes, losses, spread = (np.array(column, float) for column in zip(*models, strict=True))
-    on = frontier(sizes, losses)
-    for i, (size, loss, _) in enumerate(models):
-        beaten = any(s <= size and x <= loss and (s, x) != (size, loss) for s, x, _ in models)
-        assert on[i] == (not beaten)
-    assert on.any()
-    likely = contenders(sizes, losses - spread / 2, losses + spread / 2)
-    assert (likely | ~on).all()  # the frontier is among those that may be on it
-    for i, (size, loss, wide) in enumerate(models):
-        assert likely[i] == (not any(s <= size and x + w / 2 < loss - wide / 2 for s, x, w in models))
-    assert (contenders(sizes, losses, losses) >= on).all()
-
-
-def test_a_model_of_unknown_size_or_loss_is_left_out():
-    assert frontier([1, 2, 3, np.nan], [3, np.nan, 1, 0]).tolist() == [True, False, True, False]
-    assert frontier([1, 2, 3], [np.inf, 2, -np.inf]).tolist() == [False, True, False]
-    unknown = contenders([1, 2, 3, 4], [1, np.nan, -np.inf, 3], [2, 1, np.inf, 4])
-    assert unknown.tolist() == [True, False, True, False]
-    assert frontier([], []).tolist() == contenders([], [], []).tolist() == []
-
-
-def test_equal_models_are_all_on_the_frontier():
-    assert frontier([1, 1, 2, 3], [5, 5, 5, 4]).tolist() == [True, True, False, True]
-    assert contenders([1, 1, 2, 3], [4, 4, 6, 3], [5, 5, 7, 4.5]).tolist() == [True, True, False, True]
