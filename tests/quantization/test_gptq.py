@@ -10,6 +10,7 @@ from stages.compress.statistics import Hessian
 from stages.core.errors import Refusal
 from stages.model.grid import Integers, bounds
 from stages.quantization.gptq import GPTQ
+from tests.hessians import ChosenHessian
 
 SEED = st.integers(0, 2**31)
 Options = tuple[int | None, bool, bool, bool]
@@ -133,7 +134,7 @@ def test_several_runs_of_columns_are_the_slow_reference(options):
 def test_with_an_identity_hessian_it_is_round_to_nearest(bits, options, dtype, seed):
     weight = problem(seed)[0].to(dtype)
     near = Integers(bits, options[0], options[1]).nearest(weight)
-    code = gptq(bits, options).weights(weight, Hessian.of(torch.eye(weight.shape[1])))
+    code = gptq(bits, options).weights(weight, ChosenHessian(torch.eye(weight.shape[1])))
     assert torch.equal(code.codes, near.codes) and torch.equal(code.scale, near.scale)
     assert code.scheme() == near.scheme()
     if not options[1]:
@@ -208,7 +209,7 @@ def test_a_weight_of_zeros_is_served():
 def test_a_singular_hessian_is_damped_and_an_indefinite_one_refused():
     weight, inputs = problem(0, tokens=4)
     assert gptq(4).weights(weight, hessian(inputs)).dequantize().isfinite().all()
-    indefinite = Hessian.of(torch.full((32, 32), 3.0) - 2 * torch.eye(32))
+    indefinite = ChosenHessian(torch.full((32, 32), 3.0) - 2 * torch.eye(32))
     with pytest.raises(Refusal, match="not positive definite"):
         gptq(4).weights(weight, indefinite)
 
