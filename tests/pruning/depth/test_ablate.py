@@ -1,0 +1,51 @@
+"""Runs without some blocks, against models that do not have them."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTJConfig
+
+from stages.pruning.depth import rank
+from stages.pruning.depth.ablate import Ablation, ScoredRows
+from stages.pruning.depth.remove import remove_blocks
+from tests import families
+from tests.deep import WINDOWS, deep, logits, loss, without, without_attention
+
+TEXT = ScoredRows.of_text(WINDOWS)
+
+
+@pytest.mark.parametrize("target", ["block", "attention"])
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_a_run_without_a_block_is_a_model_without_it(family, target):
+    model = deep(family, 3)
+    before = logits(model)
+    losses = rank.perplexity(Ablation(model, TEXT, 2, target, "test"), [0, 1, 2])
+    reference = without if target == "block" else without_attention
+    for number, value in losses.items():
+        assert value == pytest.approx(loss(reference(model, {number})), abs=1e-5)
+    assert len({round(value, 4) for value in losses.values()}) == 3
+    assert torch.equal(logits(model), before)
+
+
+def test_sets_run_together_give_what_they_give_alone():
+    model = deep("gemma3", 4)
+    sets = [frozenset(c) for n in range(5) for c in itertools.combinations(range(4), n)]
+    losses = Ablation(model, TEXT, 3, "block", "test").losses(sets)
+    for omitted in sets:
+        assert losses[omitted] == pytest.approx(loss(without(model, omitted)), abs=1e-5)
+
+
+def test_blocks_that_return_more_than_the_stream():
+    config = GPTJConfig(
+        vocab_size=259, n_embd=32, n_layer=3, n_head=4, rotary_dim=8, n_positions=64, bos_token_id=256,
+        eos_token_id=257, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    losses = rank.perplexity(Ablation(model, TEXT, 2, "block", "test"), [0, 1, 2])
+    for number, value in losses.items():
+        reference = copy.deepcopy(model)
+        remove_blocks(reference, {number})
+        assert value == pytest.approx(loss(reference), abs=1e-5)

@@ -1,0 +1,60 @@
+"""Removal of blocks: the rest reloads and generates with a cache, or the family is refused."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoConfig
+
+from stages.core.errors import Refusal
+from stages.model.blocks import blocks
+from stages.pruning.depth.remove import remove_blocks
+from tests import families
+from tests.deep import WINDOWS, deep, logits, without
+
+
+def generated(model: torch.nn.Module, *, cache: bool) -> torch.Tensor:
+    return model.generate(
+        WINDOWS, attention_mask=torch.ones_like(WINDOWS), use_cache=cache, do_sample=False,
+        min_new_tokens=20, max_new_tokens=20,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_the_rest_reloads_and_generates_the_same_with_and_without_a_cache(family, tmp_path):
+    model = deep(family)
+    expected = logits(without(model, {1, 3}))
+    remove_blocks(model, {1, 3})
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(reloaded), expected)
+    assert reloaded.config.num_hidden_layers == 4
+    for number, (_, block) in enumerate(blocks(reloaded)):
+        assert {m.layer_idx for m in block.modules() if hasattr(m, "layer_idx")} == {number}
+    if family == "gemma3":
+        kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+        assert reloaded.config.layer_types == kinds
+    for candidate in (model, reloaded):
+        tokens = generated(candidate, cache=True)
+        assert torch.equal(tokens, generated(candidate, cache=False))
+        with torch.no_grad():
+            cache, steps = None, []
+            for column in WINDOWS.split(1, dim=1):
+                step = candidate(input_ids=column, past_key_values=cache, use_cache=True)
+                cache, steps = step.past_key_values, [*steps, step.logits]
+        assert torch.allclose(torch.cat(steps, 1), expected, atol=1e-3)
+        assert len(set(tokens[:, 24:].flatten().tolist())) >= 4
+
+
+def test_a_model_that_its_config_cannot_describe_is_refused():
+    model = deep("gpt2", 4, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(Refusal, match=r"config of GPT2LMHeadModel cannot describe .*attn\.scaling"):
+        remove_blocks(model, {1})
+
+
+def test_cache_places_that_cannot_be_renumbered_are_refused():
+    config = GPTNeoConfig(
+        vocab_size=259, hidden_size=32, num_layers=4, num_heads=4, attention_types=[[["global"], 4]],
+        max_position_embeddings=64, bos_token_id=256, eos_token_id=257,
+    )  # fmt: skip
+    with pytest.raises(Refusal, match=r"config of GPTNeoForCausalLM cannot describe .*layer_id"):
+        remove_blocks(AutoModelForCausalLM.from_config(config), {1})
