@@ -45,15 +45,15 @@ def brackets(question: str) -> Solution:
 
 
 def classification(question: str) -> Solution:
-    facts, asked = question.removesuffix(" is").split(", so ")
+    facts, start = question.removesuffix(" is").split(", so ")
     rules = dict(rule.split(" is ") for rule in facts.split(", "))
-    label, steps = asked, 0
+    label, steps = start, 0
     while label in rules:
         label, steps = rules[label], steps + 1
     chains = len(set(rules) - set(rules.values()))
     assert len(rules) == chains * steps
     settings = {"chains": chains} | ({"rules": steps} if steps > 1 else {})
-    return Solution(label, (*sorted(rules.items()), asked), settings)
+    return Solution(label, (*sorted(rules.items()), start), settings)
 
 
 def instructions(question: str) -> Solution:

@@ -24,8 +24,8 @@ ANSWERS = {
 SUMS = {
     "kind": "arithmetic", "seed": 1, "test": 4, "train": 8, "fewshot": 0,
     "levels": [
-        {"name": "one", "operator": "-", "digits": 1, "carries": False},
-        {"name": "two", "operator": "+", "digits": 2, "carries": True},
+        {"name": "easy", "operator": "-", "digits": 1, "carries": False},
+        {"name": "hard", "operator": "+", "digits": 2, "carries": True},
     ],
 }  # fmt: skip
 TWICE = {"answered": ANSWERS, "lesson": LOGITS | {"dataset": "answered", "num_samples": 6, "held_out": 2}}

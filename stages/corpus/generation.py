@@ -66,8 +66,7 @@ def generate_windows(
     texts: Tensor,
     draw: torch.Generator,
 ) -> Tensor:
-    """Return windows that begin as those of `texts` `[num_samples, sequence_length]` and continue as the
-    model does.
+    """Return the windows `texts` `[num_samples, sequence_length]`, continued by the model after their prompt.
 
     Args:
         wanted: `prompt_length`, `temperature` and `batch_size` are read.
@@ -108,8 +107,7 @@ def continue_prompts(
     temperature: float,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Tensor:
-    """Return `prompts` `[n, p]` followed by one sampled token per number of `uniform` `[n, m]`, as `[n, p +
-    m]`.
+    """Continue `prompts` `[n, p]` by one sampled token per number of `uniform` `[n, m]`; return `[n, p + m]`.
 
     Args:
         uniform: in [0, 1), fp64; the token is the first at which the cumulative probability exceeds it.

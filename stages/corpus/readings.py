@@ -59,7 +59,7 @@ def read_answer(reading: str, response: str) -> str:
 
 
 def is_right(reading: str, response: str, item: Mapping[str, Any]) -> bool:
-    """Tell whether `response` answers `item` rightly by one of `READINGS`.
+    """Tell whether `response` is a right answer to `item`, read by one of `READINGS`.
 
     Of a list of words, only as many count as the answer has, since the task does not test where to stop.
     """

@@ -65,12 +65,12 @@ class Tokens(Windows):
 
     @model_validator(mode="after")
     def _settings_of_a_kind(self) -> Self:
-        given = {name for name in _DRAW_SETTINGS["generated"] if getattr(self, name) is not None}
+        present = {name for name in _DRAW_SETTINGS["generated"] if getattr(self, name) is not None}
         needed = set(_DRAW_SETTINGS[self.tokens])
         mistakes = []
-        if missing := sorted(needed - given):
+        if missing := sorted(needed - present):
             mistakes.append(f"tokens {self.tokens} needs {', '.join(missing)}")
-        if spare := sorted(given - needed):
+        if spare := sorted(present - needed):
             mistakes.append(f"tokens {self.tokens} does not use {', '.join(spare)}; remove that")
         if self.tokens == "random" and self.dataset != "none":
             mistakes.append("tokens random reads no data set; set dataset: none")

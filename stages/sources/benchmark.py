@@ -48,9 +48,9 @@ class Benchmark(Dataset):
     kind: Literal["benchmark"]
     source: Origin
     config: Annotated[
-        Annotated[InnerPath, Tag("one")]
+        Annotated[InnerPath, Tag("single")]
         | Annotated[tuple[InnerPath, ...], Field(min_length=1), AfterValidator(_apart), Tag("several")],
-        Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
+        Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "single"),
     ]
     """Folder of the config's parquet files, such as `main` or `ARC-Easy`, or a list of such folders."""
     sha256: Sha256 | None = None

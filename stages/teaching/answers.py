@@ -71,10 +71,8 @@ class Answers(Teaching):
             Refusal: the data set has too few questions, a question and its answer exceed the model's context,
                 a token has no row in its embedding, its logits are not finite, or all its answers are empty.
         """
-        from stages.teaching.decoding import (
-            StopAtText,
-            generate_answers,
-        )  # needs base classes of transformers
+        # This module needs base classes of transformers.
+        from stages.teaching.decoding import StopAtText, generate_answers
 
         learned, held_out = choose_questions(self)
         questions = learned + held_out

@@ -23,7 +23,7 @@ from stages.sources.origin import fetched
 from tests import hub, project
 
 ZEROS = "0" * 64
-ONE = hashlib.sha256(b"one").hexdigest()
+SHA256 = hashlib.sha256(b"one").hexdigest()
 
 
 def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
@@ -62,7 +62,7 @@ def test_a_file_or_folder_is_taken_out_of_a_package(index):
         "1.0",
         {"prose/data.txt": "one", "prose/more/x.txt": "two", "prose/__init__.py": "1/0"},
     )
-    with fetched("pypi:prose==1.0", "prose/data.txt", ONE) as path:
+    with fetched("pypi:prose==1.0", "prose/data.txt", SHA256) as path:
         assert path.read_text() == "one"
     assert not path.exists()
     with fetched("pypi:prose==1.0", "prose/more", None) as path:
@@ -74,7 +74,7 @@ def test_a_file_or_folder_is_taken_out_of_a_package(index):
 @pytest.mark.parametrize(
     "source, file, reason",
     [
-        ("pypi:prose==1.0", "prose/data.txt", f"its sha256 is {ONE}, but params.yaml has {ZEROS}"),
+        ("pypi:prose==1.0", "prose/data.txt", f"its sha256 is {SHA256}, but params.yaml has {ZEROS}"),
         ("pypi:prose==1.0", "prose/other.txt", r"pypi:prose==1\.0 has no prose/other\.txt"),
         ("pypi:prose==2.0", "x", r"cannot download a wheel of prose==2\.0"),
     ],

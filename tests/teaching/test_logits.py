@@ -43,7 +43,7 @@ def test_a_student_equal_to_its_teacher_learns_from_the_text_alone():
 
 
 def test_examples_are_those_that_would_be_trained_on_without_a_teacher():
-    for dataset, options in (("news", {}), ("sums", {"difficulty": "two", "num_samples": 4})):
+    for dataset, options in (("news", {}), ("sums", {"difficulty": "hard", "num_samples": 4})):
         make_lesson(method="logits", dataset=dataset, **options)
         wanted = {"num_samples": 5, "held_out": 3, "sequence_length": 24} | options
         plain, taught = (

@@ -40,9 +40,9 @@ class Classification(GradedData):
             names = draw.sample(NOUNS, level.chains * (level.rules + 1))
             chains = [names[start :: level.chains] for start in range(level.chains)]
             rules = [f"{thing} is {label}" for chain in chains for thing, label in pairwise(chain)]
-            asked, *others = draw.sample(chains, len(chains))
+            chosen, *others = draw.sample(chains, len(chains))
             draw.shuffle(rules)
-            question = f"{', '.join(rules)}, so {asked[0]} is"
+            question = f"{', '.join(rules)}, so {chosen[0]} is"
             # The same rules in another order are the same item.
-            key = f"{sorted(rules)} {asked[0]}"
-            yield key, choice_item(level.name, question, asked[-1], [chain[-1] for chain in others], draw)
+            key = f"{sorted(rules)} {chosen[0]}"
+            yield key, choice_item(level.name, question, chosen[-1], [chain[-1] for chain in others], draw)

@@ -64,12 +64,12 @@ def test_the_right_choice_is_equally_likely_in_each_place(kind, tmp_path):
 
 @every_kind
 def test_the_seed_alone_decides(kind, tmp_path):
-    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+    for name, seed in (("first", 3), ("second", 3), ("other", 4)):
         (tmp_path / name).mkdir()
         dataset(kind, seed).write(tmp_path / name)
     for split in GRADED_SPLITS:
         first, second, other = (
-            (tmp_path / name / f"{split}.parquet").read_bytes() for name in ("one", "two", "other")
+            (tmp_path / name / f"{split}.parquet").read_bytes() for name in ("first", "second", "other")
         )
         assert first == second != other
 
