@@ -53,7 +53,8 @@ def short(candidate: str) -> str:
 
 def source(text: str) -> str:
     """Return a source as params.yaml has it, but only the last part of a local path."""
-    return f"path:{PurePath(text).name}" if text.startswith("path:") else text
+    path = text.removeprefix("path:")
+    return text if path == text else f"path:{PurePath(path).name}"
 
 
 def number(value: float | None, metric: str = "") -> str:

@@ -94,7 +94,7 @@ def test_a_candidate_of_one_side_has_no_difference():
     assert row["verdict"] == ""
 
 
-def test_measures_of_one_metric_are_told_apart():
+def test_measures_of_one_metric_are_kept_apart():
     def at(long: float, short: float) -> Results:
         thinking = GENERATED | {"metric": "pass@1", "counted": "exact_match"}
         return together(
@@ -163,11 +163,7 @@ def test_tensors_are_compared_one_by_one(tmp_path):
         save_file(values, tmp_path / f"{name}.safetensors")
     differences = compare_tensors([tmp_path / "old.safetensors"], [tmp_path / "new.safetensors"])
     assert (differences["tensors"], differences["changed"]) == (3, 2)
-    assert (differences["only_old"], differences["only_new"], differences["reshaped"]) == (
-        ["gone"],
-        ["new"],
-        [],
-    )
+    assert [differences[key] for key in ("only_old", "only_new", "reshaped")] == [["gone"], ["new"], []]
     assert differences["largest"] == [
         {"name": "codes", "share": 0.5, "max_abs_difference": None},
         {"name": "a", "share": 0.25, "max_abs_difference": 2.0},

@@ -72,3 +72,15 @@ def test_numbers_are_right_within_half_a_last_digit(value, metric):
     digits = len(text.partition(".")[2])
     assert float(text.replace(",", "")) == pytest.approx(value, abs=0.5 * 10**-digits + 1e-9)
     assert text != "-0.000"
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("path:/home/someone/models/tiny", "path:tiny"),
+        ("path:tiny", "path:tiny"),
+        ("hub:org/name@revision", "hub:org/name@revision"),
+    ],
+)
+def test_a_source_has_no_folders_of_this_machine(source, shown):
+    assert words.source(source) == shown
