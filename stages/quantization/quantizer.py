@@ -9,7 +9,7 @@ from pydantic import Field
 
 from stages.compress.method import WeightMethod
 from stages.core.errors import Refusal
-from stages.model.blocks import linears
+from stages.model.blocks import Linear, linears
 from stages.model.grid import Integers, Quantized
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from stages.model.blocks import Linear
     from stages.model.stream import Empty
 
 _NOT_LOADED = (
