@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.figures import show
 from stages.job import lineage
-from stages.job.load import validate
+from stages.job.load import checked_params
 from stages.job.params import Params
 from tests import families, pipeline, project
 
@@ -225,7 +225,7 @@ def params(family: str, inputs: Path) -> dict[str, Any]:
 
 def make(raw: dict[str, Any]) -> None:
     """Run every stage of params in the working folder, each recipe after its sources; print failures."""
-    params = validate(raw)
+    params = checked_params(raw)
 
     def run(label: str, stage: Callable[[Params, str], None], name: str) -> None:
         try:

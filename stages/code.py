@@ -1,7 +1,7 @@
 """Code: write the identity of the code behind every stage and method, before any other stage runs.
 
-A recipe depends on `data/code/<stage>/<method>` alone for its code (see `stages.core.identity`). This stage depends
-on all of `stages/` and runs at every edit of it; where its files stay the same, nothing else runs.
+A recipe depends on `data/code/<stage>/<method>` alone for its code (see `stages.core.identity`). This stage
+depends on all of `stages/` and runs at every edit of it; where its files stay the same, nothing else runs.
 """
 
 from collections.abc import Iterable

@@ -1,9 +1,9 @@
 """Validate: refuse a bad params.yaml, every mistake named, before any other stage runs.
 
-Every other stage depends on this one's output, which never changes, so it runs at each edit of params.yaml and makes
-nothing else run. It also writes the data set `none`, which a data-free recipe is calibrated on: DVC's templates
-cannot leave a dependency out. Results that params no longer name are removed (DVC's cache still has them), as the
-report depends on the whole folder of results.
+Every other stage depends on this one's output, which never changes, so it runs at each edit of params.yaml
+and makes nothing else run. It also writes the data set `none`, which a data-free recipe is calibrated on:
+DVC's templates cannot leave a dependency out. Results that params no longer name are removed (DVC's cache
+still has them), as the report depends on the whole folder of results.
 """
 
 import shutil

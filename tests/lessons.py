@@ -7,7 +7,7 @@ import torch
 
 from stages.corpus.rows import IGNORED, Example
 from stages.corpus.taught import read_lesson
-from stages.job.load import validate
+from stages.job.load import checked_params
 from stages.job.params import Params
 from stages.model.artifact import load_tokenizer
 from tests import families, project
@@ -38,7 +38,7 @@ def params(**teaching: dict[str, Any]) -> Params:
     raw["run"]["dtype"] = "float32"
     raw["datasets"]["sums"] = SUMS
     raw["teach"] = teaching
-    return validate(raw)
+    return checked_params(raw)
 
 
 def make(chosen: Params) -> None:

@@ -22,7 +22,7 @@ from stages import report as _report
 from stages import teach as _teach
 from stages import validate as _validate
 from stages.job import pieces
-from stages.job.load import validate as checked
+from stages.job.load import checked_params as checked
 from stages.job.params import Params
 from tests import families, project
 

@@ -12,7 +12,7 @@ import yaml
 
 from stages.core import tables
 from stages.core.tables import Sample, Score, Setting, Subject
-from stages.job.load import validate
+from stages.job.load import checked_params
 from stages.job.params import Params
 from stages.reporting.collect import Results, collect
 
@@ -31,7 +31,7 @@ LEVEL = 0.15  # how much harder each level of arithmetic is than the one before
 def params(**changes: Any) -> Params:
     """Return the project's own params with whole sections changed."""
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
-    return validate(raw | changes)
+    return checked_params(raw | changes)
 
 
 def without(suites: dict[str, Any], *kinds: str) -> dict[str, Any]:

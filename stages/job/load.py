@@ -34,10 +34,10 @@ def load(path: Path = PARAMS) -> Params:
         raise Refusal(
             f"{path} must hold sections ({', '.join(Params.model_fields)}), it holds {type(raw).__name__}."
         )
-    return validate(raw, str(path))
+    return checked_params(raw, str(path))
 
 
-def validate(raw: dict[str, Any], where: str = "params.yaml") -> Params:
+def checked_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
     """Check parsed YAML against the schema and each part of it against the others.
 
     Raises:

@@ -4,7 +4,7 @@ import pytest
 
 from stages.core.errors import Refusal
 from stages.job import checks
-from stages.job.load import load, validate
+from stages.job.load import checked_params, load
 from tests import project
 
 
@@ -17,12 +17,12 @@ def raw(tmp_path):
 
 def refusal(raw) -> str:
     with pytest.raises(Refusal) as caught:
-        validate(raw)
+        checked_params(raw)
     return str(caught.value)
 
 
 def test_the_sweep_of_the_tests_is_sound(raw):
-    assert validate(raw).models["tiny"].in_features == (32, 64)
+    assert checked_params(raw).models["tiny"].in_features == (32, 64)
 
 
 def test_a_noise_candidate_must_differ_in_its_batch_size(raw):
@@ -41,14 +41,14 @@ def test_a_graded_suite_must_not_score_items_that_recipes_learn_from(raw):
     raw["datasets"]["drill"] = {
         **raw["datasets"]["arithmetic"], "train": 4, "seed": 7, "levels": [{**level, "name": "sums"}],
     }  # fmt: skip
-    assert "drill" in validate(raw).datasets
+    assert "drill" in checked_params(raw).datasets
     raw["prune"]["wanda-50"]["calibration"] = {**raw["prune"]["wanda-50"]["calibration"], "dataset": "drill"}
     assert (
         "suites.graded.arithmetic: it would score items that recipes learn from as datasets.drill"
         in refusal(raw)
     )
     raw["datasets"]["drill"]["levels"][0]["digits"] = 2
-    assert "drill" in validate(raw).datasets
+    assert "drill" in checked_params(raw).datasets
 
 
 LOGITS = {"source": "base/tiny", "method": "logits", "dataset": "news", "batch_size": 2}
@@ -93,12 +93,12 @@ def test_distillation_is_from_a_data_set_that_has_logits(raw):
     raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "answered"}
     assert "answered holds no teacher's logits" in refusal(raw) and "allowed: taught." in refusal(raw)
     raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "taught"}
-    assert validate(raw).finetune["wanda-50-lora"].distillation.weight == 1.0
+    assert checked_params(raw).finetune["wanda-50-lora"].distillation.weight == 1.0
 
 
 def test_a_data_set_must_not_be_made_from_itself(raw):
     raw["teach"] = {"taught": LOGITS | {"source": "finetune/wanda-50-lora"}}
-    assert "taught" in validate(raw).teach
+    assert "taught" in checked_params(raw).teach
     raw["finetune"]["wanda-50-lora"]["train"] = {"dataset": "taught"}
     assert "teach.taught: a cycle, its teacher or its data set is made from itself" in refusal(raw)
     raw["teach"] = {"taught": LOGITS | {"dataset": "again"}, "again": LOGITS | {"dataset": "taught"}}
@@ -124,7 +124,7 @@ def test_a_suite_must_not_score_the_split_that_recipes_learn_from(raw):
     raw["finetune"]["wanda-50-lora"]["train"] = pair | {"split": "test"}
     assert "recipes learn from split test of datasets.words, which it may score" in refusal(raw)
     raw["finetune"]["wanda-50-lora"]["train"] = pair | {"split": "train"}
-    assert validate(raw).finetune["wanda-50-lora"].train.split == "train"
+    assert checked_params(raw).finetune["wanda-50-lora"].train.split == "train"
 
 
 def test_two_evaluations_must_not_share_a_stage_name(raw):
@@ -138,11 +138,11 @@ def test_two_evaluations_must_not_share_a_stage_name(raw):
 
 def test_group_size_is_left_to_the_stage_when_linears_are_ignored(raw):
     raw["quantize"]["rtn-w4g32"] |= {"group_size": 64, "ignore": ["self_attn.q_proj"]}
-    assert validate(raw).quantize["rtn-w4g32"].group_size == 64
+    assert checked_params(raw).quantize["rtn-w4g32"].group_size == 64
 
 
 def test_a_changed_path_is_found(raw, tmp_path):
-    checked = validate(raw)
+    checked = checked_params(raw)
     assert list(checks.changed_paths(checked)) == []
     (tmp_path / "inputs" / "news.txt").write_text("other words\n")
     (change,) = checks.changed_paths(checked)
@@ -178,7 +178,7 @@ def test_a_name_given_twice_is_refused(tmp_path):
 def test_a_noise_candidate_may_differ_in_its_dtype(variant, sentence, raw):
     raw["noise"]["tiny-batch-3"] = {"source": "base/tiny", **variant}
     if sentence is None:
-        assert validate(raw).noise["tiny-batch-3"].dtype == "float32"
+        assert checked_params(raw).noise["tiny-batch-3"].dtype == "float32"
     else:
         assert sentence in refusal(raw)
 

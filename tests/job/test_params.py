@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from stages.core.errors import Refusal
-from stages.job.load import load, validate
+from stages.job.load import checked_params, load
 from stages.job.params import Params, methods
 from tests import project
 from tests.pipeline import NONE, TEXT
@@ -54,7 +54,7 @@ def changed(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def sentences(raw: dict[str, Any]) -> list[str]:
     """The sentences a file is refused with."""
     with pytest.raises(Refusal) as refusal:
-        validate(raw)
+        checked_params(raw)
     head, *lines = str(refusal.value).splitlines()
     assert head == f"params.yaml has {len(lines)} problem(s), nothing was run:"
     for line in lines:
@@ -393,7 +393,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
 
 
 def test_good_params_are_good(raw):
-    assert isinstance(validate(raw), Params)
+    assert isinstance(checked_params(raw), Params)
     assert list(methods("finetune")) == ["lora", "full", "qat", "eco"]
 
 
@@ -406,7 +406,7 @@ def test_the_projects_sweeps_are_good(path, tmp_path, monkeypatch):
 
 
 def test_the_projects_own_params_are_good():
-    params = validate(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    params = checked_params(yaml.safe_load((ROOT / "params.yaml").read_text()))
     assert params.run.device == "auto"
 
 

@@ -8,7 +8,7 @@ import pytest
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
 from stages.corpus.examples import few_shot_text
-from stages.job.load import validate
+from stages.job.load import checked_params
 from stages.teaching import decoding
 from stages.teaching.answers import cut_answer
 from tests import families, lessons, pipeline
@@ -37,7 +37,7 @@ def test_only_the_teacher_sees_the_few_shot_examples(monkeypatch):
     raw = lessons.params(lesson=ANSWERS).model_dump(mode="json")
     raw["datasets"]["sums"]["fewshot"] = 2
     raw["teach"]["lesson"]["shots"] = 3
-    chosen = validate(raw)
+    chosen = checked_params(raw)
     for name in ("datasets/sums", "base/tiny"):
         download(chosen, name)
     with pytest.raises(Refusal, match="sums has 4 few-shot examples, fewer than 5; lower shots"):

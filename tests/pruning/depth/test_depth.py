@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from stages.core.errors import Refusal
-from stages.job.load import validate
+from stages.job.load import checked_params
 from stages.model.blocks import blocks
 from stages.pruning.depth.depth import Depth
 from stages.pruning.depth.remove import output_projections
@@ -146,7 +146,7 @@ def test_missing_items_are_refused_with_the_params(calibration, train, message, 
     recipe = {"source": "base/tiny", "method": "depth", "metric": "greedy", "blocks": 1}
     raw["prune"]["depth-1"] = recipe | {"calibration": {"dataset": "arithmetic", "shots": 1}}
     if train:
-        validate(raw)
+        checked_params(raw)
     raw["prune"]["depth-1"] = recipe | {"calibration": calibration}
     with pytest.raises(Refusal, match=f"prune.depth-1.*{message}"):
-        validate(raw)
+        checked_params(raw)

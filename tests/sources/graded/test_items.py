@@ -18,7 +18,7 @@ from scipy.stats import chisquare
 from stages.core.errors import Refusal
 from stages.corpus.readings import is_right
 from stages.evaluation.shared import SharedPrefixLM
-from stages.job.load import load, validate
+from stages.job.load import checked_params, load
 from stages.sources.graded.brackets import Brackets, BracketsLevel
 from stages.sources.graded.items import GRADED_SPLITS, NOUNS, GradedData
 from tests import project
@@ -106,7 +106,7 @@ def test_both_readouts_ask_the_same_items_and_accept_right_answers(kind, workspa
     raw = json.loads(params("llama", {}).model_dump_json())
     raw["datasets"]["task"] = json.loads(dataset(kind).model_dump_json())
     raw["suites"] = {"perplexity": {}, "graded": {"task": {"shots": 1, "batch_size": 4}}, "benchmark": {}}
-    chosen = validate(raw)
+    chosen = checked_params(raw)
     for name in ("base/tiny", "datasets/task"):
         download(chosen, name)
     evaluate(chosen, "base/tiny/task")
