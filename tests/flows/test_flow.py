@@ -73,9 +73,7 @@ def test_a_failed_branch_leaves_the_others_to_finish(copy):
     }
     last = output.strip().splitlines()[-2:]
     assert last[0] == "1 stage(s) failed:"
-    assert last[1].startswith(
-        "  - quantize@gptq-w4g32: data set news: 100000 windows of 32 tokens were asked for"
-    )
+    assert last[1].startswith("  - quantize@gptq-w4g32: data set news has ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
