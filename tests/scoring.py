@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from stages.core import tables
-from stages.job.load import validate
+from stages.job.load import checked_params
 from stages.job.params import Params
 from tests.pipeline import evaluate
 
@@ -22,7 +22,7 @@ def scored(chosen: Params, candidate: str, suite: str) -> tuple[pd.DataFrame, pd
 
 def changed(chosen: Params, **sections: dict[str, Any]) -> Params:
     """The same params with whole sections replaced."""
-    return validate({**json.loads(chosen.model_dump_json()), **sections})
+    return checked_params({**json.loads(chosen.model_dump_json()), **sections})
 
 
 def log_likelihood(model: torch.nn.Module, context: list[int], continuation: list[int]) -> float:
