@@ -8,18 +8,24 @@ the weights that fp64 has at that point: it must be right, or wrong by no more t
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from stages.compress.statistics import Hessian
 from stages.compress.surgeon import COLUMNS
-from stages.model.grid import Codes, bounds
+from stages.model import grid
+from stages.model.grid import Codes, bounds, scale_of
+from stages.pruning import sparsegpt
 
 WEIGHT = 4e-6
 """Error of an fp32 weight when its column is settled, as a share of the largest weight of its row."""
 SCORE = 1e-5
 """Relative error of a score when it is compared with others."""
+MISTAKES = ("scale", "compensation", "damping")
+"""What `let_err` gets wrong by little: a certificate that lets these pass is worth nothing."""
 
 
 def certify_gptq(
@@ -176,3 +182,17 @@ def cut(scores: Tensor, count: int, by_row: bool) -> tuple[Tensor, Tensor]:
 def number(marked: Tensor, by_row: bool) -> Tensor:
     """Count the marked entries of each row, or of all: `[rows or 1]`."""
     return marked.sum(1) if by_row else marked.sum()[None]
+
+
+def let_err(mistake: str, patch: pytest.MonkeyPatch) -> None:
+    """Make scales 1.0001 times as large, the compensation 0.99 times, or the damping 1.01 times."""
+    factor = Hessian.inverse_factor
+
+    def wrong_factor(statistic: Hessian, damping: float, **options: Any) -> Tensor:
+        upper = factor(statistic, 1.01 * damping if mistake == "damping" else damping, **options)
+        return 0.99 * upper + 0.01 * upper.diagonal().diag() if mistake == "compensation" else upper
+
+    patch.setattr(Hessian, "inverse_factor", wrong_factor)
+    if mistake == "scale":
+        for module in (grid, sparsegpt):
+            patch.setattr(module, "scale_of", lambda *group: 1.0001 * scale_of(*group))

@@ -16,7 +16,7 @@ from stages.compress.select import extend_by_row, smallest, smallest_in_groups, 
 from stages.compress.statistics import ColumnNorm, Hessian
 from stages.core.errors import Refusal
 from stages.model.blocks import Linear, linears
-from stages.model.grid import Codes, scale_of
+from stages.model.grid import Codes
 from stages.pruning.allocation.uniform import Uniform
 from stages.pruning.magnitude import Magnitude, global_zeros
 from stages.pruning.random import Random
@@ -25,7 +25,7 @@ from stages.pruning.wanda import Wanda
 from tests import families
 from tests.hessians import ChosenHessian
 from tests.project import ROOT
-from tests.replay import certify_sparsegpt
+from tests.replay import MISTAKES, certify_sparsegpt, let_err
 
 NONE = {"dataset": "none"}
 TEXT = {"dataset": "news"}
@@ -465,28 +465,17 @@ def test_sparsegpt_onto_a_grid_makes_no_wrong_choice(pattern, bits, group_size):
     certify_sparsegpt(made, weight, statistic, 0.3, zeros=288, pattern=pattern)
 
 
-@pytest.mark.parametrize("mistake", ["scale", "compensation", "damping"])
+@pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("bits", [3, 8])
-@pytest.mark.parametrize("pattern", [None, (2, 4)])
-def test_small_mistakes_of_sparsegpt_are_refused(pattern, bits, mistake, monkeypatch):
-    """Scales of 1.0001 times their size, 0.99 of the compensation, 1.01 times the damping."""
+@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
+def test_small_mistakes_of_sparsegpt_are_refused(structure, bits, mistake, monkeypatch):
     weight, inputs = problem(seed=bits, rows=4, columns=144, tokens=600)
-    structure = f"{pattern[0]}:{pattern[1]}" if pattern else "unstructured"
-    damping = 0.303 if mistake == "damping" else 0.3
-    method = sparsegpt(0.5, structure=structure, damping=damping, grid={"bits": bits, "group_size": 16})
-    if mistake == "scale":
-        monkeypatch.setattr("stages.pruning.sparsegpt.scale_of", lambda *group: 1.0001 * scale_of(*group))
-    if mistake == "compensation":
-        factor = Hessian.inverse_factor
-
-        def weaker(statistic: Hessian, damping: float) -> torch.Tensor:
-            upper = factor(statistic, damping)
-            return 0.99 * upper + 0.01 * upper.diagonal().diag()
-
-        monkeypatch.setattr(Hessian, "inverse_factor", weaker)
-    made = method.weights(weight, hessian(inputs), 288)
+    statistic = hessian(inputs)
+    method = sparsegpt(0.5, structure=structure, damping=0.3, grid={"bits": bits, "group_size": 16})
+    let_err(mistake, monkeypatch)
+    made = method.weights(weight, statistic, 288)
     with pytest.raises(AssertionError):
-        certify_sparsegpt(made, weight, hessian(inputs), 0.3, zeros=288, pattern=pattern)
+        certify_sparsegpt(made, weight, statistic, 0.3, zeros=288, pattern=method.pattern)
 
 
 def test_sparsegpt_loses_less_of_the_output_than_wanda_and_wanda_less_than_magnitude():

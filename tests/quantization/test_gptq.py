@@ -1,4 +1,4 @@
-"""GPTQ against a slow fp64 reference that inverts the rest of H at every column, and zeros that stay."""
+"""GPTQ's choices certified in fp64, with the rest of H inverted at every column, and zeros that stay."""
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from pydantic import ValidationError
 
 from stages.compress.statistics import Hessian
 from stages.core.errors import Refusal
-from stages.model.grid import Integers, bounds
+from stages.model.grid import Codes, Integers, bounds
 from stages.quantization.gptq import GPTQ
 from tests.hessians import ChosenHessian
+from tests.replay import MISTAKES, certify_gptq, let_err
 
 SEED = st.integers(0, 2**31)
 Options = tuple[int | None, bool, bool, bool]
@@ -53,65 +54,20 @@ def sparse(weight: torch.Tensor, share: float = 0.5) -> torch.Tensor:
     return weight.masked_fill(zeros, 0)
 
 
-def fitted(group: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and zero point of every row of a group, row by row.
-
-    In fp32: the largest weight is halfway between two codes, so another precision may round it differently.
-    """
-    low, high = bounds(bits)
-    scales, zeros = [], []
-    for row in group.float():
-        if symmetric:
-            scale, zero = max(abs(value) for value in row) / ((2**bits - 1) / 2), torch.tensor(0.0)
-        else:
-            least, most = min(torch.tensor(0.0), *row), max(torch.tensor(0.0), *row)
-            scale = (most - least) / (2**bits - 1)
-            zero = (low - least / scale).round() if scale else torch.tensor(0.0)
-        scales.append(scale if scale else torch.tensor(1.0))
-        zeros.append(zero.clamp(low, high))
-    return torch.stack(scales), torch.stack(zeros)
-
-
-def slow(
-    weight: torch.Tensor, statistic: Hessian, bits: int, options: Options, damping: float
-) -> torch.Tensor:
-    """Return the values `[out, in]` of the quantized weight, fp64."""
-    group_size, symmetric, act_order, static_groups = options
-    columns, (low, high) = weight.shape[1], bounds(bits)
-    size, matrix = group_size or columns, statistic.matrix().double()
-    damped = matrix + damping * matrix.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
-    work, keep = weight.double().clone(), weight != 0
-    diagonal = matrix.diagonal().tolist()
-    order = sorted(range(columns), key=lambda j: (-diagonal[j], j)) if act_order else list(range(columns))
-    grids = {
-        g: fitted(weight[:, g * size : (g + 1) * size], bits, symmetric)
-        for g in range(columns // size)
-        if static_groups or not group_size
-    }
-    for step, j in enumerate(order):
-        g, left = j // size, order[step:]
-        if g not in grids:
-            group = slice(g * size, (g + 1) * size)
-            grids[g] = fitted(work[:, group] * keep[:, group], bits, symmetric)
-        scale, zero = grids[g]
-        code = ((work[:, j].float() / scale).round() + zero).clamp(low, high)
-        value = ((code - zero) * scale * keep[:, j]).double()
-        inverse = torch.linalg.inv(damped[left][:, left])
-        work[:, left] -= ((work[:, j] - value) / inverse[0, 0])[:, None] * inverse[0]
-        work[:, j] = value
-    return work
+def certify(code: Codes, weight: torch.Tensor, statistic: Hessian, options: Options, damping: float) -> None:
+    _, _, act_order, static_groups = options
+    certify_gptq(code, weight, statistic, damping, act_order=act_order, static_groups=static_groups)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_every_option_is_the_slow_reference(bits, options, pruned):
+def test_no_option_makes_a_wrong_choice(bits, options, pruned):
     weight, inputs = problem(seed=bits)
     weight, statistic = sparse(weight) if pruned else weight, hessian(inputs)
-    values = gptq(bits, options).weights(weight, statistic).dequantize()
-    torch.testing.assert_close(
-        values.double(), slow(weight, statistic, bits, options, 0.01), rtol=0, atol=1e-4
-    )
+    code = gptq(bits, options).weights(weight, statistic)
+    assert (code.zero_point is None) == options[1]
+    certify(code, weight, statistic, options, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +77,22 @@ def test_every_option_is_the_slow_reference(bits, options, pruned):
         (32, False, True, True), (None, True, True, False),
     ],
 )  # fmt: skip
-def test_several_runs_of_columns_are_the_slow_reference(options):
-    # Strong damping keeps H well conditioned, so that fp32 and fp64 round alike over all 320 columns.
+def test_several_runs_of_columns_make_no_wrong_choice(options):
     weight, inputs = problem(seed=1, rows=3, columns=320, tokens=2000)
     statistic = hessian(inputs)
-    values = gptq(4, options, damping=0.9).weights(weight, statistic).dequantize()
-    torch.testing.assert_close(values.double(), slow(weight, statistic, 4, options, 0.9), rtol=0, atol=1e-4)
+    code = gptq(4, options, damping=0.1).weights(weight, statistic)
+    certify(code, weight, statistic, options, 0.1)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("bits", [2, 8])
+def test_small_mistakes_are_refused(bits, mistake, monkeypatch):
+    weight, inputs = problem(seed=bits)
+    statistic = hessian(inputs)
+    let_err(mistake, monkeypatch)
+    code = gptq(bits, PLAIN).weights(weight, statistic)
+    with pytest.raises(AssertionError):
+        certify(code, weight, statistic, PLAIN, 0.01)
 
 
 @settings(deadline=None, max_examples=60)
