@@ -20,13 +20,11 @@ from tqdm import tqdm
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.corpus.rows import IGNORED
-from stages.model.blocks import blocks, check_length
+from stages.model.blocks import Linear, blocks, check_length
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from stages.model.blocks import Linear
 
 WIDTH = 2**14
 """Entries of a sketch."""

@@ -1,11 +1,14 @@
 """LayerIF (2505.23811): blocks through which training text helps held-out text most lose least.
 
 Influence is DataInf's closed form (2310.00902): with g_i the gradients of the first half of the windows and v
-the mean gradient of the second half, both of one block, window k has the influence sum_i (v.g_k -
-(v.g_i)(g_i.g_k) / (damping + |g_i|^2)) / (n * damping), where damping is a tenth of the mean square entry of
-the gradients. The score of a block is the sum of its positive influences. Scores are scaled to [0, 1] and
-smoothed over blocks (Savitzky-Golay, window 5, order 2; not with fewer than five blocks); shares are
-proportional to a value that falls from `high` at 0 to `low` at 1.
+the mean gradient of the second half, both of one block, window k has the influence
+
+    sum_i (v.g_k - (v.g_i)(g_i.g_k) / (damping + |g_i|^2)) / (n * damping)
+
+where damping is a tenth of the mean square entry of the gradients. The score of a block is the sum of its
+positive influences. Scores are scaled to [0, 1] and smoothed over blocks (Savitzky-Golay, window 5, order 2;
+not with fewer than five blocks); shares are proportional to a value that falls from `high` at 0 to `low` at
+1.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from stages.model.stream import Empty
 
-STEPS = 200
-"""Bisections, more than enough to exhaust the precision of fp64."""
+BISECTIONS = 200
+"""More than enough to exhaust the precision of fp64."""
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +82,8 @@ class Allocation(Strict):
                     linear.name: int((linear.weight == 0).sum()) for linear in targets if linear.block == name
                 }
         planned = budget(shares, sizes, sparsity, zeros)
-        total, size, wanted = (
-            sum(planned.values()),
-            sum(sizes.values()),
-            count_of(sparsity, sum(sizes.values())),
-        )
-        if total > wanted:
+        size, total = sum(sizes.values()), sum(planned.values())
+        if total > (wanted := count_of(sparsity, size)):
             log.warning(
                 "%s: %d of %d weights are already zero, more than the %d of sparsity %g; none is removed",
                 source.name, total, size, wanted, sparsity,
@@ -211,7 +207,7 @@ def solve(
             f"sparsity {sparsity:g} cannot be reached: under this allocation the blocks lose at most "
             f"{floor(most * 1e4) / 1e4:g} together; use {remedy} or a lower sparsity."
         )
-    for _ in range(STEPS):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < sparsity else (low, middle)
     by_block = shares(high)

@@ -1,7 +1,7 @@
 """Removal of blocks from a model, so that a plain, smaller checkpoint is left.
 
 The remaining blocks are renumbered, and everything that counts blocks is updated: the number of layers in the
-config, its lists with one entry a layer (`layer_types`), and the `layer_idx` by which a block finds its place
+config, its lists with one entry per layer (`layer_types`), and the `layer_idx` by which a block finds its place
 in the key-value cache. The result is checked against a new model built from the written config: its blocks
 must have the shapes and settings of the remaining ones, else the config cannot describe such a model and the
 family is refused. A plain checkpoint cannot omit an attention; its output projection is zeroed instead.
@@ -46,7 +46,7 @@ def remove_blocks(model: PreTrainedModel, removed: Iterable[int]) -> None:
 
 
 def _shorten(config: Any, remaining: list[int]) -> None:
-    """Keep only the remaining layers in a config: their number, and their entries of every list a layer."""
+    """Keep only the remaining layers in a config: their number, and their entries of every per-layer list."""
     depth = config.num_hidden_layers
     config.num_hidden_layers = len(remaining)
     for key, value in list(vars(config).items()):

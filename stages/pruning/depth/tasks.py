@@ -66,7 +66,7 @@ class Items(Strict):
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices of items, one a row: item i has rows `ranges[i]`, of which the `gold[i]`-th is right."""
+    """The choices of items, one per row: item i has rows `ranges[i]`, of which the `gold[i]`-th is right."""
 
     rows: ScoredRows
     ranges: list[range]

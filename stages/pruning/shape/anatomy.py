@@ -54,7 +54,7 @@ def mlps(model: nn.Module) -> dict[str, Part]:
     Raises:
         Refusal: a block has no MLP or several, or MLPs differ in width.
     """
-    return _only_parts(model, "MLPs with one feature a neuron", lambda mlps, _: mlps)
+    return _only_parts(model, "MLPs with one feature per neuron", lambda mlps, _: mlps)
 
 
 def attentions(model: nn.Module) -> dict[str, Part]:
