@@ -21,6 +21,8 @@ from stages.compress.walk import walk
 from stages.core.schema import NoData, Recipe
 from stages.corpus.generation import model_windows
 from stages.corpus.windows import Calibration, Tokens
+from stages.model import checkpoint
+from stages.model.artifact import load_tokenizer
 from stages.model.grid import Quantized
 
 if TYPE_CHECKING:
@@ -96,8 +98,6 @@ class WholeModel(Compression):
 
     def execute(self, artifact: str, run: Run) -> None:
         """Load the source, change it, and write it as `artifact`."""
-        from stages.model import checkpoint
-        from stages.model.artifact import load_tokenizer
         from stages.model.source import load_source
 
         self.check()

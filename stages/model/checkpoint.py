@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-
 from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, MODELS, read_json, writing
 from stages.core.lazy import torch
@@ -139,6 +137,8 @@ def save(
         Refusal: a parameter is NaN or infinite.
         AssertionError: a zero or a code was lost in writing.
     """
+    from safetensors.torch import load_file
+
     from stages.model.packed import config_of, tensors_of, weight_from
 
     codes = quantized or {}

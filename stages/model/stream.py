@@ -78,7 +78,7 @@ class Streamed(Empty):
         be read, a later run may succeed, and the shards stay.
         """
         try:
-            with self._held(name, block, dense) as done:
+            with self._weights(name, block, dense) as done:
                 yield done
         except Unreadable:
             raise
@@ -87,7 +87,7 @@ class Streamed(Empty):
             raise
 
     @contextmanager
-    def _held(self, name: str, block: nn.Module, dense: bool) -> Iterator[bool]:
+    def _weights(self, name: str, block: nn.Module, dense: bool) -> Iterator[bool]:
         done = self._shards.done(name)
         if done and not dense:
             self._fill_from_shard(name, block)

@@ -90,7 +90,7 @@ def test_resuming_is_logged(workspace, monkeypatch, caplog):
 
 @pytest.mark.parametrize("sequential", ["linear", "block", "none"])
 def test_no_more_than_one_block_has_weights(sequential, workspace, monkeypatch):
-    held: list[list[str]] = []
+    snapshots: list[list[str]] = []
     streamed: list[stream.Streamed] = []
     weights, start = Wanda.weights, stream.Streamed.__init__
 
@@ -106,13 +106,13 @@ def test_no_more_than_one_block_has_weights(sequential, workspace, monkeypatch):
         streamed.append(self)
 
     def watch(self: Wanda, *args: Any) -> Any:
-        held.append(holding())
+        snapshots.append(holding())
         return weights(self, *args)
 
     monkeypatch.setattr(stream.Streamed, "__init__", keep)
     monkeypatch.setattr(Wanda, "weights", watch)
     execute(WANDA | {"calibration": TEXT | {"sequential": sequential}})
-    assert held == [["model.layers.0"]] * 7 + [["model.layers.1"]] * 7
+    assert snapshots == [["model.layers.0"]] * 7 + [["model.layers.1"]] * 7
     assert holding() == []
 
 
