@@ -1,4 +1,4 @@
-"""Our causal attention: as close to fp64 as torch's, and used wherever it computes the same."""
+"""Our causal attention: as close to fp64 as bf16 allows, and used wherever it computes the same."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -39,31 +39,43 @@ def in_fp64(query: Tensor, key: Tensor, value: Tensor, scale: float | None = Non
     return out
 
 
+def within_rounding(attended: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> bool:
+    """Return whether fp64 is no further away than two roundings to bf16, of probabilities and of the output.
+
+    Only CPUs that multiply fp32 tensors in bf16 round the probabilities. A twentieth is left for fp32 sums.
+    """
+    exact, size = in_fp64(q, k, v, scale), in_fp64(q, k, v.abs(), scale)
+    return bool(((attended.double() - exact).abs() <= 1.05 * 2**-8 * (size + exact.abs())).all())
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.sampled_from([8, 20, 64]),
     st.integers(0, 99), st.sampled_from([None, 0.3]),
     st.sampled_from([1, 2**12, causal.CACHED_PROBABILITIES]),
 )  # fmt: skip
-def test_it_is_as_close_to_the_formula_as_torchs(groups, shared, tokens, size, seed, scale, cached):
+def test_it_rounds_the_formula_no_more_than_probabilities_and_output(
+    groups, shared, tokens, size, seed, scale, cached
+):
     q, k, v = drawn(groups * shared, groups, tokens, size, seed=seed)
-    exact = in_fp64(q, k, v, scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(causal, "CACHED_PROBABILITIES", cached)  # from the fewest queries at a time to all
-        ours = causal_attention(q, k, v, scale)
-    torchs = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-
-    def error(attended: Tensor) -> float:
-        return float((attended.double() - exact).square().mean().sqrt())
-
-    assert ours.shape == torchs.shape and ours.dtype == torch.bfloat16
-    assert error(ours) <= 1.1 * error(torchs) + 1e-9
+        attended = causal_attention(q, k, v, scale)
+    assert attended.shape == q.shape and attended.dtype == torch.bfloat16
+    assert within_rounding(attended, q, k, v, scale)
 
 
 def test_values_may_be_of_another_size():
     q, k, _ = drawn(4, 4, 40, 16)
     _, _, v = drawn(4, 4, 40, 24)
-    torch.testing.assert_close(causal_attention(q, k, v).double(), in_fp64(q, k, v), atol=0.02, rtol=0.02)
+    assert within_rounding(causal_attention(q, k, v), q, k, v)
+
+
+def test_rounding_the_scores_too_would_be_noticed():
+    q, k, v = drawn(4, 4, 40, 16)
+    scores = (q.double() @ k.double().mT / 4).bfloat16().double()
+    attended = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).softmax(-1) @ v.double()
+    assert not within_rounding(attended.bfloat16(), q, k, v)
 
 
 def test_it_replaces_torchs_however_that_is_called():
