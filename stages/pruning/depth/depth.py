@@ -150,8 +150,8 @@ class Depth(WholeModel):
         choices = [number for number in range(depth) if number not in excluded]
         if self.blocks > len(choices):
             raise Refusal(
-                f"blocks is {self.blocks}, but of {depth} attentions only {len(choices)} are neither kept nor "
-                "already zero; remove fewer."
+                f"blocks is {self.blocks}, but of {depth} attentions only {len(choices)} are neither kept "
+                "nor already zero; remove fewer."
             )
         return choices
 

@@ -1,10 +1,11 @@
 """Removal of blocks from a model, so that a plain, smaller checkpoint is left.
 
 The remaining blocks are renumbered, and everything that counts blocks is updated: the number of layers in the
-config, its lists with one entry per layer (`layer_types`), and the `layer_idx` by which a block finds its place
-in the key-value cache. The result is checked against a new model built from the written config: its blocks
-must have the shapes and settings of the remaining ones, else the config cannot describe such a model and the
-family is refused. A plain checkpoint cannot omit an attention; its output projection is zeroed instead.
+config, its lists with one entry per layer (`layer_types`), and the `layer_idx` by which a block finds its
+place in the key-value cache. The result is checked against a new model built from the written config: its
+blocks must have the shapes and settings of the remaining ones, else the config cannot describe such a model
+and the family is refused. A plain checkpoint cannot omit an attention; its output projection is zeroed
+instead.
 """
 
 from __future__ import annotations
