@@ -185,6 +185,7 @@ def main() -> None:
         if suite.chat_template:
             command += ["--apply_chat_template"]
         stage = [sys.executable, "-m", "stages.evaluate", f"base/smollm2/{options.suite}"]
+        run([sys.executable, "-m", "stages.code"], folder, options.threads)
         for _ in range(options.runs):
             seconds["ours"].append(run(stage, folder, options.threads))
             shutil.rmtree(folder / "theirs", ignore_errors=True)

@@ -6,7 +6,9 @@
 For every number of blocks, write the model into a scratch project and prune it by magnitude and by Wanda with
 `python -m stages.prune`, as a user would; kill the magnitude run on the largest model half way and start it
 again. `peak_gib` is VmHWM of the whole process. `growth_per_block` is the growth of the peak per block, from
-the smallest to the largest model, in GiB; it is about zero if blocks really stream. Each line is a JSON object.
+the smallest to the largest model, in GiB; it is about zero if blocks really stream.
+
+Each line is a JSON object.
 """
 
 import argparse
@@ -112,6 +114,12 @@ def project(folder: Path, news: Path, samples: int, length: int) -> None:
         YAML().dump(params, file)
     shutil.copytree(news, folder / "data/datasets/news")
     (folder / "data/datasets/none").mkdir()
+    subprocess.run([sys.executable, "-m", "stages.code"], cwd=folder, env=environment(), check=True)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a stage in a scratch project."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def prune(folder: Path, recipe: str, kill_after: int | None = None) -> tuple[float, float]:
@@ -127,7 +135,7 @@ def prune(folder: Path, recipe: str, kill_after: int | None = None) -> tuple[flo
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             [sys.executable, "-m", "stages.prune", recipe],
-            cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=errors,
+            cwd=folder, env=environment(), stderr=errors,
         )  # fmt: skip
         while child.poll() is None:
             try:
