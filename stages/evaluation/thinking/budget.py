@@ -117,7 +117,7 @@ class BudgetLM(SharedPrefixLM):
                     prompt + rules.begin + self._text(self._thoughts[self.draw, prompt], True)
                     for prompt in going
                 ],
-                [self._numbers(prompt, "thinking", budget)[done[prompt] :] for prompt in going],
+                [self.numbers_of(prompt, "thinking", budget)[done[prompt] :] for prompt in going],
                 (rules.end,),
                 None if quiet else "Thinking",
                 reserve,
@@ -141,7 +141,7 @@ class BudgetLM(SharedPrefixLM):
                 f"{prompt}{rules.begin}{text}{rules.end}{rules.answer}"
                 for prompt, text in zip(prompts, texts, strict=True)
             ],
-            [self._numbers(prompt, "answer", longest) for prompt in prompts],
+            [self.numbers_of(prompt, "answer", longest) for prompt in prompts],
             until,
             None if quiet else "Answers",
         )
@@ -177,7 +177,7 @@ class BudgetLM(SharedPrefixLM):
         """Tell whether the model ended a stretch, rather than the budget."""
         return stretch.tokens[-1] in self._eos() or self.thinking.end in self._raw(stretch.tokens)
 
-    def _numbers(self, prompt: str, purpose: str, count: int) -> Tensor:
+    def numbers_of(self, prompt: str, purpose: str, count: int) -> Tensor:
         """Return the `count` numbers in [0, 1), float64, that decide which tokens are drawn."""
         draw = generator(repr((self._seed, self.draw, purpose, prompt)), size=8)
         return torch.rand(count, generator=draw, dtype=torch.float64)
@@ -193,7 +193,7 @@ class BudgetLM(SharedPrefixLM):
         """Return the tokens after each text, up to and with a stop, or as many as it has numbers.
 
         Args:
-            numbers: a tensor a text, see `_numbers`.
+            numbers: a tensor a text, see `numbers_of`.
             stops: end a text, like its own end of text.
             label: of the progress bar; None shows none.
             reserve: tokens that must still fit after these.

@@ -1,0 +1,90 @@
+"""Both readouts of graded suites against the same quantities written out slowly."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from stages.job.params import Params
+from tests import families
+from tests.pipeline import do, download, load, params
+from tests.scoring import changed, log_likelihood, scored
+
+
+def asking(**options: object) -> Params:
+    """Params with one suite, of arithmetic, its data downloaded."""
+    suites = {"perplexity": {}, "graded": {"arithmetic": {"batch_size": 3} | options}, "benchmark": {}}
+    chosen = changed(params("llama", {}), suites=suites)
+    do(chosen)
+    download(chosen, "datasets/arithmetic")
+    return chosen
+
+
+@pytest.mark.parametrize("shots", [0, 1])
+def test_graded_readouts_are_the_slow_ones(shots, workspace):
+    scores, samples = scored(asking(shots=shots), "base/tiny", "arithmetic")
+
+    frames = {
+        name: pd.read_parquet(f"data/datasets/arithmetic/{name}.parquet") for name in ("fewshot", "test")
+    }
+    examples = "".join(f"{r.question} {r.answer}\n" for r in frames["fewshot"].head(shots).itertuples())
+    model, tokenizer = load("base/tiny"), families.tokenizer()
+    right = {"likelihood": [], "generation": []}
+    for item in frames["test"].itertuples():
+        context = tokenizer(examples + item.question).input_ids
+        likelihoods = [log_likelihood(model, context, tokenizer(f" {c}").input_ids) for c in item.choices]
+        row = samples[(samples.readout == "likelihood") & (samples.doc_id == item.Index)].iloc[0]
+        assert list(row.log_likelihoods) == pytest.approx(likelihoods, rel=1e-2)
+        best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+        assert row.response == str(best)
+        right["likelihood"].append(best == item.gold)
+
+        ids = model.generate(torch.tensor([context]), max_new_tokens=12, do_sample=False, pad_token_id=258)
+        answer = tokenizer.decode(ids[0, len(context) :], skip_special_tokens=True).split("\n")[0]
+        row = samples[(samples.readout == "generation") & (samples.doc_id == item.Index)].iloc[0]
+        assert row.response == answer
+        numbers = re.findall(r"-?\d+", answer)
+        right["generation"].append(bool(numbers) and numbers[0] == item.answer)
+        assert row.target == item.answer
+
+    for readout in ("likelihood", "generation"):
+        rows = scores[scores.readout == readout]
+        assert rows.difficulty.tolist() == ["all", "add"]
+        assert rows.value.tolist() == [sum(right[readout]) / len(right[readout])] * 2
+        assert rows.shots.tolist() == [shots] * 2
+        assert rows.num_items.tolist() == [4, 4]
+        assert rows.template.tolist() == ["none"] * 2
+        assert rows.floor.between(0.25 if readout == "likelihood" else 0, 1).all()
+    hashes = samples.groupby("doc_id").prompt_hash.nunique()
+    assert (hashes == 1).all()  # both readouts saw the same prompt
+
+
+def test_an_answer_counts_by_its_first_number_alone(workspace, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    answers = iter([" 7\n", "", " none", " 70", "=> 7!", " -7", " 7 or 8", " 8 or 7"])
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [next(answers) for _ in requests])
+    chosen = asking(shots=1)
+    item = {
+        "difficulty": "add", "question": "3 + 4 =", "answer": "7", "choices": ["7", "8", "6", "9"], "gold": 0,
+    }  # fmt: skip
+    items = [item | {"question": f"{'0' * i}3 + 4 ="} for i in range(8)]
+    pd.DataFrame(items).to_parquet(Path("data/datasets/arithmetic/test.parquet"))
+    _, samples = scored(chosen, "base/tiny", "arithmetic")
+    generated = samples[samples.readout == "generation"].sort_values("doc_id")
+    assert generated.score.tolist() == [1, 0, 0, 0, 1, 0, 1, 0]
+
+
+def test_a_chat_template_is_named_in_every_row(workspace):
+    scores, samples = scored(asking(shots=1, chat_template=True), "base/tiny", "arithmetic")
+    assert scores.template.str.fullmatch("[0-9a-f]{64}").all()
+    assert samples.prompt_hash.notna().all()
+
+
+def test_every_seed_that_params_take_can_be_evaluated_with(workspace):
+    chosen = asking(shots=1)
+    run = chosen.run.model_dump(mode="json") | {"seed": 2**63 - 1}
+    scores, _ = scored(changed(chosen, run=run), "base/tiny", "arithmetic")
+    assert set(scores["seed"]) == {2**63 - 1}
