@@ -13,7 +13,6 @@ Name families as arguments (`llama opt`) to make only theirs.
 import hashlib
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -267,7 +266,6 @@ def show_hashes(root: Path, label: str) -> None:
 def main() -> None:
     """Make the artifacts of every family, or of those named as arguments, and print their hashes."""
     torch.set_num_threads(1)
-    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs"
