@@ -1,4 +1,4 @@
-"""Evaluate: ask one candidate one suite, and write its scores and every answer."""
+"""Evaluate: put one suite to one candidate, and write its scores and every answer."""
 
 from stages.core.files import DATASET, DATASETS, RESULTS, read_json, writing
 from stages.core.run import Run

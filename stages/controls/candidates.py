@@ -2,7 +2,7 @@
 
 A `noise` candidate is its source, evaluated at another batch size or in another dtype. What differs is
 numerical noise, and no smaller difference between two models means anything. A `floor` candidate is a
-responder without knowledge (see `stages.controls.responders`): any model can score what it scores.
+responder without knowledge (see `stages.controls.responders`); a task's scale begins at its score.
 """
 
 from typing import Annotated, Any

@@ -1,8 +1,8 @@
-"""Responders without knowledge, and what each of them says; the best of their scores is a task's floor.
+"""Responders without knowledge, and their answers; a task's floor is the best of their scores.
 
-A score means what it is above that floor. The floor is measured on the very items, not assumed: a lone full
-stop satisfies an instruction that only forbids commas, the longest choice is right more often than chance,
-and equal odds for all choices score 0.46 on TruthfulQA-MC2.
+A score means something only above that floor. The floor is measured on the same items, not assumed: a lone
+full stop satisfies an instruction that only forbids commas, the longest choice is right more often than
+chance, and equal odds for all choices score 0.46 on TruthfulQA-MC2.
 
 A scorer answers requests for likelihoods, a speaker requests for text; `stages.evaluation.null` asks both.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from stages.corpus.readings import words
 
 Speaker = Callable[[str, random.Random], str]
-"""(prompt, random draws) -> what it says."""
+"""(prompt, random draws) -> text."""
 
 SCORERS = ("uniform", "longest-choice")
 """`uniform` gives all choices of an item the same odds, `longest-choice` prefers the longest."""
@@ -36,7 +36,7 @@ def _shuffled(prompt: str, draw: random.Random) -> str:
 
     Of "Sort b, a:" these are a and b: the responder knows what the task is about, but not how to do it.
     """
-    lines = [found for line in prompt.splitlines() if (found := words(line))]
+    lines = [spoken for line in prompt.splitlines() if (spoken := words(line))]
     mentioned = lines[-1][1:] if lines else []
     return " ".join(draw.sample(mentioned, len(mentioned)))
 

@@ -18,7 +18,7 @@ _RUN = 4
 
 
 def pass_at_k(draws: int, right: int, k: int) -> float:
-    """Return the chance that one of `k` draws out of `draws` is right, of which `right` are."""
+    """Return the chance that at least one is right of `k` out of `draws` draws, of which `right` are."""
     return 1 - math.comb(draws - right, k) / math.comb(draws, k)
 
 
@@ -26,7 +26,7 @@ def majority(votes: Sequence[str], right: Sequence[float]) -> float:
     """Return whether the answer with most votes is right, in [0, 1]; of tied answers, the share that is.
 
     Args:
-        votes: what each draw answered, "" for no answer, which is no vote.
+        votes: what each draw answered, "" for no answer, which does not vote.
         right: whether each draw was right, 0 or 1.
     """
     counts = Counter(vote for vote in votes if vote)

@@ -36,7 +36,7 @@ class GradedSuite(Suite):
     shots: Annotated[int, Field(ge=0)]
     chat_template: bool = False
     thinking: Thinking | None = None
-    """Think before each answer, then asked by generation only; see `stages.evaluation.thinking.scaling`."""
+    """Think before each answer, by generation only; see `stages.evaluation.thinking.scaling`."""
 
     def evaluate(self, lm: LM, name: str, seed: int) -> SuiteRows:
         """Score overall and by difficulty; a sample row is one item in one readout."""

@@ -51,10 +51,10 @@ class KeptAnswers:
 
         Args:
             kind: the kind of request, as lm-eval names it.
-            requests: what is asked, as JSON; answers are JSON too, so a tuple may come back as a list.
+            requests: JSON values; answers are JSON too, so a tuple may come back as a list.
         """
-        asked = json.dumps([kind, requests, self._random_state()])
-        file = self._folder / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+        key = json.dumps([kind, requests, self._random_state()])
+        file = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         if file.exists():
             log.info("%d answers (%s) are kept from an earlier run", len(requests), kind)
             kept = read_json(file)

@@ -47,7 +47,7 @@ def refused_data(task: str, splits: Mapping[str, Any]) -> Iterator[None]:
         columns = dict.fromkeys(column for split in splits.values() for column in split.column_names)
         raise Refusal(
             f"{task} cannot use this data, whose columns are {', '.join(columns)}: {type(error).__name__}: "
-            f"{error}. Download the data set and the config of it that the task is made for."
+            f"{error}. Use the data set and config that the task is made for."
         ) from error
 
 
@@ -94,8 +94,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Return lm-eval's own result of `tasks`, every sample logged and all seeds fixed.
 
-    Tasks are run one after the other: all prompts asked at once share what the prompts of a task have in
-    common, and a finished task need not be asked again.
+    Tasks run one after the other, so that prompts asked together share their task's common beginning, and a
+    finished task need not be asked again.
     """
     from lm_eval import evaluator, utils
     from lm_eval.tasks import TaskManager

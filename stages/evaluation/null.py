@@ -33,7 +33,7 @@ class NullLM(LM):
         self.tokenizer = tokenizer
         self._scorer, self._speaker, self._seed = scorer, speaker, seed
         self._last_turns: dict[str, str] = {}
-        """What the last turn says, by the prompt made of it."""
+        """The text of the last turn, by prompt."""
 
     @classmethod
     def named(cls, responder: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> NullLM:
@@ -66,7 +66,7 @@ class NullLM(LM):
         return prompt
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Return log-likelihoods in nats; none is what greedy decoding would give.
+        """Return log-likelihoods in nats, each with False: greedy decoding never gives the text.
 
         Ties between choices are broken in a random order: lm-eval takes the first, which in some tasks is
         right.
@@ -98,7 +98,7 @@ class NullLM(LM):
         return [(self._of_tokens(len(continuation)), False) for _, _, continuation in requests]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return what the speaker says, cut where a task cuts any answer."""
+        """Return the speaker's texts, cut where a task cuts any answer."""
         answers = []
         for request in requests:
             prompt, options = request.args

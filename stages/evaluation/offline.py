@@ -1,4 +1,4 @@
-"""What lm-eval's tasks would fetch when they are loaded: refused, or served from here.
+"""Keep lm-eval's tasks from fetching code and data when they are loaded.
 
 `evaluate` fetches the scripts of metrics and runs them; `nltk` fetches its data. Both packages take seconds
 to import, and few tasks use either, so neither is imported to stop it: `evaluate` is replaced by a module

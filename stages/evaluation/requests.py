@@ -1,4 +1,4 @@
-"""What a suite asks of a model, found out without a model: every request, call by call.
+"""Every request that a suite makes of a model, recorded call by call without a model.
 
 A suite is run on a responder without knowledge that records each request. The costs of a suite follow from
 them before it is run, and batch sizes are tried out on them.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """Requests that are made together, and the method of the model that gets them."""
+    """The requests of one call, and the method of the model that gets them."""
 
     method: str
     requests: list[Any]
@@ -90,9 +90,8 @@ def cost(
                 items.add((number, place))
                 read += len(request[1]) + len(request[2])
                 continue
-            items.add(
-                (request.doc_id, repr(request.doc))
-            )  # both readouts of a graded item share its document
+            # Both readouts of a graded item share its document.
+            items.add((request.doc_id, repr(request.doc)))
             texts = request.args[:1] if method == "generate_until" else request.args
             prompt = len(tokenizer("".join(texts), add_special_tokens=False).input_ids)
             answer = request.args[1].get("max_gen_toks", longest) if method == "generate_until" else 0

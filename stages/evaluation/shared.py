@@ -170,16 +170,15 @@ class SharedPrefixLM(HFLM):
         if len(distinct) < 2:
             return
         room = min(map(len, distinct)) - 1
-        common = _common(distinct[0], distinct[-1])[
-            :room
-        ]  # sorted, so the first and the last share the least
+        # Of sorted prompts, the first and the last have the shortest beginning in common.
+        common = _common(distinct[0], distinct[-1])[:room]
         if len(common) >= _SHORTEST_PREFIX:
             cache = self._forward([common], None, keep=1).past_key_values
             if _repeatable(cache):
                 self._prefix, self._prefix_cache = common, cache
 
     def _repeated_prefix(self, rows: int) -> Cache | None:
-        """Return keys and values of the common beginning for so many rows; None without one."""
+        """Return the cache of the common beginning, repeated for `rows` rows; None without a beginning."""
         cache = copy.deepcopy(self._prefix_cache)
         if cache is not None:
             cache.batch_repeat_interleave(rows)

@@ -1,10 +1,10 @@
-"""lm-eval's stock tasks and groups of them by name, on data that the download stage has brought in.
+"""lm-eval's stock tasks, and groups of them, on data that the download stage has fetched.
 
 A task is used as lm-eval ships it except for its data: it reads the parquet files of `data/datasets/<suite>`,
 so nothing is fetched from the hub. A split that the task names and the data lacks is left out, as lm-eval
-asks for a training split even at zero shots. What a task draws at random for its documents, such as the order
-of GPQA's choices, is drawn once: lm-eval would draw again between asking and scoring, and the two must agree.
-A few tasks that lm-eval lacks are in `stages/evaluation/tasks`.
+asks for a training split even at zero shots. Random choices of a task, such as the order of GPQA's options,
+are drawn once: lm-eval would draw again between asking and scoring, and the two must agree. A few tasks that
+lm-eval lacks are in `stages/evaluation/tasks`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class BenchmarkSuite(Suite):
         """Score every metric of the task that is a number; a sample row is one item's metric.
 
         Raises:
-            Refusal: lm-eval has no such task, its data lacks what it needs, or it would run programs.
+            Refusal: lm-eval has no such task, the data does not fit it, or it would run programs.
         """
         offline.fetch_nothing()
         folder = DATASETS / name

@@ -28,6 +28,6 @@ class Suite(Strict):
         """Ask `lm` the suite `name`.
 
         Raises:
-            Refusal: the data lacks what the suite needs, or the model cannot be asked.
+            Refusal: the data or the model does not fit the suite.
         """
         raise NotImplementedError

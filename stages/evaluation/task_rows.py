@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stages.evaluation.suite import SuiteRows
 
 _CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
-"""lm-eval's metrics that are 1 where the right one of several choices is taken."""
+"""lm-eval's metrics that are 1 if the right choice is taken, else 0."""
 _UNITS: dict[str, Callable[[float], float]] = {
     "word_perplexity": math.exp,
     "byte_perplexity": math.exp,
@@ -34,7 +34,7 @@ class FilteredAnswers:
     filter: str
     """lm-eval's name of the filter, `none` where answers are not filtered."""
     column: str | None
-    """The filter as the result tables have it: None where the task has one only."""
+    """The filter as the result tables have it: None if the task has a single filter."""
     items: list[Mapping[str, Any]]
     """lm-eval's samples, task by task in the order of the documents."""
     tasks: list[str]
@@ -116,9 +116,9 @@ def _values(items: Sequence[Mapping[str, Any]], metrics: tuple[str, ...] | None)
     for metric in items[0]["metrics"]:
         if metrics is None or metric in metrics:
             numbers = [_number(item[metric], metric) for item in items]
-            found = [number for number in numbers if number is not None]
-            if len(found) == len(items):
-                values[metric] = found
+            known = [number for number in numbers if number is not None]
+            if len(known) == len(items):
+                values[metric] = known
     return values
 
 
@@ -207,7 +207,7 @@ def _response(item: Mapping[str, Any], readout: str, lm: LM) -> dict[str, Any]:
 
 
 def _number(value: Any, metric: str) -> float | None:
-    """Return one item's value of a metric as a number; None where it is not one."""
+    """Return one item's value of a metric as a number; None if it is not a number."""
     if isinstance(value, list) and value and all(isinstance(part, bool) for part in value):
         return sum(value) / len(value)  # IFEval has one truth value an instruction
     if isinstance(value, tuple) and metric in _UNITS:

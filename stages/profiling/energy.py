@@ -2,8 +2,8 @@
 
 Processors of Intel and AMD count the energy of each package (RAPL), which Linux shows under `powercap`,
 usually to root only; virtual machines rarely have it. NVIDIA's boards have counted theirs since Volta, which
-NVML (`nvidia-ml-py`) reads. Without a counter no figure is given: one from a processor's rated power would be
-an estimate, and only differ between two models as their times do.
+NVML (`nvidia-ml-py`) reads. Without a counter there is no figure: an estimate from a processor's rated
+power would differ between two models only as their times do.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class PeakMemory:
             self._reset = _reset_peak()
 
     def bytes(self) -> int | None:
-        """Return the peak; None if this machine does not measure it, or cannot reset what loading took."""
+        """Return the peak; None if this machine does not measure it, or cannot reset it after loading."""
         if not self._reset:
             return None
         if self._device.type == "cuda":

@@ -6,8 +6,8 @@ a lower bound too: where thinking would end earlier, the end is removed and "Wai
 times, and the model goes on thinking. So accuracy is measured at every length of thinking, not only at the
 model's own.
 
-Smaller budgets cut what was thought at the largest, so budgets differ in length alone, and a sweep of them
-costs one thinking. Tokens are drawn by inverting the cumulative distribution at numbers that depend on the
+Smaller budgets cut the thoughts of the largest, so budgets differ in length alone, and a sweep of them
+thinks only once. Tokens are drawn by inverting the cumulative distribution at numbers that depend on the
 seed, the draw and the prompt; neither the batch nor the order of prompts changes them.
 
 The answer is the text after thinking; the task sees nothing else. Tokens count where the model generated
@@ -43,7 +43,7 @@ class Stretch(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What the model generated for a prompt."""
+    """The thinking and the answer that were generated for a prompt."""
 
     thinking: str
     thinking_tokens: int
@@ -70,7 +70,7 @@ class BudgetLM(SharedPrefixLM):
         """The replies to the last requests, by prompt."""
         self._seed = seed
         self._thoughts: dict[tuple[int, str], list[Stretch]] = {}
-        """What was thought at the largest budget, by draw and prompt."""
+        """The thoughts at the largest budget, by draw and prompt."""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the answer to each prompt; a request's settings other than `until` and length are ignored.

@@ -60,9 +60,9 @@ def _is_truth(value: Any) -> bool:
 def compared(task: Task) -> Reading:
     """Return how to read the part of a filtered answer that `task` compares with the right answer.
 
-    A task with an `is_equiv` of its own, such as those of mathematics, shows what it passes to it: the last
-    box or the text between dollars, with numbers written in one way. Other tasks compare the text, without
-    the characters that their exact match ignores.
+    A task with its own `is_equiv`, as in mathematics, is run to see the text it passes there: the last box or
+    the text between dollars, with numbers in one notation. Other tasks compare the text, without the
+    characters that their exact match ignores.
     """
     process = getattr(task.config, "process_results", None)
     scope = getattr(process, "__globals__", {})

@@ -4,13 +4,13 @@ For each budget (see `stages.evaluation.thinking.budget`), from the n draws of e
 `stages.evaluation.draws`):
 
 - pass@k for k = 1, 2, 4, ... and n, and maj@n, for each metric of the task that is right or wrong.
-- tokens: all that the model generated for an answer. Two models rarely cost the same at one budget: a damaged
-  model thinks on, or stops at once.
+- tokens: everything the model generated for an answer. Two models rarely cost the same at one budget: a
+  damaged model thinks on, or stops at once.
 - ended: the share of thinking that ended by itself.
 - repetition of the thinking, and self_bleu of the draws' thinking: identical draws gain nothing.
 
-`stages.evaluation.thinking.judged` finds the metrics that count and what an answer is compared by, which is
-what votes are on; both are the same for every model. A sample row is a draw (metric `draw`) or an item's
+`stages.evaluation.thinking.judged` picks the metrics that count and the part of an answer that is compared,
+which votes are on; both are the same for every model. A sample row is a draw (metric `draw`) or an item's
 score; error bars are over items.
 """
 
@@ -144,9 +144,9 @@ class _Draw:
     scores: list[Score]
     samples: list[Sample]
     votes: Mapping[str | None, list[str]]
-    """The vote of each item, by filter; "" is none."""
+    """The vote of each item, by filter; "" is no vote."""
     replies: list[Reply]
-    """What was generated for each item."""
+    """The reply to each item."""
 
     def counted(self) -> list[_Counted]:
         """Return the metrics of one answer, filter by filter."""
@@ -168,7 +168,7 @@ def _votes_and_replies(
 
     Args:
         readings: by task.
-        reply_to: (prompt, answer) -> what was generated.
+        reply_to: (prompt, answer) -> the reply.
     """
     filtered = list(answers_of(result, list(readings)))
     votes = {
