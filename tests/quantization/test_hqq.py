@@ -41,65 +41,86 @@ def outliers(seed: int) -> torch.Tensor:
     return weight * (1 + 5 * (torch.rand(weight.shape, generator=generator) > 0.97))
 
 
-def slow(
-    weight: torch.Tensor, bits: int, group_size: int, symmetric: bool, p: float, beta: float, kappa: float,
-    iterations: int,
-) -> tuple[list[float], list[float], int]:  # fmt: skip
-    """Run half-quadratic splitting as published, one number at a time in double precision.
+class Splitting:
+    """Half-quadratic splitting as published, one number at a time in double precision.
 
     Besides the published steps (the shrinkage, and the zero point mean(q - (w - e) / s)) there are the two
     in which the method here differs: least squares for the scale, and a whole zero point in the result.
     Quotients are fp32, because the largest weight of a symmetric group lies halfway between two codes.
 
-    Returns:
-        The scale and zero point of each group, and how often e was not zero.
+    Attributes:
+        paths: for each group the (scale, zero point, error) it had, that of round to nearest first.
+        certain: of each path, how many grids fp32 reaches too; with the next ones the error falls or rises
+            by rounding alone.
+        unsure: groups with a quotient so near a tie, after the first iteration, that fp32 may round it the
+            other way.
+        nonzero_errors: how often e was not zero.
     """
-    low, high = bounds(bits)
-    groups = weight.double().view(-1, group_size).tolist()
 
-    def quantized(w: float, s: float, z: float) -> float:
-        return min(max(float(round(float(np.float32(w) / np.float32(s)) + z)), low), high)
+    def __init__(
+        self, weight: torch.Tensor, bits: int, group_size: int, symmetric: bool, p: float, beta: float,
+        kappa: float, iterations: int,
+    ) -> None:  # fmt: skip
+        self.low, self.high = bounds(bits)
+        self.p, self.symmetric = p, symmetric
+        self.nonzero_errors, self.unsure = 0, set()
+        self.paths: list[list[tuple[float, float, float]]] = []
+        groups = weight.double().view(-1, group_size).tolist()
+        for group in groups:
+            least, most = min(0.0, *group), max(0.0, *group)
+            if symmetric:
+                s, z = float(np.float32(max(-least, most) / ((2**bits - 1) / 2))), 0.0
+            else:
+                s = (most - least) / (self.high - self.low)
+                z = min(max(float(round(self.low - least / s)), self.low), self.high)
+            self.paths.append([(s, z, self.norm(group, s, z))])
+        grids = [path[0][:2] for path in self.paths]
+        before, self.certain = float("inf"), 0
+        for count in range(1, iterations + 1):
+            now = sum(path[-1][2] for path in self.paths)
+            if now >= before * (1 - 1e-6) and not self.certain:
+                self.certain = count
+            if now > before * (1 + 1e-6):
+                break
+            before = now
+            for number, group in enumerate(groups):
+                grids[number] = s, z = self.step(group, *grids[number], beta)
+                self.paths[number].append((s, float(round(z)), self.norm(group, s, float(round(z)))))
+                if (
+                    any(self.near_tie(w, s, t) for w in group for t in (z, round(z)))
+                    or abs(z % 1 - 0.5) < 1e-5
+                ):
+                    self.unsure.add(number)
+            beta *= kappa
+        self.certain = self.certain or iterations + 1
 
-    def norm(group: list[float], s: float, z: float) -> float:
-        return sum(abs(w - (quantized(w, s, z) - z) * s) ** p for w in group)
+    def quantized(self, w: float, s: float, z: float) -> float:
+        return min(max(float(round(float(np.float32(w) / np.float32(s)) + z)), self.low), self.high)
 
-    grids: list[tuple[float, float]] = []
-    for group in groups:
-        least, most = min(0.0, *group), max(0.0, *group)
-        if symmetric:
-            grids.append((float(np.float32(max(-least, most) / ((2**bits - 1) / 2))), 0.0))
-        else:
-            s = (most - least) / (high - low)
-            grids.append((s, min(max(float(round(low - least / s)), low), high)))
-    best = list(grids)
-    losses = [norm(group, s, z) for group, (s, z) in zip(groups, grids, strict=True)]
-    least_losses, before, nonzero_errors = list(losses), float("inf"), 0
-    for _ in range(iterations):
-        if sum(losses) >= before:
-            break
-        before = sum(losses)
-        for number, group in enumerate(groups):
-            s, z = grids[number]
-            q = [quantized(w, s, z) for w in group]
-            left = []  # w - e
-            for w, code in zip(group, q, strict=True):
-                away = w - s * (code - z)
-                e = 0.0
-                if away:
-                    e = math.copysign(max(abs(away) - abs(away) ** (p - 1) / beta, 0.0), away)
-                nonzero_errors += e != 0
-                left.append(w - e)
-            if not symmetric:
-                z = sum(code - t / s for code, t in zip(q, left, strict=True)) / len(group)
-                z = min(max(z, low), high)
-            steps = [code - z for code in q]
-            fitted = sum(t * step for t, step in zip(left, steps, strict=True)) / sum(x * x for x in steps)
-            grids[number] = s, z = (fitted if fitted > 0 else s), z
-            losses[number] = norm(group, s, float(round(z)))
-            if losses[number] < least_losses[number]:
-                least_losses[number], best[number] = losses[number], (s, float(round(z)))
-        beta *= kappa
-    return [s for s, _ in best], [z for _, z in best], nonzero_errors
+    def near_tie(self, w: float, s: float, z: float) -> bool:
+        code = w / s + z
+        return abs(code % 1 - 0.5) < 1e-5 and self.low - 1 < code < self.high + 1
+
+    def norm(self, group: list[float], s: float, z: float) -> float:
+        return sum(abs(w - (self.quantized(w, s, z) - z) * s) ** self.p for w in group)
+
+    def step(self, group: list[float], s: float, z: float, beta: float) -> tuple[float, float]:
+        """Return the scale and the real zero point after one iteration."""
+        codes = [self.quantized(w, s, z) for w in group]
+        left = []  # w - e
+        for w, code in zip(group, codes, strict=True):
+            away = w - s * (code - z)
+            e = 0.0
+            if away:
+                e = math.copysign(max(abs(away) - abs(away) ** (self.p - 1) / beta, 0.0), away)
+            self.nonzero_errors += e != 0
+            left.append(w - e)
+        if not self.symmetric:
+            z = sum(code - t / s for code, t in zip(codes, left, strict=True)) / len(group)
+            z = min(max(z, self.low), self.high)
+        steps = [code - z for code in codes]
+        fitted = sum(t * step for t, step in zip(left, steps, strict=True)) / sum(x * x for x in steps)
+        return (fitted if fitted > 0 else s), z
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -107,13 +128,19 @@ def slow(
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_it_is_the_published_splitting_done_slowly(bits, symmetric, p, beta, kappa, seed):
+    """Each group keeps a grid from its path whose error is the least; of errors equal in fp32 it has any."""
     weight = outliers(seed)
     code = hqq(bits, 16, symmetric, lp_norm=p, beta=beta, kappa=kappa).weights(weight, None)
-    scale, zero, nonzero_errors = slow(weight, bits, 16, symmetric, p, beta, kappa, 20)
-    assert nonzero_errors or beta < 10
-    assert code.scale.flatten().tolist() == pytest.approx(scale, rel=1e-4)
-    if not symmetric:
-        assert code.zero_point.flatten().tolist() == zero
+    slow = Splitting(weight, bits, 16, symmetric, p, beta, kappa, 20)
+    assert slow.nonzero_errors or beta < 10
+    assert len(slow.unsure) < 0.1 * len(slow.paths)
+    zero = torch.zeros_like(code.scale) if symmetric else code.zero_point
+    for number, kept in enumerate(zip(code.scale.flatten().tolist(), zero.flatten().tolist(), strict=True)):
+        path = slow.paths[number]
+        least = min(error for _, _, error in path[: slow.certain])
+        assert number in slow.unsure or any(
+            kept == (pytest.approx(s, rel=1e-4), z) for s, z, error in path if error <= least * (1 + 1e-5)
+        )
     near = Integers(bits, 16, symmetric).nearest(weight)
     assert not torch.equal(code.scale, near.scale)
     assert lost(weight, code, p).sum() < lost(weight, near, p).sum()
