@@ -41,6 +41,10 @@ def outliers(seed: int) -> torch.Tensor:
     return weight * (1 + 5 * (torch.rand(weight.shape, generator=generator) > 0.97))
 
 
+def halfway(code: float) -> bool:
+    return abs(code % 1 - 0.5) < 1e-5
+
+
 class Splitting:
     """Half-quadratic splitting as published, one number at a time in double precision.
 
@@ -86,10 +90,7 @@ class Splitting:
             for number, group in enumerate(groups):
                 grids[number] = s, z = self.step(group, *grids[number], beta)
                 self.paths[number].append((s, float(round(z)), self.norm(group, s, float(round(z)))))
-                if (
-                    any(self.near_tie(w, s, t) for w in group for t in (z, round(z)))
-                    or abs(z % 1 - 0.5) < 1e-5
-                ):
+                if halfway(z) or any(self.near_tie(w, s, t) for w in group for t in (z, round(z))):
                     self.unsure.add(number)
             beta *= kappa
         self.certain = self.certain or iterations + 1
@@ -98,8 +99,7 @@ class Splitting:
         return min(max(float(round(float(np.float32(w) / np.float32(s)) + z)), self.low), self.high)
 
     def near_tie(self, w: float, s: float, z: float) -> bool:
-        code = w / s + z
-        return abs(code % 1 - 0.5) < 1e-5 and self.low - 1 < code < self.high + 1
+        return halfway(w / s + z) and self.low - 1 < w / s + z < self.high + 1
 
     def norm(self, group: list[float], s: float, z: float) -> float:
         return sum(abs(w - (self.quantized(w, s, z) - z) * s) ** self.p for w in group)
