@@ -3,7 +3,6 @@
 from stages.core.run import Run
 from stages.job.entry import entry
 from stages.model.artifact import check_family
-from stages.recovery.grids import check_grid
 from stages.recovery.recover import recover
 from stages.recovery.tuning import Tuning
 
@@ -11,7 +10,7 @@ from stages.recovery.tuning import Tuning
 def finetune(recipe: Tuning, run: Run, name: str) -> None:
     """Fine-tune the recipe's source into data/models/finetune/<name>."""
     check_family(recipe)
-    check_grid(recipe)
+    recipe.check_source()
     run.start()
     recover(recipe, run, name)
 

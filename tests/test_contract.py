@@ -21,7 +21,6 @@ from stages.model.blocks import blocks, linears
 from stages.model.checkpoint import zero_masks
 from stages.model.packed import code_from
 from stages.quantization.fold import Folding
-from stages.recovery import grids
 from tests import families
 from tests.pipeline import NONE, STAGES, TEXT, dense, do, load, params, record
 
@@ -172,7 +171,7 @@ def test_a_family_not_served_is_refused_by_name(section, case, family, workspace
     # Undeclared, the family would be found out by its structure, or by what a file of it cannot hold.
     if section == "finetune":
         with pytest.raises(Refusal, match="fake_quantized"):
-            grids.check_grid(chosen.finetune["result"])
+            chosen.finetune["result"].check_source()
     else:
         with pytest.raises(Refusal, match=type(load("base/tiny")).__name__):
             chosen.recipes()[f"{section}/result"].execute(f"{section}/result", chosen.run)

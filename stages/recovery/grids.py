@@ -14,53 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.numbers import no_grad
-from stages.model.artifact import load_config, load_record
-from stages.model.grid import Codes, Quantized
+from stages.model.artifact import load_config
+from stages.model.grid import Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from stages.recovery.tuning import Tuning
-
 Code = TypeVar("Code", bound=Quantized)
 SourceGrid = Mapping[str, Quantized]
 """The codes of each quantized linear of a source, by the linear's full name."""
-
-
-def check_grid(recipe: Tuning) -> None:
-    """Check the recipe against how its source is stored; no weight is read.
-
-    Raises:
-        Refusal: `requantize` is missing, has no effect or is impossible; or the method trains on the source's
-            grid, and the source has none or one the method does not serve.
-    """
-    from stages.model.packed import FORMATS
-
-    source, layout = recipe.source, load_record(recipe.source)["layout"]
-    requantize = getattr(recipe, "requantize", None)
-    no_codes = f"{source} is fake_quantized: no format holds its codes, so its files have no grid"
-    if recipe.on_grid:
-        if layout == "dense":
-            raise Refusal(
-                f"{recipe.method} trains on its source's grid, but {source} is dense; quantize it first."
-            )
-        if layout == "fake_quantized":
-            raise Refusal(f"{recipe.method} trains on its source's grid, but {no_codes}; use lora or full.")
-        if not issubclass(FORMATS[layout], Codes):
-            raise Refusal(
-                f"{recipe.method} serves grids of integers, but {source} is {layout}; use lora or full with "
-                "requantize: true, or a source of another quantizer."
-            )
-    elif layout == "dense" and requantize is not None:
-        raise Refusal(f"requantize is set, but {source} is dense and has no grid; leave it out.")
-    elif layout != "dense" and requantize is None:
-        raise Refusal(
-            f"{source} is quantized; add requantize: true to round the result to its grid again, or false to "
-            "write a dense checkpoint."
-        )
-    elif layout == "fake_quantized" and requantize:
-        raise Refusal(f"requantize cannot be true: {no_codes}; set it to false for a dense checkpoint.")
 
 
 def source_grid(artifact: str, model: PreTrainedModel) -> SourceGrid | None:

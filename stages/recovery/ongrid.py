@@ -41,7 +41,7 @@ class GridWeights:
     """The weights of a model on its source's grid. From here on they alone get gradients, in fp32.
 
     Args:
-        grid: the source's, of a kind that `check_grid` accepts for the recipe.
+        grid: the source's, of a kind that `check_source` accepts.
 
     Attributes:
         codes: of every linear on the grid, those of `ignore` too, by name.

@@ -13,9 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from stages.core.files import read_json, replacing, write_json
 
 if TYPE_CHECKING:
@@ -32,6 +29,9 @@ class Checkpoints:
 
     def last(self) -> tuple[dict[str, Tensor], Any] | None:
         """Return the arm's state and the progress of the last checkpoint; None if there is none to read."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         steps = [int(file.stem.removeprefix("step-")) for file in self._folder.glob("step-*.json")]
         if not steps:
             return None
@@ -50,6 +50,8 @@ class Checkpoints:
             state: the arm's.
             progress: anything that JSON holds.
         """
+        from safetensors.torch import save_file
+
         file = self._file(step)
         with replacing(file) as partial:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stages.core.errors import Refusal
 from stages.core.schema import Recipe, Seed, Strict
 from stages.corpus.examples import Train
+from stages.model.artifact import load_record
+from stages.model.grid import Codes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +94,40 @@ class Tuning(Recipe):
         return self.learning_rate * (
             1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
         )
+
+    def check_source(self) -> None:
+        """Check the recipe against how its source is stored; no weight is read.
+
+        Raises:
+            Refusal: `requantize` is missing, has no effect or is impossible; or the method trains on the
+                source's grid, and the source has none or one the method does not serve.
+        """
+        from stages.model.packed import FORMATS
+
+        source, layout = self.source, load_record(self.source)["layout"]
+        requantize = getattr(self, "requantize", None)
+        no_codes = f"{source} is fake_quantized: no format holds its codes, so its files have no grid"
+        if self.on_grid:
+            if layout == "dense":
+                raise Refusal(
+                    f"{self.method} trains on its source's grid, but {source} is dense; quantize it first."
+                )
+            if layout == "fake_quantized":
+                raise Refusal(f"{self.method} trains on its source's grid, but {no_codes}; use lora or full.")
+            if not issubclass(FORMATS[layout], Codes):
+                raise Refusal(
+                    f"{self.method} serves grids of integers, but {source} is {layout}; use lora or full "
+                    "with requantize: true, or a source of another quantizer."
+                )
+        elif layout == "dense" and requantize is not None:
+            raise Refusal(f"requantize is set, but {source} is dense and has no grid; leave it out.")
+        elif layout != "dense" and requantize is None:
+            raise Refusal(
+                f"{source} is quantized; add requantize: true to round the result to its grid again, or false "
+                "to write a dense checkpoint."
+            )
+        elif layout == "fake_quantized" and requantize:
+            raise Refusal(f"requantize cannot be true: {no_codes}; set it to false for a dense checkpoint.")
 
     def arm(self, model: PreTrainedModel, grid: SourceGrid | None) -> Arm:
         """Prepare the model for training.

@@ -73,7 +73,7 @@ def test_training_settings_are_held_against_the_kind_of_data_set(raw):
         (
             "taught",
             {"chat_template": True},
-            "taught is made by stages.teach, in tokens already, which has no use",
+            "taught is made by a teacher, in tokens already, which has no use",
         ),
         (
             "tought",
@@ -133,7 +133,7 @@ def test_two_evaluations_must_not_share_a_stage_name(raw):
     raw["prune"]["wanda"] = raw["prune"]["wanda-50"]
     raw["prune"]["wanda-old"] = raw["prune"]["wanda-50"]
     raw["evaluate"]["candidates"] += ["prune/wanda", "prune/wanda-old"]
-    assert "both be the stage perplexity@prune/wanda-old-news" in refusal(raw)
+    assert "both be stage perplexity@prune/wanda-old-news" in refusal(raw)
 
 
 def test_group_size_is_left_to_the_stage_when_linears_are_ignored(raw):
@@ -147,7 +147,7 @@ def test_a_changed_path_is_found(raw, tmp_path):
     (tmp_path / "inputs" / "news.txt").write_text("other words\n")
     (change,) = checks.changed_paths(checked)
     assert change.startswith("datasets.news.sha256: ")
-    assert "write that if its content is right" in change
+    assert "write this hash if its content is what you want" in change
 
 
 @pytest.mark.parametrize("number", ["5e-4", "1e-05"])
@@ -169,8 +169,8 @@ def test_a_name_given_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("variant", "sentence"),
     [
-        ({}, "noise.tiny-batch-3: nothing would differ from its source; give it a batch_size or a dtype"),
-        ({"dtype": "bfloat16"}, "noise.tiny-batch-3.dtype: bfloat16 is already that of the run"),
+        ({}, "noise.tiny-batch-3: nothing differs from its source; give it a batch_size or a dtype"),
+        ({"dtype": "bfloat16"}, "noise.tiny-batch-3.dtype: bfloat16 is already run.dtype"),
         ({"dtype": "float32"}, None),
         ({"dtype": "float32", "batch_size": 2}, None),
     ],

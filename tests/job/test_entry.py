@@ -162,7 +162,7 @@ def test_a_stage_without_its_source_says_so(workspace):
     assert not Path("data").exists()
     identify(workspace)
     done = stage(workspace, "stages.report")
-    assert done.returncode == 2 and "`dvc repro` makes them" in done.stderr
+    assert done.returncode == 2 and "run `dvc repro` to make them" in done.stderr
 
 
 def test_an_unknown_recipe_is_refused(workspace):

@@ -17,7 +17,7 @@ from stages.job.params import Params, methods
 from tests import project
 from tests.pipeline import NONE, TEXT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WANDA = {"source": "base/tiny", "method": "wanda", "sparsity": 0.5, "calibration": TEXT}
 RTN = {"source": "base/tiny", "method": "rtn", "bits": 4, "group_size": 32, "calibration": NONE}
 
@@ -114,8 +114,8 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "source that is no source": (
         "quantize//rtn-w4g32//source", "noise/tiny-batch-3",
-        "quantize.rtn-w4g32.source: 'noise/tiny-batch-3' given; allowed: <stage>/<recipe> with stage one of base, "
-        "prune, quantize, finetune, such as base/smollm2.",
+        "quantize.rtn-w4g32.source: 'noise/tiny-batch-3' given; allowed: <stage>/<recipe> with stage base, "
+        "prune, quantize or finetune, such as base/smollm2.",
     ),
     "cycle": (
         "prune//wanda-50//source", "quantize/wanda-50-gptq-w4g32",
@@ -179,8 +179,8 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "candidates of which none competes": (
         "evaluate//candidates", ["noise/tiny-batch-3"],
-        "evaluate.candidates: there is no model to compare, as noise/ and floor/ only tell what scores mean; add one, "
-        "such as base/tiny.",
+        "evaluate.candidates: there is no model to compare, as noise/ and floor/ only say what scores mean; add a "
+        "model, such as base/tiny.",
     ),
     "candidates that are no list": (
         "evaluate//candidates", "base/tiny", "evaluate.candidates: 'base/tiny' given; it must be a list.",
@@ -259,8 +259,8 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "distillation from no teacher": (
         "finetune//wanda-50-lora//distillation", {"weight": 2.0},
-        "finetune.wanda-50-lora.distillation: news holds no teacher's logits; leave distillation out, or train on what "
-        "section teach makes by method logits; allowed: none.",
+        "finetune.wanda-50-lora.distillation: news holds no teacher's logits; leave distillation out, or train on a "
+        "data set that section teach makes by method logits; allowed: none.",
     ),
     "answers to no questions": (
         "teach//answers", ANSWERS | {"dataset": "news"},
