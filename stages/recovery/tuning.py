@@ -123,8 +123,8 @@ class Tuning(Recipe):
             raise Refusal(f"requantize is set, but {source} is dense and has no grid; leave it out.")
         elif layout != "dense" and requantize is None:
             raise Refusal(
-                f"{source} is quantized; add requantize: true to round the result to its grid again, or false "
-                "to write a dense checkpoint."
+                f"{source} is quantized; add requantize: true to round the result to its grid again, or "
+                "false to write a dense checkpoint."
             )
         elif layout == "fake_quantized" and requantize:
             raise Refusal(f"requantize cannot be true: {no_codes}; set it to false for a dense checkpoint.")
