@@ -28,7 +28,9 @@ def slow_owl(model: torch.nn.Module, sparsity: float, multiple: float, spread: f
             norm = inputs[linear.name].flatten(0, -2).norm(dim=0) / math.sqrt(tokens().numel())
             scores.append((linear.weight.double().abs() * norm).flatten())
         joined = torch.cat(scores)
-        ratios.append(float((joined > multiple * joined.mean()).double().mean()))
+        bound = multiple * joined.mean()
+        assert ((joined - bound).abs() > 1e-5 * bound).all(), "fp32 could count a score on the other side"
+        ratios.append(float((joined > bound).double().mean()))
     lowest, highest = min(ratios), max(ratios)
     kept = [2 * spread * (ratio - lowest) / (highest - lowest) for ratio in ratios]
     mean = sum(kept) / len(kept)
