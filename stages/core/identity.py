@@ -13,9 +13,7 @@ Python.
 
 import ast
 import hashlib
-import io
 import re
-import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +25,12 @@ EXCLUDED = ("stages/job/",)
 """What counts for no artifact."""
 MODULE = re.compile(r"\bstages(?:\.\w+)+")
 """A module named in a data file, as a task's YAML names its functions."""
+STRING_OR_COMMENT = re.compile(
+    r'''"""(?:[^\\]|\\.)*?"""|'{3}(?:[^\\]|\\.)*?'{3}|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|#[^\n]*''',
+    re.DOTALL,
+)
+"""A string or a comment, whichever begins first. Within an f-string Python 3.11 allows neither its own quotes
+nor comments, and the project's sources are valid there."""
 RECORDED = ("torch", "transformers", "lm-eval", "compressed-tensors", "peft", "datasets", "dvc", "prefect")
 """Packages whose versions are recorded with every run."""
 
@@ -60,9 +64,15 @@ def of(stage: str, method: str | None = None, *, root: Path = ROOT) -> dict[str,
         stage: its name, such as `prune`; its file is `stages/prune.py`.
         method: the method's module, such as `stages.pruning.wanda`; None for a stage without methods.
     """
-    starts = _named([f"stages.{stage}", *([method] if method else [])], root)
     excluded = () if stage == "validate" else EXCLUDED  # validate runs what the others only pass through
-    return {file: _hash(root, file) for file in closure(starts, root, excluded)}
+    todo = _files_of([f"stages.{stage}", *([method] if method else [])], root)
+    hashes: dict[str, str] = {}
+    while todo:
+        file = todo.pop()
+        if file not in hashes and not file.startswith(excluded):
+            hashes[file], needed = _examine(file, root)
+            todo += needed
+    return dict(sorted(hashes.items()))
 
 
 @cache
@@ -76,72 +86,67 @@ def text(hashes: Mapping[str, str]) -> str:
     return "".join(f"{value}  {file}\n" for file, value in hashes.items())
 
 
-def closure(starts: Iterable[str], root: Path = ROOT, excluded: tuple[str, ...] = EXCLUDED) -> list[str]:
-    """Return all files that the files `starts` need to run, these included, sorted.
-
-    Args:
-        excluded: beginnings of paths that are left out, with all that only they need.
-    """
-    seen: set[str] = set()
-    todo = list(starts)
-    while todo:
-        file = todo.pop()
-        if file not in seen and not file.startswith(excluded):
-            seen.add(file)
-            todo += needed(file, root)
-    return sorted(seen)
-
-
 @cache
-def needed(file: str, root: Path = ROOT) -> tuple[str, ...]:
-    """Return the project's files that `file` itself imports or reads."""
+def _examine(file: str, root: Path) -> tuple[str, list[str]]:
+    """Return a file's hash, and the project's files that it imports or reads itself."""
     source = (root / file).read_text(encoding="utf-8")
-    if not file.endswith(".py"):
-        return tuple(dict.fromkeys(_named(MODULE.findall(source), root)))
-    tree = ast.parse(source)
-    files = [f for node in _running(tree) for f in _imported(node, root) + _read(node, file, root)]
-    return tuple(dict.fromkeys(files))
+    if file.endswith(".py"):
+        tree = ast.parse(source)
+        code, needed = _bare(source, tree), _imported(tree, root) + _read_by(tree, file, root)
+    else:
+        code, needed = source, _files_of(MODULE.findall(source), root)
+    return hashlib.sha256(code.encode()).hexdigest()[:16], needed
 
 
-def _running(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield a syntax tree's nodes but those under `if TYPE_CHECKING`."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            for other in child.orelse:
-                yield from _running(other)
-        else:
-            yield from _running(child)
+def _blocks(node: ast.AST, *, types: bool) -> Iterator[list[ast.AST]]:
+    """Yield every list of statements below a node; those under `if TYPE_CHECKING` only where `types`."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        block = getattr(node, field, None)
+        if isinstance(block, list) and (types or field != "body" or not _for_types(node)):
+            yield block
+            for child in block:
+                yield from _blocks(child, types=types)
 
 
-def _imported(node: ast.AST, root: Path) -> list[str]:
-    if isinstance(node, ast.Import):
-        return _named([alias.name for alias in node.names], root)
-    if isinstance(node, ast.ImportFrom):
-        if node.level:
-            raise ValueError(
-                f"relative import of {node.module or '.'}: write the full name, as only that is followed"
-            )
-        return _named([f"{node.module}.{alias.name}" for alias in node.names], root)
-    return []
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def _read(node: ast.AST, file: str, root: Path) -> list[str]:
-    """Return the files behind a call `beside(__file__, "name")`."""
-    if not isinstance(node, ast.Call) or "beside" not in (
-        getattr(node.func, "id", None),
-        getattr(node.func, "attr", None),
-    ):
-        return []
-    name = node.args[1]
-    if not (isinstance(name, ast.Constant) and isinstance(name.value, str)):
-        raise ValueError(f"{file}: the name given to beside must be a literal string")
-    path = root / Path(file).parent / name.value
-    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [str(p.relative_to(root)) for p in inside if p.is_file() and p.parent.name != "__pycache__"]
+def _imported(tree: ast.AST, root: Path) -> list[str]:
+    """Return the files that a module imports, at its top or inside functions."""
+    names: list[str] = []
+    for block in _blocks(tree, types=False):
+        for node in block:
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                if node.level:
+                    raise ValueError(
+                        f"relative import of {node.module or '.'}: only a full name is followed"
+                    )
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return _files_of(names, root)
 
 
-def _named(names: Iterable[str], root: Path) -> list[str]:
+def _read_by(tree: ast.AST, file: str, root: Path) -> list[str]:
+    """Return the files behind every call `beside(__file__, "name")`."""
+    files: list[str] = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or "beside" not in (
+            getattr(node.func, "id", None),
+            getattr(node.func, "attr", None),
+        ):
+            continue
+        name = node.args[1]
+        if not (isinstance(name, ast.Constant) and isinstance(name.value, str)):
+            raise ValueError(f"{file}: the name given to beside must be a literal string")
+        path = root / Path(file).parent / name.value
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files += [str(p.relative_to(root)) for p in inside if p.is_file() and p.parent.name != "__pycache__"]
+    return files
+
+
+def _files_of(names: Iterable[str], root: Path) -> list[str]:
     """Return the files of dotted names and of the packages around them.
 
     A name may continue into a module, to what is defined there.
@@ -161,23 +166,19 @@ def _named(names: Iterable[str], root: Path) -> list[str]:
     return files
 
 
-@cache
-def _hash(root: Path, file: str) -> str:
-    content = (root / file).read_bytes()
-    if file.endswith(".py"):
-        content = bare(content.decode()).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def bare(source: str) -> str:
     """Return Python source without comments, docstrings, blank lines and blanks at line ends.
 
     A docstring that is a whole body becomes `pass`.
     """
+    return _bare(source, ast.parse(source))
+
+
+def _bare(source: str, tree: ast.AST) -> str:
     lines = [line.encode() for line in source.splitlines()]
-    comments, strings = _tokens(source)
+    comments, strings = _scan(source)
     cuts = [(line, column, line, len(lines[line]), b"") for line, column in comments]
-    for text, only in _docstrings(ast.parse(source)):
+    for text, only in _docstrings(tree):
         first, last = text.lineno - 1, (text.end_lineno or 0) - 1
         cuts.append((first, text.col_offset, last, text.end_col_offset or 0, b"pass" if only else b""))
         strings -= set(range(first + 1, last + 1))
@@ -196,30 +197,25 @@ def bare(source: str) -> str:
 
 
 def _docstrings(tree: ast.AST) -> Iterator[tuple[ast.Constant, bool]]:
-    """Yield every string that is a statement, and whether it is the only one of its class or function."""
-    for node in ast.walk(tree):
-        if not isinstance(body := getattr(node, "body", None), list):  # a lambda's is an expression
-            continue
-        for statement in body:
+    """Yield every string that is a statement, and whether it is the only one of its block."""
+    for block in _blocks(tree, types=True):
+        for statement in block:
             value = statement.value if isinstance(statement, ast.Expr) else None
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                yield value, len(body) == 1 and not isinstance(node, ast.Module)
+                yield value, len(block) == 1 and value.col_offset > 0
 
 
-def _tokens(source: str) -> tuple[list[tuple[int, int]], set[int]]:
+def _scan(source: str) -> tuple[list[tuple[int, int]], set[int]]:
     """Return where comments begin, (line, column in bytes), and the lines that begin within a string."""
     comments: list[tuple[int, int]] = []
     strings: set[int] = set()
-    opened: list[int] = []
-    # Since 3.12 an f-string is several tokens, from FSTRING_START to FSTRING_END.
-    start, end = (getattr(tokenize, f"FSTRING_{name}", None) for name in ("START", "END"))
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments.append((token.start[0] - 1, len(token.line[: token.start[1]].encode())))
-        elif token.type == tokenize.STRING:
-            strings.update(range(token.start[0], token.end[0]))
-        elif token.type == start:
-            opened.append(token.start[0])
-        elif token.type == end:
-            strings.update(range(opened.pop(), token.end[0]))
+    line = at = 0
+    for match in STRING_OR_COMMENT.finditer(source):
+        line += source.count("\n", at, match.start())
+        at = match.start()
+        if match[0].startswith("#"):
+            begin = source.rfind("\n", 0, at) + 1
+            comments.append((line, len(source[begin:at].encode())))
+        else:
+            strings.update(range(line + 1, line + 1 + match[0].count("\n")))
     return comments, strings

@@ -48,8 +48,7 @@ def toy(tmp_path: Path) -> Path:
 
 
 def of(root: Path, method: str) -> dict[str, str]:
-    identity.needed.cache_clear()
-    identity._hash.cache_clear()
+    identity._examine.cache_clear()
     return identity.of("prune", f"stages.methods.{method}", root=root)
 
 
@@ -177,7 +176,7 @@ def test_a_name_given_to_beside_must_be_literal(toy):
 
 def test_a_relative_import_is_refused(toy):
     (toy / "stages/methods/first.py").write_text("from . import second\n")
-    with pytest.raises(ValueError, match="write the full name"):
+    with pytest.raises(ValueError, match="only a full name is followed"):
         of(toy, "first")
 
 
