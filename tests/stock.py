@@ -221,7 +221,7 @@ def mirrored(
     without: str | None = None,
     configs: dict[str, dict[str, list[dict[str, Any]]]] | None = None,
 ) -> Params:
-    """Params with one stock task on a mirror made here.
+    """Write a mirror of a stock task's data, download it, and return params with its suite.
 
     Args:
         configs: the splits of each config of a data set that has several; ROWS has the others.
@@ -242,7 +242,7 @@ def mirrored(
         "sha256": sha256(mirror if len(names) > 1 else mirror / names[0]),
     }  # fmt: skip
     suites = {"perplexity": {}, "graded": {}, "benchmark": {name: {"task": task, "batch_size": 2, **options}}}
-    made = changed(chosen, datasets=datasets, suites=suites)
-    do(made)
-    download(made, f"datasets/{name}")
-    return made
+    project = changed(chosen, datasets=datasets, suites=suites)
+    do(project)
+    download(project, f"datasets/{name}")
+    return project

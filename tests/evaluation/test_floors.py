@@ -92,12 +92,12 @@ def test_scores_that_differ_in_one_column_have_floors_of_their_own(column):
     assert [row.floor for row in scores][-2:] == [0.4, 0.3]
 
 
-def test_responders_are_asked_what_the_model_is_and_prompts_are_built_once(workspace, monkeypatch):
+def test_responders_get_the_requests_of_the_model_and_prompts_are_built_once(workspace, monkeypatch):
     chosen = params("llama", {})
     do(chosen)
     download(chosen, "datasets/arithmetic")
     suite, tokenizer = chosen.suites.graded["arithmetic"], families.tokenizer()
-    built, asked = [], []
+    built, calls = [], []
     context = ConfigurableTask.fewshot_context
     monkeypatch.setattr(
         ConfigurableTask,
@@ -109,13 +109,13 @@ def test_responders_are_asked_what_the_model_is_and_prompts_are_built_once(works
 
         def record(self, requests, kind=kind, answer=answer):
             assert all(not request.filtered_resps for request in requests)
-            asked.append((kind, [request.args for request in requests]))
+            calls.append((kind, [request.args for request in requests]))
             return answer(self, requests)
 
         monkeypatch.setattr(NullLM, kind, record)
     _, samples = suite.evaluate(NullLM.named("echo", tokenizer, 0), "arithmetic", 0)
     assert len(built) == len(samples)
-    assert len(asked) == 2 * (1 + len(SPEAKERS))
+    assert len(calls) == 2 * (1 + len(SPEAKERS))
     for kind in ("loglikelihood", "generate_until"):
-        first, *others = [requests for which, requests in asked if which == kind]
+        first, *others = [requests for called, requests in calls if called == kind]
         assert all(other == first for other in others)

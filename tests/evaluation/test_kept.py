@@ -61,7 +61,7 @@ def test_random_draws_go_on_as_if_all_had_been_asked(workspace):
 
 
 @pytest.mark.parametrize("change", ["seed", "batch", "model", "draws", "request"])
-def test_a_change_that_answers_depend_on_has_them_asked_again(change, workspace):
+def test_answers_are_asked_again_after_a_change_they_depend_on(change, workspace):
     do(params("llama", {}))
     torch.manual_seed(5)
     draw(kept_answers(), ["a"])

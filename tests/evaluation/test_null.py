@@ -29,7 +29,7 @@ def choices(*texts: str, item: int = 0) -> list[Instance]:
     ]
 
 
-def asked(prompt: str, **options: Any) -> list[Instance]:
+def request(prompt: str, **options: Any) -> list[Instance]:
     return [Instance("generate_until", {}, (prompt, options), 0, ("task", 0, 1))]
 
 
@@ -64,32 +64,32 @@ def test_an_answer_depends_on_the_seed_and_not_on_other_requests(responder):
     lm = responder_lm(responder)
     together = lm.loglikelihood(requests)
     assert together[6:9] == responder_lm(responder).loglikelihood(requests[6:9])
-    assert lm.generate_until(asked("Say it.")) == responder_lm(responder).generate_until(asked("Say it."))
+    assert lm.generate_until(request("Say it.")) == responder_lm(responder).generate_until(request("Say it."))
 
 
 def test_what_speakers_say():
-    said = {name: responder_lm(name).generate_until(asked("Say it twice."))[0] for name in RESPONDERS}
-    assert said["uniform"] == said["longest-choice"] == said["empty"] == ""
-    assert said["dot"] == "." and said["echo"] == "Say it twice."
+    texts = {name: responder_lm(name).generate_until(request("Say it twice."))[0] for name in RESPONDERS}
+    assert texts["uniform"] == texts["longest-choice"] == texts["empty"] == ""
+    assert texts["dot"] == "." and texts["echo"] == "Say it twice."
     orders = [
-        responder_lm("shuffled", seed).generate_until(asked("Sort a, b:\na, b\nSort x, z, y:\n"))[0]
+        responder_lm("shuffled", seed).generate_until(request("Sort a, b:\na, b\nSort x, z, y:\n"))[0]
         for seed in range(60)
     ]
     assert {"".join(order.split()) for order in orders} == set(map("".join, itertools.permutations("xyz")))
-    assert responder_lm("previous").generate_until(asked("Sum 1, 1: 2\nSum 1, 2:")) == ["2"]
-    assert responder_lm("previous").generate_until(asked("Sum 1, 2:")) == [""]
+    assert responder_lm("previous").generate_until(request("Sum 1, 1: 2\nSum 1, 2:")) == ["2"]
+    assert responder_lm("previous").generate_until(request("Sum 1, 2:")) == [""]
     long = {"max_gen_toks": 10**6}
-    assert responder_lm("repeat").generate_until(asked("", **long)) == [" ".join(["the"] * 300)]
-    words = responder_lm("random-words").generate_until(asked("", **long))[0].split()
+    assert responder_lm("repeat").generate_until(request("", **long)) == [" ".join(["the"] * 300)]
+    words = responder_lm("random-words").generate_until(request("", **long))[0].split()
     assert len(words) == 300 and len(set(words)) > 40
-    assert words != responder_lm("random-words", seed=1).generate_until(asked("", **long))[0].split()
+    assert words != responder_lm("random-words", seed=1).generate_until(request("", **long))[0].split()
 
 
 def test_answers_are_cut_where_a_task_cuts_them():
     echo = responder_lm("echo")
-    assert echo.generate_until(asked("one\ntwo\n\nthree", until=["\n\n"])) == ["one\ntwo"]
-    assert echo.generate_until(asked(" one two", until="two")) == ["one "]
-    (short,) = responder_lm("repeat").generate_until(asked("", max_gen_toks=7))
+    assert echo.generate_until(request("one\ntwo\n\nthree", until=["\n\n"])) == ["one\ntwo"]
+    assert echo.generate_until(request(" one two", until="two")) == ["one "]
+    (short,) = responder_lm("repeat").generate_until(request("", max_gen_toks=7))
     assert len(families.tokenizer()(short, add_special_tokens=False).input_ids) <= 7
     assert "the the".startswith(short[:7])
 
@@ -98,7 +98,7 @@ def test_an_echo_is_of_the_last_turn_without_the_template():
     lm = responder_lm("echo")
     prompt = lm.apply_chat_template([{"role": "user", "content": "Say it."}])
     assert prompt != "Say it." and "Say it." in prompt
-    assert lm.generate_until(asked(prompt)) == ["Say it."]
+    assert lm.generate_until(request(prompt)) == ["Say it."]
 
 
 @pytest.mark.parametrize("responder", ["uniform", "echo"])

@@ -1,4 +1,4 @@
-"""What shares computation against lm-eval's own HFLM, in float32, over every family."""
+"""Shared computation against lm-eval's own HFLM, in float32, over every family."""
 
 import random
 
@@ -31,7 +31,7 @@ def generations(prompts: list[str], until: list[str], tokens: int = 9) -> list[I
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, lm: HFLM) -> list[tuple[int, int]]:
-    """The shapes of all that `lm`'s model reads from now on."""
+    """The shapes of all inputs of the model from now on."""
     seen: list[tuple[int, int]] = []
     before = lm.model.forward
 
@@ -48,9 +48,9 @@ def spy(monkeypatch: pytest.MonkeyPatch, lm: HFLM) -> list[tuple[int, int]]:
 def test_likelihoods_are_lm_evals(family, batch_size):
     plain, sharing = both(family, batch_size)
     for before in (FEWSHOT, ""):
-        asked = likelihoods([(before + question, choice) for question in QUESTIONS for choice in CHOICES])
-        ours, theirs = (lm.loglikelihood(asked, disable_tqdm=True) for lm in (sharing, plain))
-        assert [one for one, _ in ours] == pytest.approx([one for one, _ in theirs], abs=1e-3)
+        requests = likelihoods([(before + question, choice) for question in QUESTIONS for choice in CHOICES])
+        ours, theirs = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (sharing, plain))
+        assert [total for total, _ in ours] == pytest.approx([total for total, _ in theirs], abs=1e-3)
         assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
@@ -59,20 +59,22 @@ def test_likelihoods_are_lm_evals(family, batch_size):
 def test_generations_are_lm_evals(family, batch_size):
     plain, sharing = both(family, batch_size)
     for before in ("5\n", FEWSHOT):  # gemma3's window is 16 tokens
-        asked = generations([before + question for question in QUESTIONS], until=["\n"])
-        assert sharing.generate_until(asked, disable_tqdm=True) == plain.generate_until(
-            asked, disable_tqdm=True
+        requests = generations([before + question for question in QUESTIONS], until=["\n"])
+        assert sharing.generate_until(requests, disable_tqdm=True) == plain.generate_until(
+            requests, disable_tqdm=True
         )
 
 
-def test_greedy_is_found_and_longest_choice_is_scored_whole():
+def test_greedy_tokens_are_flagged_and_long_choices_scored_whole():
     plain, sharing = both("llama", 4)
-    said = plain.generate_until(generations([FEWSHOT + QUESTIONS[0]], until=[], tokens=3), disable_tqdm=True)
-    asked = likelihoods([(FEWSHOT + QUESTIONS[0], text) for text in (*said, " 8", " 1234567")])
-    found = sharing.loglikelihood(asked, disable_tqdm=True)
-    assert [greedy for _, greedy in found][1:] == [False, False]
-    theirs = plain.loglikelihood(asked, disable_tqdm=True)
-    assert found == [(pytest.approx(one, abs=1e-3), greedy) for one, greedy in theirs]
+    greedy_text = plain.generate_until(
+        generations([FEWSHOT + QUESTIONS[0]], until=[], tokens=3), disable_tqdm=True
+    )
+    requests = likelihoods([(FEWSHOT + QUESTIONS[0], text) for text in (*greedy_text, " 8", " 1234567")])
+    ours = sharing.loglikelihood(requests, disable_tqdm=True)
+    assert [greedy for _, greedy in ours][1:] == [False, False]
+    theirs = plain.loglikelihood(requests, disable_tqdm=True)
+    assert ours == [(pytest.approx(total, abs=1e-3), greedy) for total, greedy in theirs]
 
 
 def test_requests_of_any_shape_are_lm_evals():
@@ -82,22 +84,22 @@ def test_requests_of_any_shape_are_lm_evals():
     for _ in range(12):
         before = draw.choice(["", "abcd", FEWSHOT])
         contexts = [before + "x" * draw.choice([0, 1, 2, 40, 300]) for _ in range(4)]
-        asked = likelihoods(
+        requests = likelihoods(
             [
                 (c, draw.choice(["y", "yz", "zzz", "y" * 20]))
                 for c in contexts
                 for _ in range(draw.randint(1, 3))
             ]
         )
-        ours, theirs = (lm.loglikelihood(asked, disable_tqdm=True) for lm in (sharing, plain))
-        assert [one for one, _ in ours] == pytest.approx([one for one, _ in theirs], abs=2e-3)
+        ours, theirs = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (sharing, plain))
+        assert [total for total, _ in ours] == pytest.approx([total for total, _ in theirs], abs=2e-3)
 
 
 def test_examples_are_read_once_and_questions_once_for_all_choices(monkeypatch):
     _, sharing = both("llama", 20)
-    asked = likelihoods([(FEWSHOT + question, choice) for question in QUESTIONS for choice in CHOICES])
+    requests = likelihoods([(FEWSHOT + question, choice) for question in QUESTIONS for choice in CHOICES])
     seen = spy(monkeypatch, sharing)
-    sharing.loglikelihood(asked, disable_tqdm=True)
+    sharing.loglikelihood(requests, disable_tqdm=True)
     assert seen[0] == (1, len(FEWSHOT))
     assert seen[1] == (4, min(map(len, QUESTIONS)) - 1)
     rows = sum(len({choice[:-1] for choice in CHOICES}) for _ in QUESTIONS)
@@ -112,9 +114,9 @@ def test_examples_are_read_once_and_questions_once_for_all_choices(monkeypatch):
 
 def test_a_forward_has_no_more_rows_than_the_batch_size(monkeypatch):
     _, sharing = both("llama", 3)
-    asked = likelihoods([(FEWSHOT + question, choice) for question in QUESTIONS for choice in CHOICES])
+    requests = likelihoods([(FEWSHOT + question, choice) for question in QUESTIONS for choice in CHOICES])
     seen = spy(monkeypatch, sharing)
-    sharing.loglikelihood(asked, disable_tqdm=True)
+    sharing.loglikelihood(requests, disable_tqdm=True)
     assert max(rows for rows, _ in seen) == 3
 
 
@@ -123,8 +125,8 @@ def test_perplexity_windows_share_nothing(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 255, (5, 32), generator=draw)
     rows[:, 0] = 7  # one token in common
-    asked = [(("", ""), row[:1], row[1:]) for row in rows.tolist()]
+    requests = [(("", ""), row[:1], row[1:]) for row in rows.tolist()]
     seen = spy(monkeypatch, sharing)
-    ours = sharing._loglikelihood_tokens(asked, disable_tqdm=True)
+    ours = sharing._loglikelihood_tokens(requests, disable_tqdm=True)
     assert seen == [(2, 31), (2, 31), (1, 31)]
-    assert ours == plain._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert ours == plain._loglikelihood_tokens(requests, disable_tqdm=True)

@@ -174,19 +174,19 @@ def test_a_tag_has_no_score_of_its_own(few_stock_tasks):
         list(suite.stock())
 
 
-def test_shuffled_choices_are_asked_and_scored_in_one_order_that_the_seed_decides(workspace, few_stock_tasks):
+def test_shuffled_choices_have_the_same_order_in_prompts_and_scores(workspace, few_stock_tasks):
     chosen = mirrored("gpqa_diamond_zeroshot", {})
-    asked = []
+    prompts = []
     for seed in (0, 0, 1):
         run = chosen.run.model_dump(mode="json") | {"seed": seed}
         _, samples = scored(changed(chosen, run=run), "base/tiny", "gpqa-diamond-zeroshot")
         rows = samples[samples.metric == "acc"].sort_values("doc_id")
-        asked.append(rows.prompt_hash.tolist())
+        prompts.append(rows.prompt_hash.tolist())
         chosen_letters = [f"({'ABCD'[int(response)]})" for response in rows.response]
         right = [float(a == b) for a, b in zip(chosen_letters, rows.target, strict=True)]
         assert right == rows.score.tolist()
         assert rows.target.nunique() > 1
-    assert asked[0] == asked[1] != asked[2]
+    assert prompts[0] == prompts[1] != prompts[2]
 
 
 def test_whole_texts_are_scored_in_words_and_bytes(workspace, few_stock_tasks):

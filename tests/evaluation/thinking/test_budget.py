@@ -32,7 +32,7 @@ def thinker(family: str = "llama", batch_size: int = 3, **rules: object) -> Budg
     )
 
 
-def asked(lm: BudgetLM, prompts: list[str] = PROMPTS, until: str = "t", longest: int = 9) -> list[str]:
+def ask(lm: BudgetLM, prompts: list[str] = PROMPTS, until: str = "t", longest: int = 9) -> list[str]:
     requests = [
         Instance("generate_until", {}, (prompt, {"until": [until], "max_gen_toks": longest}), i)
         for i, prompt in enumerate(prompts)
@@ -79,7 +79,7 @@ def test_forcing_a_budget_is_the_slow_loop(family, waits):
     lm = thinker(family, waits=waits)
     for draw, budget in itertools.product(range(3), lm.thinking.budgets):
         lm.draw, lm.budget = draw, budget
-        answers = asked(lm)
+        answers = ask(lm)
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             expected = forced(lm, prompt, lm.budget, 9, "t")
             assert lm.replies[prompt] == expected
@@ -90,7 +90,7 @@ def test_some_of_this_thinking_ends_and_some_is_cut():
     lm, seen = thinker(), set()
     for draw in range(6):
         lm.draw = draw
-        asked(lm)
+        ask(lm)
         seen |= {reply.ended for reply in lm.replies.values()}
     assert seen == {True, False}
 
@@ -99,7 +99,7 @@ def test_draws_depend_on_neither_the_batch_nor_the_order():
     answers = []
     for size, prompts in ((1, PROMPTS), (2, PROMPTS[::-1]), (3, PROMPTS)):
         lm = thinker(batch_size=size, waits=1)
-        asked(lm, prompts)
+        ask(lm, prompts)
         answers.append(lm.replies)
     assert answers[0] == answers[1] == answers[2]
 
@@ -109,7 +109,7 @@ def test_draws_differ_and_are_the_same_again():
     replies = []
     for draw in (0, 1, 0):
         lm.draw = draw
-        asked(lm)
+        ask(lm)
         replies.append(lm.replies)
     assert replies[0] == replies[2]
     assert all(replies[0][prompt].thinking != replies[1][prompt].thinking for prompt in PROMPTS)
@@ -125,10 +125,10 @@ def waiting(waits: int) -> BudgetLM:
 def test_a_budget_is_never_exceeded_and_a_smaller_one_is_its_beginning(budget, waits):
     lm = waiting(waits)
     lm.budget = budget
-    asked(lm)
+    ask(lm)
     cut = lm.replies
     lm.budget = 20
-    asked(lm)
+    ask(lm)
     for prompt in PROMPTS:
         assert cut[prompt].thinking_tokens == min(budget, lm.replies[prompt].thinking_tokens)
         assert lm.replies[prompt].thinking.startswith(cut[prompt].thinking.rstrip("\ufffd"))
@@ -137,7 +137,7 @@ def test_a_budget_is_never_exceeded_and_a_smaller_one_is_its_beginning(budget, w
 
 def test_greedy_thinking_is_plain_greedy_generation():
     lm = thinker(temperature=0.0, budgets=(12,), end="\x00")
-    asked(lm)
+    ask(lm)
     for prompt in PROMPTS:
         ids = lm.tok_encode(prompt + "\n")
         out = lm.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=258)
@@ -150,4 +150,4 @@ def test_a_budget_beyond_the_model_is_refused_before_any_thinking(monkeypatch):
     with pytest.raises(
         Refusal, match=r"250 to be generated .* the 256 that the model reads; lower .*budgets"
     ):
-        asked(lm)
+        ask(lm)
