@@ -134,8 +134,15 @@ def damped(statistic: Hessian, damping: float) -> Tensor:
 
 
 def first_rows(hessian: Tensor, order: Sequence[int]) -> list[Tensor]:
-    """Return the first row of the inverse of what is left of `hessian` at each step, inverted anew."""
-    return [torch.linalg.inv(hessian[order[step:]][:, order[step:]])[0] for step in range(len(order))]
+    """Return the first row of the inverse of what is left of `hessian` at each step, fp64.
+
+    An inverse A without its first feature is A[1:, 1:] - A[1:, 0] A[0, 1:] / A[0, 0].
+    """
+    left, rows = torch.linalg.inv(hessian[order][:, order]), []
+    for _ in order:
+        rows.append(left[0])
+        left = left[1:, 1:] - left[1:, :1] * left[:1, 1:] / left[0, 0]
+    return rows
 
 
 def replay(

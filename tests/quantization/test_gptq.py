@@ -1,4 +1,4 @@
-"""GPTQ's choices certified in fp64, with the rest of H inverted at every column, and zeros that stay."""
+"""GPTQ's choices certified in fp64, and zeros that stay zero."""
 
 import pytest
 import torch
