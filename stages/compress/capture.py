@@ -12,12 +12,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 from weakref import ReferenceType, ref
 
 from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
-from stages.core.lazy import torch
+from stages.core.lazy import mock, torch
 from stages.model.blocks import Linear
 
 if TYPE_CHECKING:

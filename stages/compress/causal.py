@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from stages.compress.statistics import exact_products
-from stages.core.lazy import torch
+from stages.core.lazy import mock, torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -32,7 +32,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
-from unittest import mock
 
 from tqdm import tqdm
 
@@ -40,7 +39,7 @@ from stages.compress.capture import Group, call_of, input_groups, join_outputs, 
 from stages.compress.causal import by_queries
 from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
-from stages.core.lazy import torch
+from stages.core.lazy import mock, torch
 from stages.core.numbers import check_finite, finite
 from stages.model.blocks import Linear, blocks, check_length, forward, linears
 

@@ -121,9 +121,7 @@ def _imported(tree: ast.AST, root: Path) -> list[str]:
                 names += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 if node.level:
-                    raise ValueError(
-                        f"relative import of {node.module or '.'}: only a full name is followed"
-                    )
+                    raise ValueError(f"relative import of {node.module or '.'}: only a full name is followed")
                 names += [f"{node.module}.{alias.name}" for alias in node.names]
     return _files_of(names, root)
 

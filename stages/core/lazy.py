@@ -1,4 +1,4 @@
-"""Libraries that take seconds to import, imported when one of their attributes is first used.
+"""Libraries that take long to import, imported when one of their attributes is first used.
 
 The settings of every method are read whenever params.yaml is. A method's file holds its settings and its
 arithmetic together, so it takes `torch` from here: reading params imports no torch, running the method does.
@@ -19,10 +19,13 @@ class _Lazy(ModuleType):
 
 
 if TYPE_CHECKING:
+    from unittest import mock
+
     import numpy as np
     import pandas as pd
     import torch
 else:
+    mock = _Lazy("unittest.mock")  # which imports asyncio
     np, pd, torch = _Lazy("numpy"), _Lazy("pandas"), _Lazy("torch")
 
-__all__ = ["np", "pd", "torch"]
+__all__ = ["mock", "np", "pd", "torch"]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from stages.core.errors import Refusal
+from stages.core.lazy import mock
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -14,13 +14,6 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStatus,
-)
-
 from stages.core.lazy import torch
 from stages.model.floats import Float8, MXFloat4, NVFloat4
 from stages.model.grid import Codes, Int8, Quantized
@@ -107,6 +100,13 @@ def config_of(model: PreTrainedModel, quantized: Collection[str], scheme: Scheme
     config.architectures = [type(model).__name__]
     if not quantized or scheme is None:
         return config
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+
     args = {key: scheme[key] for key in ("weights", "input_activations")}
     group = QuantizationScheme(
         targets=["Linear"], **{key: value and QuantizationArgs(**value) for key, value in args.items()}

@@ -12,7 +12,8 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
-from unittest import mock
+
+from stages.core.lazy import mock
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

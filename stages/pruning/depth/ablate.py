@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
-from stages.core.lazy import torch
+from stages.core.lazy import mock, torch
 from stages.model.blocks import blocks, check_length, forward
 from stages.pruning.depth.observe import Target, stream_in, stream_out
 from stages.pruning.depth.remove import output_projections

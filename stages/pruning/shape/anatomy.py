@@ -16,10 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from stages.core.errors import Refusal
-from stages.core.lazy import torch
+from stages.core.lazy import mock, torch
 from stages.core.numbers import finite
 from stages.model.blocks import Linear, blocks, forward, linears
 
