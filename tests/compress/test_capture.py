@@ -8,6 +8,7 @@ from stages.compress.capture import call_of, input_groups, join_outputs, split_c
 from stages.model.blocks import blocks, forward, linears
 from tests import families
 
+pytestmark = pytest.mark.numerics
 BIASED = {
     "bloom": BloomConfig(vocab_size=families.VOCAB, hidden_size=32, n_layer=2, n_head=4),
     "mpt": MptConfig(vocab_size=families.VOCAB, d_model=32, n_layers=2, n_heads=4),

@@ -17,6 +17,8 @@ from stages.compress.statistics import ColumnNorm
 from stages.compress.walk import walk
 from tests import families
 
+pytestmark = pytest.mark.numerics
+
 
 def drawn(heads: int, groups: int, tokens: int, size: int, *, batch: int = 2, seed: int = 0) -> list[Tensor]:
     """Draw query, key and value as models pass them: `[batch, tokens, heads, size]` with two axes swapped."""

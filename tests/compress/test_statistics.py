@@ -11,6 +11,7 @@ from stages.core.errors import Refusal
 from stages.core.numbers import finite
 from tests.hessians import ChosenHessian
 
+pytestmark = pytest.mark.numerics
 DTYPES = [torch.bfloat16, torch.float32]
 
 

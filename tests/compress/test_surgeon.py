@@ -10,6 +10,8 @@ from stages.compress.surgeon import COLUMNS, sweep
 from stages.core.errors import Refusal
 from tests.hessians import ChosenHessian
 
+pytestmark = pytest.mark.numerics
+
 
 def problem(columns: int, rows: int = 4) -> tuple[torch.Tensor, Hessian]:
     """Draw a weight `[in, out]` and the Hessian of correlated inputs."""

@@ -10,6 +10,8 @@ from tests import families
 from tests.pipeline import do, params
 from tests.scoring import changed, scored
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.parametrize("family", sorted(families.CONFIGS))
 def test_states_are_those_between_blocks(family):

@@ -12,6 +12,8 @@ from tests import families
 from tests.pipeline import do, download, load, params
 from tests.scoring import changed, log_likelihood, scored
 
+pytestmark = pytest.mark.numerics
+
 
 def asking(**options: object) -> Params:
     """Params with one suite, of arithmetic, its data downloaded."""

@@ -7,6 +7,8 @@ import torch
 
 from stages.evaluation.mine import mutual_information
 
+pytestmark = pytest.mark.numerics
+
 
 def pair(rho: float, seed: int, rows: int = 1024, width: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussians; each column of one has correlation `rho` with the same column of the other."""

@@ -14,6 +14,8 @@ from tests import families
 from tests.pipeline import do, load, params
 from tests.scoring import changed, log_likelihood, scored
 
+pytestmark = pytest.mark.numerics
+
 
 def asking(**options: int) -> Params:
     """Params with one suite, of perplexity."""

@@ -10,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from stages.evaluation import shared
 from tests import families
 
+pytestmark = pytest.mark.numerics
 FEWSHOT = "2 + 3 = 5\n7 - 1 = 6\n"
 QUESTIONS = ["4 + 4 =", "10 + 21 =", "3 - 1 =", "100 - 99 ="]
 CHOICES = [" 8", " 9", " 31", " 2", " 128"]

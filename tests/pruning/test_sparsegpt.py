@@ -16,6 +16,8 @@ from tests.hessians import ChosenHessian
 from tests.pruners import InMemorySource, hessian, magnitude, problem, sparsegpt, wanda
 from tests.replay import MISTAKES, certify_sparsegpt, let_err
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.parametrize("columns", [16, 48, 128, 200])
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])

@@ -9,6 +9,8 @@ from hypothesis import given
 from stages.compress.statistics import ColumnNorm
 from tests.pruners import FLOORS, SPARSITY, magnitude, norms, slow_mask, wanda, weights
 
+pytestmark = pytest.mark.numerics
+
 
 @given(weights(), SPARSITY)
 def test_with_equal_norms_it_is_magnitude_by_row(weight, sparsity):

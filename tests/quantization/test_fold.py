@@ -8,6 +8,7 @@ from stages.quantization.fold import fold
 from tests import families
 from tests.first_block import FirstBlock, scales, shaken
 
+pytestmark = pytest.mark.numerics
 HEADS = {"num_key_value_heads": 4}
 
 

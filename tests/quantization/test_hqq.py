@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from stages.model.grid import Codes, Integers, bounds
 from stages.quantization.hqq import HQQ
 
+pytestmark = pytest.mark.numerics
+
 
 def hqq(bits: int, group_size: int | None, symmetric: bool = False, **options) -> HQQ:
     return HQQ(

@@ -9,6 +9,8 @@ from stages.recovery.arm import Arm
 from stages.recovery.eco import BETAS, sum_of_later_steps
 from tests.tuned import quantized, recipe, steps
 
+pytestmark = pytest.mark.numerics
+
 
 def eco(bits: int = 3, **options: Any) -> Arm:
     """Return an arm for a fresh quantized model."""

@@ -15,6 +15,8 @@ from tests.recipes import LORA, WANDA
 from tests.recipes import run as run_stages
 from tests.tuned import recipe, tune, windows
 
+pytestmark = pytest.mark.numerics
+
 
 def sparse(family: str) -> torch.nn.Module:
     model = families.model(family)

@@ -8,6 +8,8 @@ import torch
 from tests import tuned
 from tests.tuned import quantized, steps, values
 
+pytestmark = pytest.mark.numerics
+
 
 def recipe(method: str, **options: Any) -> Any:
     return tuned.recipe(method, source="quantize/m", batch_size=1, **options)

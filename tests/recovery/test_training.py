@@ -14,6 +14,8 @@ from stages.recovery.training import StepPlan, held_out_loss, refusing_out_of_me
 from tests import families
 from tests.tuned import recipe, rows, run, tune
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):

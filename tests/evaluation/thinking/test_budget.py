@@ -15,6 +15,7 @@ from stages.evaluation.thinking.settings import Thinking
 from tests import families
 from tests.thinking import RULES
 
+pytestmark = pytest.mark.numerics
 PROMPTS = ["3 + 4 =", "What is it? A longer one.", "x"]
 
 

@@ -14,6 +14,8 @@ from stages.model.blocks import blocks, linears
 from stages.pruning.allocation.alpha import hill, spectrum_of
 from tests.allocations import by_block, shares
 
+pytestmark = pytest.mark.numerics
+
 
 def slow_hill(eigenvalues: list[float]) -> float:
     """1 + k / sum over the k largest of ln(largest_i / the largest below them), k half of all."""

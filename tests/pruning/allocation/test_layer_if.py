@@ -12,6 +12,8 @@ from stages.pruning.allocation.layer_if import influence
 from stages.pruning.gradients import sketches
 from tests.allocations import allocation, by_block, shares, tokens
 
+pytestmark = pytest.mark.numerics
+
 
 def slow_influence(train: torch.Tensor, held_out: torch.Tensor) -> float:
     """DataInf (2310.00902), equation 5, term by term."""

@@ -9,6 +9,8 @@ import torch
 from stages.model.blocks import blocks, linears
 from tests.allocations import by_block, shares, tokens
 
+pytestmark = pytest.mark.numerics
+
 
 def slow_owl(model: torch.nn.Module, sparsity: float, multiple: float, spread: float) -> list[float]:
     """2310.05175 with inputs of one plain forward; blocks have one size, so the plain mean is the target."""

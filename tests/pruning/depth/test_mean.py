@@ -14,6 +14,8 @@ from tests import families
 from tests.deep import deep, logits, without
 from tests.pipeline import TEXT, load
 
+pytestmark = pytest.mark.numerics
+
 
 def inputs_and_output(model: torch.nn.Module, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what a module reads and returns for the calibration windows."""

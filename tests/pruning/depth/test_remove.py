@@ -10,6 +10,8 @@ from stages.pruning.depth.remove import remove_blocks
 from tests import families
 from tests.deep import WINDOWS, deep, logits, without
 
+pytestmark = pytest.mark.numerics
+
 
 def generated(model: torch.nn.Module, *, cache: bool) -> torch.Tensor:
     return model.generate(

@@ -8,6 +8,8 @@ from stages.pruning.depth.ablate import Ablation
 from stages.pruning.depth.tasks import Items
 from tests import families
 
+pytestmark = pytest.mark.numerics
+
 
 def test_items_are_scored_as_lm_eval_scores_them(graded):
     from lm_eval.api.instance import Instance

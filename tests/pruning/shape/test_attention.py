@@ -14,6 +14,8 @@ from stages.core.errors import Refusal
 from tests import families
 from tests.shapes import grouped, heads, plan
 
+pytestmark = pytest.mark.numerics
+
 
 def tiny(kind: type[PreTrainedConfig], queries: int, groups: int) -> PreTrainedModel:
     config = kind(

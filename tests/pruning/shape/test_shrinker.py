@@ -13,6 +13,8 @@ from tests import families
 from tests.pipeline import TEXT
 from tests.shapes import WINDOWS, full, grouped, logits, width
 
+pytestmark = pytest.mark.numerics
+
 
 def test_measured_inputs_are_those_of_the_dense_model():
     model = full("llama")
