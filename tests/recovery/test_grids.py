@@ -148,6 +148,7 @@ def test_the_result_is_packed_on_the_grid_of_its_source(family, quantizer, tunin
             assert not last[first == 0].any()
 
 
+@pytest.mark.numerics
 def test_the_recorded_loss_is_that_of_the_file(workspace):
     tuning = LORA | {"keep": "none", "requantize": True}
     recover("rtn", tuning)

@@ -73,6 +73,7 @@ def test_mapped_scores_span_the_range_in_their_order(scores, low, high):
             map_scores("owl", scores | {"it": broken}, low, high)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.5, 0.95])
 @pytest.mark.parametrize("ignore", [(), ("mlp.gate_proj", "self_attn.v_proj")])
@@ -86,6 +87,7 @@ def test_the_mean_by_parameters_is_the_target(ignore, sparsity, kind, model):
     assert all(abs(zeros[name] - result[name] * size) <= 1 for name, size in sizes.items())
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("kind", ["owl", "alpha", "layer-if"])
 def test_equal_blocks_get_equal_shares(kind, monkeypatch):
     model = families.model("llama").float()
