@@ -44,7 +44,9 @@ FORWARD = {
 MODELING = "transformers.models.llama.modeling_llama"
 UNTIL_BLOCK = """
 import os, runpy, sys
-import torch
+from stages.core.lazy import importing
+with importing():  # as the stage itself would
+    import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 def stop(module, inputs):

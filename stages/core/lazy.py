@@ -8,14 +8,43 @@ arithmetic together, so it takes `torch` from here: reading params imports no to
     from stages.core.lazy import torch
 """
 
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Pause the garbage collector, which slows imports: they create many objects and hardly any garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def exempt_imported() -> None:
+    """Exempt the objects that exist now from garbage collection, once a process; call it before models exist.
+
+    Each full collection would look at the million objects of torch and transformers again.
+    """
+    if not gc.get_freeze_count():
+        gc.freeze()
+
+
 class _Lazy(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self.__name__), name)
+        module = sys.modules.get(self.__name__)
+        if module is None:
+            with importing():
+                module = import_module(self.__name__)
+        return getattr(module, name)
 
 
 if TYPE_CHECKING:
@@ -28,4 +57,4 @@ else:
     mock = _Lazy("unittest.mock")  # which imports asyncio
     np, pd, torch = _Lazy("numpy"), _Lazy("pandas"), _Lazy("torch")
 
-__all__ = ["mock", "np", "pd", "torch"]
+__all__ = ["exempt_imported", "importing", "mock", "np", "pd", "torch"]

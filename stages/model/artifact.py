@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
 from stages.core.files import MODELS, RECORD, read_json, write_text
+from stages.core.lazy import exempt_imported, importing
 from stages.core.reading import reading
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def load_tokenizer(artifact: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(MODELS / artifact, local_files_only=True)
 
 
+@importing()
 def load_config(artifact: str) -> Any:
     """Load the artifact's config."""
     from transformers import AutoConfig
@@ -110,9 +112,11 @@ def load_config(artifact: str) -> Any:
 
 def attention(config: Any) -> str:
     """Choose the attention of the config's family: `sdpa`, or `eager` if its class does not support that."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    with importing():
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # imports the family's modeling module
+    exempt_imported()
     if getattr(family, "_supports_sdpa", True):
         return "sdpa"
     log.info("%s does not support torch's sdpa attention; eager attention is used", family.__name__)

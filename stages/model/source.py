@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from stages.core import memory
 from stages.core.files import MODELS
-from stages.core.lazy import torch
+from stages.core.lazy import importing, torch
 from stages.core.numbers import check_finite
 from stages.core.reading import reading
 from stages.model.artifact import attention, load_config, load_model, load_tokenizer, misshapen
@@ -135,8 +135,9 @@ class Empty:
     """
 
     def __init__(self, artifact: str, run: Run) -> None:
-        from accelerate import init_empty_weights  # type: ignore[import-untyped]
-        from transformers import AutoModelForCausalLM
+        with importing():
+            from accelerate import init_empty_weights  # type: ignore[import-untyped]
+            from transformers import AutoModelForCausalLM
 
         self.name, self._run = artifact, run
         config = load_config(artifact)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from stages.core.lazy import torch
+from stages.core.lazy import importing, torch
 from stages.model.blocks import linears
 from stages.recovery.adam import AdamArm
 from stages.recovery.arm import Arm, Recovered
@@ -43,7 +43,8 @@ class LoRA(Keeping):
 
 class _LoRAArm(AdamArm):
     def __init__(self, model: PreTrainedModel, recipe: LoRA, grid: SourceGrid | None) -> None:
-        import peft
+        with importing():
+            import peft
         from transformers.pytorch_utils import Conv1D
 
         from stages.recovery.masked import MaskedLinear
