@@ -16,8 +16,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 compare: $(READY)
 	prunequant run $(if $(JOBS),--jobs $(JOBS))
 
+# The second run has the kernels of an old CPU: BLAS and LAPACK, oneDNN, torch's own; sums differ in the last bits.
 test: $(READY)
 	python -m pytest -n 2 --dist loadfile
+	MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default \
+	  python -m pytest -n 2 --dist loadfile -m numerics
 
 lint: $(READY)
 	ruff check .

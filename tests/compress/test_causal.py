@@ -44,24 +44,31 @@ def in_fp64(query: Tensor, key: Tensor, value: Tensor, scale: float | None = Non
 def within_rounding(attended: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> bool:
     """Return whether fp64 is no further away than two roundings to bf16, of probabilities and of the output.
 
-    Only CPUs that multiply fp32 tensors in bf16 round the probabilities. A twentieth is left for fp32 sums.
+    Only CPUs with matrix units round the probabilities. A twentieth is left for fp32 sums.
     """
     exact, size = in_fp64(q, k, v, scale), in_fp64(q, k, v.abs(), scale)
     return bool(((attended.double() - exact).abs() <= 1.05 * 2**-8 * (size + exact.abs())).all())
+
+
+def on_matrix_units(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Round the operands of a product to bf16, as such CPUs do and others need not."""
+    return lambda *operands, **options: product(*(t.bfloat16().float() for t in operands), **options)
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.sampled_from([8, 20, 64]),
     st.integers(0, 99), st.sampled_from([None, 0.3]),
-    st.sampled_from([1, 2**12, causal.CACHED_PROBABILITIES]),
+    st.sampled_from([1, 2**12, causal.CACHED_PROBABILITIES]), st.booleans(),
 )  # fmt: skip
 def test_it_rounds_the_formula_no_more_than_probabilities_and_output(
-    groups, shared, tokens, size, seed, scale, cached
+    groups, shared, tokens, size, seed, scale, cached, matrix_units
 ):
     q, k, v = drawn(groups * shared, groups, tokens, size, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(causal, "CACHED_PROBABILITIES", cached)  # from the fewest queries at a time to all
+        for name in ("bmm", "baddbmm") if matrix_units else ():
+            patch.setattr(torch, name, on_matrix_units(getattr(torch, name)))
         attended = causal_attention(q, k, v, scale)
     assert attended.shape == q.shape and attended.dtype == torch.bfloat16
     assert within_rounding(attended, q, k, v, scale)

@@ -99,7 +99,7 @@ def test_survivors_are_the_sources_and_masks_are_wandas():
         assert torch.equal(ours.weight[~gone], theirs.weight[~gone])
         assert (gone.sum(1) == gone.shape[1] // 4).all()
         (norm,) = measured[ours.name]
-        torch.testing.assert_close(norm, plain[ours.name], rtol=0.01, atol=0)  # activations are bf16
+        torch.testing.assert_close(norm, plain[ours.name], rtol=0.02, atol=0)  # activations are bf16
         scores = theirs.weight.double().abs() * norm
         most, least = scores.masked_fill(~gone, 0).amax(1), scores.masked_fill(gone, torch.inf).amin(1)
         assert (most <= least * (1 + 1e-5)).all()
