@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 
 from stages.core.errors import Refusal
@@ -98,8 +99,8 @@ def test_killed_while_it_writes_a_checkpoint_it_resumes_from_the_one_before(work
     do(chosen, ["prune/half"])
     finish(chosen)
     expected = output()
-    for name in ("save_file", "write_json"):
-        writes = [getattr(saves, name), Killed]
+    for module, name in ((safetensors.torch, "save_file"), (saves, "write_json")):
+        writes = [getattr(module, name), Killed]
 
         def write(*args, writes=writes):
             writer = writes.pop(0)
@@ -107,7 +108,7 @@ def test_killed_while_it_writes_a_checkpoint_it_resumes_from_the_one_before(work
                 raise Killed
             writer(*args)
 
-        with mock.patch.object(saves, name, write), pytest.raises(Killed):
+        with mock.patch.object(module, name, write), pytest.raises(Killed):
             finetune(chosen, "it")
         assert finish(chosen) == [2, 3, 4]
         assert output() == expected
