@@ -3,11 +3,15 @@
 import logging
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from tests import families, project
 from tests import finished as sweep
+
+hypothesis.settings.register_profile("tests", deadline=None)  # a slow or busy machine is no failure
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
