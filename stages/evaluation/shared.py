@@ -25,6 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from stages.corpus.windows import check_token_ids
+
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
@@ -79,10 +81,18 @@ class SharedPrefixLM(HFLM):
         """Return the text after each prompt, up to a stop."""
 
         def ask() -> list[Any]:
-            self._keep_prefix(tuple(self.tok_encode(request.args[0])) for request in requests)
+            prompts = [self.tok_encode(request.args[0]) for request in requests]
+            self._check_token_ids(prompts)
+            self._keep_prefix(map(tuple, prompts))
             return super(SharedPrefixLM, self).generate_until(requests, disable_tqdm=disable_tqdm)
 
         return self._answers("generate_until", requests, ask)
+
+    def _check_token_ids(self, prompts: Iterable[list[int]]) -> None:
+        """Refuse prompts with tokens that the model's embedding has no row for."""
+        rows = self.model.get_input_embeddings().num_embeddings
+        for ids in filter(None, prompts):
+            check_token_ids(torch.tensor(ids), rows, "evaluation", self.tokenizer)
 
     def _answers(self, kind: str, requests: list[Instance], ask: Callable[[], list[Any]]) -> list[Any]:
         if self.kept_answers is None:
@@ -100,7 +110,11 @@ class SharedPrefixLM(HFLM):
         Args:
             requests: for each a name, the tokens of its context and those of its continuation.
             override_bs: rows a forward, in place of the batch size.
+
+        Raises:
+            Refusal: the model's embedding has no row for some token.
         """
+        self._check_token_ids([*context, *continuation] for _, context, continuation in requests)
         rows: dict[LikelihoodRow, list[int]] = {}
         too_long = []  # lm-eval shortens these, with a warning
         for i, (_, context, continuation) in enumerate(requests):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.core.errors import Refusal
 from stages.evaluation.perplexity import predicted_bytes
 from stages.job.params import Params
-from tests import families
+from tests import families, fewrows
 from tests.pipeline import do, load, params
 from tests.scoring import changed, log_likelihood, scored
 
@@ -68,6 +68,13 @@ def test_windows_that_do_not_exist_or_that_no_model_reads_are_refused(options, m
     chosen = asking(**options)
     do(chosen)
     with pytest.raises(Refusal, match=message):
+        scored(chosen, "base/tiny", "news")
+
+
+def test_text_with_tokens_that_the_embedding_lacks_is_refused(workspace):
+    chosen = fewrows.use(asking())
+    do(chosen)
+    with pytest.raises(Refusal, match=f"evaluation: token .* the model's embedding has {fewrows.ROWS} rows"):
         scored(chosen, "base/tiny", "news")
 
 

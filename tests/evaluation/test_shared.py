@@ -1,5 +1,6 @@
 """Shared computation against lm-eval's own HFLM, in float32, over every family."""
 
+import copy
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from stages.core.errors import Refusal
 from stages.evaluation import shared
 from tests import families
 
@@ -64,6 +66,22 @@ def test_generations_are_lm_evals(family, batch_size):
         assert sharing.generate_until(requests, disable_tqdm=True) == plain.generate_until(
             requests, disable_tqdm=True
         )
+
+
+def test_prompts_with_tokens_that_the_embedding_lacks_are_refused():
+    model = copy.deepcopy(families.model("llama"))
+    model.resize_token_embeddings(200)  # a space lies above
+    lm = shared.SharedPrefixLM(pretrained=model, tokenizer=families.tokenizer(), batch_size=2)
+    assert lm.loglikelihood(likelihoods([("4+4=", "8")]), disable_tqdm=True)
+    for refused in (
+        lambda: lm.loglikelihood(likelihoods([("4+4=", "8"), ("4+4=", " 8")]), disable_tqdm=True),
+        lambda: lm.loglikelihood_rolling(
+            [Instance("loglikelihood_rolling", {}, ("4 + 4",), 0)], disable_tqdm=True
+        ),
+        lambda: lm.generate_until(generations(["4 + 4 ="], until=[]), disable_tqdm=True),
+    ):
+        with pytest.raises(Refusal, match="the model's embedding has 200 rows"):
+            refused()
 
 
 def test_greedy_tokens_are_flagged_and_long_choices_scored_whole():

@@ -133,12 +133,15 @@ def test_static_scales_are_those_of_the_source():
 @pytest.mark.parametrize("group_size", [8, None])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_it_loses_less_of_the_output_than_round_to_nearest(bits, group_size):
+    total = torch.zeros(2)
     for seed in range(3):
         weight, inputs = problem(seed, rows=16, columns=64, tokens=1024)
         near = Integers(bits, group_size).nearest(weight).dequantize()
         values = gptq(bits, (group_size, True, False, False)).weights(weight, hessian(inputs)).dequantize()
-        lost = [(inputs @ (dense - weight).T).square().mean() for dense in (values, near)]
-        assert lost[0] < 0.85 * lost[1]
+        lost = torch.stack([(inputs @ (dense - weight).T).square().mean() for dense in (values, near)])
+        assert lost[0] < lost[1]
+        total += lost
+    assert total[0] < 0.8 * total[1]
 
 
 def test_order_by_activation_pays_where_features_differ():

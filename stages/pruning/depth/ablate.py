@@ -1,8 +1,8 @@
 """Ablation of a decoder: run it without some of its blocks, or without their attention.
 
-It is the model's own forward, with the forwards of its blocks patched. Many sets of omitted blocks begin
-alike, so they run in such an order that each run starts at the first block where it differs from the previous
-run, whose residual stream before that block is kept.
+Run the model's own forward with the forwards of its blocks patched. Many sets of omitted blocks share their
+first blocks. Each run therefore starts at the first block where it differs from the previous run, whose
+residual stream before that block is kept; the sets are ordered so that little is run twice.
 """
 
 from __future__ import annotations
