@@ -5,6 +5,7 @@ exit code 1. Commands import whatever is slow to import, so `check` answers with
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ def refusals() -> Iterator[None]:
 @app.command()
 def check() -> None:
     """Check the whole of params.yaml without running anything."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     with refusals():
         from stages.job.entry import outdated
         from stages.job.load import load_verified

@@ -94,23 +94,23 @@ def read_revision(name: str | None) -> Revision:
             ) from None
         texts = {path: _show(commit, path) for path in ("params.yaml", "dvc.lock")}
     if texts["params.yaml"] is None:
-        raise Refusal(f"{name or WORKSPACE} has no params.yaml.")
+        raise Refusal(f"{name or WORKSPACE} has no params.yaml; choose a revision of a prunequant project.")
     params = yaml.safe_load(texts["params.yaml"])
     lock = yaml.load(texts["dvc.lock"] or "{}", yaml.CSafeLoader)
     outs = {
         out["path"]: out
         for stage in lock.get("stages", {}).values()
         for out in stage.get("outs", [])
-        if _wanted(out["path"], params)
+        if is_named(out["path"], params)
     }
     return Revision(name or WORKSPACE, params, outs, cache)
 
 
-def _wanted(out: str, params: dict[str, Any]) -> bool:
+def is_named(out: str, params: dict[str, Any]) -> bool:
     """Tell whether params.yaml still names an output; dvc.lock keeps those of recipes that were removed."""
     kind, _, rest = out.removeprefix("data/").partition("/")
     if kind == "datasets":
-        return rest == "none" or rest in params["datasets"]
+        return rest == "none" or rest in params["datasets"] or rest in params.get("teach", {})
     if kind == "models":
         stage, _, recipe = rest.partition("/")
         return recipe in params["models" if stage == "base" else stage]
@@ -118,6 +118,10 @@ def _wanted(out: str, params: dict[str, Any]) -> bool:
         candidate, _, suite = rest.rpartition("/")
         suites = {name for group in params["suites"].values() for name in group}
         return candidate in params["evaluate"]["candidates"] and suite in suites
+    if kind == "curves":
+        return rest.removesuffix(".csv") in params.get("finetune", {})
+    if kind == "profile":
+        return rest in params.get("profile", {}).get("candidates", [])
     return True
 
 

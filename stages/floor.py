@@ -7,14 +7,13 @@ import shutil
 
 from stages.controls.candidates import Floor
 from stages.core.files import MODELS, RECORD, write_json, writing
-from stages.core.run import Run
 from stages.job.entry import entry
 from stages.model.artifact import load_record
 
 _SIZES = ("num_parameters", "bits_per_weight", "bytes_ideal", "bytes_on_disk", "sparsity")
 
 
-def floor(variant: Floor, run: Run, name: str) -> None:
+def floor(variant: Floor, name: str) -> None:
     """Write data/models/floor/<name>: the source's folder without weights, the responder in its record."""
     with writing(MODELS / "floor" / name) as folder:
         weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")

@@ -8,12 +8,11 @@ import shutil
 
 from stages.controls.candidates import Noise
 from stages.core.files import MODELS, RECORD, write_json, writing
-from stages.core.run import Run
 from stages.job.entry import entry
 from stages.model.artifact import load_record
 
 
-def noise(variant: Noise, run: Run, name: str) -> None:
+def noise(variant: Noise, name: str) -> None:
     """Copy the variant's source into data/models/noise/<name>, with the difference in its record."""
     with writing(MODELS / "noise" / name) as folder:
         shutil.copytree(MODELS / variant.source, folder, dirs_exist_ok=True)

@@ -31,7 +31,7 @@ def params(inputs: Path) -> dict[str, Any]:
 
 def make(folder: Path, inputs: Path) -> Path:
     """The project before anything is run, with a remote beside it, committed."""
-    project.make(folder, inputs=inputs)
+    project.make(folder, inputs)
     project.write(folder, params(inputs))
     project.run(folder, "dvc", "remote", "add", "-d", "local", str(folder.parent / f"{folder.name}-remote"))
     project.commit(folder, "a small sweep")

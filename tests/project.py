@@ -98,18 +98,16 @@ def params(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make(folder: Path, *, inputs: Path | None = None) -> Path:
-    """A git and DVC project in `folder` with the real stages and a tiny sweep; returns the folder.
+def write_inputs(folder: Path) -> None:
+    """Write the tiny model and the texts that `params` names."""
+    folder.mkdir()
+    families.save("llama", folder / "tiny")
+    (folder / "news.txt").write_text(text(1))
+    (folder / "speeches.txt").write_text(text(2))
 
-    Args:
-        inputs: where the tiny model and texts lie, made when missing; share it to compare two projects.
-    """
-    inputs = inputs or folder.parent / f"{folder.name}-inputs"
-    if not inputs.exists():
-        inputs.mkdir(parents=True)
-        families.save("llama", inputs / "tiny")
-        (inputs / "news.txt").write_text(text(1))
-        (inputs / "speeches.txt").write_text(text(2))
+
+def make(folder: Path, inputs: Path) -> Path:
+    """Make a git and DVC project in `folder` with the real stages and a tiny sweep; return the folder."""
     folder.mkdir(parents=True)
     for name in ("stages", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

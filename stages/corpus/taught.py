@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 TAUGHT = "taught"
 """The kind of these data sets, as `dataset.json` has it."""
 _TEACHER = "teacher.safetensors"
+
+
+def downloaded(taught: Mapping[str, Any], dataset: str) -> str:
+    """Return the downloaded data set that `dataset` is, or that a teacher made it from.
+
+    Args:
+        taught: the settings of each taught data set, by name.
+    """
+    seen = [dataset]
+    while (teaching := taught.get(seen[-1])) and teaching.dataset not in seen:
+        seen.append(teaching.dataset)
+    return seen[-1]
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,12 @@ class BenchmarkSuite(Suite):
             offline.add_nltk_data(nltk_data)
         stock = dict(self.stock())
         tasks = load_tasks([self._config(task, config, folder, seed) for task, config in stock.items()])
+        generating = [task for task in tasks if task.OUTPUT_TYPE == "generate_until"]
+        if self.max_gen_toks is not None and not generating:
+            raise Refusal(
+                f"suites.benchmark.{name}.max_gen_toks is {self.max_gen_toks}, but {self.task} is answered "
+                "by likelihood; leave it out."
+            )
         if langdetect := sys.modules.get("langdetect"):  # IFEval asks it for the language of an answer
             langdetect.DetectorFactory.seed = seed
         _check_lengths(tasks, lm, name)
@@ -141,10 +147,13 @@ class BenchmarkSuite(Suite):
         if entry.kind is Kind.GROUP:
             for member in config["task"]:
                 if not isinstance(member, str):
-                    raise Refusal(f"{name} defines tasks inside the group, which is not supported.")
+                    raise Refusal(
+                        f"{name} defines tasks inside the group, which is not supported; name one of its "
+                        "tasks."
+                    )
                 yield from self.stock(member)
         elif "class" in config:
-            raise Refusal(f"{name} is a Python class of lm-eval; only tasks in YAML are supported.")
+            raise Refusal(f"{name} is a Python class of lm-eval; choose a task defined in YAML.")
         else:
             yield name, config
 

@@ -12,23 +12,6 @@ def datasets_of(params: Params, artifact: str) -> list[str]:
     return [] if recipe is None else [text.dataset for text in recipe.reads().values()]
 
 
-def downloaded(params: Params, dataset: str) -> str:
-    """Return the downloaded data set that `dataset` is, or that a teacher made it from."""
-    seen = [dataset]
-    while (teaching := params.teach.get(seen[-1])) and teaching.dataset not in seen:
-        seen.append(teaching.dataset)
-    return seen[-1]
-
-
-def learned_from(params: Params, candidate: str) -> list[str]:
-    """Return every data set that a candidate's lineage learned from, and what taught ones were made from."""
-    datasets: list[str] = []
-    for artifact in params.lineage(candidate):
-        for dataset in datasets_of(params, artifact):
-            datasets += [dataset, downloaded(params, dataset)]
-    return list(dict.fromkeys(datasets))
-
-
 def ancestors(params: Params, artifact: str) -> set[str]:
     """Return every recipe that an artifact or taught data set is made from, near or far."""
     recipes = params.recipes()

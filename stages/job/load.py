@@ -31,8 +31,9 @@ def load(path: Path = PARAMS) -> Params:
     except YAMLError as error:
         raise Refusal(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
+        content = "is empty" if raw is None else f"holds {type(raw).__name__}"
         raise Refusal(
-            f"{path} must hold sections ({', '.join(Params.model_fields)}), it holds {type(raw).__name__}."
+            f"{path} must be a mapping of sections ({', '.join(Params.model_fields)}), but it {content}."
         )
     return checked_params(raw, str(path))
 

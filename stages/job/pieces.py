@@ -32,9 +32,18 @@ class Pieces:
 
 
 def _section(stage: str, *, methods: bool = True) -> Pieces:
-    """Return the pieces of a stage whose section of params has the stage's name."""
+    """Return the pieces of a stage whose section of params has the stage's name.
+
+    Args:
+        methods: whether the section is a union of methods; if not, the stage copies and computes nothing, so
+            it needs no settings of the run.
+    """
     return Pieces(
-        arguments=lambda params, name: (getattr(params, stage)[name], params.run, name),
+        arguments=lambda params, name: (
+            getattr(params, stage)[name],
+            *([params.run] if methods else []),
+            name,
+        ),
         recipes=lambda params: list(getattr(params, stage)),
         settings=(lambda params, name: getattr(params, stage)[name]) if methods else None,
         models=lambda params, name: [getattr(params, stage)[name].source],
@@ -92,7 +101,6 @@ def scope(params: Params) -> Scope:
         suites=tuple(params.suites.by_name()),
         models=params.models,
         recipes=params.recipes(),
-        learned_from={name: lineage.learned_from(params, name) for name in params.evaluate.candidates},
     )
 
 

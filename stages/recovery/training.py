@@ -153,12 +153,12 @@ def take_step(recipe: Tuning, arm: Arm, parts: Sequence[Sequence[Row]], step: in
     for batch in batches:
         mean, count = objective.batch_loss(arm.model, batch, recipe.distillation)
         total += mean.item() * count / predicted
-        _check_finite(total, "training loss", recipe, step)
+        _check_finite(total, "training loss", recipe, step + 1)
         (mean * (count / predicted)).backward()
     trained = list(arm.trained().values())
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    _check_finite(norm.item(), "training gradient", recipe, step)
+    _check_finite(norm.item(), "training gradient", recipe, step + 1)
     if norm > recipe.clip:
         torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
     arm.step(rate)
@@ -169,6 +169,11 @@ def take_step(recipe: Tuning, arm: Arm, parts: Sequence[Sequence[Row]], step: in
 
 def _check_finite(value: float, what: str, recipe: Tuning, step: int) -> None:
     if not -torch.inf < value < torch.inf:
+        if step == 0:
+            raise Diverged(
+                f"the {what} of {recipe.source} is {value} before any training; use another source, or check "
+                "its weights."
+            )
         raise Diverged(
             f"the {what} became {value} at step {step}; lower learning_rate "
             f"(now {recipe.learning_rate}) or clip (now {recipe.clip}), or raise warmup "
@@ -200,9 +205,13 @@ def refusing_out_of_memory(recipe: Tuning) -> Iterator[None]:
     except Exception as error:
         if not exhausted(error):
             raise
-        already = " (it is)" if recipe.gradient_checkpointing else ""
-        raise Refusal(
-            f"there is not enough memory; lower batch_size (now {recipe.batch_size}; raise accumulation, now "
-            f"{recipe.accumulation}, to make up for it) or train.sequence_length (now "
-            f"{recipe.train.sequence_length}), or set gradient_checkpointing: true{already}."
-        ) from error
+        cures = [f"lower train.sequence_length (now {recipe.train.sequence_length})"]
+        if recipe.batch_size > 1:
+            cures.insert(
+                0,
+                f"lower batch_size (now {recipe.batch_size}; raise accumulation, now {recipe.accumulation}, "
+                "to make up for it)",
+            )
+        if not recipe.gradient_checkpointing:
+            cures.append("set gradient_checkpointing: true")
+        raise Refusal(f"there is not enough memory; {' or '.join(cures)}.") from error

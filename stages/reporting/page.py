@@ -80,7 +80,10 @@ def render(
         ],
         undrawn=records(comparison.perplexities[1]),
         figures={stem: _inline(picture) for stem, picture in pictures.items()},
-        facts={name: _listed(rows[name]) for name in ("dtype", "device", "threads", "seed")},
+        facts={
+            "file_dtype": _listed(competing["dtype"]),
+            **{name: _listed(rows[name]) for name in ("dtype", "device", "threads", "seed")},
+        },
         shown=(_FLIPS_SHOWN, _ANSWER_SHOWN),
     )
 
@@ -116,7 +119,7 @@ def _candidate(scope: Scope, row: Mapping[str, Any], suites: Iterable[str]) -> d
             (step, _flow(recipes[step].model_dump(mode="json"))) for step in row["lineage"] if step in recipes
         ],
         "on_grid": _marks(row, scope)["on_grid"],
-        "read": [name for name in scope.learned_from.get(row["candidate"], ()) if name in suites],
+        "read": [name for name in scope.learned_from(row["candidate"]) if name in suites],
     }
 
 
@@ -164,7 +167,7 @@ def _exp(nats: float) -> float:
 def _marks(row: Mapping[str, Any], scope: Scope) -> dict[str, bool]:
     """Return whether the base's grid flatters a score, and whether text of the suite's own domain does."""
     return {
-        "in_domain": row["suite"] in scope.learned_from.get(row["candidate"], ()),
+        "in_domain": row["suite"] in scope.learned_from(row["candidate"]),
         "on_grid": row["base_grid"] is not None and row["quantize_method"] is not None,
     }
 

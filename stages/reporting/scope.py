@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stages.corpus.taught import downloaded
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -23,5 +25,16 @@ class Scope:
     """The settings of each base model, by name."""
     recipes: Mapping[str, Any]
     """The settings of each recipe, by `<stage>/<recipe>`."""
-    learned_from: Mapping[str, list[str]]
-    """The data sets that each candidate's lineage learned from."""
+
+    def learned_from(self, candidate: str) -> list[str]:
+        """Return every data set that a candidate's lineage learned from, and the sources of taught ones."""
+        taught = {
+            name.removeprefix("teach/"): self.recipes[name] for name in self.recipes if "teach/" in name
+        }
+        names: list[str] = []
+        artifact = candidate
+        while recipe := self.recipes.get(artifact):
+            for text in recipe.reads().values():
+                names += [text.dataset, downloaded(taught, text.dataset)]
+            artifact = recipe.source
+        return list(dict.fromkeys(names))

@@ -87,7 +87,8 @@ def fetched(source: str, inner: str, expected: str | None, *, data: bool = False
             root = Path(source.removeprefix("path:"))
         path = root / inner
         if not path.exists():
-            raise Refusal(f"{source} has no {inner or 'such path'}.")
+            problem = f"has no {inner}; correct the path in params.yaml" if inner else "does not exist"
+            raise Refusal(f"{source} {problem}.")
         if expected is not None:
             with reading(source):
                 actual = sha256(path)

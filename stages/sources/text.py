@@ -50,7 +50,10 @@ class Text(Dataset):
                     f"{self.source} {self.file} is not {expected}; set documents to the file's format."
                 ) from None
         if not documents:
-            raise Refusal(f"{self.source} {self.file} has no {self.documents} with text.")
+            raise Refusal(
+                f"{self.source} {self.file} has no {self.documents} with text; set documents to the file's "
+                "format, or choose another file."
+            )
         calibration, evaluation, dropped = split_calibration(documents, self.calibration)
         for name, texts in (("calibration", calibration), ("evaluation", evaluation)):
             pd.DataFrame({"text": pd.Series(texts, dtype="str")}).to_parquet(folder / f"{name}.parquet")
@@ -77,7 +80,10 @@ def split_documents(content: bytes, how: str) -> list[str]:
             else pd.read_csv(io.StringIO(content.decode()), dtype=str, keep_default_na=False)
         )
         if "text" not in rows:
-            raise Refusal(f"the {how} has no column text, only {', '.join(map(str, rows.columns))}.")
+            columns = ", ".join(map(str, rows.columns))
+            raise Refusal(
+                f"the {how} has no column text, only {columns}; rename the column of documents to text."
+            )
         pieces = [str(piece) for piece in rows["text"].dropna()]
     elif how == "lines":
         pieces = content.decode().splitlines()

@@ -6,8 +6,7 @@ import pytest
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
-from stages.corpus.taught import read_lesson
-from stages.job import lineage
+from stages.corpus.taught import downloaded, read_lesson
 from tests import families, lessons
 from tests.lessons import make_lesson
 
@@ -37,4 +36,4 @@ def test_a_lesson_made_from_a_lesson_names_the_data_set_behind_both():
     lessons.make(chosen)
     facts = json.loads((DATASETS / "lesson/dataset.json").read_text())
     assert facts["source"] == "logits of base/tiny on sums (reasoning-gym)"
-    assert lineage.downloaded(chosen, "lesson") == "sums"
+    assert downloaded(chosen.teach, "lesson") == "sums"

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from flows import diff
+from flows import diff, revisions
 from flows.revisions import Revision
 from flows.show import show_diff
 from flows.tensors import compare_tensors
@@ -35,6 +35,24 @@ def results(values: dict[str, float], items: dict[str, list[float]] | None = Non
 def samples(*rightness: float, **columns: object) -> pd.DataFrame:
     """Return items of `base/m`, answered right (1) or wrong (0)."""
     return of_items({"base/m": list(rightness)}, **GENERATED).samples.assign(**columns)
+
+
+def test_outputs_of_recipes_that_params_no_longer_name_are_not_compared():
+    params = {
+        "models": {"m": {}}, "datasets": {"news": {}}, "prune": {"w": {}}, "finetune": {"l": {}},
+        "teach": {"lesson": {}}, "suites": {"perplexity": {"news": {}}},
+        "evaluate": {"candidates": ["base/m"]}, "profile": {"candidates": ["base/m"]},
+    }  # fmt: skip
+    named = (
+        "datasets/none", "datasets/news", "datasets/lesson", "models/base/m", "models/prune/w",
+        "results/base/m/news", "curves/l.csv", "profile/base/m", "report",
+    )  # fmt: skip
+    removed = (
+        "datasets/old", "models/prune/old", "results/prune/w/news", "results/base/m/old", "curves/old.csv",
+        "profile/prune/w",
+    )  # fmt: skip
+    assert all(revisions.is_named(f"data/{out}", params) for out in named)
+    assert not any(revisions.is_named(f"data/{out}", params) for out in removed)
 
 
 def test_params_are_compared_by_key():

@@ -10,9 +10,8 @@ from tests import project
 
 @pytest.fixture
 def raw(tmp_path):
-    inputs = tmp_path / "inputs"
-    project.make(tmp_path / "project", inputs=inputs)
-    return project.params(inputs)
+    project.write_inputs(tmp_path / "inputs")
+    return project.params(tmp_path / "inputs")
 
 
 def refusal(raw) -> str:
@@ -150,20 +149,33 @@ def test_a_changed_path_is_found(raw, tmp_path):
     assert "write this hash if its content is what you want" in change
 
 
+def test_a_changed_path_of_nltks_data_is_found(raw, tmp_path):
+    inputs = tmp_path / "inputs"
+    words = {"kind": "benchmark", "source": f"path:{inputs}", "config": "."}
+    nltk = {"source": f"path:{inputs}", "file": "news.txt", "sha256": "0" * 64}
+    raw["datasets"]["words"] = {**words, "sha256": project.sha256(inputs), "nltk_data": nltk}
+    (change,) = checks.changed_paths(checked_params(raw))
+    assert change.startswith("datasets.words.nltk_data.sha256: ")
+    raw["datasets"]["words"]["nltk_data"]["file"] = "missing.zip"
+    (change,) = checks.changed_paths(checked_params(raw))
+    assert change.startswith("datasets.words.nltk_data: ")
+    assert "has no missing.zip; correct the path" in change
+
+
 @pytest.mark.parametrize("number", ["5e-4", "1e-05"])
-def test_numbers_are_read_as_dvc_reads_them(tmp_path, number):
-    folder = project.make(tmp_path / "project")
-    text = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(text.replace("learning_rate: 0.001", f"learning_rate: {number}"))
-    assert load(folder / "params.yaml").finetune["wanda-50-lora"].learning_rate == float(number)
+def test_numbers_are_read_as_dvc_reads_them(raw, tmp_path, number):
+    project.write(tmp_path, raw)
+    file = tmp_path / "params.yaml"
+    file.write_text(file.read_text().replace("learning_rate: 0.001", f"learning_rate: {number}"))
+    assert load(file).finetune["wanda-50-lora"].learning_rate == float(number)
 
 
-def test_a_name_given_twice_is_refused(tmp_path):
-    folder = project.make(tmp_path / "project")
-    text = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(text + "\nnoise: {}\n")
+def test_a_name_given_twice_is_refused(raw, tmp_path):
+    project.write(tmp_path, raw)
+    file = tmp_path / "params.yaml"
+    file.write_text(file.read_text() + "\nnoise: {}\n")
     with pytest.raises(Refusal, match="is not YAML"):
-        load(folder / "params.yaml")
+        load(file)
 
 
 @pytest.mark.parametrize(

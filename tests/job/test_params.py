@@ -528,10 +528,9 @@ def test_all_offenders_at_once(raw):
     [
         (
             "- a\n",
-            "must hold sections (run, models, datasets, prune, quantize, teach, finetune, noise, floor, suites, "
-            "evaluate, profile)",
+            f"must be a mapping of sections ({', '.join(Params.model_fields)})",
         ),
-        ("", "must hold sections"),
+        ("", "but it is empty"),
         ("a: [", "is not YAML"),
     ],
 )

@@ -253,7 +253,7 @@ def test_measures_of_one_metric_are_shown_apart():
     )
     scope = Scope(
         evaluations=(), candidates=("base/m", "noise/n", "prune/p"), suites=("s",), recipes={},
-        models={"m": SimpleNamespace(sha256="0" * 64)}, learned_from={},
+        models={"m": SimpleNamespace(sha256="0" * 64)},
     )  # fmt: skip
     text = render(scope, table, compare_candidates(table), agreement(table), {})
     plain = " ".join(html.unescape(TAG.sub(" ", text)).split())

@@ -6,6 +6,8 @@ cycle, a group_size that does not divide. Both kinds are reported at once. Linea
 (`learning`), what suites score (`suites`), and the remaining sections here.
 """
 
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from stages.job.checks.suites import of_suites
 from stages.job.params import Params
 from stages.sources.benchmark import Benchmark
 
+log = logging.getLogger(__name__)
 SOURCED = ("models", "datasets")
 """The sections whose entries are downloaded."""
 
@@ -35,12 +38,11 @@ def between(params: Params, broken: set[str]) -> Iterator[str]:
     for section in ("datasets", "teach"):
         if "none" in getattr(params, section):
             yield f"{section}.none: the name none stands for no data; rename this data set."
-    for section in SOURCED:
-        for name, entry in getattr(params, section).items():
-            yield from _of_source(f"{section}.{name}", entry)
-            if isinstance(entry, Benchmark) and entry.nltk_data:
-                yield from _of_source(f"{section}.{name}.nltk_data", entry.nltk_data)
+    for at, entry in _sourced(params):
+        yield from _of_source(at, entry)
     if params.run.device not in ("auto", "cpu"):  # every machine has these, and asking torch takes seconds
+        if "torch" not in sys.modules:
+            log.info("run.device is %s: loading torch to see whether this machine has it", params.run.device)
         try:
             params.run.resolved_device()
         except Refusal as refusal:
@@ -51,10 +53,8 @@ def _of_noise(params: Params) -> Iterator[str]:
     """Yield noise candidates that do not differ from their source, for every suite or for some."""
     for name, variant in params.noise.items():
         if variant.dtype == params.run.dtype:
-            yield (
-                f"noise.{name}.dtype: {variant.dtype} is already run.dtype, so nothing would differ; choose "
-                "another."
-            )
+            omit = ", or leave dtype out" if variant.batch_size else ""
+            yield f"noise.{name}.dtype: {variant.dtype} is already run.dtype; choose another dtype{omit}."
         elif variant.dtype is None and variant.batch_size is None:
             yield f"noise.{name}: nothing differs from its source; give it a batch_size or a dtype."
         suites = params.suites.by_name().items()
@@ -74,20 +74,25 @@ def _of_source(at: str, entry: Any) -> Iterator[str]:
         yield f"{at}.source: {source} does not exist."
 
 
-def changed_paths(params: Params) -> Iterator[str]:
-    """Yield `path:` sources whose content, all of which is read, has another sha256 than params say."""
+def _sourced(params: Params) -> Iterator[tuple[str, Any]]:
+    """Yield every setting that may name a source, after its place in params.yaml."""
     for section in SOURCED:
         for name, entry in getattr(params, section).items():
-            source, expected = getattr(entry, "source", ""), getattr(entry, "sha256", None)
-            if not source.startswith("path:"):
-                continue
-            fields = ("folder", "file", "pinned")
-            inner = next((path for field in fields if (path := getattr(entry, field, ""))), "")
-            path = Path(source.removeprefix("path:")) / inner
-            if not path.exists():
-                yield f"{section}.{name}.source: {source} has no {inner}."
-            elif (actual := sha256(path)) != expected:
-                yield (
-                    f"{section}.{name}.sha256: {path} has {actual}; write this hash if its content is what "
-                    "you want."
-                )
+            yield f"{section}.{name}", entry
+            if isinstance(entry, Benchmark) and entry.nltk_data:
+                yield f"{section}.{name}.nltk_data", entry.nltk_data
+
+
+def changed_paths(params: Params) -> Iterator[str]:
+    """Yield `path:` sources whose content, all of which is read, has another sha256 than params say."""
+    for at, entry in _sourced(params):
+        source, expected = getattr(entry, "source", ""), getattr(entry, "sha256", None)
+        if not source.startswith("path:"):
+            continue
+        fields = ("folder", "file", "pinned")
+        inner = next((path for field in fields if (path := getattr(entry, field, ""))), "")
+        path = Path(source.removeprefix("path:")) / inner
+        if not path.exists():
+            yield f"{at}: {source} has no {inner}; correct the path."
+        elif (actual := sha256(path)) != expected:
+            yield f"{at}.sha256: {path} has {actual}; write this hash if its content is what you want."

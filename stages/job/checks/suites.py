@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from stages.core.schema import Strict
 from stages.corpus.examples import Selection
+from stages.corpus.taught import downloaded
 from stages.evaluation.graded import GradedSuite
 from stages.evaluation.suite import Suite
-from stages.job.lineage import downloaded
 from stages.job.params import SUITES, Params
 from stages.job.sentences import allowed, tag
 from stages.sources.graded.items import GradedData, Level
@@ -57,7 +57,7 @@ def _learned(params: Params) -> _Learned:
     learned = _Learned()
     for recipe in params.recipes().values():
         for text in recipe.reads().values():
-            name = downloaded(params, text.dataset)
+            name = downloaded(params.teach, text.dataset)
             dataset = params.datasets.get(name)
             if isinstance(dataset, Text):
                 learned.texts[dataset.sha256] = name
