@@ -11,16 +11,24 @@ READY := $(VENV)/ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench compare test lint types format setup clean
+.PHONY: bench compare test test-all test-numerics lint types format setup clean
 
 compare: $(READY)
 	prunequant run $(if $(JOBS),--jobs $(JOBS))
 
-# The second run has the kernels of an old CPU: BLAS and LAPACK, oneDNN, torch's own; sums differ in the last bits.
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	python -m pytest -n 2 --dist loadfile
-	MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default \
-	  python -m pytest -n 2 --dist loadfile -m numerics
+	$(PYTEST) -m "not drill"
+	$(MAKE) test-numerics
+
+test-all: $(READY)
+	$(PYTEST)
+	$(MAKE) test-numerics
+
+# The kernels of an old CPU: BLAS and LAPACK, oneDNN, torch's own. Their sums differ in the last bits.
+test-numerics: $(READY)
+	MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default $(PYTEST) -m numerics
 
 lint: $(READY)
 	ruff check .

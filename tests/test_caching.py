@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests import finished as sweep
@@ -119,6 +120,7 @@ def test_the_committed_lock_knows_the_code():
     assert "changed deps" not in changes and "changed command" not in changes
 
 
+@pytest.mark.drill
 def test_two_clones_make_the_same_bytes(finished, tmp_path):
     again = tmp_path / "again"
     project.run(tmp_path, "git", "clone", "-q", str(finished), str(again))

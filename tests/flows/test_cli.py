@@ -112,6 +112,7 @@ def test_check_imports_nothing_that_takes_seconds(folder):
     subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, check=True)
 
 
+@pytest.mark.drill
 def test_an_unknown_target_is_refused(finished):
     output = sweep.prunequant(finished, "run", "prune/wanda-5", code=2)
     assert "there is no stage or artifact 'prune/wanda-5', did you mean 'prune/wanda-50'?" in output

@@ -188,6 +188,7 @@ def test_tensors_are_compared_one_by_one(tmp_path):
     ]
 
 
+@pytest.mark.drill
 def test_a_real_edit_is_shown_whole(edited):
     folder, _ = edited
     changes = json.loads(sweep.prunequant(folder, "diff", "HEAD~1", "--json"))
@@ -208,6 +209,7 @@ def test_a_real_edit_is_shown_whole(edited):
     assert "HEAD and HEAD: the same params, artifacts and scores." in same
 
 
+@pytest.mark.drill
 def test_a_clone_without_the_cache_says_what_to_pull(edited, tmp_path):
     folder, clone = edited[0], tmp_path / "clone"
     project.run(tmp_path, "git", "clone", "-q", str(folder), str(clone))
@@ -229,6 +231,7 @@ def test_different_threads_are_a_warning():
     assert diff.run_changes(old, new) == ["base/m on s: threads was 1, is 2"]
 
 
+@pytest.mark.drill
 def test_an_unknown_revision_is_one_sentence(finished):
     output = sweep.prunequant(finished, "diff", "nowhere", code=2)
     assert output == "there is no revision 'nowhere'; give a commit, a branch, a tag or an experiment.\n"

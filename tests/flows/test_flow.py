@@ -21,6 +21,7 @@ def stages(**upstream: str) -> graph.Graph:
     return {name: Stage(name, "true", tuple(up.split()), (f"data/{name}",)) for name, up in upstream.items()}
 
 
+@pytest.mark.drill
 def test_the_first_run_makes_everything(finished):
     output = (finished / "output.txt").read_text()
     assert sweep.outcomes(finished) == dict.fromkeys(sweep.STAGES, "ran")
@@ -34,6 +35,7 @@ def test_the_first_run_makes_everything(finished):
     assert names == sorted(names)
 
 
+@pytest.mark.drill
 def test_the_second_run_executes_nothing(copy):
     lock, records = (copy / "dvc.lock").read_bytes(), sorted((copy / "data/runs").rglob("*.json"))
     times = [record.stat().st_mtime for record in records if record.name != "flow.json"]
@@ -44,6 +46,7 @@ def test_the_second_run_executes_nothing(copy):
     assert [record.stat().st_mtime for record in records if record.name != "flow.json"] == times
 
 
+@pytest.mark.drill
 @pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # raised while DVC plans
 def test_a_lost_lock_is_restored_without_running(copy, monkeypatch):
     (copy / "dvc.lock").unlink()
@@ -58,6 +61,7 @@ def test_a_lost_lock_is_restored_without_running(copy, monkeypatch):
     assert graph.stale(run.graph) == set()
 
 
+@pytest.mark.drill
 def test_a_failed_branch_leaves_the_others_to_finish(copy):
     sweep.edit(copy, "quantize.gptq-w4g32.calibration.num_samples", 100_000)
     sweep.edit(copy, "prune.magnitude-50.sparsity", 0.25)
@@ -76,6 +80,7 @@ def test_a_failed_branch_leaves_the_others_to_finish(copy):
     assert last[1].startswith("  - quantize@gptq-w4g32: data set news has ")
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_leaves_no_process_and_no_half_output(copy, number):
     sweep.edit(copy, "prune.magnitude-50.sparsity", 0.125)
@@ -149,6 +154,7 @@ def test_graph_below_and_select():
         graph.select(whole, ["x", "bb"])
 
 
+@pytest.mark.drill
 def test_the_lock_is_sorted_and_means_the_same(copy, monkeypatch):
     before = yaml.safe_load((copy / "dvc.lock").read_text())
     shuffled = {**before, "stages": dict(reversed(before["stages"].items()))}
