@@ -54,12 +54,12 @@ def test_only_data_that_bend_have_an_end():
     bent = 0.7 - 0.5 * np.exp(-BUDGETS / 5)
     curve = saturation(BUDGETS, answers(bent, random, 2000), seed=0)
     assert curve.bends
-    assert curve.end[0] < curve.a < curve.end[1]
-    assert curve.scale[0] < curve.c < curve.scale[1]
+    assert curve.a_interval[0] < curve.a < curve.a_interval[1]
+    assert curve.c_interval[0] < curve.c < curve.c_interval[1]
     assert curve.at([0, 1e6]) == pytest.approx([curve.a - curve.b, curve.a])
     assert curve == saturation(BUDGETS, answers(bent, np.random.default_rng(1), 2000), seed=0)
     straight = saturation(BUDGETS, answers(0.2 + 0.015 * BUDGETS, random), seed=0)
-    assert (straight.bends, straight.end, straight.scale) == (False, None, None)
+    assert (straight.bends, straight.a_interval, straight.c_interval) == (False, None, None)
     upward = saturation(BUDGETS, answers(0.1 + 0.0005 * BUDGETS**2, random), seed=0)
     assert upward.c > 0.99 * STRAIGHT * 31
     assert not upward.bends
