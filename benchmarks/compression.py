@@ -80,7 +80,7 @@ class Side(NamedTuple):
 
 
 def recipe_of(method: str, calibration: Calibration, sequential: Sequential) -> WeightMethod:
-    """Return a recipe with the settings that `benchmarks.other_side` has too."""
+    """Return a recipe with the settings that `benchmarks.llmcompressor_side` has too."""
     text = calibration.model_copy(update={"sequential": sequential})
     shared: dict[str, Any] = {"source": "base/smollm2", "method": method, "calibration": text}
     if method == "gptq":
@@ -172,7 +172,7 @@ def run_llmcompressor(
     """
     ids = folder.with_suffix(".safetensors")
     save_file({"input_ids": tokens.contiguous()}, ids)
-    script = Path(__file__).with_name("other_side.py")
+    script = Path(__file__).with_name("llmcompressor_side.py")
     arguments = (MODEL, ids, method, pipeline, folder, threads, seed)
     command = [python, str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

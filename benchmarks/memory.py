@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 from benchmarks.figures import tell
+from stages.core.files import RECORD
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {
@@ -88,7 +89,7 @@ def make(folder: Path, count: int, tokenizer: Path) -> None:
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     record = {"artifact": "base/big", "lineage": ["base/big"], "recipes": {}, "base": {"name": "big"}}
-    (folder / "artifact.json").write_text(json.dumps(record))
+    (folder / RECORD).write_text(json.dumps(record))
 
 
 def project(folder: Path, news: Path, samples: int, length: int) -> None:

@@ -5,6 +5,7 @@
 - `python -m stages.<stage> --help` over `import torch`: every stage reads its params before it does anything.
 - A recipe of params.yaml from the start of its process to the model's first block, over `import torch` and
   the model's own modeling module. Imports moved out of `--help` into the work count here.
+- Stages without torch, to their end; `floor` only if params.yaml has a recipe for it.
 
 Each line is a JSON object. Figures are the least of a few turns, since other processes can only add to them.
 """
@@ -17,23 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.figures import tell
+from stages.job.load import load
+from stages.job.pieces import STAGES
 
 TURNS = 5
-STAGES = (
-    "validate",
-    "download",
-    "prune",
-    "quantize",
-    "teach",
-    "finetune",
-    "noise",
-    "floor",
-    "evaluate",
-    "profile",
-    "report",
-)
 WITHOUT_TORCH = (("validate",), ("noise", "smollm2-batch-5"))
-"""Stages that need no torch, each with its recipe; they run to their end."""
+"""Stages that need no torch, each with its recipe; they run to their end. `floor` is another."""
 FORWARD = {
     "prune": "wanda-50",
     "quantize": "gptq-w4g64",
@@ -93,7 +83,8 @@ def main() -> None:
         seconds = cpu_seconds([python, "-c", UNTIL_BLOCK, stage, recipe])
         tell(f"{stage} {recipe} to its first block, CPU seconds", seconds)
         tell(f"{stage} {recipe} to its first block over torch and modeling", seconds / modeling)
-    for stage, *arguments in WITHOUT_TORCH:
+    floors = [("floor", name) for name in load().floor][:1]
+    for stage, *arguments in (*WITHOUT_TORCH, *floors):
         seconds = cpu_seconds([python, "-m", f"stages.{stage}", *arguments])
         tell(f"{' '.join([stage, *arguments])}, CPU seconds", seconds)
     check = str(Path(python).with_name("prunequant"))

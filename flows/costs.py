@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from stages.core.errors import Refusal
-from stages.core.files import RUNS, read_json
+from stages.core.files import read_json, run_record
 from stages.core.lazy import torch
 from stages.job import lineage
 from stages.job.params import Params
@@ -42,7 +42,7 @@ def costs(params: Params, candidate: str) -> list[dict[str, Any]]:
 
 def _minutes(candidate: str, suite: str) -> float | None:
     """Return the minutes of the last evaluation; None if it failed or never ran."""
-    file = RUNS / "evaluate" / candidate / f"{suite}.json"
+    file = run_record("evaluate", f"{candidate}/{suite}")
     record: dict[str, Any] = read_json(file) if file.exists() else {"state": "never"}
     return record["seconds"] / 60 if record["state"] == "done" else None
 
@@ -145,5 +145,5 @@ def _check(params: Params, candidate: str, suites: list[str]) -> None:
     defined = params.suites.by_name()
     if unknown := [suite for suite in suites if suite not in defined]:
         raise Refusal(f"there is no suite {unknown[0]!r}; params.yaml has {', '.join(defined)}.")
-    if missing := lineage.unmade(params, [candidate], suites):
+    if missing := lineage.missing_inputs(params, [candidate], suites):
         raise Refusal("; ".join(missing) + ".")

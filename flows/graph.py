@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from stages.core.errors import Refusal
-from stages.core.files import RUNS, write_text
+from stages.core.files import run_record, write_text
 
 LOCK = Path("dvc.lock")
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
@@ -41,7 +41,7 @@ class Stage:
     def record(self) -> Path:
         """The run record that `python -m stages.<stage> <recipe>` writes."""
         module, _, recipe = self.cmd.partition("stages.")[2].partition(" ")
-        return RUNS / module / f"{recipe or 'all'}.json"
+        return run_record(module, recipe or "all")
 
 
 Graph = dict[str, Stage]

@@ -1,4 +1,4 @@
-"""Evaluate: put one suite to one candidate, and write its scores and every answer."""
+"""Evaluate: score one candidate on one suite and write its scores and every answer."""
 
 from stages.core.files import DATASET, DATASETS, RESULTS, read_json, writing
 from stages.core.run import Run
@@ -10,16 +10,16 @@ from stages.job.entry import entry
 from stages.model.artifact import load_record
 
 
-def evaluate(suite: Suite, settings: Run, name: str) -> None:
+def evaluate(suite: Suite, run: Run, name: str) -> None:
     """Evaluate `<candidate>/<suite>` into data/results/<candidate>/<suite>."""
     candidate, suite_name = name.rsplit("/", 1)
-    settings.start()
+    run.start()
     record = load_record(candidate)
     batch_size = record.get("batch_size", suite.batch_size)
-    run = settings.model_copy(update={"dtype": record.get("dtype", settings.dtype)})
-    kept = KeptAnswers(candidate, suite_name, batch_size, run, type(suite).__module__)
-    scores, samples = suite.evaluate(load_candidate(record, run, batch_size, kept), suite_name, settings.seed)
-    dataset, numerics = read_json(DATASETS / suite_name / DATASET), run.numerics()
+    adjusted = run.model_copy(update={"dtype": record.get("dtype", run.dtype)})
+    kept = KeptAnswers(candidate, suite_name, batch_size, adjusted, type(suite).__module__)
+    scores, samples = suite.evaluate(load_candidate(record, adjusted, batch_size, kept), suite_name, run.seed)
+    dataset, numerics = read_json(DATASETS / suite_name / DATASET), adjusted.numerics()
     setting = Setting(
         suite=suite_name,
         dataset_source=dataset.get("source", "reasoning-gym"),

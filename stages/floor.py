@@ -1,6 +1,7 @@
-"""Floor: a responder without knowledge as a candidate, beside the model whose tokenizer it is asked with.
+"""Floor: make a candidate of a responder without knowledge.
 
-It has no weights; `stages.controls.responders` says how it answers.
+It uses its source's tokenizer and chat template and has no weights; `stages.controls.responders` says how it
+answers.
 """
 
 import shutil

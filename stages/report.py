@@ -1,6 +1,6 @@
 """Report: all scores of all candidates as tables, metrics, figures and a page."""
 
-from stages.core.files import REPORT, writing
+from stages.core.files import REPORT, write_text, writing
 from stages.job.entry import entry
 from stages.reporting import agreement, collect, comparison, export, figures, page
 from stages.reporting.scope import Scope
@@ -18,7 +18,7 @@ def report(scope: Scope) -> None:
             for stem, figure in drawn.items()
             if figure is not None
         }
-        (folder / "index.html").write_text(page.render(scope, results, compared, agreements, pictures))
+        write_text(folder / "index.html", page.render(scope, results, compared, agreements, pictures))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The house: imports run down only, names mean one thing, and dvc.yaml depends on identities of code."""
+"""The layers: imports run down only, names mean one thing, and dvc.yaml depends on identities of code."""
 
 import ast
 import json
@@ -18,11 +18,11 @@ from stages.job import pieces
 from tests import project
 
 ROOT = project.ROOT
-FLOORS = (
+LAYERS = (
     "core", "model", "corpus", "compress", "sources", "pruning", "quantization", "recovery", "teaching",
-    "controls", "evaluation", "profiling", "reporting", "job", "doors", "flows",
+    "controls", "evaluation", "profiling", "reporting", "job", "stage files", "flows",
 )  # fmt: skip
-"""From the ground up. The doors are the files of `stages/` itself, one a stage."""
+"""From the lowest. The stage files lie in `stages/` itself, one a stage."""
 FILES = sorted(
     file.relative_to(ROOT) for folder in ("stages", "flows") for file in (ROOT / folder).rglob("*.py")
 )
@@ -33,10 +33,10 @@ LIBRARIES = (
 )  # fmt: skip
 
 
-def floor(file: Path) -> str:
+def layer(file: Path) -> str:
     if file.parts[0] == "flows":
         return "flows"
-    return file.parts[1] if len(file.parts) > 2 else "doors"
+    return file.parts[1] if len(file.parts) > 2 else "stage files"
 
 
 def imports(file: Path) -> Iterator[Path]:
@@ -61,12 +61,12 @@ def imports(file: Path) -> Iterator[Path]:
 
 
 def test_imports_run_down_only():
-    assert {floor(file) for file in FILES} == set(FLOORS)
+    assert {layer(file) for file in FILES} == set(LAYERS)
     upward = [
         f"{file} imports {other}"
         for file in FILES
         for other in imports(file)
-        if FLOORS.index(floor(other)) > FLOORS.index(floor(file))
+        if LAYERS.index(layer(other)) > LAYERS.index(layer(file))
     ]
     assert not upward
 
@@ -106,11 +106,11 @@ def test_a_public_name_means_one_thing():
     assert not {name: files for name, files in public.items() if len(files) > 1 and name not in shared}
 
 
-def test_every_stage_has_a_door_and_every_door_a_stage():
-    doors = {file.stem for file in FILES if floor(file) == "doors"} - {"__init__"}
-    assert doors == set(pieces.STAGES)
+def test_every_stage_has_a_file_and_every_stage_file_a_stage():
+    stages = {file.stem for file in FILES if layer(file) == "stage files"} - {"__init__"}
+    assert stages == set(pieces.STAGES)
     commands = {re.search(r"python -m stages\.(\w+)", entry["cmd"])[1] for entry in entries().values()}
-    assert commands == doors
+    assert commands == stages
 
 
 def entries() -> dict[str, dict]:
@@ -175,10 +175,10 @@ def test_nothing_in_job_counts_for_an_artifact():
         assert bool(job) == (stage == "validate"), f"{stage}/{method}"
 
 
-def test_doors_take_nothing_from_job_but_the_entry():
+def test_stage_files_import_nothing_from_job_but_the_entry():
     for file in FILES:
-        if floor(file) == "doors" and file.stem != "__init__":
-            taken = {str(other) for other in imports(file) if floor(other) == "job"}
+        if layer(file) == "stage files" and file.stem != "__init__":
+            taken = {str(other) for other in imports(file) if layer(other) == "job"}
             assert taken == {"stages/job/entry.py"}, file
 
 
@@ -197,10 +197,10 @@ def modules_after(code: str, cwd: Path) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("door", sorted(pieces.STAGES))
-def test_a_door_opens_without_heavy_libraries(door):
+@pytest.mark.parametrize("stage", sorted(pieces.STAGES))
+def test_a_stage_file_imports_no_heavy_library(stage):
     """`python -m stages.<stage> --help`, and with it the reading of params, imports no library of seconds."""
     heavy = set(LIBRARIES)
-    if door == "report":
+    if stage == "report":
         heavy -= {"numpy", "pandas", "pyarrow", "scipy", "matplotlib"}
-    assert not modules_after(f"import stages.{door}", ROOT) & heavy
+    assert not modules_after(f"import stages.{stage}", ROOT) & heavy

@@ -1,8 +1,9 @@
 """Candidates that are not compressed models: a model computed differently, and responders without knowledge.
 
 A `noise` candidate is its source, evaluated at another batch size or in another dtype. What differs is
-numerical noise, and no smaller difference between two models means anything. A `floor` candidate is a
-responder without knowledge (see `stages.controls.responders`); a task's scale begins at its score.
+numerical noise, and no smaller difference between two models means anything. A `floor` candidate is one
+responder without knowledge (see `stages.controls.responders`); a task's floor is the best score of all
+of them.
 """
 
 from typing import Annotated, Any

@@ -29,7 +29,7 @@ REPORT = DATA / "report"
 CODE = DATA / "code"
 """Code identities: `<stage>/<method>`, see `stages.core.identity`."""
 VALIDATED = DATA / "validated.json"
-"""The constant mark that params.yaml was checked, on which every stage depends."""
+"""The constant mark that params.yaml was checked, on which every stage but `code` depends."""
 RUNS = DATA / "runs"
 """Run records and logs, which vary from run to run: `<stage>/<recipe>.json`."""
 SCRATCH = DATA / "scratch"
@@ -39,6 +39,11 @@ RECORD = "artifact.json"
 """What is known of a model artifact, in its folder."""
 DATASET = "dataset.json"
 """What is known of a data set, in its folder."""
+
+
+def run_record(stage: str, name: str) -> Path:
+    """Return the path of the record of a stage's last run for the recipe `name`."""
+    return RUNS / stage / f"{name}.json"
 
 
 @contextmanager

@@ -12,6 +12,12 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 SLUG = r"[a-z0-9]+(?:-[a-z0-9]+)*"
+RECIPES = ("prune", "quantize", "teach", "finetune", "noise", "floor")
+"""The sections of recipes: every entry has a source."""
+CONTROLS = ("noise/", "floor/")
+"""Prefixes of candidates that are not compressed models."""
+_CANDIDATES = ("base", *(stage for stage in RECIPES if stage != "teach"))
+_SOURCES = tuple(stage for stage in _CANDIDATES if f"{stage}/" not in CONTROLS)
 LONGEST_NAME = 100
 """Characters of a name: two names and what is put around them make a file name, which has 255 at most."""
 
@@ -27,6 +33,12 @@ def _matches(pattern: str, allowed: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _artifact(stages: tuple[str, ...], example: str = "") -> AfterValidator:
+    """Require `<stage>/<recipe>` with one of `stages`."""
+    words = f"<stage>/<recipe> with stage {', '.join(stages[:-1])} or {stages[-1]}"
+    return _matches(rf"(?:{'|'.join(stages)})/{SLUG}", words + example)
+
+
 def _short(value: str) -> str:
     if len(value) > LONGEST_NAME:
         raise ValueError(
@@ -40,21 +52,9 @@ Slug = Annotated[
     _matches(SLUG, "lower-case letters and digits, parts joined by single dashes, such as wanda-50"),
     AfterValidator(_short),
 ]
-Source = Annotated[
-    str,
-    _matches(
-        rf"(?:base|prune|quantize|finetune)/{SLUG}",
-        "<stage>/<recipe> with stage base, prune, quantize or finetune, such as base/smollm2",
-    ),
-]
+Source = Annotated[str, _artifact(_SOURCES, ", such as base/smollm2")]
 Base = Annotated[str, _matches(rf"base/{SLUG}", "base/<model>, such as base/smollm2")]
-Candidate = Annotated[
-    str,
-    _matches(
-        rf"(?:base|prune|quantize|finetune|noise|floor)/{SLUG}",
-        "<stage>/<recipe> with stage base, prune, quantize, finetune, noise or floor",
-    ),
-]
+Candidate = Annotated[str, _artifact(_CANDIDATES)]
 Sha256 = Annotated[str, _matches(r"[0-9a-f]{64}", "the 64 hexadecimal digits of a sha256")]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """Share of weights that are zero, in [0, 1)."""

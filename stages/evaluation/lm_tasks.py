@@ -94,7 +94,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Return lm-eval's own result of `tasks`, every sample logged and all seeds fixed.
 
-    Tasks run one after the other, so that prompts asked together share their task's common beginning, and a
+    Tasks run one after the other, so that prompts asked together share their task's common prefix, and a
     finished task need not be asked again.
     """
     from lm_eval import evaluator, utils

@@ -127,7 +127,7 @@ def _bits_per_byte(likelihoods: list[float], sizes: list[int]) -> tuple[float, f
 
 
 def predicted_bytes(tokenizer: PreTrainedTokenizerBase, texts: list[str], sequence_length: int) -> list[int]:
-    """Return the UTF-8 bytes of each window's predicted tokens, all but the first; see `windows`."""
+    """Return the UTF-8 bytes of each window's predicted tokens, all but the first; see `cut_windows`."""
     text = "\n\n".join(texts)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [

@@ -1,13 +1,13 @@
-"""A model as lm-eval asks it, with the common beginnings of prompts computed once.
+"""Run lm-eval's requests on a model, computing each common prefix of the prompts once.
 
 lm-eval runs a model over the whole of every request: over the few-shot examples again for each item, and over
-the question again for each choice. Attention only looks back, so keys and values of a common beginning are
-the same in all requests. They are computed once here and reused: those of the beginning of all requests and,
-for likelihoods, those of each question.
+the question again for each choice. Attention only looks back, so keys and values of a common prefix are the
+same in all requests. They are computed once here and reused: those of the prefix of all requests and, for
+likelihoods, those of each question.
 
 The questions of a batch are reused up to the length of the shortest, so no padding lies between reused and
 new tokens; this holds for every kind of position and window. Generation needs rows that end together: there
-padding follows the common beginning, masked, and prompts that might outgrow a sliding window are computed
+padding follows the common prefix, masked, and prompts that might outgrow a sliding window are computed
 whole.
 
 Sums of floats are taken in another order than lm-eval's; in exact arithmetic nothing would differ.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from stages.evaluation.kept import KeptAnswers
 
 _SHORTEST_PREFIX = 4
-"""A common beginning of fewer tokens is not worth reusing."""
+"""A common prefix shorter than this is not worth reusing."""
 TokenIds = tuple[int, ...]
 
 
@@ -178,13 +178,16 @@ class SharedPrefixLM(HFLM):
         return super()._model_generate(prefix_first(context), max_length, stop, **options)
 
     def _keep_prefix(self, prompts: Iterable[TokenIds]) -> None:
-        """Compute and keep keys and values of the common beginning of `prompts`, short of any last token."""
+        """Cache keys and values of the longest common prefix of `prompts`.
+
+        At least one token of each is left.
+        """
         distinct = sorted(set(prompts))
         self._prefix, self._prefix_cache = (), None
         if len(distinct) < 2:
             return
         room = min(map(len, distinct)) - 1
-        # Of sorted prompts, the first and the last have the shortest beginning in common.
+        # Of sorted prompts, the first and the last have the shortest prefix in common.
         common = _common(distinct[0], distinct[-1])[:room]
         if len(common) >= _SHORTEST_PREFIX:
             cache = self._forward([common], None, keep=1).past_key_values
@@ -192,7 +195,7 @@ class SharedPrefixLM(HFLM):
                 self._prefix, self._prefix_cache = common, cache
 
     def _repeated_prefix(self, rows: int) -> Cache | None:
-        """Return the cache of the common beginning, repeated for `rows` rows; None without a beginning."""
+        """Return the cache of the common prefix, repeated for `rows` rows; None without a prefix."""
         cache = copy.deepcopy(self._prefix_cache)
         if cache is not None:
             cache.batch_repeat_interleave(rows)
@@ -225,7 +228,7 @@ class SharedPrefixLM(HFLM):
 
 
 def _common(left: TokenIds, right: TokenIds) -> TokenIds:
-    """Return the longest common beginning."""
+    """Return the longest common prefix."""
     same = [a == b for a, b in zip(left, right, strict=False)]
     return left[: same.index(False)] if False in same else left[: len(same)]
 

@@ -55,7 +55,7 @@ def _check(stage: str, params: Params, name: str) -> None:
     pieces = STAGES[stage]
     if pieces.recipes is not None and name not in (known := pieces.recipes(params)):
         raise Refusal(f"there is no recipe of this name; params.yaml has {', '.join(known) or 'none'}.")
-    if missing := lineage.unmade(params, pieces.models(params, name), pieces.datasets(params, name)):
+    if missing := lineage.missing_inputs(params, pieces.models(params, name), pieces.datasets(params, name)):
         raise Refusal(f"nothing was run, for {'; '.join(missing)}.")
     if stage != "code":
         check_identity(stage, *method_of(stage, params, name))

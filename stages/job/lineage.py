@@ -27,7 +27,7 @@ def ancestors(params: Params, artifact: str) -> set[str]:
     return behind
 
 
-def unmade(params: Params, models: Iterable[str], datasets: Iterable[str]) -> list[str]:
+def missing_inputs(params: Params, models: Iterable[str], datasets: Iterable[str]) -> list[str]:
     """Say which of these inputs do not exist yet, each with the command that makes it.
 
     Args:

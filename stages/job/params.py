@@ -5,14 +5,13 @@ legal names. This file names every method and counts for no artifact (see `stage
 method makes no old recipe run again.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
 from stages.controls.candidates import Floor, Noise
 from stages.core.run import Run
-from stages.core.schema import Candidate, Recipe, Slug, Strict
+from stages.core.schema import RECIPES, Candidate, Recipe, Slug, Strict
 from stages.evaluation.graded import GradedSuite
 from stages.evaluation.perplexity import PerplexitySuite
 from stages.evaluation.stock import BenchmarkSuite
@@ -120,14 +119,8 @@ class Params(Strict):
 
     def recipes(self) -> dict[str, Recipe | Noise | Floor | Teaching]:
         """Return every recipe that has a source, by `<stage>/<recipe>`."""
-        sections: dict[str, Mapping[str, Recipe | Noise | Floor | Teaching]] = {
-            "prune": self.prune, "quantize": self.quantize, "teach": self.teach, "finetune": self.finetune,
-            "noise": self.noise, "floor": self.floor,
-        }  # fmt: skip
         return {
-            f"{stage}/{name}": recipe
-            for stage, recipes in sections.items()
-            for name, recipe in recipes.items()
+            f"{stage}/{name}": recipe for stage in RECIPES for name, recipe in getattr(self, stage).items()
         }
 
     def evaluations(self) -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from stages.core import identity
-from stages.core.files import RUNS, write_json
+from stages.core.files import run_record, write_json
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def recorded(stage: str, name: str) -> Iterator[None]:
     finally:
         used = resource.getrusage(resource.RUSAGE_SELF)
         write_json(
-            RUNS / stage / f"{name}.json",
+            run_record(stage, name),
             {
                 "state": state,
                 "error": reason,

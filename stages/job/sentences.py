@@ -25,7 +25,7 @@ PLAINER = {
 
 
 def allowed(known: Iterable[str], value: str | None = None) -> str:
-    """Format `allowed: a, b`, after the name that `given` was probably meant to be."""
+    """Format `allowed: a, b`, preceded by the known name closest to `value`."""
     names = sorted(known)
     close = difflib.get_close_matches(value, names, 1) if value else []
     return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(names) or 'none'}"

@@ -1,8 +1,9 @@
 """AdamW (1711.05101) with fp32 masters beside the weights a model computes with.
 
-A step of 1e-5 is lost in a bf16 weight, whose neighbours are 1/256 of it apart. So each weight has an fp32
-master that takes the steps, and `publish` derives the weight from it: the nearest number of its dtype, the
-master under a mask, the master rounded to a grid. Every promise about weights is kept in that one place.
+Near any bf16 weight the next number is about 1/256 of it away, so adding 1e-5 usually changes nothing. So
+each weight has an fp32 master that takes the steps, and `publish` derives the weight from it: the nearest
+number of its dtype, the master under a mask, the master rounded to a grid. Every promise about weights is
+kept in that one place.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class ECO(OnGrid):
 
     method: Literal["eco"]
     optimizer: Literal["adam", "sgd"] = "adam"
-    """The optimizer whose momentum it is."""
+    """The optimizer; its first moment receives the rounding errors."""
     feedback: bool = True
     """False drops the rounding errors: the control, in which small steps are lost."""
 

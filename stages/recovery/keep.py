@@ -1,6 +1,6 @@
 """Which weights do not train: the zeros of a mask, or the small weights of a dense model.
 
-A frozen weight keeps the value it has when training begins, bit for bit. There are four arms of Junk DNA
+A frozen weight keeps the value it has when training begins, bit for bit. The four conditions of Junk DNA
 (2310.02277):
 
 - `mask`: the zeros of the source are frozen, so a sparse model stays sparse.

@@ -48,13 +48,14 @@ class Tuning(Recipe):
     accumulation: Count = 1
     """Micro-batches per step."""
     learning_rate: Annotated[float, Field(gt=0, le=1000)]
-    """The highest."""
+    """Peak learning rate."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the steps in which the learning rate rises; at least the first step."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls afterwards, to just above zero at the last step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of matrices, decoupled (AdamW): a step takes learning_rate * weight_decay of each weight."""
+    """Decoupled weight decay (AdamW), on matrices only: each step subtracts
+    learning_rate * weight_decay * weight."""
     clip: Positive = 1.0
     """The largest L2 norm of a step's gradient; a longer one is scaled down to it."""
     gradient_checkpointing: bool = False
@@ -66,7 +67,7 @@ class Tuning(Recipe):
     checkpoint_every: Count = 50
     """Steps between two checkpoints, from which a killed run resumes."""
     seed: Seed = 0
-    """Of the order of rows and of dropout."""
+    """Seeds the order of rows, dropout, LoRA's initial weights and the permutation of `keep: shuffled`."""
 
     def reads(self) -> dict[str, Any]:
         """Return the data the recipe trains on."""

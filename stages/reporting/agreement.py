@@ -1,9 +1,9 @@
-"""Measure how far a candidate answers as its dense base does, whether right or wrong.
+"""Measure how often a candidate gives the same answer as its dense base, right or wrong.
 
 Accuracy can stay while many single answers change, since losses and wins cancel (2407.09141). So answers are
 compared one by one:
 
-- same: the share of items, or of draws, with the very answer of the base.
+- same: the share of items, or of draws, whose answer is identical to the base's.
 - lost, won: answers that went from right to wrong, and from wrong to right.
 - kl: KL divergence of the base's distribution over the choices from the candidate's, in bits, a mean over
   items; a distribution is the softmax of the choices' log-likelihoods.
@@ -11,8 +11,8 @@ compared one by one:
   sure (low), or spread evenly (log2 of the number of choices).
 - generated_tokens: the mean length of an answer, thinking included.
 
-Beside each stands the effect of numerical noise alone: the furthest that a `noise` candidate of the same
-base got from its own source (`noise_same`, `noise_flips`, `noise_kl`). Ignore any change no larger than
+Beside each stands the effect of numerical noise alone: the largest deviation of a `noise` candidate of the
+same base from its own source (`noise_same`, `noise_flips`, `noise_kl`). Ignore any change no larger than
 that.
 """
 

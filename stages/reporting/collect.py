@@ -14,6 +14,7 @@ import pandas as pd
 
 from stages.core.errors import Refusal
 from stages.core.files import RESULTS
+from stages.core.schema import CONTROLS
 from stages.core.tables import MEASURE, SAMPLES, SCORES
 
 KEY = [*MEASURE, "difficulty"]
@@ -106,7 +107,7 @@ def is_noise(rows: pd.DataFrame) -> "pd.Series[bool]":
 
 def competes(rows: pd.DataFrame) -> "pd.Series[bool]":
     """Mark rows of models that compete, which noise candidates and responders without knowledge do not."""
-    return ~rows["candidate"].str.startswith(("noise/", "floor/"))
+    return ~rows["candidate"].str.startswith(CONTROLS)
 
 
 def noise_by_measure(*tables: pd.DataFrame) -> pd.DataFrame:

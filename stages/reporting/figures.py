@@ -27,7 +27,7 @@ from stages.reporting.comparison import Comparison
 from stages.reporting.statistics.pareto import contenders, frontier
 from stages.reporting.words import FAMILIES, family, short
 
-_COLOURS = dict(zip(FAMILIES, ("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
+COLOURS = dict(zip(FAMILIES, ("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
 _MARKERS = dict(zip(FAMILIES, ("*", "o", "s", "P", "^"), strict=True))
 _READOUTS = {"likelihood": ("#0072B2", "o"), "generation": ("#D55E00", "s")}
 _SIZES = {"bytes_on_disk": "size on disk", "bytes_ideal": "ideal size"}
@@ -54,7 +54,7 @@ def draw_quality(comparison: Comparison) -> Figure | None:
             pair[0].set_ylabel("perplexity (log axis, lower is better)")
         present = {family(row) for row in records(rows)}
         handles = [
-            Line2D([], [], color=_COLOURS[f], marker=_MARKERS[f], linestyle="", markersize=8, label=f)
+            Line2D([], [], color=COLOURS[f], marker=_MARKERS[f], linestyle="", markersize=8, label=f)
             for f in FAMILIES
             if f in present
         ]
@@ -82,10 +82,10 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
         if kind == "dense":
             axis.axhline(row["value"], color="#777777", linestyle="--", linewidth=1, zorder=1)
         axis.plot(
-            row[column] / 1e6, row["value"], marker=_MARKERS[kind], color=_COLOURS[kind],
+            row[column] / 1e6, row["value"], marker=_MARKERS[kind], color=COLOURS[kind],
             markersize=14 if kind == "dense" else 9, linestyle="", zorder=3,
-            markerfacecolor=_COLOURS[kind] if chosen else "white",
-            markeredgecolor="white" if chosen else _COLOURS[kind], markeredgewidth=0.7 if chosen else 1.2,
+            markerfacecolor=COLOURS[kind] if chosen else "white",
+            markeredgecolor="white" if chosen else COLOURS[kind], markeredgewidth=0.7 if chosen else 1.2,
         )  # fmt: skip
     axis.margins(x=0.22, y=0)
     low, high = rows["value"].min(), rows["value"].max()

@@ -45,7 +45,7 @@ def render(
     )
     environment.filters |= {
         name: getattr(words, name)
-        for name in ("number", "score", "signed", "chance", "size", "short", "share")
+        for name in ("number", "score", "signed", "p_value", "size", "short", "share")
     }
     rows, competing, noise = comparison.rows, comparison.competitors, comparison.noise
     label = words.labels(rows)

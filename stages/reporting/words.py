@@ -78,7 +78,7 @@ def signed(value: float, metric: str = "") -> str:
     return text if text.startswith(MINUS) else f"+{text}"
 
 
-def chance(p: float) -> str:
+def p_value(p: float) -> str:
     """Format a p-value."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 

@@ -95,8 +95,8 @@ def split_documents(content: bytes, how: str) -> list[str]:
 def split_calibration(documents: list[str], share: float) -> tuple[list[str], list[str], int]:
     """Return (calibration, evaluation, number of evaluation documents dropped for an overlap).
 
-    Runs of words are taken over each part as it is read, its documents joined, so short documents (verses,
-    sentences) are kept apart too. A document that differs from a calibration document in punctuation or case
+    Documents of each part are joined before runs are taken, so overlaps between short documents (verses,
+    sentences) are caught too. A document that differs from a calibration document in punctuation or case
     only is dropped, however short it is.
     """
     limit = share * sum(map(len, documents))

@@ -72,7 +72,7 @@ class Answers(Teaching):
                 a token has no row in its embedding, its logits are not finite, or all its answers are empty.
         """
         # This module needs base classes of transformers.
-        from stages.teaching.decoding import StopAtText, generate_answers
+        from stages.teaching.decoding import generate_answers
 
         learned, held_out = choose_questions(self)
         questions = learned + held_out
@@ -97,8 +97,9 @@ class Answers(Teaching):
         generated: list[list[int]] = []
         for at in tqdm(range(0, len(prompts), self.batch_size), desc="answering", unit="batch"):
             part = slice(at, at + self.batch_size)
-            stop = StopAtText(tokenizer, self.until)
-            generated += generate_answers(model, shown[part], uniform[part], self.temperature, ends, stop)
+            generated += generate_answers(
+                model, shown[part], uniform[part], self.temperature, ends, self.until, tokenizer
+            )
         answers = [cut_answer(tokens, ends, self.until, tokenizer) for tokens in generated]
         if not any(tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers):
             raise Refusal(

@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
 from stages.core.errors import Refusal
-from stages.core.numbers import sample
+from stages.corpus.sampling import Sampled, Stopped
 
 
 @torch.no_grad()
@@ -25,12 +23,14 @@ def generate_answers(
     uniform: Tensor,
     temperature: float,
     ends: list[int],
-    stop: "StopAtText",
+    until: str | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[int]]:
     """Return the model's continuation of each prompt, at most as many tokens as `uniform` `[n, m]` has
     columns.
 
-    All answers continue until the longest ends; the tokens after the first of `ends` are padding.
+    All answers continue until the longest ends, or contains `until`; the tokens after the first of `ends` are
+    padding.
 
     Raises:
         Refusal: the logits are not finite.
@@ -39,44 +39,26 @@ def generate_answers(
     ids = torch.tensor([[ends[0]] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     model.generation_config = GenerationConfig()  # the checkpoint's may sample, or penalize repetition
-    stop.start = length
+    columns = uniform.shape[1]
+    stop = Stopped(
+        length,
+        [columns] * len(prompts),
+        () if until is None else (until,),
+        lambda tokens: str(tokenizer.decode(tokens)),
+    )
     out: Any = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=GenerationConfig(
-            max_new_tokens=uniform.shape[1], do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
+            max_new_tokens=columns, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
         ),
-        logits_processor=LogitsProcessorList([_DrawToken(uniform, temperature, length)]),
+        logits_processor=LogitsProcessorList([Sampled(length, list(uniform), temperature, _check_logits)]),
         stopping_criteria=StoppingCriteriaList([stop]),
     )
     answers: list[list[int]] = out[:, length:].tolist()
     return answers
 
 
-class _DrawToken(LogitsProcessor):
-    """Draws a token and leaves it as the only possible one."""
-
-    def __init__(self, uniform: Tensor, temperature: float, start: int) -> None:
-        self._uniform, self._temperature, self._start = uniform, temperature, start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not scores.isfinite().all():
-            raise Refusal("the teacher's logits are not finite; use another source.")
-        if not self._temperature:
-            return scores
-        place = sample(scores, self._uniform[:, input_ids.shape[1] - self._start], self._temperature)
-        return torch.full_like(scores, -torch.inf).scatter(1, place.to(scores.device), 0.0)
-
-
-class StopAtText(StoppingCriteria):
-    """Stops an answer once it contains `until`; `start` is the length of the prompts."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, until: str | None) -> None:
-        self._tokenizer, self._until, self.start = tokenizer, until, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        done = [
-            self._until is not None and self._until in self._tokenizer.decode(row[self.start :])
-            for row in input_ids
-        ]
-        return torch.tensor(done, device=input_ids.device)
+def _check_logits(logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        raise Refusal("the teacher's logits are not finite; use another source.")

@@ -139,16 +139,16 @@ def test_what_a_recipe_is_made_from_must_be_there(section, name, missing, worksp
     project.write(workspace, project.params(Path("inputs")))
     params, stage = load(), pieces.STAGES[section]
 
-    def unmade() -> list[str]:
-        return lineage.unmade(params, stage.models(params, name), stage.datasets(params, name))
+    def missing_inputs() -> list[str]:
+        return lineage.missing_inputs(params, stage.models(params, name), stage.datasets(params, name))
 
     expected = [f"there is no data/{path} yet (`{maker}` makes it)" for path, maker in missing.items()]
-    assert unmade() == expected
+    assert missing_inputs() == expected
     for path in missing:
         Path("data", path).mkdir(parents=True)
         (Path("data", path) / ("artifact.json" if "models" in path else "dataset.json")).write_text("{}")
         expected = expected[1:]
-        assert unmade() == expected
+        assert missing_inputs() == expected
 
 
 def test_a_stage_without_its_source_says_so(workspace):

@@ -237,7 +237,9 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "kind; allowed: arithmetic.",
     ),
     "more shots than examples": (
-        "suites//graded//arithmetic//shots", 2, "suites.graded.arithmetic.shots: 2 given; datasets.arithmetic has 1 examples.",
+        "suites//graded//arithmetic//shots", 2,
+        "suites.graded.arithmetic.shots: 2 given; datasets.arithmetic has 1 few-shot examples; lower shots or raise "
+        "fewshot.",
     ),
     "calibration on what is not to be learned": (
         "prune//wanda-50//calibration//dataset", "arithmetic",

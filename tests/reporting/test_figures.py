@@ -1,13 +1,14 @@
 """The figures: drawn from finite numbers and headlines only, the same rows to the same bytes."""
 
+import json
 import math
 
 import pandas as pd
 import pytest
 
 from stages.reporting.comparison import Comparison, compare_candidates
-from stages.reporting.figures import draw_difficulty, draw_quality, save_figure
-from tests import results
+from stages.reporting.figures import COLOURS, draw_difficulty, draw_quality, save_figure
+from tests import project, results
 from tests.results import of_items
 
 
@@ -15,6 +16,12 @@ from tests.results import of_items
 def comparison(whole) -> Comparison:
     wanted, folder = whole
     return compare_candidates(results.read(wanted, folder / "data/results"))
+
+
+def test_dvc_plots_has_the_figures_families_and_colours():
+    plot = json.loads((project.ROOT / "stages/reporting/plot.json").read_text())
+    scale = plot["spec"]["layer"][0]["encoding"]["color"]["scale"]
+    assert dict(zip(scale["domain"], scale["range"], strict=True)) == COLOURS
 
 
 def test_figures_are_those_of_the_report(whole, comparison, tmp_path):

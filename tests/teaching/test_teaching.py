@@ -40,11 +40,11 @@ def test_a_pruned_model_is_trained_on_answers_and_logits_of_its_dense_parent(pac
         },
         datasets={"sums": SUMS},
     )  # fmt: skip
-    (missing,) = lineage.unmade(chosen, [], ["lesson"])
+    (missing,) = lineage.missing_inputs(chosen, [], ["lesson"])
     assert "data/datasets/lesson" in missing and "dvc repro teach@lesson" in missing
     download(chosen, "datasets/sums")
     pipeline.do(chosen)
-    assert lineage.unmade(chosen, [], ["lesson"]) == []
+    assert lineage.missing_inputs(chosen, [], ["lesson"]) == []
     texts = pipeline.record("finetune/distilled")["texts"]
     assert texts["lesson"] == "logits of base/tiny on sums (reasoning-gym)"
     zeros = {

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from stages.core.errors import Refusal
 from stages.core.numbers import generator
+from stages.corpus.sampling import Sampled, Stopped, stopped_at
 from stages.evaluation.shared import SharedPrefixLM
-from stages.evaluation.thinking.sampling import Sampled, Stopped, stopped_at
 from stages.evaluation.thinking.settings import Thinking
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class BudgetLM(SharedPrefixLM):
                 attention_mask=mask.to(self.device),
                 max_new_tokens=max(limits),
                 do_sample=False,
-                logits_processor=[Sampled(start, numbers, self.thinking.temperature)],
+                logits_processor=[Sampled(start, numbers, self.thinking.temperature, _check_logits)],
                 stopping_criteria=[Stopped(start, limits, stops, self._raw)],
                 eos_token_id=self._eos(),
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -254,6 +254,11 @@ class BudgetLM(SharedPrefixLM):
         """Return the text of generated tokens without the end of text."""
         kept = [token for token in tokens if token not in self._eos()]
         return str(self.tok_decode(kept, skip_special_tokens=skip_special_tokens))
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.isnan().any():
+        raise Refusal("the model's logits are NaN, so it cannot generate; check its recipe.")
 
 
 def _length(thought: Sequence[Stretch]) -> int:

@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from stages.core.schema import CONTROLS, RECIPES
 from stages.job.params import SUITES
 from stages.job.sentences import allowed
 
-RECIPES = ("prune", "quantize", "teach", "finetune", "noise", "floor")
-"""The sections whose entries have a source."""
 PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "run": {"device": "auto", "dtype": "float32", "threads": 1, "seed": 0},
     "evaluate": {"candidates": ("base/none",)},
@@ -80,9 +79,7 @@ def _of_sources(known: list[str], sources: Mapping[str, str]) -> Iterator[str]:
     for artifact, source in sources.items():
         at = artifact.replace("/", ".", 1)
         if source not in known:
-            others = [
-                name for name in known if name != artifact and not name.startswith(("noise/", "floor/"))
-            ]
+            others = [name for name in known if name != artifact and not name.startswith(CONTROLS)]
             yield f"{at}.source: there is no {source!r}; {allowed(others, source)}."
             continue
         trail, ancestor = [artifact], source
@@ -99,7 +96,7 @@ def _of_candidates(section: str, known: list[str], listed: list[str]) -> Iterato
             yield f"{section}.candidates: there is no {candidate!r}; {allowed(known, candidate)}."
         if listed.count(candidate) > 1:
             yield f"{section}.candidates: {candidate} is listed twice; list it once."
-    if section == "evaluate" and listed and all(name.startswith(("noise/", "floor/")) for name in listed):
+    if section == "evaluate" and listed and all(name.startswith(CONTROLS) for name in listed):
         yield (
             f"{section}.candidates: there is no model to compare, as noise/ and floor/ only say what scores "
             f"mean; add a model, such as {known[0] if known else 'a base'}."

@@ -50,10 +50,8 @@ def of_chosen(at: str, chosen: Selection, params: Params) -> Iterator[str]:
         key for key in needed if getattr(chosen, key) is None and not (answers and key == "completion")
     ]:
         yield f"{at}: {name} is {kind}, so {', '.join(missing)} must be given."
-    if isinstance(chosen, Answers) and chosen.shots:
-        available = dataset.num_examples if isinstance(dataset, GradedData) else 0
-        if chosen.shots > available:
-            yield f"{at}.shots: {chosen.shots} given; {name} has {available} few-shot examples; lower it."
+    if isinstance(chosen, Answers) and (excess := too_many_shots(at, name, chosen.shots, dataset)):
+        yield excess
     levels = [level.name for level in dataset.levels] if isinstance(dataset, GradedData) else []
     if levels and chosen.difficulty not in (None, *levels):
         yield f"{at}.difficulty: there is no {chosen.difficulty!r}; {allowed(levels, chosen.difficulty)}."
@@ -77,6 +75,15 @@ def of_teaching(params: Params) -> Iterator[str]:
                 "distillation out, or train on a data set that section teach makes by method logits; "
                 f"{allowed(with_logits)}."
             )
+
+
+def too_many_shots(at: str, name: str, shots: int, dataset: Any) -> str | None:
+    """Say that `shots` exceed the few-shot examples of a data set; only graded ones have any."""
+    available = dataset.num_examples if isinstance(dataset, GradedData) else 0
+    if shots <= available:
+        return None
+    cure = "lower shots or raise fewshot" if isinstance(dataset, GradedData) else "set shots to 0"
+    return f"{at}.shots: {shots} given; datasets.{name} has {available} few-shot examples; {cure}."
 
 
 def all_evaluated(at: str, name: str, dataset: Any) -> str:

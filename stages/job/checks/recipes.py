@@ -5,7 +5,7 @@ from typing import Literal, get_origin
 
 from stages.core.schema import Strict
 from stages.corpus.examples import Selection
-from stages.job.checks.learning import all_evaluated, learnable, of_chosen
+from stages.job.checks.learning import all_evaluated, learnable, of_chosen, too_many_shots
 from stages.job.params import Params
 from stages.job.sentences import allowed
 from stages.pruning.depth.tasks import Items
@@ -53,10 +53,8 @@ def _of_items(at: str, items: Items, params: Params) -> Iterator[str]:
         yield f"{at}.dataset: {items.dataset!r} has no graded items; {allowed(graded, items.dataset)}."
     elif not learnable(dataset):
         yield all_evaluated(at, items.dataset, dataset)
-    elif items.shots > dataset.num_examples:
-        yield (
-            f"{at}.shots: {items.shots} given; datasets.{items.dataset} has {dataset.num_examples} examples."
-        )
+    elif excess := too_many_shots(at, items.dataset, items.shots, dataset):
+        yield excess
 
 
 def _of_text(at: str, name: str, params: Params) -> Iterator[str]:

@@ -8,6 +8,7 @@ from stages.corpus.examples import Selection
 from stages.corpus.taught import downloaded
 from stages.evaluation.graded import GradedSuite
 from stages.evaluation.suite import Suite
+from stages.job.checks.learning import too_many_shots
 from stages.job.params import SUITES, Params
 from stages.job.sentences import allowed, tag
 from stages.sources.graded.items import GradedData, Level
@@ -99,8 +100,8 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
                 f": it would score items that recipes learn from as datasets.{shared[0]}, with which it "
                 f"shares levels; name the suite {shared[0]}, whose splits are kept apart."
             )
-        if isinstance(suite, GradedSuite) and suite.shots > dataset.num_examples:
-            return f".shots: {suite.shots} given; datasets.{name} has {dataset.num_examples} examples."
+        if isinstance(suite, GradedSuite):
+            return too_many_shots("", name, suite.shots, dataset) or ""
     return ""
 
 

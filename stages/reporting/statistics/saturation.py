@@ -1,4 +1,4 @@
-"""Where a score that rises ever more slowly ends: the curve a - b exp(-x / c), fitted to scores over x.
+"""Estimate the plateau of a score that rises ever more slowly, by fitting a - b exp(-x / c).
 
 x is a budget, such as tokens of training or of thought; a is the score at an unlimited budget, b how far
 below it the score starts at x = 0, and c the budget over which the remaining distance shrinks by a factor e
@@ -6,9 +6,9 @@ below it the score starts at x = 0, and c the budget over which the remaining di
 Nonlinear Regression Analysis, appendix A). For a given c the best a and b follow from linear regression, so
 only c is searched (variable projection: Golub and Pereyra 1973, doi:10.1137/0710036).
 
-A curve that has not begun to bend does not show where it ends: a straight line fits it with any a. So the
-items are drawn again (see `stages.reporting.statistics.bootstrap`), and no end is given where a line fits
-more than 2.5 % of the draws best, or where fewer than 97.5 % of them have a b of the same sign.
+A curve that has not begun to bend does not show its plateau: a straight line fits it with any a. So the
+items are drawn again (see `stages.reporting.statistics.bootstrap`), and no interval is returned where a line
+fits more than 2.5 % of the draws best, or where fewer than 97.5 % of them have a b of the same sign.
 """
 
 import math
@@ -31,14 +31,14 @@ _Floats: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Saturation:
-    """The curve, and 95 % intervals of its end and of c, both None unless the data bend (`bends`)."""
+    """The curve, and 95 % intervals of a and of c, both None unless the data bend (`bends`)."""
 
     a: float
     b: float
     c: float
     bends: bool
-    end: tuple[float, float] | None
-    scale: tuple[float, float] | None
+    a_interval: tuple[float, float] | None
+    c_interval: tuple[float, float] | None
 
     def at(self, x: ArrayLike) -> _Floats:
         """Return the curve at `x`; beyond the data it is a guess unless `bends`."""

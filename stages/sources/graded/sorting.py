@@ -1,6 +1,6 @@
-"""Graded word sorting from reasoning-gym: words in alphabetical order, by their number and common beginnings.
+"""Graded word sorting from reasoning-gym: words in alphabetical order, by their number and common prefixes.
 
-A level fixes the number of words and the longest beginning that two of them share. A wrong choice has two
+A level fixes the number of words and the longest prefix that two of them share. A wrong choice has two
 neighbours swapped, or one word moved by two places, so it has the same words. Two words have only one wrong
 order, so there a choice may also repeat one of them.
 """
@@ -22,7 +22,7 @@ class SortingLevel(Level):
 
     words: Annotated[int, Field(ge=2, le=8)]
     shared: Annotated[int, Field(ge=0, le=3)] = 0
-    """Letters of the longest beginning that two words share."""
+    """Letters of the longest prefix that two words share."""
 
 
 class Sorting(GradedData):
@@ -63,7 +63,7 @@ class Sorting(GradedData):
 
 
 def shared_letters(words: list[str]) -> int:
-    """Return the length of the longest beginning that two words share; equal words share all letters."""
+    """Return the length of the longest prefix that two words share; equal words share all letters."""
     return max(
         sum(1 for _ in takewhile(lambda letters: letters[0] == letters[1], zip(*pair, strict=False)))
         for pair in pairwise(sorted(words))

@@ -137,7 +137,11 @@ def test_settings_that_do_not_fit_the_source_are_refused(settings, message, sour
         ({"dataset": "news", "shots": 1}, 4, "dataset: 'news' has no graded items; allowed: arith"),
         ({"dataset": "none", "shots": 1}, 4, "dataset: 'none' has no graded items; allowed: arith"),
         ({"dataset": "arithmetic", "shots": 1}, 0, "arithmetic keeps all its items for evaluation"),
-        ({"dataset": "arithmetic", "shots": 2}, 4, "shots: 2 given; datasets.arithmetic has 1 examples"),
+        (
+            {"dataset": "arithmetic", "shots": 2},
+            4,
+            "shots: 2 given; datasets.arithmetic has 1 few-shot examples",
+        ),
     ],
 )
 def test_missing_items_are_refused_with_the_params(calibration, train, message, workspace):

@@ -1,4 +1,4 @@
-"""The saturating curve: certified fits, and an end only for data that bend."""
+"""The saturating curve: certified fits, and intervals only for data that bend."""
 
 import numpy as np
 import pytest
@@ -54,18 +54,18 @@ def test_only_data_that_bend_have_an_end():
     bent = 0.7 - 0.5 * np.exp(-BUDGETS / 5)
     curve = saturation(BUDGETS, answers(bent, random, 2000), seed=0)
     assert curve.bends
-    assert curve.end[0] < curve.a < curve.end[1]
-    assert curve.scale[0] < curve.c < curve.scale[1]
+    assert curve.a_interval[0] < curve.a < curve.a_interval[1]
+    assert curve.c_interval[0] < curve.c < curve.c_interval[1]
     assert curve.at([0, 1e6]) == pytest.approx([curve.a - curve.b, curve.a])
     assert curve == saturation(BUDGETS, answers(bent, np.random.default_rng(1), 2000), seed=0)
     straight = saturation(BUDGETS, answers(0.2 + 0.015 * BUDGETS, random), seed=0)
-    assert (straight.bends, straight.end, straight.scale) == (False, None, None)
+    assert (straight.bends, straight.a_interval, straight.c_interval) == (False, None, None)
     upward = saturation(BUDGETS, answers(0.1 + 0.0005 * BUDGETS**2, random), seed=0)
     assert upward.c > 0.99 * STRAIGHT * 31
     assert not upward.bends
 
 
-def test_lines_seldom_bend_curves_mostly_do_and_intervals_cover_the_end():
+def test_lines_seldom_bend_curves_mostly_do_and_intervals_cover_the_plateau():
     random = np.random.default_rng(2)
     lines = [
         saturation(BUDGETS, answers(known, random), seed=0, draws=199).bends
@@ -77,7 +77,9 @@ def test_lines_seldom_bend_curves_mostly_do_and_intervals_cover_the_end():
         for _ in range(120)
     ]
     assert rate(curve.bends for curve in curves)[1] > 0.9
-    assert is_at_most([not curve.end[0] <= 0.7 <= curve.end[1] for curve in curves if curve.bends], 0.05)
+    assert is_at_most(
+        [not curve.a_interval[0] <= 0.7 <= curve.a_interval[1] for curve in curves if curve.bends], 0.05
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.3])
@@ -85,7 +87,7 @@ def test_scores_that_do_not_change_have_no_bend(share):
     random = np.random.default_rng(3)
     items = np.repeat(random.random((50, 1)) if share == 0.3 else np.full((50, 1), share), 6, axis=1)
     curve = saturation(BUDGETS, items, seed=0)
-    assert (curve.bends, curve.end, curve.scale) == (False, None, None)
+    assert (curve.bends, curve.a_interval, curve.c_interval) == (False, None, None)
     assert curve.at(BUDGETS) == pytest.approx(items.mean(axis=0))
 
 

@@ -7,7 +7,7 @@ from stages.sources.graded.sorting import shared_letters
 
 
 @given(st.lists(st.text("abcd", min_size=1, max_size=4), min_size=2, max_size=6))
-def test_the_longest_shared_beginning(words):
+def test_the_longest_shared_prefix(words):
     slow = max(
         max(n for n in range(5) if word[:n] == other[:n] and n <= min(len(word), len(other)))
         for place, word in enumerate(words)

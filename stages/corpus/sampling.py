@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from stages.core.errors import Refusal
 from stages.core.numbers import sample
 
 Decode = Callable[[Sequence[int]], str]
@@ -21,23 +20,25 @@ class Sampled(LogitsProcessor):
     Args:
         start: tokens of the prompts.
         numbers: for each row as many as it may generate, in [0, 1), float64.
+        temperature: divides the logits; 0 leaves them as they are.
+        check: refuses logits that no token can be drawn from.
     """
 
-    def __init__(self, start: int, numbers: list[Tensor], temperature: float) -> None:
-        self.start, self.numbers, self.temperature = start, numbers, temperature
+    def __init__(
+        self, start: int, numbers: Sequence[Tensor], temperature: float, check: Callable[[Tensor], None]
+    ) -> None:
+        self.start, self.numbers, self.temperature, self.check = start, numbers, temperature, check
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return `scores` `[rows, vocabulary]` with all but one entry of each row at minus infinity."""
-        if scores.isnan().any():
-            raise Refusal("the model's logits are NaN, so it cannot generate; check its recipe.")
+        self.check(scores)
         if self.temperature == 0:
             return scores
         step = input_ids.shape[1] - self.start
         # A row that has used up its numbers is finished; its further tokens are cut off.
         uniform = [float(row[step]) if step < len(row) else 0.0 for row in self.numbers]
         token = sample(scores, torch.tensor(uniform, dtype=torch.float64), self.temperature)
-        others = torch.arange(scores.shape[1]) != token
-        return torch.zeros_like(scores).masked_fill(others.to(scores.device), -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.to(scores.device), 0.0)
 
 
 class Stopped(StoppingCriteria):
@@ -48,7 +49,7 @@ class Stopped(StoppingCriteria):
         limits: most tokens that each row may generate.
     """
 
-    def __init__(self, start: int, limits: list[int], stops: tuple[str, ...], decode: Decode) -> None:
+    def __init__(self, start: int, limits: Sequence[int], stops: tuple[str, ...], decode: Decode) -> None:
         self.start, self.limits, self.stops, self.decode = start, limits, stops, decode
         self.tail = max((len(stop.encode()) for stop in stops), default=0) + 1
 

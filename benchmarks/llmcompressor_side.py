@@ -1,6 +1,6 @@
 """The llm-compressor side of `benchmarks.compression`, run by an interpreter that has llm-compressor.
 
-    python other_side.py <model> <tokens.safetensors> <method> <pipeline> <output folder> <threads> <seed>
+    python llmcompressor_side.py <model> <tokens.safetensors> <method> <pipeline> <output> <threads> <seed>
 
 Prints {"seconds": ...}, the time of `oneshot` on a loaded model. Imports nothing from the project.
 """

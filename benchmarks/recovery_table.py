@@ -1,7 +1,7 @@
 """Print the table of docs/recovery.md from the artifacts of sweeps/recovery.yaml.
 
     cp sweeps/recovery.yaml params.yaml && prunequant run
-    python -m benchmarks.recovered
+    python -m benchmarks.recovery_table
 
 A row is a recipe, with its source's scores before the arrows. Zeros are compared position by position in the
 files on disk: how many weights of block linears are zero in the source and not in the result. For a quantized
@@ -14,13 +14,14 @@ import pandas as pd
 from safetensors import safe_open
 
 from benchmarks.figures import show
+from stages.core.files import CURVES, MODELS, RESULTS
 from stages.core.run import Run
+from stages.core.tables import SCORES
 from stages.job.load import load
 from stages.job.params import Params
 from stages.model.artifact import load_model, load_record
 from stages.model.blocks import linears
 
-MODELS, RESULTS, CURVES = Path("data/models"), Path("data/results"), Path("data/curves")
 MEASURES = (
     ("perplexity", "perplexity", "{:.2f}"),
     ("graded", "acc", "{:.3f}"),
@@ -30,7 +31,7 @@ MEASURES = (
 
 def score(candidate: str, suite: str, metric: str) -> float | None:
     """Return a candidate's score over all items; None if there is none yet."""
-    file = RESULTS / candidate / suite / "scores.parquet"
+    file = RESULTS / candidate / suite / SCORES
     if not file.exists():
         return None
     rows = pd.read_parquet(file)
