@@ -14,6 +14,16 @@ hypothesis.settings.register_profile("tests", deadline=None)  # a slow or busy m
 hypothesis.settings.load_profile("tests")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the stages run elsewhere than on the CPU."""
+    parser.addoption("--device", default=project.DEVICE, help="run.device of the tests' params, such as cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Use the device before params are built."""
+    project.DEVICE = config.getoption("device")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files that run a whole project first: they take longest, and no worker must end with them."""
     longest = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
