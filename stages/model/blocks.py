@@ -123,6 +123,23 @@ def linears(model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = F
     return kept
 
 
+def check_divides(setting: str, size: int, targets: list[Linear], cure: str) -> None:
+    """Refuse a `size` that does not divide the input width of every linear.
+
+    Args:
+        setting: the size as the recipe has it, for the message.
+        cure: what to change, for the message.
+
+    Raises:
+        Refusal: by the names of the linears.
+    """
+    if uneven := [linear.name for linear in targets if linear.weight.shape[1] % size]:
+        raise Refusal(
+            f"{setting} does not divide the input width of {len(uneven)} linears: {', '.join(uneven[:8])}; "
+            f"{cure}."
+        )
+
+
 def check_length(model: nn.Module, windows: Tensor) -> None:
     """Refuse windows `[n, tokens]` that are longer than the model's positions."""
     config: Any = model.config

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
-from stages.core.files import DATASET, DATASETS, MODELS, read_json, writing
+from stages.core.files import MODELS, source_of, writing
 from stages.core.lazy import torch
 from stages.core.numbers import check_finite
 from stages.model.artifact import load_record, load_tokenizer, pretrained, write_record
@@ -101,7 +101,7 @@ def lineage(artifact: str, recipe: Recipe, run: Run, notes: Mapping[str, Any] | 
 def _texts(recipe: Recipe) -> dict[str, str]:
     """Return the source of each data set that a recipe reads, by name."""
     names = [text.dataset for text in recipe.reads().values()]
-    return {name: read_json(DATASETS / name / DATASET).get("source", "reasoning-gym") for name in names}
+    return {name: source_of(name) for name in names}
 
 
 def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from stages.compress.select import Scores, by_pieces, extend_mask, smallest_in_g
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import NoData, Sparsity
-from stages.model.blocks import Linear, linears
+from stages.model.blocks import Linear, check_divides, linears
 from stages.pruning.allocation.kinds import EVENLY, AnyAllocation
 
 if TYPE_CHECKING:
@@ -80,12 +80,11 @@ class Pruner(WeightMethod):
         Raises:
             Refusal: M of N:M does not divide the input width of some linears.
         """
-        widths = {linear.name: linear.weight.shape[1] for linear in linears(source.model, self.ignore)}
-        if self.pattern and (uneven := [name for name, width in widths.items() if width % self.pattern[1]]):
-            raise Refusal(
-                f"structure {self.structure}: {self.pattern[1]} does not divide the input width of "
-                f"{len(uneven)} linears: {', '.join(uneven[:8])}; list them in ignore or use a divisor."
-            )
+        targets = linears(source.model, self.ignore)
+        if self.pattern:
+            size = self.pattern[1]
+            cure = "choose an M that divides every input width, or list these linears in ignore"
+            check_divides(f"structure {self.structure}: {size}", size, targets, cure)
         batch_size = getattr(self.calibration, "batch_size", None)
         return self.allocation.plan(source, self.ignore, self.sparsity, windows, batch_size)
 

@@ -21,11 +21,10 @@ from pydantic import Field
 from stages.compress.select import extend_overall, smallest_in_groups
 from stages.compress.statistics import Hessian
 from stages.compress.surgeon import COLUMNS, sweep
-from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Strict
 from stages.corpus.windows import Calibration
-from stages.model.blocks import linears
+from stages.model.blocks import check_divides, linears
 from stages.model.grid import Codes, round_to_codes, scale_of
 from stages.pruning.pruner import Pruner
 
@@ -63,13 +62,9 @@ class SparseGPT(Pruner):
         Raises:
             Refusal: M of N:M or the grid's group_size does not divide the input width of some linears.
         """
-        size = (self.grid.group_size if self.grid else None) or 1
-        targets = linears(source.model, self.ignore)
-        if uneven := [linear.name for linear in targets if linear.weight.shape[1] % size]:
-            raise Refusal(
-                f"the grid's group_size {size} does not divide the input width of {len(uneven)} linears: "
-                f"{', '.join(uneven[:8])}; use a divisor of every input width, or null for one scale per row."
-            )
+        if self.grid and (size := self.grid.group_size):
+            cure = "set a divisor of every input width, or null for one scale per row"
+            check_divides(f"the grid's group_size {size}", size, linears(source.model, self.ignore), cure)
         return super().plan(source, windows)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:
