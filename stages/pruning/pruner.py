@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.model.grid import Quantized
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 
 def _structure(value: str) -> str:
@@ -46,7 +46,8 @@ class Pruner(WeightMethod):
             share = 1 - pattern[0] / pattern[1]
             if abs(self.sparsity - share) > 1e-6:  # 1 - 1/3 has no exact decimal
                 raise ValueError(
-                    f"structure {self.structure} is a sparsity of {share:g}, not {self.sparsity:g}"
+                    f"structure {self.structure} is a sparsity of {share:g}, not {self.sparsity:g}; "
+                    f"set sparsity: {share:g}"
                 )
             if self.allocation != EVENLY:
                 raise ValueError(f"structure {self.structure} leaves nothing to allocate; drop allocation")
@@ -69,10 +70,6 @@ class Pruner(WeightMethod):
             return None
         keep, size = self.structure.split(":")
         return int(keep), int(size)
-
-    def zeros(self, rows: int, columns: int) -> int:
-        """Return how many weights a matrix loses when every matrix loses the same share."""
-        return self.allocation.zeros(self.sparsity, rows, columns)
 
     def plan(self, source: Empty, windows: Callable[[], Tensor]) -> dict[str, int]:
         """Return the number of zeros of each linear by full name, at least what it has if shares differ.
@@ -128,7 +125,7 @@ class Pruner(WeightMethod):
         return weight.masked_fill(mask, 0)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:
-        """Return the planned zeros of each linear, unless all lose the same share.
+        """Return the planned zeros of each linear under an uneven allocation. Scope global is not noted.
 
         Weights that a grid rounds to zero are not counted.
         """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 _NOT_LOADED = (
     "transformers cannot load this family packed, so inputs would not be rounded; use awq, gptq or rtn"

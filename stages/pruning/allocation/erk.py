@@ -14,7 +14,7 @@ from stages.pruning.allocation.shares import Allocation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 
 class ERK(Allocation):
