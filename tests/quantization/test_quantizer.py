@@ -33,8 +33,8 @@ def test_a_group_size_that_the_method_fixes_is_not_to_be_set(method, size, monke
     recipe = method(source="base/m", method=method.__name__.lower(), calibration={"dataset": "none"})
     monkeypatch.setattr(families.CONFIGS["llama"], "hidden_size", 40)
     message = (
-        rf"^group_size {size} does not divide the input width of \d+ linears: .*; this method has no other group "
-        r"size; use another method, or list these linears in ignore\.$"
+        rf"^group_size {size} does not divide the input width of \d+ linears: .*; this method has no other "
+        r"group size; use another method, or list these linears in ignore\.$"
     )
     with pytest.raises(Refusal, match=message):
         recipe.plan(SimpleNamespace(model=families.model("llama")), None)
