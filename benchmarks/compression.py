@@ -46,9 +46,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.figures import tell
 from stages.compress.causal import causal_attention
 from stages.compress.method import WeightMethod
-from stages.compress.walk import Sequential, walk
+from stages.compress.walk import walk
+from stages.core.numbers import count_of
 from stages.core.run import Run
-from stages.corpus.windows import Calibration, calibration_windows, cut_windows, read_documents
+from stages.corpus.windows import Calibration, Sequential, calibration_windows, cut_windows, read_documents
 from stages.model.blocks import forward
 from stages.model.grid import Quantized
 from stages.pruning.pruner import Pruner
@@ -103,7 +104,7 @@ def compress(recipe: WeightMethod, model: Any, tokens: Tensor) -> None:
     """Replace the weight of every block linear of a model in memory, as `WeightMethod.execute` does."""
 
     def replace(linear: Any, statistic: Any) -> Tensor:
-        zeros = recipe.zeros(*linear.weight.shape) if isinstance(recipe, Pruner) else None
+        zeros = count_of(recipe.sparsity, linear.weight.numel()) if isinstance(recipe, Pruner) else None
         weight = recipe.replace(linear, statistic, {linear.name: zeros})
         return weight.dequantize() if isinstance(weight, Quantized) else weight
 

@@ -1,6 +1,6 @@
 """Evaluate: score one candidate on one suite and write its scores and every answer."""
 
-from stages.core.files import DATASET, DATASETS, RESULTS, read_json, writing
+from stages.core.files import RESULTS, source_of, writing
 from stages.core.run import Run
 from stages.core.tables import Setting, sample_table, score_table, subject, write_tables
 from stages.evaluation.candidate import load_candidate
@@ -19,10 +19,10 @@ def evaluate(suite: Suite, run: Run, name: str) -> None:
     adjusted = run.model_copy(update={"dtype": record.get("dtype", run.dtype)})
     kept = KeptAnswers(candidate, suite_name, batch_size, adjusted, type(suite).__module__)
     scores, samples = suite.evaluate(load_candidate(record, adjusted, batch_size, kept), suite_name, run.seed)
-    dataset, numerics = read_json(DATASETS / suite_name / DATASET), adjusted.numerics()
+    numerics = adjusted.numerics()
     setting = Setting(
         suite=suite_name,
-        dataset_source=dataset.get("source", "reasoning-gym"),
+        dataset_source=source_of(suite_name),
         batch_size=batch_size,
         **{key: numerics[key] for key in ("dtype", "device", "threads")},
     )

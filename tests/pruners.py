@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from stages.compress.statistics import ColumnNorm, Hessian
 from stages.compress.walk import InMemory
 from stages.pruning.magnitude import Magnitude
+from stages.pruning.pruner import Pruner
 from stages.pruning.random import Random
 from stages.pruning.sparsegpt import SparseGPT
 from stages.pruning.wanda import Wanda
@@ -35,6 +36,11 @@ def sparsegpt(sparsity: float, **options: Any) -> SparseGPT:
 
 def random(sparsity: float, seed: int = 0, **options: Any) -> Random:
     return Random(source="base/m", method="random", sparsity=sparsity, seed=seed, calibration=NONE, **options)
+
+
+def zeros_of(method: Pruner, rows: int, columns: int) -> int:
+    """Return how many weights a matrix loses under a uniform allocation."""
+    return method.allocation.zeros(method.sparsity, rows, columns)
 
 
 def norms(values: torch.Tensor) -> ColumnNorm:

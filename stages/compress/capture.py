@@ -39,8 +39,8 @@ class _Reached(Exception):
     """Ends a forward at the block whose arguments are captured."""
 
 
-def call_of(block: nn.Module, run: Callable[[], object]) -> Any:
-    """Return (args, kwargs) of the block's first call in `run`, which computes nothing beyond it."""
+def call_of(block: nn.Module, forward: Callable[[], object]) -> Any:
+    """Return (args, kwargs) of the block's first call in `forward`, which computes nothing beyond it."""
     calls: list[Any] = []
 
     def stop(*args: Any, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ def call_of(block: nn.Module, run: Callable[[], object]) -> Any:
         raise _Reached
 
     with mock.patch.object(block, "forward", stop), suppress(_Reached):
-        run()
+        forward()
     if not calls:
         raise AssertionError("the model's forward never calls its first block")
     return calls[0]
@@ -95,11 +95,11 @@ def join_outputs(outputs: list[Any]) -> Any:
     return first
 
 
-def input_groups(block: nn.Module, linears: list[Linear], run: Callable[[], object]) -> list[Group]:
+def input_groups(block: nn.Module, linears: list[Linear], forward: Callable[[], object]) -> list[Group]:
     """Group a block's linears by the tensor they are handed, in the order in which they compute.
 
     Args:
-        run: passes some windows through the block.
+        forward: passes some windows through the block.
 
     Raises:
         Refusal: a linear is never reached, or reached more than once.
@@ -126,7 +126,7 @@ def input_groups(block: nn.Module, linears: list[Linear], run: Callable[[], obje
         module.register_forward_hook(after) for module in block.modules() if not list(module.children())
     ]
     try:
-        run()
+        forward()
     finally:
         for handle in handles:
             handle.remove()

@@ -23,6 +23,7 @@ from stages.corpus.generation import model_windows
 from stages.corpus.windows import Calibration, Tokens
 from stages.model import checkpoint
 from stages.model.artifact import load_tokenizer
+from stages.model.blocks import embedding_rows
 from stages.model.grid import Quantized
 
 if TYPE_CHECKING:
@@ -105,11 +106,10 @@ class WholeModel(Compression):
         model = load_source(self.source, run)
 
         def windows() -> Tensor:
-            vocab_size = model.config.get_text_config().vocab_size
-            return model_windows(tokenizer, self.calibration, vocab_size, lambda: model)
+            return model_windows(tokenizer, self.calibration, embedding_rows(model), lambda: model)
 
         change = self.change(model, Context(tokenizer, windows, run.seed, artifact))
-        checkpoint.save(artifact, model, self, run, keep=change.zeros, notes=change.notes)
+        checkpoint.save(artifact, model, self, run, zeros=change.zeros, notes=change.notes)
 
 
 class WeightMethod(Compression):
@@ -168,8 +168,8 @@ class WeightMethod(Compression):
         @cache
         def windows() -> Tensor:
             assert isinstance(self.calibration, Tokens)
-            vocab_size = source.model.config.get_text_config().vocab_size
-            return model_windows(source.tokenizer, self.calibration, vocab_size, source.whole)
+            rows = embedding_rows(source.model)
+            return model_windows(source.tokenizer, self.calibration, rows, source.whole)
 
         plan = self.plan(Empty(self.source, run), windows)
         # Generating windows loads the whole model, so it comes before embeddings are loaded.

@@ -2,7 +2,7 @@
 
 The columns of W (input features) are settled in order. With U the upper Cholesky factor of the inverse
 Hessian, replacing w_j by q_j leaves an error e = (w_j - q_j) / U[j, j], and the later columns compensate for
-it by subtracting e U[j, j+1:]: immediately within a run of columns, and for the rest at the end of the run
+it by subtracting e U[j, j+1:]: at once within a panel of columns, and for the rest at the end of the panel
 (GPTQ 2210.17323, SparseGPT 2301.00774). With H = I nothing is compensated.
 """
 
@@ -28,7 +28,7 @@ def sweep(
     settle: Callable[[int, Tensor], Tensor],
     *,
     begin: Callable[[int, int, Tensor], None] | None = None,
-    run: int = COLUMNS,
+    panel: int = COLUMNS,
 ) -> None:
     """Settle every column of a weight in place.
 
@@ -36,15 +36,15 @@ def sweep(
         weight: `[in, out]` fp32 contiguous, transposed so that a column is a row.
         factor: `[in, in]` fp32, see `stages.compress.statistics.Hessian.inverse_factor`.
         settle: (column number, its updated values `[out]`) -> the values it will have.
-        begin: called with (start, stop, weight) before each run, when the columns of the run are up to date.
-        run: columns between two updates of all later columns, a multiple of the group that `settle` reads.
+        begin: called with (start, stop, weight) before each panel, when its columns are up to date.
+        panel: columns between two updates of all later columns, a multiple of the group that `settle` reads.
 
     Raises:
         Refusal: an error is NaN or infinite, which the settled values may not show.
     """
     columns, diagonal = len(weight), factor.diagonal().tolist()
-    for start in range(0, columns, run):
-        stop = min(start + run, columns)
+    for start in range(0, columns, panel):
+        stop = min(start + panel, columns)
         if begin:
             begin(start, stop, weight)
         errors = torch.empty_like(weight[start:stop])

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from tqdm import tqdm
 
@@ -46,10 +46,10 @@ from stages.model.blocks import Linear, blocks, check_length, forward, linears
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from stages.corpus.windows import Sequential
+
 TOKENS = 4096
 """Tokens that pass through a block at a time unless a batch size is set."""
-Sequential = Literal["linear", "block", "none"]
-"""What the statistics of a linear have seen, see the module's docstring."""
 
 
 Compress: TypeAlias = "Callable[[Linear, Statistic | None], Tensor | None]"
@@ -183,7 +183,10 @@ class _Walk:
         group.statistic.add(rows)
         with _about(group.linears[0].name):
             if not group.statistic.finite() and not finite(rows):
-                raise Refusal("NaN or infinite inputs; nothing was written.")
+                raise Refusal(
+                    "its inputs are NaN or infinite; nothing was written. Set run.dtype to bfloat16 or "
+                    "float32, or check the source."
+                )
 
     def compress_group(self, group: Group) -> None:
         """Compress the linears of a group and free its statistic."""
@@ -219,7 +222,7 @@ def walk(
     ignore: tuple[str, ...] = (),
     label: str = "walk",
     home: Home | None = None,
-) -> int:
+) -> None:
     """Replace the weight of every linear of every block by what `compress` returns for it.
 
     Args:
@@ -231,9 +234,6 @@ def walk(
         ignore: block-relative names left alone.
         label: shown on the progress bar.
         home: where the weights live; None is in the model itself.
-
-    Returns:
-        The number of linears to compress, counting those of finished blocks.
 
     Raises:
         Refusal: the architecture is not served (see `blocks`, `linears`); weights or inputs are NaN or
@@ -249,7 +249,7 @@ def walk(
                 with state.weights(name, block) as done:
                     for linear in [] if done else by_block[name]:
                         state.compress_linear(linear, None)
-            return len(targets)
+            return
 
         if windows is None:
             raise ValueError(f"{statistic.__name__} needs calibration windows")
@@ -262,7 +262,6 @@ def walk(
                 step = state.step(name, block, len(windows), single)
                 patches.enter_context(mock.patch.object(block, "forward", step))
             forward(model, windows)
-    return len(targets)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 """The folder that holds `stages`."""
 EXCLUDED = ("stages/job/",)
-"""What counts for no artifact."""
+"""Code that cannot change an artifact."""
 MODULE = re.compile(r"\bstages(?:\.\w+)+")
 """A module named in a data file, as a task's YAML names its functions."""
 STRING_OR_COMMENT = re.compile(

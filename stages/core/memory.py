@@ -6,9 +6,9 @@ and request the same megabytes over and over, so on a CPU this is a good part of
 
 How much to keep depends on the work. A training holds its whole model and requests its largest blocks again
 at every step. A model beyond `LARGE` that is streamed block by block has few large tensors beside much other
-work: there all but pieces below `SMALL` goes back at once, from before its modules are made. Each module
-makes a weight and drops it again; with many blocks these would leave a heap full of holes, which the work on
-blocks then fills bit by bit (`python -m benchmarks.memory` prints the peak for few and for many blocks).
+work. There, everything of `SMALL` bytes or more is returned at once. This is set before the modules are
+created, because each one allocates a weight and drops it; with many blocks that would leave a fragmented heap
+(`python -m benchmarks.memory` prints the peak for few and for many blocks).
 """
 
 import ctypes
@@ -18,9 +18,9 @@ import sys
 STREAMED = 32 * 2**20
 """Bytes from which a freed block goes back to the system while a model is streamed."""
 SMALL = 2**20
-"""The same while modules are made, and later if the model is beyond `LARGE`."""
+"""The threshold while modules are created, and throughout for a model larger than `LARGE`."""
 TRAINED = 2**30
-"""The same in training."""
+"""The threshold in training."""
 LARGE = 2 * 2**30
 """Bytes of a streamed model's weights up to which freed memory is kept."""
 NEVER = -1

@@ -26,6 +26,11 @@ def count_of(share: float, total: int) -> int:
     return floor(total * share + 1e-6)
 
 
+def spaced(total: int, count: int) -> Tensor:
+    """Return `count` evenly spaced numbers of 0 to `total` - 1, both ends included, `[count]` int64."""
+    return torch.linspace(0, total - 1, count).round().long()
+
+
 def seed_of(text: str, size: int = 7) -> int:
     """Derive a seed of `size` bytes from a text that names the draw, such as `"7 model.layers.0.mlp"`.
 
@@ -83,4 +88,7 @@ def check_finite(what: str, named: Iterable[tuple[str, Tensor]]) -> None:
         Refusal: some values are NaN or infinite.
     """
     if broken := [name for name, tensor in named if not finite(tensor.detach())]:
-        raise Refusal(f"{what}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written.")
+        raise Refusal(
+            f"{what}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written. Use another "
+            "source, or run in float32 if the model is sound."
+        )

@@ -1,7 +1,7 @@
 """Reading files that somebody else wrote: damage is refused in one sentence.
 
-Checkpoints and data sets come from wherever params say. Damage shows as errors of any type, as parsers do not
-look at a file before they parse it. Too little memory and a missing package are not damage.
+params may name any checkpoint or data set. A damaged file can raise any type of error, because parsers do not
+validate first. Running out of memory or lacking a package is not damage.
 """
 
 from collections.abc import Iterator
@@ -28,6 +28,6 @@ def reading(what: str) -> Iterator[None]:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise Unreadable(
-            f"{what} cannot be loaded ({reason[:300].rstrip('.')}); check that its files are all there, "
-            "whole and readable, or get them again."
+            f"{what} cannot be loaded ({reason[:300].rstrip('.')}); check that its files exist, are "
+            "complete and are readable, or download them again."
         ) from error

@@ -57,7 +57,8 @@ class Run(Strict):
         device = torch.device(self.device)
         if device.type != "cpu":
             backend = getattr(torch, device.type, None) or getattr(torch.backends, device.type, None)
-            if backend is None or not backend.is_available():
+            missing = backend is None or not backend.is_available()
+            if missing or (device.index or 0) >= getattr(backend, "device_count", lambda: 1)():
                 raise Refusal(f"run.device is {self.device}, which this machine lacks; use cpu or auto.")
         return device
 

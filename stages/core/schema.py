@@ -59,7 +59,7 @@ Sha256 = Annotated[str, _matches(r"[0-9a-f]{64}", "the 64 hexadecimal digits of 
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """Share of weights that are zero, in [0, 1)."""
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-"""Of random draws."""
+"""The seed of a random draw."""
 
 
 class Strict(BaseModel):

@@ -17,7 +17,7 @@ from stages.core.lazy import pd
 SCORES = "scores.parquet"
 SAMPLES = "samples.parquet"
 MEASURE = ("suite", "task", "readout", "metric", "counted", "filter", "budget")
-"""The columns that make two scores, of one difficulty, the same measure."""
+"""Two scores of equal difficulty measure the same thing if they agree in these columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,9 @@ def subject(record: Mapping[str, Any]) -> Subject:
         grid = recipe if stage == "quantize" else recipe.get("grid")
         if grid and record["layout"] != "dense":  # later steps may have left the grid
             facts |= {"bits": grid["bits"], "group_size": grid["group_size"]}
-        read += _read(stage, recipe.get("calibration") or recipe.get("train"), record["texts"])
+        for text in recipe.values():
+            if isinstance(text, dict) and "dataset" in text:
+                read += _read(stage, text, record["texts"])
     lineage = list(record["lineage"])
     sizes = ("sparsity", "layout", "num_parameters", "bits_per_weight", "bytes_ideal", "bytes_on_disk")
     return Subject(

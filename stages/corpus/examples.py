@@ -21,6 +21,7 @@ from pydantic import Field
 from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd, torch
+from stages.core.numbers import spaced
 from stages.core.schema import Slug, Strict
 from stages.corpus.rows import Example, Row, example, pack
 from stages.corpus.taught import TAUGHT, GradedExample, read_lesson
@@ -290,7 +291,7 @@ def take_evenly(
                 f"data set {chosen.dataset} has {len(items)} {noun}{of_level}, fewer than the {share} that "
                 f"{setting} {count} takes; lower {setting}, or use a larger data set."
             )
-        picked += [items[int(at)] for at in torch.linspace(0, len(items) - 1, share).round()]
+        picked += [items[at] for at in spaced(len(items), share).tolist()]
     return picked
 
 

@@ -29,7 +29,7 @@ from stages.corpus.windows import (
     text_token_ids,
     text_windows,
 )
-from stages.model.blocks import check_length
+from stages.model.blocks import check_length, embedding_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ def generate_windows(
     length = texts.shape[1] - wanted.prompt_length
     numbers = torch.rand(len(texts), length, generator=draw, dtype=torch.float64)
     size = wanted.batch_size or len(texts)
-    ids = text_token_ids(tokenizer, model.config.get_text_config().vocab_size)
+    ids = text_token_ids(tokenizer, embedding_rows(model))
     with tqdm(total=len(texts) * length, desc="generating", unit="token") as bar:
         windows = torch.cat(
             [

@@ -1,8 +1,8 @@
 """Readings of generated answers, and whether an answer is right.
 
 A graded data set names its reading in `dataset.json`, and evaluation looks it up here. A response is one
-line, without the white space around it. A reading that finds nothing is no answer, and no answer is never
-right. Where many answers are right, the response is checked against the item's constraints, each with a
+line, without the white space around it. A reading that finds nothing gives an empty answer, which counts
+as wrong. Where many answers are right, the response is checked against the item's constraints, each with a
 checker of its own, as in IFEval (2311.07911): no model judges another.
 
 A constraint is a kind and its argument, such as `words 4` or `without river`.

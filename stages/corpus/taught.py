@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
-from stages.core.files import DATASET, DATASETS, read_json, write_json
+from stages.core.files import DATASET, DATASETS, read_json, source_of, write_json
 from stages.core.lazy import np, pd, torch
 from stages.corpus.rows import Example, TopLogits, example, join_teachers
 
@@ -82,7 +82,7 @@ def write_lesson(
         stored = {"tokens": teacher.tokens.to(torch.int32), "log_probabilities": teacher.log_probabilities}
         save_file(stored, folder / _TEACHER)
     parent = read_json(DATASETS / recipe["dataset"] / DATASET)
-    made_of = parent.get("made_of", f"{recipe['dataset']} ({parent.get('source', 'reasoning-gym')})")
+    made_of = parent.get("made_of", f"{recipe['dataset']} ({source_of(recipe['dataset'])})")
     facts = {
         "dataset": name,
         "kind": TAUGHT,

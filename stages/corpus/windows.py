@@ -25,6 +25,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
 from stages.core.lazy import torch
+from stages.core.numbers import spaced
 from stages.core.schema import NoData, Seed, Slug, Strict
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ _DRAW_SETTINGS: dict[str, tuple[str, ...]] = {
     "random": ("seed",),
 }
 """The settings that each kind of tokens needs; the other kinds refuse them."""
+
+Sequential = Literal["linear", "block", "none"]
+"""Which linears are compressed when a statistic is taken, see `Calibration`."""
 
 
 class Windows(Strict):
@@ -85,11 +89,11 @@ class Tokens(Windows):
 
 
 class Calibration(Tokens):
-    """The tokens a method's statistics are taken on, and how compressed the layers below are by then."""
+    """The calibration tokens, and which linears are already compressed when statistics are taken."""
 
-    sequential: Literal["linear", "block", "none"] = "linear"
-    """Which linears are compressed when a statistic is taken: every one before (`linear`), those of the
-    blocks before (`block`), or none. `linear` needs all windows at once."""
+    sequential: Sequential = "linear"
+    """Which linears are compressed when a statistic is taken: all earlier linears (`linear`), those of
+    earlier blocks (`block`), or none (`none`). `linear` needs all windows at once."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -101,7 +105,9 @@ class Calibration(Tokens):
         return self
 
 
-def _kind(value: Any) -> str:
+def tokens_or_none(value: Any) -> str:
+    """Tell whether a calibration is `tokens` or `no-data`, from the settings or what they were read from."""
+
     def field(name: str) -> Any:
         return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
 
@@ -109,9 +115,9 @@ def _kind(value: Any) -> str:
 
 
 OptionalTokens = Annotated[
-    Annotated[Tokens, Tag("tokens")] | Annotated[NoData, Tag("no-data")], Discriminator(_kind)
+    Annotated[Tokens, Tag("tokens")] | Annotated[NoData, Tag("no-data")], Discriminator(tokens_or_none)
 ]
-"""Tokens, or no data where the rest of the recipe reads none."""
+"""Tokens, or `{dataset: none}` if no other setting reads text."""
 
 
 def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], sequence_length: int) -> Tensor:
@@ -177,8 +183,7 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size
             f"tokens to learn from, fewer than {wanted.num_samples}; lower num_samples or sequence_length, "
             "or use a longer data set."
         )
-    picked = torch.linspace(0, len(distinct) - 1, wanted.num_samples).round().long()
-    chosen = distinct[picked]
+    chosen = distinct[spaced(len(distinct), wanted.num_samples)]
     check_token_ids(chosen, vocab_size, f"data set {wanted.dataset}", tokenizer)
     return chosen
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
+from stages.core.numbers import spaced
 from stages.core.schema import Strict
 from stages.core.tables import Score
 from stages.corpus.windows import cut_windows, read_documents
@@ -90,7 +91,7 @@ class Emergence(Strict):
                 f"suites.perplexity.{name}.emergence.windows is {self.windows}, but the evaluation split has "
                 f"{len(whole)} windows of {self.sequence_length} tokens; ask for fewer."
             )
-        rows = whole[torch.linspace(0, len(whole) - 1, self.windows).round().long()]
+        rows = whole[spaced(len(whole), self.windows)]
         draw = torch.Generator().manual_seed(seed)
         return rows[torch.randperm(len(rows), generator=draw)]
 

@@ -115,12 +115,29 @@ def linears(model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = F
     if unknown := sorted(set(ignore) - matched):
         names = sorted({linear.name.removeprefix(f"{linear.block}.") for linear in kept})
         raise Refusal(
-            f"ignore names no matrix of a block: {', '.join(unknown)}; there are {', '.join(names)}."
+            f"ignore names {', '.join(unknown)}, which no block has; its linears are {', '.join(names)}."
         )
     if not kept and not partial:
         reason = f"ignore names {', '.join(ignore)}; remove some of them" if ignore else "it has none"
         raise Refusal(f"no linear of {type(model).__name__}'s blocks is left to compress: {reason}.")
     return kept
+
+
+def check_divides(setting: str, size: int, targets: list[Linear], cure: str) -> None:
+    """Refuse a `size` that does not divide the input width of every linear.
+
+    Args:
+        setting: the size as the recipe has it, for the message.
+        cure: what to change, for the message.
+
+    Raises:
+        Refusal: by the names of the linears.
+    """
+    if uneven := [linear.name for linear in targets if linear.weight.shape[1] % size]:
+        raise Refusal(
+            f"{setting} does not divide the input width of {len(uneven)} linears: {', '.join(uneven[:8])}; "
+            f"{cure}."
+        )
 
 
 def check_length(model: nn.Module, windows: Tensor) -> None:
@@ -129,9 +146,16 @@ def check_length(model: nn.Module, windows: Tensor) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise Refusal(
-            f"sequence_length {windows.shape[1]} is more than the {limit} tokens the model reads; lower it "
-            "(or shots, where the text is items of tasks)."
+            f"sequence_length {windows.shape[1]} is more than the {limit} tokens the model reads; lower "
+            "sequence_length, or shots if the recipe is calibrated on graded items."
         )
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Return the number of rows of the embedding: every token id must be below it."""
+    config: Any = model.config
+    rows: int = config.get_text_config().vocab_size
+    return rows
 
 
 def forward(model: nn.Module, windows: Tensor) -> None:

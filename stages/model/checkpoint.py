@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
-from stages.core.files import DATASET, DATASETS, MODELS, read_json, writing
+from stages.core.files import MODELS, source_of, writing
 from stages.core.lazy import torch
 from stages.core.numbers import check_finite
 from stages.model.artifact import load_record, load_tokenizer, pretrained, write_record
@@ -101,7 +101,7 @@ def lineage(artifact: str, recipe: Recipe, run: Run, notes: Mapping[str, Any] | 
 def _texts(recipe: Recipe) -> dict[str, str]:
     """Return the source of each data set that a recipe reads, by name."""
     names = [text.dataset for text in recipe.reads().values()]
-    return {name: read_json(DATASETS / name / DATASET).get("source", "reasoning-gym") for name in names}
+    return {name: source_of(name) for name in names}
 
 
 def finish_base(artifact: str, folder: Path, base: Mapping[str, Any]) -> PreTrainedModel:
@@ -121,14 +121,14 @@ def save(
     recipe: Recipe,
     run: Run,
     *,
-    keep: Mapping[str, Tensor] | None = None,
+    zeros: Mapping[str, Tensor] | None = None,
     notes: Mapping[str, Any] | None = None,
     quantized: Mapping[str, Quantized] | None = None,
 ) -> dict[str, Any]:
     """Write a model that the recipe made in memory, and return its record.
 
     Args:
-        keep: positions that must be zero in the file, see `zero_masks`.
+        zeros: positions that must be zero in the file, see `zero_masks`.
         notes: facts for the record, constant from run to run.
         quantized: codes of linears by full name, all packable and with the same scheme; they are written in
             place of the model's weights.
@@ -154,9 +154,9 @@ def save(
         if codes:
             config_of(model, codes.keys(), scheme).save_pretrained(folder)
         load_tokenizer(recipe.source).save_pretrained(folder)
-        if keep or codes:
+        if zeros or codes:
             stored = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-            check_zeros(keep or {}, lambda name: weight_from(stored, f"{name}.weight", scheme))
+            check_zeros(zeros or {}, lambda name: weight_from(stored, f"{name}.weight", scheme))
             check_codes(codes, lambda name: weight_from(stored, f"{name}.weight", scheme))
         layout = scheme["format"] if scheme else "dense"
         return _finish(folder, model, {**lineage(artifact, recipe, run, notes), "layout": layout}, codes)

@@ -1,8 +1,8 @@
 """A source that may be larger than memory: its blocks have weights only while they are worked on.
 
 All modules exist from the start, on the meta device, where parameters take no memory. A block's parameters
-are read from the checkpoint's safetensors on request and dropped afterwards. A file is opened for every
-tensor, as the pages of an open one count as memory in use.
+are read from the checkpoint's safetensors on request and dropped afterwards. Each read reopens its
+file, because the mapped pages of an open file count as used memory.
 """
 
 from __future__ import annotations

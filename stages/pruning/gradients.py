@@ -82,7 +82,7 @@ def loss_gradients(
     if broken := [name for name, gradient in gradients.items() if not gradient.isfinite().all()]:
         raise Refusal(
             f"NaN or infinite gradients in {', '.join(broken)} at a loss of {total / len(windows)}; nothing "
-            "was written."
+            "was written. Set run.dtype to bfloat16 or float32, or check the source."
         )
     if zero := [name for name, gradient in gradients.items() if not gradient.any()]:
         log.warning("the loss has a zero gradient in %s", ", ".join(zero))

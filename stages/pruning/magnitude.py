@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 BINS = 2**16
 
@@ -44,7 +44,7 @@ class Magnitude(Pruner):
 
     @property
     def by_row(self) -> bool:
-        """Under scope `row`."""
+        """Whether `scope` is `row`."""
         return self.scope == "row"
 
     def plan(self, source: Empty, windows: Callable[[], Tensor]) -> dict[str, int]:

@@ -185,7 +185,9 @@ def ask(policy: Rules | Command, state: State) -> Answer:
         excess = ", ".join(
             f"{answer.prune[name]:g} of {name}, which has lost {lost[name]:g}" for name in over
         )
-        raise Refusal(f"policy {policy.kind} takes more than is left: {excess}.")
+        raise Refusal(
+            f"policy {policy.kind} takes more than is left: {excess}; answer with at most 1 minus that."
+        )
     return answer
 
 

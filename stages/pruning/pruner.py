@@ -12,7 +12,7 @@ from stages.compress.select import Scores, by_pieces, extend_mask, smallest_in_g
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import NoData, Sparsity
-from stages.model.blocks import Linear, linears
+from stages.model.blocks import Linear, check_divides, linears
 from stages.pruning.allocation.kinds import EVENLY, AnyAllocation
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.model.grid import Quantized
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 
 def _structure(value: str) -> str:
@@ -46,7 +46,8 @@ class Pruner(WeightMethod):
             share = 1 - pattern[0] / pattern[1]
             if abs(self.sparsity - share) > 1e-6:  # 1 - 1/3 has no exact decimal
                 raise ValueError(
-                    f"structure {self.structure} is a sparsity of {share:g}, not {self.sparsity:g}"
+                    f"structure {self.structure} is a sparsity of {share:g}, not {self.sparsity:g}; "
+                    f"set sparsity: {share:g}"
                 )
             if self.allocation != EVENLY:
                 raise ValueError(f"structure {self.structure} leaves nothing to allocate; drop allocation")
@@ -70,22 +71,17 @@ class Pruner(WeightMethod):
         keep, size = self.structure.split(":")
         return int(keep), int(size)
 
-    def zeros(self, rows: int, columns: int) -> int:
-        """Return how many weights a matrix loses when every matrix loses the same share."""
-        return self.allocation.zeros(self.sparsity, rows, columns)
-
     def plan(self, source: Empty, windows: Callable[[], Tensor]) -> dict[str, int]:
         """Return the number of zeros of each linear by full name, at least what it has if shares differ.
 
         Raises:
             Refusal: M of N:M does not divide the input width of some linears.
         """
-        widths = {linear.name: linear.weight.shape[1] for linear in linears(source.model, self.ignore)}
-        if self.pattern and (uneven := [name for name, width in widths.items() if width % self.pattern[1]]):
-            raise Refusal(
-                f"structure {self.structure}: {self.pattern[1]} does not divide the input width of "
-                f"{len(uneven)} linears: {', '.join(uneven[:8])}; list them in ignore or use a divisor."
-            )
+        targets = linears(source.model, self.ignore)
+        if self.pattern:
+            size = self.pattern[1]
+            cure = "choose an M that divides every input width, or list these linears in ignore"
+            check_divides(f"structure {self.structure}: {size}", size, targets, cure)
         batch_size = getattr(self.calibration, "batch_size", None)
         return self.allocation.plan(source, self.ignore, self.sparsity, windows, batch_size)
 
@@ -129,7 +125,7 @@ class Pruner(WeightMethod):
         return weight.masked_fill(mask, 0)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:
-        """Return the planned zeros of each linear, unless all lose the same share.
+        """Return the planned zeros of each linear under an uneven allocation. Scope global is not noted.
 
         Weights that a grid rounds to zero are not counted.
         """

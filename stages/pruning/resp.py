@@ -23,7 +23,7 @@ from stages.core.numbers import count_of
 from stages.core.schema import Sparsity
 from stages.corpus.generation import generate_windows
 from stages.corpus.windows import Tokens, text_windows
-from stages.model.blocks import linears
+from stages.model.blocks import embedding_rows, linears
 from stages.pruning.gradients import loss_gradients
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class RESP(WholeModel):
         """
         assert self.calibration.seed is not None and self.calibration.prompt_length is not None
         targets = linears(model, self.ignore)
-        texts = text_windows(tokenizer, self.calibration, model.config.get_text_config().vocab_size)
+        texts = text_windows(tokenizer, self.calibration, embedding_rows(model))
         draw = torch.Generator().manual_seed(self.calibration.seed)
         size = sum(linear.weight.numel() for linear in targets)
         dead = DeadInputs("the first to go", "get no gradient from the generated tokens")

@@ -21,11 +21,10 @@ from pydantic import Field
 from stages.compress.select import extend_overall, smallest_in_groups
 from stages.compress.statistics import Hessian
 from stages.compress.surgeon import COLUMNS, sweep
-from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Strict
 from stages.corpus.windows import Calibration
-from stages.model.blocks import linears
+from stages.model.blocks import check_divides, linears
 from stages.model.grid import Codes, round_to_codes, scale_of
 from stages.pruning.pruner import Pruner
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 
 class Grid(Strict):
@@ -63,13 +62,9 @@ class SparseGPT(Pruner):
         Raises:
             Refusal: M of N:M or the grid's group_size does not divide the input width of some linears.
         """
-        size = (self.grid.group_size if self.grid else None) or 1
-        targets = linears(source.model, self.ignore)
-        if uneven := [linear.name for linear in targets if linear.weight.shape[1] % size]:
-            raise Refusal(
-                f"the grid's group_size {size} does not divide the input width of {len(uneven)} linears: "
-                f"{', '.join(uneven[:8])}; use a divisor of every input width, or null for one scale per row."
-            )
+        if self.grid and (size := self.grid.group_size):
+            cure = "set a divisor of every input width, or null for one scale per row"
+            check_divides(f"the grid's group_size {size}", size, linears(source.model, self.ignore), cure)
         return super().plan(source, windows)
 
     def notes(self, plan: dict[str, int]) -> dict[str, Any]:
@@ -93,15 +88,15 @@ class SparseGPT(Pruner):
         group_size = (self.grid.group_size if self.grid else None) or columns
         # All columns that are ranked or scaled together must be up to date at the same time.
         unit = lcm(self.pattern[1] if self.pattern else 1, group_size if group_size < columns else 1)
-        run = unit * max(1, COLUMNS // unit)
-        more = zeros_by_run(gone, zeros, run)
+        panel = unit * max(1, COLUMNS // unit)
+        more = zeros_by_panel(gone, zeros, panel)
         scales: list[Tensor] = []
         codes = torch.zeros(columns, rows, dtype=torch.int8, device=weight.device)
 
         def choose(start: int, stop: int, now: Tensor) -> None:
             scores = now[start:stop].abs() / factor.diagonal()[start:stop, None]
             before = gone[start:stop].T
-            gone[start:stop] = extend_overall(scores.T, before, int(before.sum()) + more[start // run]).T
+            gone[start:stop] = extend_overall(scores.T, before, int(before.sum()) + more[start // panel]).T
 
         def settle(j: int, column: Tensor) -> Tensor:
             if self.pattern and j % self.pattern[1] == 0:
@@ -121,24 +116,24 @@ class SparseGPT(Pruner):
             codes[j] = code.to(torch.int8)
             return (code * scales[-1]).to(weight.dtype).float()
 
-        sweep(work, factor, settle, begin=None if self.pattern else choose, run=run)
+        sweep(work, factor, settle, begin=None if self.pattern else choose, panel=panel)
         if self.grid is None:
             return work.T.to(weight.dtype).masked_fill(gone.T, 0)
         scale = torch.stack(scales, 1).to(weight.dtype)
         return Codes(codes.T.contiguous(), scale, self.grid.bits, self.grid.group_size)
 
 
-def zeros_by_run(gone: Tensor, zeros: int, run: int) -> list[int]:
-    """Return how many more entries to remove from each `run` columns so that `zeros` are gone in the end.
+def zeros_by_panel(gone: Tensor, zeros: int, panel: int) -> list[int]:
+    """Return how many more entries to remove from each `panel` columns so that `zeros` are gone in the end.
 
-    Every run ends with the same share of zeros; if some start with more, the others lose less.
+    Every panel ends with the same share of zeros; if some start with more, the others lose less.
 
     Args:
         gone: `[in, out]` bool, the entries that are zero already.
     """
     columns = len(gone)
-    stops = [min(start + run, columns) for start in range(0, columns, run)]
-    existing = [int(part.sum()) for part in gone.split(run)]
+    stops = [min(start + panel, columns) for start in range(0, columns, panel)]
+    existing = [int(part.sum()) for part in gone.split(panel)]
     targets = [zeros * stop // columns for stop in stops]
     missing = [max(b - a - n, 0) for a, b, n in zip([0, *targets], targets, existing, strict=False)]
     wanted = max(zeros - sum(existing), 0)

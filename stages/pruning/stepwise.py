@@ -28,7 +28,7 @@ from stages.compress.statistics import ColumnNorm, DeadInputs, Statistic
 from stages.compress.walk import walk
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
-from stages.core.numbers import count_of
+from stages.core.numbers import count_of, spaced
 from stages.core.schema import Sparsity
 from stages.corpus.windows import Tokens
 from stages.model.blocks import Linear, check_length, linears
@@ -88,12 +88,15 @@ class Stepwise(WholeModel):
         Raises:
             Refusal: the policy's answer is not valid, or the source's perplexity is not finite.
         """
-        spaced = torch.linspace(0, len(windows) - 1, self.held_out).round().long()
-        held_out = torch.isin(torch.arange(len(windows)), spaced)
-        work = Work(model, self, windows[~held_out], windows[spaced])
+        picked = spaced(len(windows), self.held_out)
+        held_out = torch.isin(torch.arange(len(windows)), picked)
+        work = Work(model, self, windows[~held_out], windows[picked])
         source = work.perplexity()
         if source is None:
-            raise Refusal("the source's perplexity is not finite; nothing was written.")
+            raise Refusal(
+                "the source's perplexity is not finite; nothing was written. Set run.dtype to bfloat16 or "
+                "float32, or check the source."
+            )
         last = source
         history: list[Step] = []
         stopped, blocks = "", None

@@ -29,7 +29,7 @@ class Wanda(Pruner):
 
     @property
     def by_row(self) -> bool:
-        """Always, as in the paper."""
+        """Always true: the paper compares within rows."""
         return True
 
     def weights(self, weight: Tensor, statistic: ColumnNorm, zeros: int) -> Tensor:

@@ -92,8 +92,8 @@ class GPTQ(IntegerQuantizer):
         if static:
             for group in weight.float().split(size, 1):
                 fit(group)
-        # Where scales are set from updated weights, no group may straddle two runs.
-        run = COLUMNS if static or size == columns else size * max(1, COLUMNS // size)
-        sweep(work, factor, settle, run=run)
+        # Where scales are set from updated weights, no group may straddle two panels.
+        panel = COLUMNS if static or size == columns else size * max(1, COLUMNS // size)
+        sweep(work, factor, settle, panel=panel)
         zero_point = torch.stack(zeros, 1) if zeros else None
         return self.grid.to_codes(codes.T, torch.stack(scales, 1), zero_point, weight.dtype)

@@ -1,8 +1,8 @@
 """MXFP4 (2310.10537): four-bit floats with a power of two as scale for every 32 columns. Needs no data.
 
 4.25 bits per weight. A power of two is a coarse scale: the largest value of a group lands between 3.5 and 7
-while the grid ends at 6, so up to half of the range goes unused. NVFP4 pays a quarter of a bit for a finer
-scale. See `stages.model.floats`. Weights only: activations stay as they are.
+while the grid ends at 6, so about two fifths of the range may go unused. NVFP4 pays a quarter of a bit for a
+finer scale. See `stages.model.floats`. Weights only: activations stay as they are.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _OUTERMOST = (1 - 1 / 30 + 1 - 1 / 32) / 2
-"""The quantile that becomes 1: halfway between those at which 15 and 16 equal bins end, less half a bin."""
+"""The quantile mapped to 1: the mean of the centres of the last of 15 and of 16 equal bins."""
 _SCALES_PER_CHUNK = 256
 """Scales that share an fp32 scale of their own."""
 

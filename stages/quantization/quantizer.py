@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from pydantic import Field
 
 from stages.compress.method import WeightMethod
 from stages.core.errors import Refusal
-from stages.model.blocks import Linear, linears
+from stages.model.blocks import Linear, check_divides, linears
 from stages.model.grid import Integers, Quantized
 
 if TYPE_CHECKING:
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 _NOT_LOADED = (
     "transformers cannot load this family packed, so inputs would not be rounded; use awq, gptq or rtn"
 )
+_FIXED = "this method has no other group size; use another method, or list these linears in ignore"
 _CONV1D = "no format runs Conv1D with 8-bit inputs; use awq, gptq or rtn"
 
 
@@ -62,13 +63,10 @@ class Quantizer(WeightMethod):
             raise Refusal(f"{self.method} does not serve {type(model).__name__}: {_CONV1D}.")
         if self.rounds_inputs and not loads_packed(model, [linear.name for linear in targets]):
             raise Refusal(f"{self.method} does not serve {type(model).__name__}: {_NOT_LOADED}.")
-        if self.group_size and (
-            uneven := [linear.name for linear in targets if linear.weight.shape[1] % self.group_size]
-        ):
-            raise Refusal(
-                f"group_size {self.group_size} does not divide the input width of {len(uneven)} linears: "
-                f"{', '.join(uneven[:8])}; set a divisor of every input width, or null for one scale per row."
-            )
+        if self.group_size:
+            fixed = get_origin(type(self).model_fields["group_size"].annotation) is Literal
+            cure = _FIXED if fixed else "set a divisor of every input width, or null for one scale per row"
+            check_divides(f"group_size {self.group_size}", self.group_size, targets, cure)
         return len(targets)
 
     def replace(self, linear: Linear, statistic: Any, plan: int) -> Quantized:

@@ -23,7 +23,7 @@ class Recovered:
     """The result of training: a plain model, and what must hold of the file it is written to."""
 
     model: PreTrainedModel
-    keep: Mapping[str, Tensor] = field(default_factory=dict)
+    zeros: Mapping[str, Tensor] = field(default_factory=dict)
     """Positions that must be zero in the file, bool, shaped as stored, by linear; see `zero_masks`."""
     codes: Mapping[str, Quantized] = field(default_factory=dict)
     """The codes that replace weights in the file, by linear; the model's weights are their values. Empty for

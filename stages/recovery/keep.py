@@ -109,7 +109,7 @@ class Keeping(Tuning):
         model = model.requires_grad_(False).eval()
         codes = requantize_model(grid, model) if grid and self.requantize else {}
         notes = {"frozen_weights": sum(int(mask.sum()) for mask in frozen.values())}
-        return Recovered(model, keep=frozen if self.keep == "mask" else {}, codes=codes, notes=notes)
+        return Recovered(model, zeros=frozen if self.keep == "mask" else {}, codes=codes, notes=notes)
 
 
 def _shuffle(weight: Tensor, chosen: Tensor, draw: str) -> None:

@@ -75,4 +75,4 @@ class GridWeights:
 
     def recovered(self) -> Recovered:
         """Return the model with its codes."""
-        return Recovered(self._model, keep=self.zeros, codes=self.codes)
+        return Recovered(self._model, zeros=self.zeros, codes=self.codes)

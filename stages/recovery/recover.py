@@ -49,7 +49,7 @@ def recover(recipe: Tuning, run: Run, name: str) -> None:
             recovered.model,
             recipe,
             run,
-            keep=recovered.keep,
+            zeros=recovered.zeros,
             quantized=recovered.codes,
             notes=notes,
         )

@@ -41,32 +41,32 @@ def slow(weight: torch.Tensor, statistic: Hessian) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("columns", [1, 2, 30, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 17])
-@pytest.mark.parametrize("run", [1, 16, COLUMNS])
-def test_the_sweep_is_the_least_squares_update(run, columns):
+@pytest.mark.parametrize("panel", [1, 16, COLUMNS])
+def test_the_sweep_is_the_least_squares_update(panel, columns):
     weight, statistic = problem(columns)
     swept = weight.clone()
-    sweep(swept, statistic.inverse_factor(0.5), half, run=run)
+    sweep(swept, statistic.inverse_factor(0.5), half, panel=panel)
     torch.testing.assert_close(swept, slow(weight, statistic), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("run", [1, 16, COLUMNS])
-def test_an_infinite_error_is_refused_even_if_settled_values_hide_it(run):
+@pytest.mark.parametrize("panel", [1, 16, COLUMNS])
+def test_an_infinite_error_is_refused_even_if_settled_values_hide_it(panel):
     weight, statistic = problem(30)
     weight[3, 2] = torch.inf
     factor = statistic.inverse_factor(0.01)
     with pytest.raises(Refusal, match=r"overflows fp32; nothing was written\. Look"):
-        sweep(weight, factor, lambda j, values: torch.zeros_like(values), run=run)
+        sweep(weight, factor, lambda j, values: torch.zeros_like(values), panel=panel)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 60), st.integers(1, 70))
-def test_columns_are_settled_once_in_order_and_are_up_to_date_when_a_run_begins(columns, run):
+def test_columns_are_settled_once_in_order_and_are_up_to_date_when_a_panel_begins(columns, panel):
     weight, statistic = problem(columns)
     settled: list[int] = []
-    runs: list[tuple[int, int]] = []
+    panels: list[tuple[int, int]] = []
     swept = weight.clone()
     reference = weight.clone()
-    sweep(reference, statistic.inverse_factor(0.5), half, run=1)
+    sweep(reference, statistic.inverse_factor(0.5), half, panel=1)
 
     def settle(j: int, values: torch.Tensor) -> torch.Tensor:
         settled.append(j)
@@ -75,12 +75,12 @@ def test_columns_are_settled_once_in_order_and_are_up_to_date_when_a_run_begins(
 
     def begin(start: int, stop: int, current: torch.Tensor) -> None:
         assert start == len(settled) and current is swept
-        runs.append((start, stop))
+        panels.append((start, stop))
         torch.testing.assert_close(current[:start], reference[:start], rtol=1e-3, atol=1e-4)
 
-    sweep(swept, statistic.inverse_factor(0.5), settle, begin=begin, run=run)
+    sweep(swept, statistic.inverse_factor(0.5), settle, begin=begin, panel=panel)
     assert settled == list(range(columns))
-    assert runs == [(start, min(start + run, columns)) for start in range(0, columns, run)]
+    assert panels == [(start, min(start + panel, columns)) for start in range(0, columns, panel)]
 
 
 def test_columns_that_do_not_change_leave_nothing_to_compensate():

@@ -82,8 +82,8 @@ def test_statistics_have_seen_what_the_mode_promises(sequential, batch_size, kin
         return coarse(linear.weight)
 
     walked = families.model(family)
-    done = walk(walked, note, windows=tokens, statistic=kind, sequential=sequential, batch_size=batch_size)
-    assert done == len(taken) == len(linears(walked))
+    walk(walked, note, windows=tokens, statistic=kind, sequential=sequential, batch_size=batch_size)
+    assert len(taken) == len(linears(walked))
     assert hooks(walked) == 0
 
     seen, slow = promised(family, sequential, tokens)
@@ -146,8 +146,7 @@ def test_a_group_shares_one_statistic_and_none_is_kept(sequential):
 def test_ignored_linears_keep_their_weights(sequential):
     model, before = families.model("llama"), families.model("llama")
     ignore = ("self_attn.v_proj", "mlp.down_proj")
-    done = walk(model, halve, windows=windows(), statistic=Hessian, ignore=ignore, sequential=sequential)
-    assert done == 10
+    walk(model, halve, windows=windows(), statistic=Hessian, ignore=ignore, sequential=sequential)
     for linear, old in zip(linears(model), linears(before), strict=True):
         assert torch.equal(linear.weight, old.weight) == linear.name.endswith(ignore)
 
@@ -166,7 +165,7 @@ def test_the_experts_of_a_mixture_can_be_ignored():
         else n
         for n in sorted(inside)
     )
-    assert walk(model, halve, windows=windows(), statistic=Hessian, ignore=ignore) == 8
+    walk(model, halve, windows=windows(), statistic=Hessian, ignore=ignore)
     for name, parameter in before.named_parameters():
         changed = ".self_attn." in name and parameter.ndim == 2
         assert torch.equal(parameter, model.get_parameter(name)) != changed, name
@@ -240,7 +239,10 @@ def test_broken_weights_are_refused_by_name_before_their_block_changes(broken, s
 def test_broken_inputs_are_refused_by_name_and_leave_no_hook(sequential):
     model = families.model("llama")
     model.model.layers[1].post_attention_layernorm.variance_epsilon = float("nan")
-    with pytest.raises(Refusal, match=r"model\.layers\.1\.mlp\.gate_proj: NaN or infinite inputs"):
+    with pytest.raises(
+        Refusal,
+        match=r"model\.layers\.1\.mlp\.gate_proj: its inputs are NaN or infinite; .*\. Set run\.dtype",
+    ):
         walk(model, halve, windows=windows(), statistic=ColumnNorm, sequential=sequential)
     assert hooks(model) == 0
 

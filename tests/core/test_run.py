@@ -13,11 +13,17 @@ def settings(**changed) -> Run:
     return Run(**({"device": "cpu", "dtype": "bfloat16", "threads": 1, "seed": 0} | changed))
 
 
+def on_cards(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this a machine with `count` GPUs, as far as torch can tell."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
 def test_the_device_asked_for_is_the_one_given(monkeypatch):
     assert settings().resolved_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert settings(device="auto").resolved_device() == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_cards(2, monkeypatch)
     assert settings(device="auto").resolved_device() == torch.device("cuda")
     assert settings(device="cuda:1").resolved_device() == torch.device("cuda:1")
 
@@ -28,6 +34,15 @@ def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
         monkeypatch.setattr(backend, "is_available", lambda: False)
     with pytest.raises(Refusal, match=f"run.device is {device}, which this machine lacks; use cpu or auto"):
         settings(device=device).resolved_device()
+
+
+@pytest.mark.parametrize("cards", [1, 2])
+def test_a_card_beyond_the_last_is_refused(cards, monkeypatch):
+    on_cards(cards, monkeypatch)
+    last = f"cuda:{cards - 1}"
+    assert settings(device=last).resolved_device() == torch.device(last)
+    with pytest.raises(Refusal, match=f"run.device is cuda:{cards}, which this machine lacks"):
+        settings(device=f"cuda:{cards}").resolved_device()
 
 
 def test_every_switch_is_set():
@@ -48,7 +63,7 @@ def test_every_switch_is_set():
 
 
 def test_on_cuda_the_attention_backend_is_fixed(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_cards(1, monkeypatch)
     before = [
         getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "mem_efficient", "math")
     ]
@@ -72,6 +87,6 @@ def test_numerics_name_what_bytes_depend_on(monkeypatch):
         "dtype": "bfloat16",
         "torch": torch.__version__,
     }
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_cards(2, monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU at {device}")
     assert settings(device="cuda:1").numerics()["device"] == "GPU at cuda:1"

@@ -47,7 +47,7 @@ def test_a_weight_is_replaced_and_the_old_tensor_is_not_written_to(family):
 
 def test_a_misspelt_ignore_is_refused():
     with pytest.raises(
-        Refusal, match=r"ignore names no matrix of a block: mlp\.gate; there are .*mlp\.gate_proj"
+        Refusal, match=r"ignore names mlp\.gate, which no block has; its linears are .*mlp\.gate_proj"
     ):
         linears(families.model("llama"), ("mlp.gate",))
 

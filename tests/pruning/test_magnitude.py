@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from stages.model.blocks import linears
 from stages.pruning.magnitude import global_zeros
 from tests import families
-from tests.pruners import SPARSITY, InMemorySource, magnitude, slow_mask, weights
+from tests.pruners import SPARSITY, InMemorySource, magnitude, slow_mask, weights, zeros_of
 
 
 @given(weights(), SPARSITY, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_within_a_matrix_ties_go_to_the_lower_flat_index(weight, sparsity, dtype):
     method = magnitude(sparsity, "matrix")
-    count = method.zeros(*weight.shape)
+    count = zeros_of(method, *weight.shape)
     assert count == floor(weight.numel() * sparsity + 1e-6)
     mask = torch.tensor(slow_mask(weight.abs().flatten().tolist(), count)).view_as(weight)
     expected = torch.where(mask, 0, weight).to(dtype)

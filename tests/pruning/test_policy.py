@@ -122,7 +122,8 @@ def test_a_command_runs_without_a_shell():
         ),
         (
             Answer(prune={NAMES[0]: 0.6, NAMES[1]: 0.3}),
-            "takes more than is left: 0.6 of model.layers.0, which has lost 0.5",
+            "takes more than is left: 0.6 of model.layers.0, which has lost 0.5; answer with at most 1 minus "
+            "that",
         ),
     ],
 )

@@ -34,6 +34,7 @@ from tests.pruners import (
     sparsegpt,
     wanda,
     weights,
+    zeros_of,
 )
 
 
@@ -93,8 +94,8 @@ def test_sparsity_zero_changes_nothing(weight):
 def test_a_decimal_share_loses_no_weight_to_binary_rounding():
     # 10 * 0.3 and 10 * 0.7 fall on either side of whole numbers in binary.
     for sparsity, count in ((0.3, 3), (0.7, 7), (0.1, 1), (0.9, 9)):
-        assert magnitude(sparsity, "matrix").zeros(1, 10) == count
-        assert wanda(sparsity).zeros(3, 10) == 3 * count
+        assert zeros_of(magnitude(sparsity, "matrix"), 1, 10) == count
+        assert zeros_of(wanda(sparsity), 3, 10) == 3 * count
 
 
 @settings(deadline=None)
@@ -103,7 +104,7 @@ def test_existing_zeros_stay_and_count(weight, sparsity, name):
     """Small integers hold many zeros, often more than the sparsity asks for."""
     columns = weight.shape[1]
     inputs = torch.randn(60, columns, generator=torch.Generator().manual_seed(1))
-    count = magnitude(sparsity, "matrix").zeros(*weight.shape)
+    count = zeros_of(magnitude(sparsity, "matrix"), *weight.shape)
     if name == "random":
         result = random(sparsity, seed=3).replace(linear_of(weight), None, {"block.fc": count})
     elif name == "sparsegpt":
@@ -124,9 +125,11 @@ def test_existing_zeros_stay_and_count(weight, sparsity, name):
 def test_a_pattern_that_divides_no_input_width_is_refused():
     source = InMemorySource(families.model("llama"))
     for method in (magnitude(0.75, "row", structure="6:24"), sparsegpt(0.75, structure="6:24")):
-        with pytest.raises(
-            Refusal, match=r"structure 6:24: 24 does not divide the input width of 14 linears"
-        ):
+        message = (
+            r"structure 6:24: 24 does not divide the input width of 14 linears: .*; choose an M that divides "
+            r"every input width, or list these linears in ignore\.$"
+        )
+        with pytest.raises(Refusal, match=message):
             method.plan(source, pytest.fail)
 
 
@@ -134,7 +137,10 @@ def test_a_pattern_that_divides_no_input_width_is_refused():
     ("options", "message"),
     [
         ({"structure": "4:2"}, "N:M with N < M"),
-        ({"structure": "2:4", "sparsity": 0.6}, "structure 2:4 is a sparsity of 0.5, not 0.6"),
+        (
+            {"structure": "2:4", "sparsity": 0.6},
+            "structure 2:4 is a sparsity of 0.5, not 0.6; set sparsity: 0.5",
+        ),
         ({"structure": "1:3", "sparsity": 0.6667}, "structure 1:3 is a sparsity of 0.666667, not 0.6667"),
         ({"structure": "2:4", "allocation": {"kind": "erk"}}, "leaves nothing to allocate"),
         ({"scope": "global", "structure": "2:4"}, "scope global is an allocation of its own"),
@@ -191,7 +197,7 @@ def test_the_method_of_the_contributors_guide_works(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     weight, inputs = problem(seed=0, rows=6, columns=32, tokens=40)
     method = module.Cube(source="base/m", method="cube", sparsity=0.4, calibration=TEXT)
-    result = method.weights(weight, norms(inputs[0]), method.zeros(6, 32))
+    result = method.weights(weight, norms(inputs[0]), zeros_of(method, 6, 32))
     scores = (weight.abs() ** 3 * inputs[0].abs()).flatten().tolist()
     mask = torch.tensor(slow_mask(scores, 76)).view_as(weight)
     assert torch.equal(result, torch.where(mask, 0, weight))

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from stages.compress.statistics import ColumnNorm
 from stages.core.errors import Refusal
 from stages.model.grid import Codes
-from stages.pruning.sparsegpt import zeros_by_run
+from stages.pruning.sparsegpt import zeros_by_panel
 from tests import families
 from tests.hessians import ChosenHessian
-from tests.pruners import InMemorySource, hessian, magnitude, problem, sparsegpt, wanda
+from tests.pruners import InMemorySource, hessian, magnitude, problem, sparsegpt, wanda, zeros_of
 from tests.replay import MISTAKES, certify_sparsegpt, let_err
 
 pytestmark = pytest.mark.numerics
@@ -28,7 +28,7 @@ def test_it_makes_no_wrong_choice(sparse, sparsity, columns):
         weight[:, ::7] = 0
     inputs[:, 3] = 0  # dead
     statistic, method = hessian(inputs), sparsegpt(sparsity, damping=0.1)
-    zeros = method.zeros(*weight.shape)
+    zeros = zeros_of(method, *weight.shape)
     result = method.weights(weight, statistic, zeros)
     certify_sparsegpt(result, weight, statistic, 0.1, zeros=zeros)
     assert int((result == 0).sum()) == zeros
@@ -42,7 +42,7 @@ def test_the_mask_does_not_depend_on_the_size_of_the_weights(size, structure):
     weight, inputs = problem(seed=3, rows=6, columns=160, tokens=640)
     weight[:2, ::3] = 0
     statistic, method = hessian(inputs), sparsegpt(0.5, structure=structure)
-    zeros = method.zeros(*weight.shape)
+    zeros = zeros_of(method, *weight.shape)
     result = method.weights(weight * size, statistic, zeros)
     assert torch.equal(result == 0, method.weights(weight, statistic, zeros) == 0)
     assert result.isfinite().all() and (result[weight == 0] == 0).all()
@@ -75,7 +75,7 @@ def test_dead_columns_go_first_but_no_more_than_the_sparsity(sparse, share, stru
     if sparse:
         weight[1, :36] = 0
     statistic, method = hessian(inputs), sparsegpt(share, damping=0.1, structure=structure)
-    zeros, pattern = method.zeros(*weight.shape), method.pattern
+    zeros, pattern = zeros_of(method, *weight.shape), method.pattern
     result = method.weights(weight, statistic, zeros)
     certify_sparsegpt(result, weight, statistic, 0.1, zeros=zeros, pattern=pattern)
     before, gone, dead = weight == 0, result == 0, statistic.dead().expand_as(weight)
@@ -96,7 +96,7 @@ def test_dead_columns_that_stay_are_rounded_without_compensation(structure):
     weight, inputs = problem(seed=8, rows=6, columns=96, tokens=400)
     inputs[:, :32] = 0
     method = sparsegpt(0.25, structure=structure, grid={"bits": 8, "group_size": 8})
-    result = method.weights(weight, hessian(inputs), method.zeros(*weight.shape)).dequantize()
+    result = method.weights(weight, hessian(inputs), zeros_of(method, *weight.shape)).dequantize()
     gone = result == 0
     assert int(gone[:, :32].sum()) >= 48 and int((gone & (weight.abs() > 0.1)).sum()) <= 144
     stays = ~gone[:, :32]
@@ -148,18 +148,18 @@ def test_sparsegpt_loses_less_of_the_output_than_wanda_and_wanda_less_than_magni
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=9), st.integers(1, 4), st.floats(0, 1))
-def test_zeros_are_spread_evenly_over_runs_of_columns(existing, run, share):
+def test_zeros_are_spread_evenly_over_panels(existing, panel, share):
     """Twelve rows; each column starts with some zeros."""
     gone = torch.stack([torch.arange(12) < number for number in existing])
     zeros = floor(share * gone.numel())
-    counts = zeros_by_run(gone, zeros, run)
-    parts = gone.split(run)
+    counts = zeros_by_panel(gone, zeros, panel)
+    parts = gone.split(panel)
     assert len(counts) == len(parts)
     assert sum(counts) == max(zeros - int(gone.sum()), 0)
     assert all(0 <= count <= int((~part).sum()) for count, part in zip(counts, parts, strict=True))
     if not gone.any():  # the papers' rule
         for number in range(len(parts) + 1):
-            assert sum(counts[:number]) == zeros * min(number * run, len(existing)) // len(existing)
+            assert sum(counts[:number]) == zeros * min(number * panel, len(existing)) // len(existing)
 
 
 def test_a_group_size_that_divides_no_input_width_is_refused():

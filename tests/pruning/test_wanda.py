@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from stages.compress.statistics import ColumnNorm
-from tests.pruners import FLOORS, SPARSITY, magnitude, norms, slow_mask, wanda, weights
+from tests.pruners import FLOORS, SPARSITY, magnitude, norms, slow_mask, wanda, weights, zeros_of
 
 pytestmark = pytest.mark.numerics
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.numerics
 def test_with_equal_norms_it_is_magnitude_by_row(weight, sparsity):
     weight = weight.masked_fill(weight == 0, 4)  # rows with more zeros than the target keep them
     for evenly in ({}, {"allocation": {"kind": "uniform", "floor_rows": False}}):
-        count = wanda(sparsity, **evenly).zeros(*weight.shape)
-        assert count == magnitude(sparsity, "row", **evenly).zeros(*weight.shape)
+        count = zeros_of(wanda(sparsity, **evenly), *weight.shape)
+        assert count == zeros_of(magnitude(sparsity, "row", **evenly), *weight.shape)
         assert count == floor(weight.numel() * sparsity + 1e-6)
     result = wanda(sparsity).weights(weight, norms(torch.full((weight.shape[1],), 2.0)), count)
     assert torch.equal(result, magnitude(sparsity, "row").weights(weight, None, count))
@@ -30,8 +30,8 @@ def test_with_equal_norms_it_is_magnitude_by_row(weight, sparsity):
 @given(weights(), SPARSITY)
 def test_rows_can_lose_the_floor_of_their_share_as_in_the_papers(weight, sparsity):
     weight = weight.masked_fill(weight == 0, 4)
-    count = wanda(sparsity, allocation=FLOORS).zeros(*weight.shape)
-    assert count == magnitude(sparsity, "row", allocation=FLOORS).zeros(*weight.shape)
+    count = zeros_of(wanda(sparsity, allocation=FLOORS), *weight.shape)
+    assert count == zeros_of(magnitude(sparsity, "row", allocation=FLOORS), *weight.shape)
     assert count == len(weight) * floor(weight.shape[1] * sparsity + 1e-6)
     result = wanda(sparsity).weights(weight, norms(torch.full((weight.shape[1],), 2.0)), count)
     expected = magnitude(sparsity, "row").weights(weight, None, count)

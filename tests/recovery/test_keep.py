@@ -83,7 +83,7 @@ def test_frozen_weights_keep_their_values_and_the_others_train(family, method, k
         assert mask.any() == (keep != "none")
         assert torch.equal(after[mask], before[name][mask]), name
         assert (after[~mask] != before[name][~mask]).float().mean() > 0.5, name
-    assert set(recovered.keep) == (set(before) if keep == "mask" else set())
+    assert set(recovered.zeros) == (set(before) if keep == "mask" else set())
 
 
 def test_shuffling_permutes_the_small_weights_of_each_matrix_alone():

@@ -53,7 +53,7 @@ def test_trained_weights_are_merged_and_zeros_are_kept(family, monkeypatch):
     for linear in linears(merged):
         assert zeros[linear.name].any() and (linear.weight[zeros[linear.name]] == 0).all()
         stored = zeros[linear.name].T if linear.transposed else zeros[linear.name]
-        assert torch.equal(recovered.keep[linear.name], stored)
+        assert torch.equal(recovered.zeros[linear.name], stored)
     for name, value in rest.items():
         assert torch.equal(merged.get_parameter(name), value), name
     assert not any("lora" in name for name, _ in merged.named_parameters())

@@ -14,7 +14,7 @@ from stages.pruning.allocation.shares import Allocation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 
 class ERK(Allocation):
@@ -35,11 +35,11 @@ class ERK(Allocation):
         sizes = {linear.name: linear.weight.numel() for linear in targets}
         density = {linear.name: sum(linear.weight.shape) / linear.weight.numel() for linear in targets}
         dense: set[str] = set()
-        while True:
-            rest = [name for name in density if name not in dense]
+        while rest := [name for name in density if name not in dense]:
             kept = (1 - sparsity) * sum(sizes.values()) - sum(sizes[name] for name in dense)
             factor = kept / sum(density[name] * sizes[name] for name in rest)
             over = {name for name in rest if factor * density[name] > 1}
             if not over:
                 return {name: 0.0 if name in dense else 1 - factor * density[name] for name in density}
             dense |= over
+        return dict.fromkeys(density, 0.0)  # at sparsity 0, where rounding may put a share above 1

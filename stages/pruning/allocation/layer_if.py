@@ -1,4 +1,4 @@
-"""LayerIF (2505.23811): blocks through which training text helps held-out text most lose least.
+"""LayerIF (2505.23811): prune a block less, the more its gradients on training text help held-out text.
 
 Influence is DataInf's closed form (2310.00902): with g_i the gradients of the first half of the windows and v
 the mean gradient of the second half, both of one block, window k has the influence
@@ -28,7 +28,7 @@ from stages.pruning.gradients import sketches
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 WINDOW, ORDER = 5, 2
 """Of the Savitzky-Golay filter."""

@@ -23,7 +23,7 @@ from stages.pruning.allocation.shares import BlockAllocation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 
 class OWL(BlockAllocation):

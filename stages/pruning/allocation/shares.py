@@ -24,7 +24,7 @@ from stages.model.blocks import Linear, blocks, linears
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 BISECTIONS = 200
 """More than enough to exhaust the precision of fp64."""
@@ -53,10 +53,6 @@ class Allocation(Strict):
         """
         if self.reads_text and isinstance(calibration, NoData):
             raise ValueError(f"allocation {self.kind} is measured on text; name a data set in calibration")
-
-    def zeros(self, sparsity: float, rows: int, columns: int) -> int:
-        """Return how many weights a matrix loses when every matrix loses the same share."""
-        return count_of(sparsity, rows * columns)
 
     def plan(
         self,

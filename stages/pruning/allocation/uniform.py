@@ -14,7 +14,7 @@ from stages.pruning.allocation.shares import Allocation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.model.stream import Empty
+    from stages.model.source import Empty
 
 
 class Uniform(Allocation):
@@ -35,7 +35,7 @@ class Uniform(Allocation):
         """Return how many weights a matrix loses."""
         if self.floor_rows:
             return rows * count_of(sparsity, columns)
-        return super().zeros(sparsity, rows, columns)
+        return count_of(sparsity, rows * columns)
 
     def plan(
         self,

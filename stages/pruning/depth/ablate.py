@@ -97,7 +97,10 @@ class Ablation:
                 names = ", ".join(self._names[number] for number in sorted(omitted))
                 kind = "the attention of " if self._target == "attention" else ""
                 without = f" without {kind}{names}" if omitted else ""
-                raise Refusal(f"the model's predictions{without} are NaN or infinite; nothing was written.")
+                raise Refusal(
+                    f"the model's predictions{without} are NaN or infinite; nothing was written. Set "
+                    "run.dtype to bfloat16 or float32, or check the source."
+                )
         return joined
 
     def losses(self, sets: Iterable[frozenset[int]]) -> dict[frozenset[int], float]:
@@ -177,6 +180,7 @@ def _values_returned(model: PreTrainedModel) -> int | None:
         stream_out(output) is not entered for output, entered in links
     ):
         raise Refusal(
-            f"{type(model).__name__} changes the residual stream between blocks, so no block can be omitted."
+            f"{type(model).__name__} changes the residual stream between blocks, so no block can be omitted; "
+            "use metric block-influence, angular or reverse."
         )
     return None if isinstance(outputs[0], torch.Tensor) else len(outputs[0])

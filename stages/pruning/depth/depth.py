@@ -17,9 +17,9 @@ from stages.compress.method import Change, Context, WholeModel
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import NoData, Seed
-from stages.corpus.windows import Tokens, check_token_ids
+from stages.corpus.windows import Tokens, check_token_ids, tokens_or_none
 from stages.model.artifact import load_config
-from stages.model.blocks import blocks, linears
+from stages.model.blocks import blocks, embedding_rows, linears
 from stages.pruning.depth import rank
 from stages.pruning.depth.ablate import Ablation, ScoredRows
 from stages.pruning.depth.mean import add_to_biases, check_biases, mean_updates
@@ -41,10 +41,7 @@ class Batches(Tokens):
 
 def _kind(value: Any) -> str:
     settings = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    if "shots" in settings:
-        return "items"
-    none = settings.get("dataset") == "none" and settings.get("tokens", "text") == "text"
-    return "no-data" if none else "tokens"
+    return "items" if "shots" in settings else tokens_or_none(value)
 
 
 Judged = Annotated[
@@ -67,7 +64,7 @@ class Depth(WholeModel):
     samples: Annotated[int, Field(ge=1)] | None = None
     """Random orders for shapley; each costs as many forwards as there are blocks."""
     seed: Seed | None = None
-    """Of these orders; null uses `run.seed`."""
+    """Seed of the random orders; null uses `run.seed`."""
     replace_by_mean: bool = False
     """Leave the mean update of a removed block behind, in families with a bias that can hold it."""
     calibration: Judged
@@ -107,9 +104,8 @@ class Depth(WholeModel):
             data = context.windows()
         elif isinstance(self.calibration, Items):
             data = self.calibration.choices(context.tokenizer)
-            vocab_size = model.config.get_text_config().vocab_size
             source = f"data set {self.calibration.dataset}"
-            check_token_ids(data.rows.tokens, vocab_size, source, context.tokenizer)
+            check_token_ids(data.rows.tokens, embedding_rows(model), source, context.tokenizer)
         if self.replace_by_mean:
             check_biases(model, self.target)
         ranking = self.rank(model, data, context.seed)
@@ -140,20 +136,20 @@ class Depth(WholeModel):
         """Return the blocks that stay whatever their score."""
         return set(self.keep) | {"greedy": {0}, "reverse": {depth - 1}}.get(self.metric, set())
 
-    def _choices(self, model: PreTrainedModel) -> list[int]:
+    def _removable(self, model: PreTrainedModel) -> list[int]:
         """Return the blocks that may be removed, in ascending order."""
         depth = len(blocks(model))
         excluded = self._always_kept(depth)
         if self.target == "attention":  # an attention that is already zero does not count again
             projections = enumerate(output_projections(model))
             excluded |= {number for number, linear in projections if not linear.weight.count_nonzero()}
-        choices = [number for number in range(depth) if number not in excluded]
-        if self.blocks > len(choices):
+        removable = [number for number in range(depth) if number not in excluded]
+        if self.blocks > len(removable):
             raise Refusal(
-                f"blocks is {self.blocks}, but of {depth} attentions only {len(choices)} are neither kept "
+                f"blocks is {self.blocks}, but of {depth} attentions only {len(removable)} are neither kept "
                 "nor already zero; remove fewer."
             )
-        return choices
+        return removable
 
     def rank(self, model: PreTrainedModel, data: Tensor | Choices | None, seed: int) -> Ranking:
         """Choose the blocks of `model` to remove.
@@ -162,28 +158,28 @@ class Depth(WholeModel):
             data: calibration windows, graded items, or None for a metric that reads nothing.
             seed: for shapley, if the recipe has none.
         """
-        choices = self._choices(model)
+        removable = self._removable(model)
         if self.metric == "reverse":
-            return rank.reverse(choices, self.blocks)
+            return rank.reverse(removable, self.blocks)
         assert data is not None and not isinstance(self.calibration, NoData)
         batch_size = self.calibration.batch_size
         if isinstance(data, Choices):
             ablation = Ablation(model, data.rows, batch_size, self.target, "greedy")
-            return rank.greedy(ablation, choices, self.blocks, data)
+            return rank.greedy(ablation, removable, self.blocks, data)
         if self.metric == "angular":
-            starts = rank.removable_runs(choices, self.blocks)
+            starts = rank.removable_runs(removable, self.blocks)
             return rank.closest_run(rank.angular(model, data, batch_size, self.blocks), starts, self.blocks)
         if self.metric == "block-influence":
             scores = rank.block_influence(model, data, batch_size, self.target)
-            return rank.rank_by_score({number: scores[number] for number in choices}, self.blocks)
+            return rank.rank_by_score({number: scores[number] for number in removable}, self.blocks)
         ablation = Ablation(model, ScoredRows.of_text(data), batch_size, self.target, self.metric)
         if self.metric == "greedy":
-            return rank.greedy(ablation, choices, self.blocks, None)
+            return rank.greedy(ablation, removable, self.blocks, None)
         if self.metric == "perplexity":
-            return rank.rank_by_score(rank.perplexity(ablation, choices), self.blocks)
+            return rank.rank_by_score(rank.perplexity(ablation, removable), self.blocks)
         assert self.samples is not None
         seed = seed if self.seed is None else self.seed
-        return rank.rank_by_score(rank.shapley(ablation, choices, self.samples, seed), self.blocks)
+        return rank.rank_by_score(rank.shapley(ablation, removable, self.samples, seed), self.blocks)
 
     def _remove(
         self, model: PreTrainedModel, removed: tuple[int, ...], means: dict[int, Tensor]

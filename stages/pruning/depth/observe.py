@@ -52,7 +52,10 @@ def observe(
 
     def checked(number: int, before: Tensor, after: Tensor) -> None:
         if not after.isfinite().all():
-            raise Refusal(f"NaN or infinite hidden states after {names[number]}; nothing was written.")
+            raise Refusal(
+                f"NaN or infinite hidden states after {names[number]}; nothing was written. Set run.dtype to "
+                "bfloat16 or float32, or check the source."
+            )
         observer(number, before, after)
 
     with ExitStack() as hooks:
@@ -66,7 +69,10 @@ def observe(
 def _hook(
     number: int, block: nn.Module, attention: nn.Module | None, observer: Observer, hooks: ExitStack
 ) -> None:
-    """Hook one block. An attention adds its output to the stream, or that of a norm that reads its output."""
+    """Hook one block.
+
+    What an attention adds to the stream is its output, or that of the norm that follows it.
+    """
     tensors: dict[str, Tensor] = {}
 
     def before_block(_: nn.Module, args: Any, kwargs: Any) -> None:

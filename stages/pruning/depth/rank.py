@@ -3,7 +3,7 @@
 A score says how much a block matters; the blocks with the lowest scores are removed, ties to the lower
 number. Two scores look at the residual stream in one forward (block influence, the angle over a run of
 blocks), three measure how much worse the model predicts without a block (perplexity, Shapley, greedy), and
-`reverse` measures nothing. Blocks are numbered as in the source; `choices` are those that may be removed.
+`reverse` measures nothing. Blocks are numbered as in the source; `removable` are those that may be removed.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def _named(scores: dict[int, float]) -> dict[str, float]:
     return {str(number): score for number, score in sorted(scores.items())}
 
 
-def reverse(choices: list[int], count: int) -> Ranking:
-    """Remove the last of `choices`; the simple strategy of 2403.17887, if these lack the very last block."""
-    return Ranking(tuple(choices[-count:]))
+def reverse(removable: list[int], count: int) -> Ranking:
+    """Remove the last removable blocks: the simple strategy of 2403.17887 if the very last block is kept."""
+    return Ranking(tuple(removable[-count:]))
 
 
 def block_influence(
@@ -91,14 +91,14 @@ def angular(model: PreTrainedModel, windows: Tensor, batch_size: int, count: int
     }
 
 
-def removable_runs(choices: list[int], count: int) -> list[int]:
-    """Return the first blocks of all runs of `count` consecutive blocks among `choices`, ascending.
+def removable_runs(removable: list[int], count: int) -> list[int]:
+    """Return the first blocks of all runs of `count` consecutive blocks among `removable`, ascending.
 
     Raises:
         Refusal: there is no such run.
     """
-    free = set(choices)
-    starts = [start for start in choices if free.issuperset(range(start, start + count))]
+    free = set(removable)
+    starts = [start for start in removable if free.issuperset(range(start, start + count))]
     if not starts:
         raise Refusal(f"keep leaves no run of {count} blocks to remove; keep fewer, or lower blocks.")
     return starts
@@ -110,33 +110,33 @@ def closest_run(distances: dict[int, float], starts: list[int], count: int) -> R
     return Ranking(tuple(range(start, start + count)), {"scores": _named(distances)})
 
 
-def perplexity(ablation: Ablation, choices: list[int]) -> dict[int, float]:
+def perplexity(ablation: Ablation, removable: list[int]) -> dict[int, float]:
     """Return the calibration loss, in nats per token, without each block (2407.16286)."""
-    losses = ablation.losses(frozenset({number}) for number in choices)
-    return {number: losses[frozenset({number})] for number in choices}
+    losses = ablation.losses(frozenset({number}) for number in removable)
+    return {number: losses[frozenset({number})] for number in removable}
 
 
-def shapley(ablation: Ablation, choices: list[int], samples: int, seed: int) -> dict[int, float]:
-    """Return by how much each block lowers the loss on joining those before it in random orders (2407.16286).
+def shapley(ablation: Ablation, removable: list[int], samples: int, seed: int) -> dict[int, float]:
+    """Return each block's mean drop in loss when blocks are added back in random order (2407.16286).
 
-    An order starts from the model without any of `choices`. The mean over `samples` orders is an unbiased
+    An order starts from the model without any of `removable`. The mean over `samples` orders is an unbiased
     estimate of the Shapley value, and the values of all blocks add up to the loss they lower together.
     """
     draw = torch.Generator().manual_seed(seed)
     orders = [
-        [choices[place] for place in torch.randperm(len(choices), generator=draw).tolist()]
+        [removable[place] for place in torch.randperm(len(removable), generator=draw).tolist()]
         for _ in range(samples)
     ]
     chains = [[frozenset(order[place:]) for place in range(len(order) + 1)] for order in orders]
     losses = ablation.losses(omitted for chain in chains for omitted in chain)
-    values = dict.fromkeys(choices, 0.0)
+    values = dict.fromkeys(removable, 0.0)
     for order, chain in zip(orders, chains, strict=True):
         for number, without, joined in zip(order, chain, chain[1:], strict=False):
             values[number] += (losses[without] - losses[joined]) / samples
     return values
 
 
-def greedy(ablation: Ablation, choices: list[int], count: int, items: Choices | None) -> Ranking:
+def greedy(ablation: Ablation, removable: list[int], count: int, items: Choices | None) -> Ranking:
     """Remove one block at a time: at each step the one without which the model is best.
 
     The model is judged by the calibration loss, or on graded items by the mean of accuracy / dense accuracy
@@ -149,7 +149,7 @@ def greedy(ablation: Ablation, choices: list[int], count: int, items: Choices | 
     removed: frozenset[int] = frozenset()
     steps = []
     for _ in tqdm(range(count), desc="greedy", unit="block"):
-        candidates = [number for number in choices if number not in removed]
+        candidates = [number for number in removable if number not in removed]
         likelihoods = ablation.likelihoods(removed | {number} for number in candidates)
         scores = {}
         for number in candidates:

@@ -68,7 +68,10 @@ def _check(model: PreTrainedModel) -> None:
                 written, attn_implementation=config._attn_implementation
             ).eval()
     except (ValueError, IndexError, StrictDataclassError) as error:
-        raise Refusal(f"the config of {family} cannot describe it without these blocks: {error}") from error
+        raise Refusal(
+            f"the config of {family} cannot describe it without these blocks: {error}; remove other blocks "
+            "or use another method."
+        ) from error
     for (name, ours), (_, theirs) in zip(blocks(model), blocks(plain), strict=True):
         if differences := _differences(ours, theirs):
             raise Refusal(
@@ -118,7 +121,7 @@ def output_projections(model: PreTrainedModel) -> list[Linear]:
 
 
 def attention_of(name: str, block: nn.Module) -> nn.Module:
-    """Return the block's attention: its only child that is named so and has a place in the key-value cache.
+    """Return the block's attention: its only child with `att` in its name, a `layer_idx`, and parameters.
 
     Args:
         name: of the block, for the message.
@@ -132,7 +135,10 @@ def attention_of(name: str, block: nn.Module) -> nn.Module:
         if "att" in label and hasattr(child, "layer_idx") and list(child.parameters())
     ]
     if len(attentions) != 1:
-        raise Refusal(f"target attention needs one attention per block, but {name} has {len(attentions)}.")
+        raise Refusal(
+            f"target attention needs one attention per block, but {name} has {len(attentions)}; set target: "
+            "block."
+        )
     return attentions[0]
 
 

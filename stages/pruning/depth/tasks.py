@@ -42,7 +42,9 @@ class Items(Strict):
         """
         items = pd.read_parquet(DATASETS / self.dataset / "train.parquet").to_dict("records")
         if not items:
-            raise Refusal(f"data set {self.dataset} has no training items; raise its train.")
+            raise Refusal(
+                f"data set {self.dataset} has no training items; set datasets.{self.dataset}.train above 0."
+            )
         examples = few_shot_text(self.dataset, self.shots)
         sequences: list[Tensor] = []
         prompt_lengths: list[int] = []

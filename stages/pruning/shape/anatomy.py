@@ -106,7 +106,8 @@ def _only_parts(
         candidates = choose(*_parts(block, inside, calls[name]))
         if len(candidates) != 1:
             raise Refusal(
-                f"{type(model).__name__}: {name} has {len(candidates)} {kind}; a block must have exactly one."
+                f"{type(model).__name__}: {name} has {len(candidates)} {kind}; a block must have exactly "
+                "one. Use another method."
             )
         parts[name] = candidates[0]
     if len(widths := {part.width for part in parts.values()}) > 1:
@@ -139,7 +140,10 @@ def _parts(
     outputs = _random_outputs(inside)
     before = _inputs(block, inside, call, outputs)
     if broken := [name for name, inputs in before.items() if not finite(inputs)]:
-        raise Refusal(f"NaN or infinite inputs of {', '.join(broken[:8])}; nothing was written.")
+        raise Refusal(
+            f"NaN or infinite inputs of {', '.join(broken[:8])}; nothing was written. Set run.dtype to "
+            "bfloat16 or float32, or check the source."
+        )
     readers: dict[str, list[Linear]] = {linear.name: [] for linear in inside}
     mixes_tokens: set[str] = set()
     mixes_features: set[str] = set()

@@ -58,7 +58,7 @@ def head_settings(model: PreTrainedModel, layout: HeadLayout) -> dict[str, int]:
 def check_heads(
     model: PreTrainedModel, part: Part, before: HeadLayout, after: HeadLayout, others: list[HeadLayout]
 ) -> None:
-    """Refuse a model that cannot have the heads of `after`, or no fewer heads at all, with the reason.
+    """Refuse a model that cannot have the heads of `after`; say which numbers it can have, or why none.
 
     Args:
         part: the attention of one of its blocks.
@@ -98,7 +98,7 @@ def check_apart(model: PreTrainedModel, parts: Mapping[str, Part], layout: HeadL
         parts: the attentions, by the full name of their block.
 
     Raises:
-        Refusal: by the names of the family and of the linear whose heads are not independent.
+        Refusal: the heads of some linear depend on each other.
     """
     reaches = reach(model, parts, layout.size)
     for reader in (reader for part in parts.values() for reader in part.readers):

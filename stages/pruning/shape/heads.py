@@ -53,11 +53,12 @@ class Heads(Shrinker):
     unit: Literal["groups", "queries"] = "groups"
     """What is removed: key and value heads with their query heads, or as many query heads of each group."""
     remove: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The share of units to remove, or of the query heads in each group; what remains is rounded up. Or:"""
+    """The share of units to remove (of each group's query heads for `unit: queries`); the number kept is
+    rounded up. Give this or `keep`."""
     keep: Annotated[int, Field(ge=1)] | None = None
     """The number of query heads that remain."""
     seed: Seed | None = None
-    """Of importance random."""
+    """Seed of the draw; only for importance random."""
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

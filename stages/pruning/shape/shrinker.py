@@ -7,7 +7,6 @@ the same number, so that one number in the config describes all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import model_validator
@@ -17,6 +16,7 @@ from stages.compress.select import smallest
 from stages.compress.statistics import ColumnNorm, DeadInputs, Statistic
 from stages.compress.walk import walk
 from stages.core.errors import Refusal
+from stages.core.numbers import count_of
 from stages.core.schema import Seed
 from stages.corpus.windows import OptionalTokens, Tokens
 from stages.model.blocks import Linear, linears
@@ -131,7 +131,7 @@ def count_left(count: int, remove: float, kind: str) -> int:
     Raises:
         Refusal: less than one would be removed.
     """
-    left = max(1, ceil(count * (1 - remove) - 1e-6))
+    left = max(1, count - count_of(remove, count))
     if remove and count == 1:
         raise Refusal(f"there is only one of the {kind}, and it must stay.")
     if remove and left == count:
@@ -148,7 +148,10 @@ def most_important(scores: Tensor, count: int) -> Tensor:
         Refusal: a score is not finite.
     """
     if not scores.isfinite().all():
-        raise Refusal("some importance scores are NaN or infinite, so they cannot be ranked.")
+        raise Refusal(
+            "some importance scores are NaN or infinite, so they cannot be ranked; nothing was written. Set "
+            "run.dtype to bfloat16 or float32, or check the source."
+        )
     return (~smallest(scores[None], len(scores) - count)[0]).nonzero()[:, 0]
 
 

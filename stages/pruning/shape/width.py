@@ -47,13 +47,13 @@ class Width(Shrinker):
     method: Literal["width"]
     importance: Literal["ppm", "vow", "pon", "l2", "activation", "llm-bip", "random"]
     remove: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The share of the neurons to remove; or:"""
+    """The share of neurons to remove. Give this or `expansion`."""
     expansion: Annotated[float, Field(gt=0)] | None = None
     """The width to keep, divided by the hidden size."""
     multiple_of: Annotated[int, Field(ge=1)] = 1
     """The width is a multiple of this; 64 or 128 suit matrix units and group_size."""
     seed: Seed | None = None
-    """Of importance random."""
+    """Seed of the draw; only for importance random."""
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

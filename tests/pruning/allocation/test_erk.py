@@ -1,9 +1,13 @@
 """ERK: the published formula, worked out by hand."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from stages.model.blocks import linears
-from tests.allocations import shares
+from stages.pruning.allocation import erk
+from tests.allocations import allocation, shares
 
 
 def test_erk_is_the_papers_formula(model):
@@ -29,3 +33,16 @@ def test_matrices_that_would_keep_more_than_all_stay_dense_and_the_others_lose_m
         (1 - share) * sizes[name] / perimeters[name] for name, share in result.items() if name not in dense
     ]
     assert max(factors) == pytest.approx(min(factors))
+
+
+def test_sparsity_0_takes_nothing_though_rounding_puts_a_share_above_1(monkeypatch):
+    """The linears of SmolLM2-135M: without rounding, the last matrices would keep exactly all."""
+    attention, mlp = [(576, 576), (192, 576), (192, 576), (576, 576)], [(1536, 576), (1536, 576), (576, 1536)]
+    targets = [
+        SimpleNamespace(name=f"{block}.{number}", weight=torch.empty(shape, device="meta"))
+        for block in range(30)
+        for number, shape in enumerate(attention + mlp)
+    ]
+    monkeypatch.setattr(erk, "linears", lambda model, ignore: targets)
+    result = allocation("erk").shares(SimpleNamespace(model=None), (), 0.0, None)
+    assert result == {linear.name: 0.0 for linear in targets}
