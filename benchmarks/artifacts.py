@@ -10,6 +10,7 @@ functions in a single process. Then print the sha256 of every file under `data/`
 Name families as arguments (`llama opt`) to make only theirs.
 """
 
+import argparse
 import hashlib
 import json
 import logging
@@ -234,7 +235,7 @@ def make(raw: dict[str, Any]) -> None:
 
     pipeline.validate(params, "all")
     for name in (*(f"datasets/{key}" for key in params.datasets), *(f"base/{key}" for key in params.models)):
-        pipeline.download(params, name)
+        run(f"download {name}", pipeline.download, name)
     todo = list(params.recipes())
     while todo:
         artifact = next(name for name in todo if not lineage.ancestors(params, name) & set(todo))
@@ -265,6 +266,11 @@ def show_hashes(root: Path, label: str) -> None:
 
 def main() -> None:
     """Make the artifacts of every family, or of those named as arguments, and print their hashes."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("families", nargs="*", choices=families.CONFIGS, default=list(families.CONFIGS))
+    parser.add_argument("--device", default=project.DEVICE, help="run.device of params, such as cuda")
+    arguments = parser.parse_args()
+    project.DEVICE = arguments.device
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
@@ -275,7 +281,7 @@ def main() -> None:
         for family in families.CONFIGS:
             families.save(family, inputs / family)
         (inputs / "tiny").symlink_to(inputs / "llama")
-        for family in sys.argv[1:] or families.CONFIGS:
+        for family in arguments.families:
             folder = Path(scratch) / family
             folder.mkdir()
             (folder / "inputs").symlink_to(inputs)
