@@ -267,9 +267,15 @@ def show_hashes(root: Path, label: str) -> None:
 def main() -> None:
     """Make the artifacts of every family, or of those named as arguments, and print their hashes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("families", nargs="*", choices=families.CONFIGS, default=list(families.CONFIGS))
+    parser.add_argument(
+        "families", nargs="*", help=f"any of {', '.join(families.CONFIGS)}; none is all of them"
+    )
     parser.add_argument("--device", default=project.DEVICE, help="run.device of params, such as cuda")
     arguments = parser.parse_args()
+    if unknown := set(arguments.families) - set(families.CONFIGS):
+        parser.error(
+            f"there is no family {', '.join(sorted(unknown))}; allowed: {', '.join(families.CONFIGS)}"
+        )
     project.DEVICE = arguments.device
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -281,7 +287,7 @@ def main() -> None:
         for family in families.CONFIGS:
             families.save(family, inputs / family)
         (inputs / "tiny").symlink_to(inputs / "llama")
-        for family in arguments.families:
+        for family in arguments.families or families.CONFIGS:
             folder = Path(scratch) / family
             folder.mkdir()
             (folder / "inputs").symlink_to(inputs)
