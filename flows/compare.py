@@ -71,7 +71,7 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
         outcome = run.advance(name)
         message = f"{outcome.state} in {outcome.seconds:.1f} s"
         get_run_logger().info("%s: %s", name, message)
-        if outcome.state == "failed":
+        if outcome.state in ("failed", "skipped"):
             return Failed(message=outcome.reason)
         return Completed(name=outcome.state.capitalize(), message=message)
 
@@ -95,6 +95,8 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
     summary.show_outcomes(outcomes)
     if summary.is_current(outcomes):
         summary.show_report()
+    if reasons := {outcome.reason for outcome in outcomes if outcome.state == "skipped" and outcome.reason}:
+        return Failed(message="; ".join(sorted(reasons)))
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         return Failed(message=summary.blame(failed))

@@ -6,15 +6,16 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from flows import graph
+from flows import graph, mend
 from flows.graph import Graph, Stage
 from flows.process import CHATTER, Children
 from flows.terminal import console
 from stages.core.errors import Refusal
 from stages.core.files import RUNS, read_json, write_json
-from stages.job.load import load_verified
+from stages.job import provenance
+from stages.job.load import PARAMS, load_verified
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Plan:
     Attributes:
         graph: the requested stages and all they need, upstream first.
         jobs: how many stages run side by side.
+        params: the content of params.yaml that the run was planned on.
         stale: the stages that are out of date by themselves.
         todo: these and all that depend on them, upstream first.
     """
 
     graph: Graph
     jobs: int
+    params: Any = None
     stale: set[str] = field(default_factory=set)
     todo: list[str] = field(default_factory=list)
     children: Children = field(default_factory=Children)
@@ -50,6 +53,8 @@ class Plan:
         self._locked = graph.locked_outs()
         self._ended: dict[str, Outcome] = {}
         self._changed: set[str] = set()
+        self._wrong: set[str] = set()
+        self._planned = time.strftime("%H:%M")
 
     def find_stale(self) -> None:
         """Bring the code identities up to date, then ask DVC which stages are stale.
@@ -63,7 +68,12 @@ class Plan:
         self.stale = {"code"} & set(self.graph)
         if self.stale and self.advance("code").state == "failed":
             raise Refusal(f"code: {self._ended['code'].reason}")
-        self.stale = graph.stale(self.graph)
+        for name, inputs in mend.find_wrong(self.graph).items():
+            _say(name, f"dvc.lock names other inputs than it was computed from ({inputs}); it runs again")
+            self._wrong.add(name)
+        if self._wrong:
+            mend.forget_runs(self._wrong)
+        self.stale = graph.stale(self.graph) | self._wrong
         below = graph.below(self.graph, self.stale)
         self.todo = [name for name in self.graph if name in below]
 
@@ -79,11 +89,15 @@ class Plan:
         with self._room(self.graph[name]):
             if self.children.stopped.is_set():
                 raise InterruptedError(name)
+            if self.params not in (None, provenance.content(PARAMS)):  # DVC has not deleted anything yet
+                reason = f"params.yaml changed since {self._planned}; what was finished is kept, run again."
+                return self._end(Outcome(name, "skipped", 0.0, reason))
             started, clock = time.time(), time.monotonic()
             _say(name, "starts")
-            code, output = self.children.repro(name, lambda line: _say(name, line))
+            code, output = self.children.repro(name, lambda line: _say(name, line), name in self._wrong)
             seconds = round(time.monotonic() - clock, 1)
         if code:
+            mend.restore(self.graph[name].outs)
             outcome = Outcome(name, "failed", seconds, self._reason(name, started, output))
         else:
             outcome = Outcome(name, _state(output), seconds)
@@ -143,12 +157,13 @@ def plan(jobs: int | None, targets: Iterable[str]) -> Plan:
     Raises:
         Refusal: bad params, unknown targets or a graph that DVC cannot read; no stage but `code` has run.
     """
+    content = provenance.content(PARAMS)
     params = load_verified()
     stages = graph.select(graph.read_graph(), targets)
     if jobs is None:
         on_cpu = params.run.resolved_device().type == "cpu"
         jobs = max(1, (os.cpu_count() or 1) // params.run.threads) if on_cpu else 1
-    run = Plan(stages, jobs)
+    run = Plan(stages, jobs, content)
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
     run.find_stale()
     return run

@@ -37,11 +37,12 @@ class Children:
         self._alive: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
 
-    def repro(self, stage: str, show: Callable[[str], None]) -> tuple[int, str]:
+    def repro(self, stage: str, show: Callable[[str], None], force: bool = False) -> tuple[int, str]:
         """Run `dvc repro --single-item <stage>` and return its exit code and output.
 
         Args:
             show: called with each line worth showing, as it comes.
+            force: whether to run the stage even if DVC has its result.
 
         Raises:
             InterruptedError: the run was stopped before or during the stage.
@@ -50,7 +51,7 @@ class Children:
             if self.stopped.is_set():
                 raise InterruptedError(stage)
             child = subprocess.Popen(
-                [*DVC, "repro", "--single-item", stage],
+                [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage],
                 env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -22,6 +22,15 @@ def load(path: Path = PARAMS) -> Params:
     Raises:
         Refusal: the file is missing, no YAML, or has mistakes; a line each, all of them.
     """
+    return checked_params(read(path), str(path))
+
+
+def read(path: Path = PARAMS) -> dict[str, Any]:
+    """Parse `path` and return its sections, not yet checked.
+
+    Raises:
+        Refusal: the file is missing, no YAML, or holds no sections.
+    """
     if not path.exists():
         raise Refusal(f"there is no {path} here; run from the root of a prunequant project.")
     try:
@@ -35,7 +44,7 @@ def load(path: Path = PARAMS) -> Params:
         raise Refusal(
             f"{path} must be a mapping of sections ({', '.join(Params.model_fields)}), but it {content}."
         )
-    return checked_params(raw, str(path))
+    return raw
 
 
 def checked_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
