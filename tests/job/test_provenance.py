@@ -18,6 +18,9 @@ file.write_text(file.read_text().replace({before!r}, {after!r}))
 """
 
 
+SPARSER = "sparsity: 0.6\n    calibration:\n      dataset: news\n"
+
+
 def inputs(stage: str, name: str) -> provenance.Inputs:
     whole = provenance.content(provenance.PARAMS)
     raw = read()
@@ -51,7 +54,7 @@ def append(file: str, text: str) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("edit", "changed"),
     [
-        (set_param("sparsity: 0.5\n    calibration:\n      dataset: news\n", "sparsity: 0.6\n    calibration:\n      dataset: news\n"), "prune.wanda-50"),
+        (set_param("sparsity: 0.5\n    calibration:\n      dataset: news\n", SPARSER), "prune.wanda-50"),
         (set_param("seed: 0", "seed: 1"), "run.seed"),
         (append("requirements.lock", "numpy==2\n"), "requirements.lock"),
         (append("data/models/base/tiny/config.json", " "), "data/models/base/tiny"),
