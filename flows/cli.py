@@ -35,23 +35,32 @@ def refusals() -> Iterator[None]:
 
 @app.command()
 def check() -> None:
-    """Check the whole of params.yaml without running anything."""
+    """Check params.yaml, and that every result was computed from what dvc.lock says; run nothing."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     with refusals():
         from stages.job.entry import outdated
         from stages.job.load import load_verified
+        from stages.job.provenance import disagreements, locked_stages
 
         params = load_verified()
+        wrong = disagreements(locked_stages())
     typer.echo(
         f"params.yaml is sound: {len(params.models)} model(s), {len(params.recipes())} recipe(s), "
         f"{len(params.evaluate.candidates)} candidate(s) on {len(params.suites.by_name())} suite(s)."
     )
+    for stage, inputs in wrong.items():
+        typer.echo(
+            f"{stage}: dvc.lock names other inputs than it was computed from ({inputs}); do not push it. "
+            "`prunequant run` computes it again."
+        )
     if names := outdated():
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         typer.echo(
             f"data/code does not know the code of {', '.join(names[:6])}{more}: `dvc status` and `dvc repro "
             "--dry` cannot show what is stale until `dvc repro code` has run; `prunequant run` does so first."
         )
+    if wrong:
+        raise typer.Exit(1)
 
 
 @app.command()
