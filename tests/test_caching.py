@@ -129,7 +129,7 @@ def test_editing_a_recipe_runs_it_and_its_consumers(edited):
     folder, ran = edited
     assert ran == {
         "validate", "quantize@gptq-w4g32", "perplexity@quantize/gptq-w4g32-news",
-        "graded@quantize/gptq-w4g32-arithmetic", "report",
+        "graded@quantize/gptq-w4g32-arithmetic", "tidy", "report",
     }  # fmt: skip
     assert sweep.status(folder) == set()
 
