@@ -7,6 +7,7 @@ or outputs differ from the lock. Whether a stage below them must run as well is 
 
 import difflib
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -40,8 +41,8 @@ class Stage:
     @property
     def record(self) -> Path:
         """The run record that `python -m stages.<stage> <recipe>` writes."""
-        module, _, recipe = self.cmd.partition("stages.")[2].partition(" ")
-        return run_record(module, recipe or "all")
+        module, *recipe = shlex.split(self.cmd.partition("stages.")[2]) or [""]
+        return run_record(module, recipe[0] if recipe else "all")
 
 
 Graph = dict[str, Stage]

@@ -125,7 +125,7 @@ def test_two_stages_run_side_by_side_and_no_more(monkeypatch):
     run = Plan(whole, jobs=2, stale=set(whole), todo=list(whole))
     busy, most = [], []
 
-    def repro(name, show):
+    def repro(name, show, force):
         busy.append(name)
         most.append(len(busy))
         time.sleep(0.2)
@@ -183,5 +183,7 @@ def test_a_name_never_reaches_a_shell(tmp_path, inputs):
     done = project.run(folder, "dvc", "repro", ok=False)
     assert done.returncode != 0
     assert "x; touch pwned" in done.stdout + done.stderr
+    # Not even where DVC is told to skip what would refuse the name.
+    project.run(folder, "dvc", "repro", "--single-item", "--force", "prune@x; touch pwned", ok=False)
     assert not (folder / "pwned").exists()
     assert not (folder / "data/models").exists()
