@@ -1,4 +1,4 @@
-"""The command line: `prunequant run`, `check`, `diff`, `cost`, `batch-size`, `profile`.
+"""The command line: `prunequant run`, `check`, `doctor`, `diff`, `cost`, `batch-size`, `profile`.
 
 A mistake that the user can fix ends in a message and exit code 2, without a traceback; a failed stage ends in
 exit code 1. Commands import whatever is slow to import, so `check` answers without starting Prefect.
@@ -92,6 +92,23 @@ def run(
         raise typer.Exit(130) from None
     if not state.is_completed():
         typer.echo(state.message, err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Examine all that a run rests on, from git to free disk space; exit with 1 if it would fail."""
+    from flows.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.state:8} {finding.subject:12} {finding.text}")
+    if any(finding.state == "problem" for finding in findings):
         raise typer.Exit(1)
 
 

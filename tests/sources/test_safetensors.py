@@ -20,6 +20,8 @@ def test_an_index_that_names_files_elsewhere_is_refused(shard, tmp_path):
     (folder / "config.json").write_text("{}")
     index = {"weight_map": {"x": "a.safetensors", "y": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    source = Safetensors(source=f"path:{folder}", format="safetensors", sha256=sha256(folder), in_features=(32,))
+    source = Safetensors(
+        source=f"path:{folder}", format="safetensors", sha256=sha256(folder), in_features=(32,)
+    )
     with pytest.raises(Refusal, match=f"names '{shard}', which is no file of its folder; put all shards"):
         source.write(tmp_path / "out", torch.bfloat16)
