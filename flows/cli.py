@@ -79,7 +79,8 @@ def run(
         from stages.job.load import load
 
         load()  # report a mistake before a server is started
-        graph.select(graph.read_graph(), targets or [])
+        if targets:
+            graph.select(graph.read_graph(), targets)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow prints for itself
     signal.signal(signal.SIGTERM, _terminated)
     from flows.compare import compare, start_server

@@ -25,8 +25,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import graph, summary
-from flows.plan import plan
+from flows import summary, workspace
+from flows.plan import Plan, plan
+from flows.process import end_with_this
 from flows.terminal import console
 from stages.core.errors import Refusal
 
@@ -47,10 +48,13 @@ def start_server() -> None:
     if PREFECT_API_URL.value():
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    server = SubprocessASGIServer()
     try:
-        SubprocessASGIServer().start()
+        server.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if server.server_process:
+        end_with_this(server.server_process.pid)
 
 
 @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
@@ -62,9 +66,21 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
         targets: stages or artifacts to make, with all they need; None or empty: everything.
     """
     try:
-        run = plan(jobs, targets or [])
+        with workspace.alone() as held:
+            run = plan(jobs, targets or [], held)
+            if "code" not in run.todo:
+                workspace.claim()
+            return _advance_all(run)
     except Refusal as refusal:
         return Failed(message=str(refusal))
+    except Exception as error:
+        if not workspace.disk_is_full(str(error)):
+            raise
+        return Failed(message=workspace.full_disk())
+
+
+def _advance_all(run: Plan) -> State[Any]:
+    """Run what the plan says as Prefect's tasks, and say how it ended."""
 
     @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
     def stage(name: str) -> Any:
@@ -86,7 +102,7 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
         run.children.stop()
         raise
     finally:
-        graph.sort_lock()
+        run.lock.sort()
     outcomes = run.outcomes()
     create_table_artifact(
         key="compare", table=summary.outcome_rows(outcomes), description=summary.totals(outcomes)

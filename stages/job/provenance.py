@@ -12,6 +12,7 @@ the two (`disagreement`).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,10 +177,23 @@ def disagreements(lock: Lock, wanted: Iterable[str] | None = None) -> dict[str, 
             if (path in named or path in current) and named.get(path, current.get(path)) != md5
         ]
         values = dict((entry.get("params") or {}).get(str(PARAMS), {}))
-        wrong += [f"{key} in {PARAMS}" for key in values if noted["params"].get(key) != values[key]]
+        wrong += [f"{key} in {PARAMS}" for key in values if not _same(noted["params"].get(key), values[key])]
         if wrong:
             differing[stage] = ", ".join(wrong)
     return differing
+
+
+def _same(noted: Any, locked: Any) -> bool:
+    """Compare a value of params.yaml with the same in dvc.lock, where a fast parser reads 5e-05 as a word."""
+    if isinstance(noted, Mapping) and isinstance(locked, Mapping):
+        return noted.keys() == locked.keys() and all(_same(noted[key], locked[key]) for key in noted)
+    if isinstance(noted, list) and isinstance(locked, list):
+        return len(noted) == len(locked) and all(map(_same, noted, locked))
+    if isinstance(noted, float) and isinstance(locked, str):
+        return repr(noted) == repr(float(locked)) if re.fullmatch(r"[-+.\de]+", locked) else False
+    if isinstance(noted, str) and isinstance(locked, bool):
+        return noted.lower() in (("yes", "on") if locked else ("no", "off"))
+    return bool(noted == locked)
 
 
 def _value(raw: Mapping[str, Any], key: str) -> Any:
