@@ -83,11 +83,10 @@ def run(
             graph.select(graph.read_graph(), targets)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow prints for itself
     signal.signal(signal.SIGTERM, _terminated)
-    from flows.compare import compare, start_server
+    from flows.compare import compare_here
 
     try:
-        start_server()
-        state = compare(jobs=jobs, targets=targets or [], return_state=True)
+        state = compare_here(jobs, targets or [])
     except KeyboardInterrupt:
         typer.echo("interrupted; finished stages are kept, run again to continue.", err=True)
         raise typer.Exit(130) from None

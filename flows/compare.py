@@ -15,6 +15,7 @@ os.environ.setdefault(
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180"
 )  # it creates a database first
 
+from collections.abc import Callable
 from typing import Any
 
 from prefect import flow, task
@@ -65,12 +66,37 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
         jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
         targets: stages or artifacts to make, with all they need; None or empty: everything.
     """
+    return _bring_up_to_date(jobs, targets or [], _advance_all)
+
+
+def compare_here(jobs: int | None, targets: list[str]) -> State[Any]:
+    """Do the same as the flow `compare`, and start no server if nothing is stale."""
+
+    def advance(run: Plan) -> State[Any]:
+        if not run.todo:
+            return _conclude(run)
+        start_server()
+
+        @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
+        def planned() -> State[Any]:
+            return _advance_all(run)
+
+        state: State[Any] = planned(return_state=True)
+        return state
+
+    return _bring_up_to_date(jobs, targets, advance)
+
+
+def _bring_up_to_date(
+    jobs: int | None, targets: list[str], advance: Callable[[Plan], State[Any]]
+) -> State[Any]:
+    """Plan, then advance, alone in the workspace; turn what the user can mend into a failed state."""
     try:
         with workspace.alone() as held:
-            run = plan(jobs, targets or [], held)
+            run = plan(jobs, targets, held)
             if "code" not in run.todo:
                 workspace.claim()
-            return _advance_all(run)
+            return advance(run)
     except Refusal as refusal:
         return Failed(message=str(refusal))
     except Exception as error:
@@ -108,6 +134,12 @@ def _advance_all(run: Plan) -> State[Any]:
         key="compare", table=summary.outcome_rows(outcomes), description=summary.totals(outcomes)
     )
     get_run_logger().info(summary.totals(outcomes))
+    return _conclude(run)
+
+
+def _conclude(run: Plan) -> State[Any]:
+    """Show how every stage ended and where the report is; return the state of the whole run."""
+    outcomes = run.outcomes()
     summary.show_outcomes(outcomes)
     if summary.is_current(outcomes):
         summary.show_report()
