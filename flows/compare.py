@@ -30,6 +30,7 @@ from flows import summary, workspace
 from flows.plan import Plan, plan
 from flows.process import end_with_this
 from flows.terminal import console
+from stages.core import disk
 from stages.core.errors import Refusal
 
 # A task that waits for its upstream holds a thread, so there are many threads; `jobs` limits how many stages
@@ -100,9 +101,9 @@ def _bring_up_to_date(
     except Refusal as refusal:
         return Failed(message=str(refusal))
     except Exception as error:
-        if not workspace.disk_is_full(str(error)):
+        if not disk.is_full(error):
             raise
-        return Failed(message=workspace.full_disk())
+        return Failed(message=disk.full())
 
 
 def _advance_all(run: Plan) -> State[Any]:

@@ -9,17 +9,17 @@ cache has it, so the flow asks DVC for that stage again (`flows.plan`).
 import re
 import subprocess
 import threading
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from flows.terminal import console
-from flows.workspace import DVC_TMP, disk_is_full
+from flows.workspace import DVC_TMP
+from stages.core import disk
 from stages.core.errors import Refusal
 from stages.core.files import write_text
+from stages.job.provenance import LOCK
 
-LOCK = Path("dvc.lock")
 _COPY = DVC_TMP / "dvc.lock.good"
 _HEAD = "schema: '2.0'\nstages:\n"
 _ENTRY = re.compile(r"^  (?=[^\s:])", re.M)
@@ -102,7 +102,7 @@ class SafeLock:
         try:
             write_text(_COPY, text)
         except OSError as error:  # the last copy stays
-            if not disk_is_full(str(error)):
+            if not disk.is_full(error):
                 raise
         return True
 

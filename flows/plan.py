@@ -13,7 +13,7 @@ from flows.graph import Graph, Stage
 from flows.lockfile import Entries, SafeLock
 from flows.process import CHATTER, Children
 from flows.terminal import console
-from flows.workspace import disk_is_full, full_disk
+from stages.core import disk
 from stages.core.errors import Refusal
 from stages.core.files import RUNS, read_json, write_json
 from stages.job import provenance
@@ -167,8 +167,8 @@ class Plan:
         record = self.graph[name].record
         fresh = record.exists() and record.stat().st_mtime >= started - 1
         error = str(read_json(record)["error"] or "") if fresh else ""
-        if disk_is_full(f"{error}\n{output}"):
-            return full_disk()
+        if disk.is_full(f"{error}\n{output}"):
+            return disk.full()
         if error:
             return error
         lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]

@@ -39,22 +39,6 @@ _RWLOCK = DVC_TMP / "rwlock"
 _HELD = DVC_TMP / "prunequant.lock"
 _DOOR = "stages"
 """The path that a flow keeps to itself, read by the stage that every `dvc repro` begins with."""
-_FULL = re.compile(
-    r"no space (is )?left|\[?os error (28|122)\b|\[Errno (28|122)\]|Disk quota exceeded|disk is full", re.I
-)
-
-
-def disk_is_full(text: str) -> bool:
-    """Tell whether an error or a command's output speaks of a full disk or quota."""
-    return bool(_FULL.search(text))
-
-
-def full_disk() -> str:
-    """Say that the disk is full, and what to do."""
-    return (
-        f"no space is left on the disk of {Path.cwd()}; what was finished is kept. Free some (dvc gc "
-        "--workspace drops what no recipe needs any more) and run it again."
-    )
 
 
 @contextmanager

@@ -5,14 +5,13 @@ function gets its own pieces. A refusal is printed without a traceback and ends 
 """
 
 import argparse
-import errno
 import logging
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.core import identity
+from stages.core import disk, identity
 from stages.core.errors import Refusal
 from stages.core.files import CODE, DATASETS, MODELS, RESULTS, checking
 from stages.job import lineage, provenance
@@ -126,20 +125,9 @@ def _sentence(error: Exception) -> str:
     """Say what went wrong and how to mend it; an error that nobody foresaw is raised again."""
     if isinstance(error, Refusal):
         return str(error)
-    if _without_room(error):
-        return (
-            f"no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace drops what no "
-            "recipe needs any more) and run it again."
-        )
+    if disk.is_full(error):
+        return disk.full()
     raise error
-
-
-def _without_room(error: Exception) -> bool:
-    """Tell whether a write met a full disk or quota; safetensors and tokenizers say so in words alone."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"(os error {code})" in str(error) for code in full)
 
 
 def _logging() -> None:

@@ -140,8 +140,8 @@ def test_a_stage_whose_entry_was_cut_off_is_restored_from_the_run_cache(folder):
     before = (folder / "dvc.lock").read_text()
     real, calls = run.children.repro, []
 
-    def repro(name, show):
-        done = real(name, show)
+    def repro(name, show, force=False):
+        done = real(name, show, force)
         if not calls:
             (folder / "dvc.lock").write_text(before[: len(before) // 2])
         calls.append(done[1])

@@ -122,10 +122,3 @@ def test_the_stage_of_a_killed_dvc_is_ended(folder, capsys):
         other.kill()
         other.wait()
     assert capsys.readouterr().out.count("a | ended, as a killed run left it behind") == 1
-
-
-def test_words_for_a_full_disk():
-    full = ("[Errno 28] No space left on device", "IoError: (os error 28)", "[Errno 122] Disk quota exceeded")
-    assert all(map(workspace.disk_is_full, full))
-    assert workspace.disk_is_full(workspace.full_disk())
-    assert not workspace.disk_is_full("[Errno 2] No such file; 28 left")
