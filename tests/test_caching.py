@@ -59,9 +59,12 @@ def write_edit(folder: Path, file: str, before: str, after: str) -> None:
     ("file", "before", "after"),
     [
         ("params.yaml", "steps: 3", "steps: 4"),
-        ("stages/recovery/lora.py", "import annotations\n", "import annotations\n_changed = True\n"),
+        pytest.param(
+            "stages/recovery/lora.py", "import annotations\n", "import annotations\n_changed = True\n",
+            marks=pytest.mark.drill,
+        ),
     ],
-)
+)  # fmt: skip
 def test_an_edit_while_a_stage_runs_locks_nothing(file, before, after, copy):
     write_edit(copy, file, before, after)
     door = copy / "stages/finetune.py"
@@ -86,6 +89,7 @@ def agrees(folder: Path) -> bool:
     return project.run(folder, sys.executable, "-c", code).stdout.strip() == "{}"
 
 
+@pytest.mark.drill
 def test_an_edit_just_after_a_stage_is_noticed_and_mended(copy):
     model = "data/models/quantize/gptq-w4g32"
     sweep.edit(copy, "quantize.gptq-w4g32.damping", 0.02)
@@ -109,6 +113,7 @@ def test_an_edit_just_after_a_stage_is_noticed_and_mended(copy):
     assert outs(copy)[model] == right and agrees(copy)
 
 
+@pytest.mark.drill
 def test_removing_a_recipe_leaves_the_lock_of_a_fresh_clone(copy, tmp_path):
     values = project.read(copy)
     values["evaluate"]["candidates"].remove("quantize/gptq-w4g32")
@@ -186,7 +191,7 @@ def test_a_suite_more_makes_only_itself_stale(copy):
     values["suites"]["graded"]["sums"] = suites["arithmetic"]
     project.write(copy, values)
     added = {f"graded@{candidate}-sums" for candidate in sweep.CANDIDATES}
-    assert sweep.status(copy) == {"validate", "dataset@sums", "report", *added}
+    assert sweep.status(copy) == {"validate", "dataset@sums", "tidy", "report", *added}
 
 
 def test_the_lock_file_makes_everything_stale(copy):
@@ -198,12 +203,12 @@ def test_the_lock_file_makes_everything_stale(copy):
 def test_editing_a_shared_module_makes_its_users_stale(copy):
     code(copy, "stages/core/tables.py")
     assert sweep.repro(copy, "code") == {"code"}
-    assert sweep.status(copy) == {*EVALUATIONS, "report", "validate"}
+    assert sweep.status(copy) == {*EVALUATIONS, "report", "tidy", "validate"}
     code(copy, "stages/model/grid.py")
     assert sweep.repro(copy, "code") == {"code"}
     kinds = ("model@", "prune@", "quantize@", "finetune@")
     walked = {name for name in sweep.STAGES if name.startswith(kinds)}
-    assert sweep.status(copy) == {*EVALUATIONS, "report", "validate", *walked}
+    assert sweep.status(copy) == {*EVALUATIONS, "report", "tidy", "validate", *walked}
 
 
 def test_the_committed_lock_knows_the_code():
