@@ -1,4 +1,4 @@
-"""The command line: `prunequant run`, `check`, `diff`, `cost`, `batch-size`, `profile`.
+"""The command line: `prunequant run`, `check`, `doctor`, `diff`, `cost`, `batch-size`, `profile`.
 
 A mistake that the user can fix ends in a message and exit code 2, without a traceback; a failed stage ends in
 exit code 1. Commands import whatever is slow to import, so `check` answers without starting Prefect.
@@ -35,23 +35,32 @@ def refusals() -> Iterator[None]:
 
 @app.command()
 def check() -> None:
-    """Check the whole of params.yaml without running anything."""
+    """Check params.yaml, and that every result was computed from what dvc.lock says; run nothing."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     with refusals():
         from stages.job.entry import outdated
         from stages.job.load import load_verified
+        from stages.job.provenance import disagreements, locked_stages
 
         params = load_verified()
+        wrong = disagreements(locked_stages())
     typer.echo(
         f"params.yaml is sound: {len(params.models)} model(s), {len(params.recipes())} recipe(s), "
         f"{len(params.evaluate.candidates)} candidate(s) on {len(params.suites.by_name())} suite(s)."
     )
+    for stage, inputs in wrong.items():
+        typer.echo(
+            f"{stage}: dvc.lock names other inputs than it was computed from ({inputs}); do not push it. "
+            "`prunequant run` computes it again."
+        )
     if names := outdated():
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         typer.echo(
             f"data/code does not know the code of {', '.join(names[:6])}{more}: `dvc status` and `dvc repro "
             "--dry` cannot show what is stale until `dvc repro code` has run; `prunequant run` does so first."
         )
+    if wrong:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -70,19 +79,36 @@ def run(
         from stages.job.load import load
 
         load()  # report a mistake before a server is started
-        graph.select(graph.read_graph(), targets or [])
+        if targets:
+            graph.select(graph.read_graph(), targets)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow prints for itself
     signal.signal(signal.SIGTERM, _terminated)
-    from flows.compare import compare, start_server
+    from flows.compare import compare_here
 
     try:
-        start_server()
-        state = compare(jobs=jobs, targets=targets or [], return_state=True)
+        state = compare_here(jobs, targets or [])
     except KeyboardInterrupt:
         typer.echo("interrupted; finished stages are kept, run again to continue.", err=True)
         raise typer.Exit(130) from None
     if not state.is_completed():
         typer.echo(state.message, err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Examine all that a run rests on, from git to free disk space; exit with 1 if it would fail."""
+    from flows.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.state:8} {finding.subject:12} {finding.text}")
+    if any(finding.state == "problem" for finding in findings):
         raise typer.Exit(1)
 
 

@@ -15,6 +15,7 @@ os.environ.setdefault(
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180"
 )  # it creates a database first
 
+from collections.abc import Callable
 from typing import Any
 
 from prefect import flow, task
@@ -25,9 +26,11 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import graph, summary
-from flows.plan import plan
+from flows import summary, workspace
+from flows.plan import Plan, plan
+from flows.process import end_with_this
 from flows.terminal import console
+from stages.core import disk
 from stages.core.errors import Refusal
 
 # A task that waits for its upstream holds a thread, so there are many threads; `jobs` limits how many stages
@@ -47,10 +50,13 @@ def start_server() -> None:
     if PREFECT_API_URL.value():
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    server = SubprocessASGIServer()
     try:
-        SubprocessASGIServer().start()
+        server.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if server.server_process:
+        end_with_this(server.server_process.pid)
 
 
 @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
@@ -61,17 +67,54 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
         jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
         targets: stages or artifacts to make, with all they need; None or empty: everything.
     """
+    return _bring_up_to_date(jobs, targets or [], _advance_all)
+
+
+def compare_here(jobs: int | None, targets: list[str]) -> State[Any]:
+    """Do the same as the flow `compare`, and start no server if nothing is stale."""
+
+    def advance(run: Plan) -> State[Any]:
+        if not run.todo:
+            return _conclude(run)
+        start_server()
+
+        @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
+        def planned() -> State[Any]:
+            return _advance_all(run)
+
+        state: State[Any] = planned(return_state=True)
+        return state
+
+    return _bring_up_to_date(jobs, targets, advance)
+
+
+def _bring_up_to_date(
+    jobs: int | None, targets: list[str], advance: Callable[[Plan], State[Any]]
+) -> State[Any]:
+    """Plan, then advance, alone in the workspace; turn what the user can mend into a failed state."""
     try:
-        run = plan(jobs, targets or [])
+        with workspace.alone() as held:
+            run = plan(jobs, targets, held)
+            if "code" not in run.todo:
+                workspace.claim()
+            return advance(run)
     except Refusal as refusal:
         return Failed(message=str(refusal))
+    except Exception as error:
+        if not disk.is_full(error):
+            raise
+        return Failed(message=disk.full())
+
+
+def _advance_all(run: Plan) -> State[Any]:
+    """Run what the plan says as Prefect's tasks, and say how it ended."""
 
     @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
     def stage(name: str) -> Any:
         outcome = run.advance(name)
         message = f"{outcome.state} in {outcome.seconds:.1f} s"
         get_run_logger().info("%s: %s", name, message)
-        if outcome.state == "failed":
+        if outcome.state in ("failed", "skipped"):
             return Failed(message=outcome.reason)
         return Completed(name=outcome.state.capitalize(), message=message)
 
@@ -86,15 +129,23 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
         run.children.stop()
         raise
     finally:
-        graph.sort_lock()
+        run.lock.sort()
     outcomes = run.outcomes()
     create_table_artifact(
         key="compare", table=summary.outcome_rows(outcomes), description=summary.totals(outcomes)
     )
     get_run_logger().info(summary.totals(outcomes))
+    return _conclude(run)
+
+
+def _conclude(run: Plan) -> State[Any]:
+    """Show how every stage ended and where the report is; return the state of the whole run."""
+    outcomes = run.outcomes()
     summary.show_outcomes(outcomes)
     if summary.is_current(outcomes):
         summary.show_report()
+    if reasons := {outcome.reason for outcome in outcomes if outcome.state == "skipped" and outcome.reason}:
+        return Failed(message="; ".join(sorted(reasons)))
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         return Failed(message=summary.blame(failed))

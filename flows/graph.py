@@ -7,19 +7,18 @@ or outputs differ from the lock. Whether a stage below them must run as well is 
 
 import difflib
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from flows.terminal import console
+from flows.workspace import insist
 from stages.core.errors import Refusal
-from stages.core.files import run_record, write_text
+from stages.core.files import run_record
 
-LOCK = Path("dvc.lock")
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 
 
@@ -40,8 +39,8 @@ class Stage:
     @property
     def record(self) -> Path:
         """The run record that `python -m stages.<stage> <recipe>` writes."""
-        module, _, recipe = self.cmd.partition("stages.")[2].partition(" ")
-        return run_record(module, recipe or "all")
+        module, *recipe = shlex.split(self.cmd.partition("stages.")[2]) or [""]
+        return run_record(module, recipe[0] if recipe else "all")
 
 
 Graph = dict[str, Stage]
@@ -59,7 +58,9 @@ def read_graph() -> Graph:
     from dvc.repo import Repo
 
     try:
-        graph = Repo().index.graph
+        repo = Repo(_wait_for_lock=True)
+        with repo.lock:  # nobody is writing dvc.lock
+            graph = repo.index.graph
     except DvcException as error:
         raise Refusal(f"DVC cannot read the graph: {error}") from None
     stages: Graph = {}
@@ -108,7 +109,8 @@ def stale(graph: Graph) -> set[str]:
     Raises:
         Refusal: `dvc status` failed.
     """
-    done = subprocess.run([*DVC, "status", "--json", *graph], capture_output=True, text=True)
+    command = [*DVC, "status", "--json"]  # naming the stages takes time that grows with their square
+    done = insist(lambda: subprocess.run(command, capture_output=True, text=True), console.print)
     if done.returncode:
         raise Refusal(f"dvc status failed: {done.stderr.strip()}")
     return set(json.loads(done.stdout)) & set(graph)
@@ -121,39 +123,6 @@ def below(graph: Graph, names: set[str]) -> set[str]:
         if dependent & set(stage.upstream):
             dependent.add(stage.name)
     return dependent
-
-
-def locked_outs() -> dict[str, Any]:
-    """Return what dvc.lock holds for each stage's outputs; nothing if the file is missing or half written.
-
-    Another process may be writing the file. A missing or cut-off entry differs from every whole entry, so the
-    stages below may be checked once too often, but never once too seldom.
-    """
-    try:
-        lock = yaml.load(LOCK.read_text(), yaml.CSafeLoader)
-        return {name: entry.get("outs") for name, entry in lock["stages"].items()}
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
-        return {}
-
-
-def sort_lock() -> None:
-    """Sort the stages of dvc.lock by name; DVC writes them as they end, which git shows as changes."""
-    from dvc.lock import LockError
-    from dvc.repo import Repo
-    from dvc.utils.serialize import dumps_yaml
-
-    if not LOCK.exists():
-        return
-    try:
-        with Repo().lock:
-            before = LOCK.read_text()
-            lock = yaml.load(before, yaml.CSafeLoader)
-            ordered = {**lock, "stages": dict(sorted(lock["stages"].items()))}
-            after = dumps_yaml(ordered)
-            if after != before:
-                write_text(LOCK, after)
-    except LockError:
-        return  # another run works here and sorts when it ends
 
 
 def _like(target: str, names: Iterable[str]) -> str:

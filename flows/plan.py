@@ -6,15 +6,18 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from flows import graph
+from flows import graph, mend
 from flows.graph import Graph, Stage
+from flows.lockfile import Entries, SafeLock
 from flows.process import CHATTER, Children
 from flows.terminal import console
+from stages.core import disk
 from stages.core.errors import Refusal
 from stages.core.files import RUNS, read_json, write_json
-from stages.job.load import load_verified
+from stages.job import provenance
+from stages.job.load import PARAMS, load_verified
 
 
 @dataclass(frozen=True)
@@ -34,22 +37,27 @@ class Plan:
     Attributes:
         graph: the requested stages and all they need, upstream first.
         jobs: how many stages run side by side.
+        params: the content of params.yaml that the run was planned on.
         stale: the stages that are out of date by themselves.
         todo: these and all that depend on them, upstream first.
     """
 
     graph: Graph
     jobs: int
+    params: Any = None
     stale: set[str] = field(default_factory=set)
     todo: list[str] = field(default_factory=list)
     children: Children = field(default_factory=Children)
+    lock: SafeLock = field(default_factory=SafeLock)
 
     def __post_init__(self) -> None:
         self._slots = threading.Semaphore(self.jobs)
         self._collecting = threading.Lock()
-        self._locked = graph.locked_outs()
+        self._locked = self.lock.entries
         self._ended: dict[str, Outcome] = {}
         self._changed: set[str] = set()
+        self._wrong: set[str] = set()
+        self._planned = time.strftime("%H:%M")
 
     def find_stale(self) -> None:
         """Bring the code identities up to date, then ask DVC which stages are stale.
@@ -63,7 +71,12 @@ class Plan:
         self.stale = {"code"} & set(self.graph)
         if self.stale and self.advance("code").state == "failed":
             raise Refusal(f"code: {self._ended['code'].reason}")
-        self.stale = graph.stale(self.graph)
+        for name, inputs in mend.find_wrong(self.graph).items():
+            _say(name, f"dvc.lock names other inputs than it was computed from ({inputs}); it runs again")
+            self._wrong.add(name)
+        if self._wrong:
+            mend.forget_runs(self._wrong)
+        self.stale = graph.stale(self.graph) | self._wrong
         below = graph.below(self.graph, self.stale)
         self.todo = [name for name in self.graph if name in below]
 
@@ -79,18 +92,40 @@ class Plan:
         with self._room(self.graph[name]):
             if self.children.stopped.is_set():
                 raise InterruptedError(name)
+            if self.params not in (None, provenance.content(PARAMS)):  # DVC has not deleted anything yet
+                reason = f"params.yaml changed since {self._planned}; what was finished is kept, run again."
+                return self._end(Outcome(name, "skipped", 0.0, reason))
             started, clock = time.time(), time.monotonic()
             _say(name, "starts")
-            code, output = self.children.repro(name, lambda line: _say(name, line))
+            code, output = self._repro(name)
             seconds = round(time.monotonic() - clock, 1)
         if code:
+            mend.restore(self.graph[name].outs)
             outcome = Outcome(name, "failed", seconds, self._reason(name, started, output))
         else:
             outcome = Outcome(name, _state(output), seconds)
-            if graph.locked_outs().get(name) != self._locked.get(name) or name not in self._locked:
+            if name not in self._locked or self._outs(self.lock.entries, name) != self._outs(
+                self._locked, name
+            ):
                 self._changed.add(name)
         _say(name, f"{outcome.state}, {seconds} s", style="red" if code else "green")
         return self._end(outcome)
+
+    def _repro(self, name: str) -> tuple[int, str]:
+        """Run the stage, and once more if dvc.lock was cut off meanwhile: DVC then restores what it made."""
+        mended = self.lock.mended
+        try:
+            code, output = self.children.repro(name, lambda line: _say(name, line), name in self._wrong)
+            self.lock.keep()
+            while not code and mended != self.lock.mended:
+                mended = self.lock.mended
+                code = self.children.repro(name, lambda line: _say(name, line))[0]
+                self.lock.keep()
+        except InterruptedError:
+            raise
+        except OSError as error:  # such as a full disk
+            code, output = 1, str(error)
+        return code, output
 
     def outcomes(self) -> list[Outcome]:
         """Return how every stage ended, in the graph's order; also write it to data/runs/flow.json."""
@@ -100,6 +135,10 @@ class Plan:
         ]
         write_json(RUNS / "flow.json", [asdict(outcome) for outcome in ended])
         return ended
+
+    @staticmethod
+    def _outs(entries: Entries, name: str) -> Any:
+        return entries.get(name, {}).get("outs")
 
     @contextmanager
     def _room(self, stage: Stage) -> Iterator[None]:
@@ -127,28 +166,35 @@ class Plan:
         """Return the error in the stage's run record, or else the last line it printed."""
         record = self.graph[name].record
         fresh = record.exists() and record.stat().st_mtime >= started - 1
-        if fresh and (error := read_json(record)["error"]):
-            return str(error)
+        error = str(read_json(record)["error"] or "") if fresh else ""
+        if disk.is_full(f"{error}\n{output}"):
+            return disk.full()
+        if error:
+            return error
         lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
         own = [line for line in lines if "failed to reproduce" not in line]
         return (own or lines or [""])[-1].strip()
 
 
-def plan(jobs: int | None, targets: Iterable[str]) -> Plan:
+def plan(jobs: int | None, targets: Iterable[str], held: tuple[int, ...] = ()) -> Plan:
     """Check params.yaml, bring the code identities up to date, and find the stale stages.
 
     Args:
         jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
+        held: open files that hold the workspace, see `flows.workspace.alone`.
 
     Raises:
         Refusal: bad params, unknown targets or a graph that DVC cannot read; no stage but `code` has run.
     """
+    content = provenance.content(PARAMS)
     params = load_verified()
+    lock = SafeLock()
+    lock.begin()
     stages = graph.select(graph.read_graph(), targets)
     if jobs is None:
         on_cpu = params.run.resolved_device().type == "cpu"
         jobs = max(1, (os.cpu_count() or 1) // params.run.threads) if on_cpu else 1
-    run = Plan(stages, jobs)
+    run = Plan(stages, jobs, content, children=Children(held), lock=lock)
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
     run.find_stale()
     return run

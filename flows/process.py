@@ -1,12 +1,12 @@
 """One stage as a child process: its output is shown and kept, and all its processes end when the run stops.
 
-DVC does not pass a signal on to the command it runs. So each `dvc repro` leads a process group of its own,
-and the group gets SIGTERM first and SIGKILL if it is still alive.
+DVC does not pass a signal on to the command it runs. So each `dvc repro` runs under a guard (`flows.guard`),
+which ends it with all its processes as soon as the flow closes the guard's standard input, or dies.
 """
 
+import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -15,77 +15,101 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from flows import guard
 from flows.graph import DVC
+from flows.workspace import insist
 from stages.core.files import RUNS
 
 LOGS = RUNS / "logs"
-GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL."""
+GUARD = (sys.executable, "-IS", guard.__file__)
 CHATTER = re.compile(
     r"|To track the changes with git, run:|\s*git add .*|To enable auto staging, run:"
     r"|\s*dvc config core.autostage true|Use `dvc push` .*|(Updating|Generating) lock file .*"
     r"|.*:\s+0%\|.*"
+    r"|.* is busy, it is being blocked by:|  \(PID \d+\): .*|If there are no processes with such PIDs.*"
+    r"|.*had been killed\. Auto removed it.*|.*Unable to acquire lock\..*|.*Unable to read RWLock-file.*"
 )
-"""Lines that DVC repeats at every stage, and bars that have not begun."""
+"""Lines that DVC repeats at every stage, bars that have not begun, and advice to delete DVC's own files."""
+_watchers: list[subprocess.Popen[bytes]] = []
+"""Kept, as their pipes close when they are forgotten."""
 
 
 class Children:
     """The child processes of one run."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: tuple[int, ...] = ()) -> None:
+        """Take the open files that each guard holds as well, as long as it lives."""
+        self.held = held
         self.stopped = threading.Event()
         self._alive: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
 
-    def repro(self, stage: str, show: Callable[[str], None]) -> tuple[int, str]:
-        """Run `dvc repro --single-item <stage>` and return its exit code and output.
+    def repro(self, stage: str, show: Callable[[str], None], force: bool = False) -> tuple[int, str]:
+        """Run `dvc repro --single-item <stage>` and return its exit code and output; wait for what blocks it.
 
         Args:
             show: called with each line worth showing, as it comes.
+            force: whether to run the stage even if DVC has its result.
 
         Raises:
             InterruptedError: the run was stopped before or during the stage.
         """
+        done = insist(lambda: self._repro(stage, show, force), show, self.stopped.wait)
+        return done.returncode, done.stdout
+
+    def _repro(
+        self, stage: str, show: Callable[[str], None], force: bool
+    ) -> subprocess.CompletedProcess[str]:
+        command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
         with self._lock:
             if self.stopped.is_set():
                 raise InterruptedError(stage)
             child = subprocess.Popen(
-                [*DVC, "repro", "--single-item", stage],
+                [*GUARD, *command],
                 env=environment(),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
                 start_new_session=True,
+                pass_fds=self.held,
             )
             self._alive.add(child)
-        assert child.stdout is not None
+        assert child.stdin is not None and child.stdout is not None
         log = LOGS / f"{stage.replace('/', '--')}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with child.stdout, log.open("w") as file:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with child.stdout, log.open("wb", buffering=0) as file:
                 output = _follow(child.stdout, file, show)
             code = child.wait()
         finally:
+            child.stdin.close()  # ends the stage if it still runs
+            child.wait()
             with self._lock:
                 self._alive.discard(child)
         if self.stopped.is_set():
             raise InterruptedError(stage)
-        return code, output
+        return subprocess.CompletedProcess(command, code, output, "")
 
     def stop(self) -> None:
         """Start no further child, and end the running children with all their descendants."""
         with self._lock:
             self.stopped.set()
-            groups = {child.pid for child in self._alive}
-        for group in groups:
-            _signal(group, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE
-        while time.monotonic() < deadline and any(_signal(group, 0) for group in groups):
-            time.sleep(0.05)
-        for group in groups:
-            _signal(group, signal.SIGKILL)
+            children = set(self._alive)
+        for child in children:
+            assert child.stdin is not None
+            child.stdin.close()
+        deadline = time.monotonic() + guard.GRACE + 2
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, deadline - time.monotonic()))
+
+
+def end_with_this(pid: int) -> None:
+    """End the process `pid` when this process ends, even by SIGKILL."""
+    command = [*GUARD, "--watch", str(pid)]
+    _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
 
 
 def environment() -> dict[str, str]:
@@ -99,23 +123,14 @@ def environment() -> dict[str, str]:
     }
 
 
-def _follow(stream: IO[str], file: IO[str], show: Callable[[str], None]) -> str:
+def _follow(stream: IO[str], file: IO[bytes], show: Callable[[str], None]) -> str:
     """Copy a stream to `file` line by line, each redrawn bar as a line, and return all of it."""
     lines = []
     for raw in stream:  # text mode ends a line at \r too
         line = raw.rstrip()
-        file.write(f"{line}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk ends no stage that needs no more of it
+            file.write(f"{line}\n".encode())
         lines.append(line)
         if not CHATTER.fullmatch(line):
             show(line)
     return "\n".join(lines)
-
-
-def _signal(group: int, number: int) -> bool:
-    """Signal a process group; return whether any of it is alive."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True

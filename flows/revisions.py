@@ -107,7 +107,7 @@ def read_revision(name: str | None) -> Revision:
 
 
 def is_named(out: str, params: dict[str, Any]) -> bool:
-    """Tell whether params.yaml still names an output; dvc.lock keeps those of recipes that were removed."""
+    """Tell whether params.yaml still names a result; dvc.lock keeps those of recipes that were removed."""
     kind, _, rest = out.removeprefix("data/").partition("/")
     if kind == "datasets":
         return rest == "none" or rest in params["datasets"] or rest in params.get("teach", {})
@@ -118,6 +118,8 @@ def is_named(out: str, params: dict[str, Any]) -> bool:
         candidate, _, suite = rest.rpartition("/")
         suites = {name for group in params["suites"].values() for name in group}
         return candidate in params["evaluate"]["candidates"] and suite in suites
+    if kind == "provenance":
+        return False  # what it names is compared itself
     if kind == "curves":
         return rest.removesuffix(".csv") in params.get("finetune", {})
     if kind == "profile":

@@ -43,8 +43,12 @@ def totals(outcomes: Sequence[Outcome]) -> str:
 
 
 def blame(failed: Sequence[Outcome]) -> str:
-    """Return a line for each failed stage, with its reason."""
-    return f"{len(failed)} stage(s) failed:\n" + "\n".join(f"  - {o.stage}: {o.reason}" for o in failed)
+    """Return a line for each reason, with the stages that failed for it."""
+    stages: dict[str, list[str]] = {}
+    for outcome in failed:
+        stages.setdefault(outcome.reason, []).append(outcome.stage)
+    lines = [f"  - {', '.join(names)}: {reason}" for reason, names in stages.items()]
+    return f"{len(failed)} stage(s) failed:\n" + "\n".join(lines)
 
 
 def show_outcomes(outcomes: Sequence[Outcome]) -> None:

@@ -12,7 +12,7 @@ from tests import project
 CANDIDATES = ["base/tiny", "noise/tiny-batch-3", "quantize/gptq-w4g32"]
 STAGES = {
     "code", "validate", "model@tiny", "dataset@news", "dataset@arithmetic", "prune@magnitude-50",
-    "prune@wanda-50", "quantize@gptq-w4g32", "finetune@wanda-50-lora", "noise@tiny-batch-3", "report",
+    "prune@wanda-50", "quantize@gptq-w4g32", "finetune@wanda-50-lora", "noise@tiny-batch-3", "report", "tidy",
     *(f"perplexity@{candidate}-news" for candidate in CANDIDATES),
     *(f"graded@{candidate}-arithmetic" for candidate in CANDIDATES),
 }  # fmt: skip

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,11 +33,108 @@ def outs(folder: Path) -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
 
 
+AFTER = """
+import sys
+from dvc import cli
+from dvc.stage import run
+command = run.cmd_run
+def cmd_run(*args, **options):
+    command(*args, **options)
+    exec(open("edit.txt").read())
+run.cmd_run = cmd_run
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""DVC, with an edit between the end of a stage's command and the hashing of its inputs."""
+
+
+def write_edit(folder: Path, file: str, before: str, after: str) -> None:
+    """Write code that edits a file, to be run at the right moment."""
+    (folder / "edit.txt").write_text(
+        f"import pathlib; file = pathlib.Path({file!r})\n"
+        f"file.write_text(file.read_text().replace({before!r}, {after!r}))\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("params.yaml", "steps: 3", "steps: 4"),
+        pytest.param(
+            "stages/recovery/lora.py", "import annotations\n", "import annotations\n_changed = True\n",
+            marks=pytest.mark.drill,
+        ),
+    ],
+)  # fmt: skip
+def test_an_edit_while_a_stage_runs_locks_nothing(file, before, after, copy):
+    write_edit(copy, file, before, after)
+    door = copy / "stages/finetune.py"
+    door.write_text(
+        door.read_text().replace("    run.start()\n", "    exec(open('edit.txt').read())\n    run.start()\n")
+    )
+    sweep.edit(copy, "finetune.wanda-50-lora.steps", 3)
+    sweep.repro(copy, "code", "validate")
+    before_edit = outs(copy)
+    done = project.run(copy, "dvc", "repro", "finetune@wanda-50-lora", ok=False)
+    assert done.returncode and f"{file} changed while this stage ran" in done.stderr
+    assert "`dvc checkout data/models/finetune/wanda-50-lora" in done.stderr
+    assert outs(copy) == before_edit
+    (copy / "edit.txt").write_text("")
+    sweep.prunequant(copy, "run")
+    assert sweep.status(copy) == set() and agrees(copy)
+
+
+def agrees(folder: Path) -> bool:
+    """Tell whether every result was computed from what dvc.lock says, as another process sees it."""
+    code = "from stages.job import provenance as p; print(p.disagreements(p.locked_stages()))"
+    return project.run(folder, sys.executable, "-c", code).stdout.strip() == "{}"
+
+
+@pytest.mark.drill
+def test_an_edit_just_after_a_stage_is_noticed_and_mended(copy):
+    model = "data/models/quantize/gptq-w4g32"
+    sweep.edit(copy, "quantize.gptq-w4g32.damping", 0.02)
+    sweep.repro(copy, "validate")
+    write_edit(copy, "params.yaml", "damping: 0.02", "damping: 0.5")
+    project.run(copy, sys.executable, "-c", AFTER, "repro", "--single-item", "quantize@gptq-w4g32")
+    wrong = outs(copy)[model]
+    assert sweep.status(copy) >= {"perplexity@quantize/gptq-w4g32-news"} and not agrees(copy)
+    done = project.run(copy, "dvc", "repro", "perplexity@quantize/gptq-w4g32-news", ok=False)
+    assert done.returncode and "quantize@gptq-w4g32: quantize.gptq-w4g32 in params.yaml" in done.stderr
+    refusal = "dvc.lock names other inputs than it was computed from (quantize.gptq-w4g32 in params.yaml)"
+    assert refusal in sweep.prunequant(copy, "check", code=1)
+    assert refusal in sweep.prunequant(copy, "run")
+    assert sweep.status(copy) == set() and agrees(copy)
+    right = outs(copy)[model]
+    assert right != wrong
+    # Nor does the run cache give the wrong result back.
+    shutil.rmtree(copy / model)
+    (copy / "dvc.lock").unlink()
+    sweep.repro(copy)
+    assert outs(copy)[model] == right and agrees(copy)
+
+
+@pytest.mark.drill
+def test_removing_a_recipe_leaves_the_lock_of_a_fresh_clone(copy, tmp_path):
+    values = project.read(copy)
+    values["evaluate"]["candidates"].remove("quantize/gptq-w4g32")
+    project.write(copy, values)
+    sweep.prunequant(copy, "run")
+    assert sweep.status(copy) == set()
+    assert (copy / "data/removed/quantize/gptq-w4g32/news/scores.parquet").exists()
+    report = outs(copy)["data/report"]
+    again = tmp_path / "again"
+    project.commit(copy, "fewer candidates")
+    project.run(tmp_path, "git", "clone", "-q", str(copy), str(again))
+    project.run(again, "dvc", "cache", "dir", "--local", str(copy / ".dvc/cache"))
+    project.run(again, "dvc", "repro")
+    assert outs(again)["data/report"] == report
+
+
 def test_editing_a_recipe_runs_it_and_its_consumers(edited):
     folder, ran = edited
     assert ran == {
         "validate", "quantize@gptq-w4g32", "perplexity@quantize/gptq-w4g32-news",
-        "graded@quantize/gptq-w4g32-arithmetic", "report",
+        "graded@quantize/gptq-w4g32-arithmetic", "tidy", "report",
     }  # fmt: skip
     assert sweep.status(folder) == set()
 
@@ -92,7 +191,7 @@ def test_a_suite_more_makes_only_itself_stale(copy):
     values["suites"]["graded"]["sums"] = suites["arithmetic"]
     project.write(copy, values)
     added = {f"graded@{candidate}-sums" for candidate in sweep.CANDIDATES}
-    assert sweep.status(copy) == {"validate", "dataset@sums", "report", *added}
+    assert sweep.status(copy) == {"validate", "dataset@sums", "tidy", "report", *added}
 
 
 def test_the_lock_file_makes_everything_stale(copy):
@@ -104,12 +203,12 @@ def test_the_lock_file_makes_everything_stale(copy):
 def test_editing_a_shared_module_makes_its_users_stale(copy):
     code(copy, "stages/core/tables.py")
     assert sweep.repro(copy, "code") == {"code"}
-    assert sweep.status(copy) == {*EVALUATIONS, "report", "validate"}
+    assert sweep.status(copy) == {*EVALUATIONS, "report", "tidy", "validate"}
     code(copy, "stages/model/grid.py")
     assert sweep.repro(copy, "code") == {"code"}
     kinds = ("model@", "prune@", "quantize@", "finetune@")
     walked = {name for name in sweep.STAGES if name.startswith(kinds)}
-    assert sweep.status(copy) == {*EVALUATIONS, "report", "validate", *walked}
+    assert sweep.status(copy) == {*EVALUATIONS, "report", "tidy", "validate", *walked}
 
 
 def test_the_committed_lock_knows_the_code():

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,12 @@ CODE = DATA / "code"
 """Code identities: `<stage>/<method>`, see `stages.core.identity`."""
 VALIDATED = DATA / "validated.json"
 """The constant mark that params.yaml was checked, on which every stage but `code` depends."""
+PROVENANCE = DATA / "provenance"
+"""The inputs that each result was computed from: `<stage>/<recipe>.json`, see `stages.job.provenance`."""
+TIDIED = DATA / "tidied.json"
+"""The constant mark that data/results holds no other results than params.yaml names."""
+REMOVED = DATA / "removed"
+"""Results that params.yaml no longer names: `<candidate>/<suite>`, a folder each."""
 RUNS = DATA / "runs"
 """Run records and logs, which vary from run to run: `<stage>/<recipe>.json`."""
 SCRATCH = DATA / "scratch"
@@ -51,6 +57,20 @@ def source_of(dataset: str) -> str:
     return str(read_json(DATASETS / dataset / DATASET).get("source", "reasoning-gym"))
 
 
+_checks: list[Callable[[], None]] = []
+"""Called before a folder is put in place, see `checking`."""
+
+
+@contextmanager
+def checking(check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before every result is put in place, for as long as the body runs; it may raise."""
+    _checks.append(check)
+    try:
+        yield
+    finally:
+        _checks.remove(check)
+
+
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
     """Yield a scratch folder that replaces `target` when the body ends, and is deleted when it raises."""
@@ -59,6 +79,8 @@ def writing(target: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        for check in _checks:
+            check()
         _share(partial)
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)

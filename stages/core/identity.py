@@ -81,6 +81,11 @@ def digest(stage: str, method: str | None = None) -> str:
     return hashlib.sha256(text(of(stage, method)).encode()).hexdigest()
 
 
+def forget() -> None:
+    """Let `of` read the files again."""
+    _examine.cache_clear()
+
+
 def text(hashes: Mapping[str, str]) -> str:
     """Format hashes as the file under `data/code`, a line a file."""
     return "".join(f"{value}  {file}\n" for file, value in hashes.items())

@@ -21,7 +21,7 @@ from stages.core.schema import Seed, Strict
 def _device(value: str) -> str:
     if value == "auto":
         return value
-    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", value):
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d{1,2})?", value):
         raise ValueError("allowed: auto, cpu, cuda, cuda:<index>, mps or xpu")
     return value
 
@@ -36,7 +36,7 @@ class Run(Strict):
     """Where tensors live; `auto` takes CUDA if this machine has it. Recorded, not a dependency."""
     dtype: Dtype
     """The dtype models are loaded, computed and written in."""
-    threads: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=1, le=1024)]
     """CPU threads of each stage."""
     seed: Seed
     """Seeds every random draw that a recipe does not seed itself."""

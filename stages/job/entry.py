@@ -5,20 +5,19 @@ function gets its own pieces. A refusal is printed without a traceback and ends 
 """
 
 import argparse
-import errno
 import logging
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.core import identity
+from stages.core import disk, identity
 from stages.core.errors import Refusal
-from stages.core.files import CODE
-from stages.job import lineage
-from stages.job.load import load
+from stages.core.files import CODE, DATASETS, MODELS, RESULTS, checking
+from stages.job import lineage, provenance
+from stages.job.load import PARAMS, checked_params, read
 from stages.job.params import Params
-from stages.job.pieces import STAGES, identified, method_of
+from stages.job.pieces import STAGES, Pieces, identified, method_of
 from stages.job.record import recorded
 
 CHATTY = ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "lm_eval")
@@ -41,37 +40,71 @@ def entry(work: Callable[..., None]) -> None:
     name = getattr(parser.parse_args(), "recipe", "all")
     _logging()
     try:
-        params = load()
-        _check(stage, params, name)
-        with recorded(stage, name):
+        whole_params = provenance.content(PARAMS)
+        raw = read()
+        params = checked_params(raw)
+        _check_name(pieces, params, name)
+        planned = provenance.inputs(stage, name, raw, params, whole_params)
+        _check_inputs(planned, params)
+        with recorded(stage, name), checking(planned.check):
             work(*pieces.arguments(params, name))
+            planned.check()
+            planned.write()
     except Exception as error:
-        print(f"{stage} {name}: {_sentence(error)}", file=sys.stderr)  # noqa: T201
+        lost = provenance.removed(stage, name)
+        cure = f" Its last result is in DVC's cache: `dvc checkout {' '.join(lost)}`." if lost else ""
+        print(f"{stage} {name}: {_sentence(error)}{cure}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
 
-def _check(stage: str, params: Params, name: str) -> None:
-    """Refuse an unknown recipe, inputs that do not exist yet, and code that `data/code` does not know."""
-    pieces = STAGES[stage]
+def _check_name(pieces: Pieces, params: Params, name: str) -> None:
+    """Refuse a recipe that params.yaml does not have."""
     if pieces.recipes is not None and name not in (known := pieces.recipes(params)):
         raise Refusal(f"there is no recipe of this name; params.yaml has {', '.join(known) or 'none'}.")
+
+
+def _check_inputs(planned: provenance.Inputs, params: Params) -> None:
+    """Refuse inputs that are missing or not what dvc.lock says, and code that `data/code` does not know."""
+    pieces, name = STAGES[planned.stage], planned.name
     if missing := lineage.missing_inputs(params, pieces.models(params, name), pieces.datasets(params, name)):
         raise Refusal(f"nothing was run, for {'; '.join(missing)}.")
-    if stage != "code":
-        check_identity(stage, *method_of(stage, params, name))
+    check_provenance(pieces, params, name)
+    if planned.stage != "code":
+        method, _ = method_of(planned.stage, params, name)
+        check_identity(CODE / planned.stage / method, planned.code)
 
 
-def check_identity(stage: str, method: str, module: str | None) -> None:
+def check_provenance(pieces: Pieces, params: Params, name: str) -> None:
+    """Refuse inputs that were computed from other things than dvc.lock says.
+
+    Raises:
+        Refusal: names each of them and the command that computes it again.
+    """
+    wanted = [str(MODELS / model) for model in pieces.models(params, name)]
+    wanted += [str(DATASETS / dataset) for dataset in pieces.datasets(params, name)]
+    if pieces is STAGES["report"]:
+        wanted += [str(RESULTS / evaluation) for evaluation in params.evaluations()]
+    if wrong := provenance.disagreements(provenance.locked_stages(), wanted):
+        causes = "; ".join(f"{stage}: {inputs}" for stage, inputs in wrong.items())
+        raise Refusal(
+            f"dvc.lock names other inputs than these results were computed from ({causes}), as something was "
+            f"edited while DVC saved them; `prunequant run` computes them again."
+        )
+
+
+def check_identity(record: Path, now: str) -> None:
     """Refuse to run other code than `data/code/<stage>/<method>` records, as the recipe depends on that file.
+
+    Args:
+        now: the identity of the code that would run.
 
     Raises:
         Refusal: the record is missing, or names other code.
     """
-    record = CODE / stage / method
     cure = "run `dvc repro code`, or `prunequant run`, which does so first"
     if not record.exists():
         raise Refusal(f"{record}, the identity of this code, does not exist; {cure}.")
-    now, then = identity.text(identity.of(stage, module)), record.read_text()
+    then = record.read_text()
     if now != then:
         changed = sorted({line.split("  ")[1] for line in {*now.splitlines()} ^ {*then.splitlines()}})
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -92,20 +125,9 @@ def _sentence(error: Exception) -> str:
     """Say what went wrong and how to mend it; an error that nobody foresaw is raised again."""
     if isinstance(error, Refusal):
         return str(error)
-    if _without_room(error):
-        return (
-            f"no space is left on the disk of {Path.cwd()}; free some (dvc gc --workspace drops what no "
-            "recipe needs any more) and run it again."
-        )
+    if disk.is_full(error):
+        return disk.full()
     raise error
-
-
-def _without_room(error: Exception) -> bool:
-    """Tell whether a write met a full disk or quota; safetensors and tokenizers say so in words alone."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"(os error {code})" in str(error) for code in full)
 
 
 def _logging() -> None:

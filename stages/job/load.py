@@ -14,6 +14,10 @@ from stages.job.params import Params
 from stages.job.sentences import follows, sentence
 
 PARAMS = Path("params.yaml")
+DEEPEST = 50
+"""Levels of nesting that params.yaml may have."""
+LARGEST = 10**6
+"""Values that it may hold once its aliases are written out."""
 
 
 def load(path: Path = PARAMS) -> Params:
@@ -22,20 +26,34 @@ def load(path: Path = PARAMS) -> Params:
     Raises:
         Refusal: the file is missing, no YAML, or has mistakes; a line each, all of them.
     """
+    return checked_params(read(path), str(path))
+
+
+def read(path: Path = PARAMS) -> dict[str, Any]:
+    """Parse `path` and return its sections, not yet checked.
+
+    Raises:
+        Refusal: the file is missing, no YAML, or holds no sections.
+    """
     if not path.exists():
         raise Refusal(f"there is no {path} here; run from the root of a prunequant project.")
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        _check_size(raw, path)
+    except OSError as error:
+        raise Refusal(f"{path} cannot be read: {error.strerror}; make it readable.") from None
     except UnicodeDecodeError as error:
         raise Refusal(f"{path} is not UTF-8 at byte {error.start}; save it in that encoding.") from None
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise Refusal(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise Refusal(f"{path} is nested more deeply than {DEEPEST} levels; write it flat.") from None
     if not isinstance(raw, dict):
         content = "is empty" if raw is None else f"holds {type(raw).__name__}"
         raise Refusal(
             f"{path} must be a mapping of sections ({', '.join(Params.model_fields)}), but it {content}."
         )
-    return checked_params(raw, str(path))
+    return raw
 
 
 def checked_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
@@ -68,6 +86,31 @@ def load_verified(path: Path = PARAMS) -> Params:
     params = load(path)
     _refuse(list(checks.changed_paths(params)), str(path))
     return params
+
+
+def _check_size(raw: Any, path: Path) -> None:
+    """Refuse aliases that contain themselves or multiply beyond measure.
+
+    Raises:
+        Refusal: more than `LARGEST` values.
+        RecursionError: more than `DEEPEST` levels.
+    """
+    level, count = [raw], 0
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        count += len(level)
+        if count > LARGEST:
+            raise Refusal(
+                f"{path} holds over {LARGEST} values once its aliases are written out; remove them."
+            )
+        if not level:
+            return
+    raise RecursionError
 
 
 def _refuse(mistakes: list[str], where: str) -> None:

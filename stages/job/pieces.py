@@ -9,10 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from stages.core.schema import RECIPES
 from stages.job import lineage
 from stages.job.params import REGISTRY, SUITES, Params
 from stages.job.sentences import tag
 from stages.reporting.scope import Scope
+
+RUN = ("run.dtype", "run.seed", "run.threads")
+"""The settings of the run that change results."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Pieces:
     """(params, recipe) -> the models it reads, `<stage>/<recipe>`."""
     datasets: Callable[[Params, str], list[str]] = lambda params, name: []
     """(params, recipe) -> the data sets it reads."""
+    keys: Callable[[Params, str], list[str]] = lambda params, name: []
+    """(params, recipe) -> the dotted keys of params.yaml that its result depends on, as in dvc.yaml."""
 
 
 def _section(stage: str, *, methods: bool = True) -> Pieces:
@@ -48,6 +54,7 @@ def _section(stage: str, *, methods: bool = True) -> Pieces:
         settings=(lambda params, name: getattr(params, stage)[name]) if methods else None,
         models=lambda params, name: [getattr(params, stage)[name].source],
         datasets=lambda params, name: lineage.datasets_of(params, f"{stage}/{name}"),
+        keys=lambda params, name: [f"{stage}.{name}", *(RUN if methods else ())],
     )
 
 
@@ -56,19 +63,31 @@ def _origin(params: Params, name: str) -> Any:
     return (params.models if kind == "base" else params.datasets)[key]
 
 
+def _origin_keys(params: Params, name: str) -> list[str]:
+    kind, key = name.split("/")
+    return [f"models.{key}", *RUN] if kind == "base" else [f"datasets.{key}"]
+
+
 def _suite(params: Params, name: str) -> Any:
     return params.suites.by_name()[name.rpartition("/")[2]]
 
 
+def _suite_keys(params: Params, name: str) -> list[str]:
+    suite = name.rpartition("/")[2]
+    kind = next(kind for kind in SUITES if suite in getattr(params.suites, kind))
+    return [f"suites.{kind}.{suite}", *RUN]
+
+
 STAGES: dict[str, Pieces] = {
     "code": Pieces(lambda params, name: (identified(),)),
-    "validate": Pieces(lambda params, name: (params.evaluations(),)),
+    "validate": Pieces(lambda params, name: ()),
     "download": Pieces(
         arguments=lambda params, name: (_origin(params, name), params.run, name),
         recipes=lambda params: [
             *(f"base/{key}" for key in params.models), *(f"datasets/{key}" for key in params.datasets)
         ],
         settings=_origin,
+        keys=_origin_keys,
     ),
     "prune": _section("prune"),
     "quantize": _section("quantize"),
@@ -82,13 +101,25 @@ STAGES: dict[str, Pieces] = {
         settings=_suite,
         models=lambda params, name: [name.rpartition("/")[0]],
         datasets=lambda params, name: [name.rpartition("/")[2]],
+        keys=_suite_keys,
     ),
     "profile": Pieces(
         arguments=lambda params, name: (params.profile, params.run, name),
         recipes=lambda params: list(params.profile.candidates),
         models=lambda params, name: [name],
+        keys=lambda params, name: [
+            "profile.batch_sizes", "profile.new_tokens", "profile.prompt_tokens", "profile.repeats",
+            "profile.threads", "profile.warmup", "run.dtype", "run.seed",
+        ],
     ),
-    "report": Pieces(lambda params, name: (scope(params),)),
+    "tidy": Pieces(
+        arguments=lambda params, name: (params.evaluations(),),
+        keys=lambda params, name: ["evaluate.candidates", "suites"],
+    ),
+    "report": Pieces(
+        arguments=lambda params, name: (scope(params),),
+        keys=lambda params, name: ["evaluate", "models", "suites", *RECIPES],
+    ),
 }  # fmt: skip
 """By the stage's name, which is that of its file in `stages/`."""
 

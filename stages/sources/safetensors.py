@@ -46,6 +46,7 @@ class Safetensors(Model):
                     f"{self.source} is quantized with {quantization.get('quant_method')!r}; use a plain "
                     "checkpoint or one of compressed-tensors."
                 )
+            _check_shards(path, self.source)
             if "auto_map" in config:
                 raise Refusal(
                     f"{self.source} needs code of its own (auto_map), which is never run; use a model that "
@@ -68,3 +69,16 @@ class Safetensors(Model):
         return {
             "grid": {"format": quantization.get("quant_method"), **quantization} if quantization else None
         }
+
+
+def _check_shards(folder: Path, source: str) -> None:
+    """Refuse an index whose shards are not files of this folder, as its hash would not cover them."""
+    for index in folder.glob("*.safetensors.index.json"):
+        with reading(f"{index.name} of {source}"):
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+        outside = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
+        if outside:
+            raise Refusal(
+                f"{index.name} of {source} names {', '.join(map(repr, outside[:4]))}, which is no file of "
+                "its folder; put all shards beside the index."
+            )

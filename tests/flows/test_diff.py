@@ -49,7 +49,7 @@ def test_outputs_of_recipes_that_params_no_longer_name_are_not_compared():
     )  # fmt: skip
     removed = (
         "datasets/old", "models/prune/old", "results/prune/w/news", "results/base/m/old", "curves/old.csv",
-        "profile/prune/w",
+        "profile/prune/w", "provenance/prune/w.json",
     )  # fmt: skip
     assert all(revisions.is_named(f"data/{out}", params) for out in named)
     assert not any(revisions.is_named(f"data/{out}", params) for out in removed)

@@ -10,6 +10,7 @@ import yaml
 
 from flows import graph
 from flows.graph import Stage
+from flows.lockfile import SafeLock
 from flows.plan import Plan, plan
 from stages.core.errors import Refusal
 from tests import finished as sweep
@@ -120,12 +121,13 @@ def wait_for(mark: str, word: str, seconds: float = 20) -> list[str]:
     return []
 
 
-def test_two_stages_run_side_by_side_and_no_more(monkeypatch):
+def test_two_stages_run_side_by_side_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     whole = stages(a="", b="", c="", d="")
     run = Plan(whole, jobs=2, stale=set(whole), todo=list(whole))
     busy, most = [], []
 
-    def repro(name, show):
+    def repro(name, show, force):
         busy.append(name)
         most.append(len(busy))
         time.sleep(0.2)
@@ -160,19 +162,11 @@ def test_the_lock_is_sorted_and_means_the_same(copy, monkeypatch):
     shuffled = {**before, "stages": dict(reversed(before["stages"].items()))}
     (copy / "dvc.lock").write_text(yaml.safe_dump(shuffled, sort_keys=False))
     monkeypatch.chdir(copy)
-    graph.sort_lock()
+    SafeLock().sort()
     after = yaml.safe_load((copy / "dvc.lock").read_text())
     assert after == before
     assert list(after["stages"]) == sorted(after["stages"])
     assert sweep.status(copy) == set()
-
-
-def test_a_half_written_lock_is_nothing_locked(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert graph.locked_outs() == {}
-    for text in ("", "schema: '2.0'\n", "stages:\n  a:\n    cmd: 'x", "stages:\n  a:\n"):
-        (tmp_path / "dvc.lock").write_text(text)
-        assert graph.locked_outs() == {}
 
 
 def test_a_name_never_reaches_a_shell(tmp_path, inputs):
@@ -183,5 +177,7 @@ def test_a_name_never_reaches_a_shell(tmp_path, inputs):
     done = project.run(folder, "dvc", "repro", ok=False)
     assert done.returncode != 0
     assert "x; touch pwned" in done.stdout + done.stderr
+    # Not even where DVC is told to skip what would refuse the name.
+    project.run(folder, "dvc", "repro", "--single-item", "--force", "prune@x; touch pwned", ok=False)
     assert not (folder / "pwned").exists()
     assert not (folder / "data/models").exists()

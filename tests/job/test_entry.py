@@ -57,7 +57,7 @@ def stage(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_full_disk_is_reported_in_a_sentence(error, workspace, monkeypatch, capsys):
-    def validate(evaluations):
+    def validate():
         raise error
 
     project.write(workspace, project.params(Path("inputs")))
@@ -73,7 +73,7 @@ def test_a_full_disk_is_reported_in_a_sentence(error, workspace, monkeypatch, ca
 
 
 def test_a_refusal_follows_the_names_of_stage_and_recipe(workspace, monkeypatch, capsys):
-    def validate(evaluations):
+    def validate():
         raise Refusal("so it is.")
 
     project.write(workspace, project.params(Path("inputs")))

@@ -32,6 +32,10 @@ ANSWERS = {
 }
 
 
+BOMB = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+"""YAML whose aliases stand for 9^11 values."""
+
+
 @pytest.fixture
 def raw(workspace: Path) -> dict[str, Any]:
     return project.params(Path("inputs"))
@@ -213,6 +217,21 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "models.tiny.source: 'hub:org/name@main' given; allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit "
         "of 40 hexadecimal digits> (a branch can move, so its name is no pin), or path:<folder or file>.",
     ),
+    "a repository named ../..": (
+        "models//tiny//source", "hub:../..@" + "0" * 40,
+        "models.tiny.source: 'hub:../..@0000000000000000000000000000000000000000' given; allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit "
+        "of 40 hexadecimal digits> (a branch can move, so its name is no pin), or path:<folder or file>.",
+    ),
+    "a repository named ./x": (
+        "models//tiny//source", "hub:./x@" + "0" * 40,
+        "models.tiny.source: 'hub:./x@0000000000000000000000000000000000000000' given; allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit "
+        "of 40 hexadecimal digits> (a branch can move, so its name is no pin), or path:<folder or file>.",
+    ),
+    "a repository named ü/x": (
+        "models//tiny//source", "hub:ü/x@" + "0" * 40,
+        "models.tiny.source: 'hub:ü/x@0000000000000000000000000000000000000000' given; allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit "
+        "of 40 hexadecimal digits> (a branch can move, so its name is no pin), or path:<folder or file>.",
+    ),
     "an unpinned package": (
         "datasets//news//source", "pypi:gensim",
         "datasets.news.source: 'pypi:gensim' given; allowed: pypi:<package>==<version>, hub:<org>/<name>@<commit "
@@ -372,6 +391,13 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "a device that is none": (
         "run//device", "gpu", "run.device: 'gpu' given; allowed: auto, cpu, cuda, cuda:<index>, mps or xpu.",
+    ),
+    "a card that no machine has": (
+        "run//device", "cuda:99999999999999999",
+        "run.device: 'cuda:99999999999999999' given; allowed: auto, cpu, cuda, cuda:<index>, mps or xpu.",
+    ),
+    "a billion threads": (
+        "run//threads", 10**9, "run.threads: 1000000000 given; it must be less than or equal to 1024.",
     ),
     "a device without arithmetic": (
         "run//device", "meta", "run.device: 'meta' given; allowed: auto, cpu, cuda, cuda:<index>, mps or xpu.",
@@ -534,6 +560,11 @@ def test_all_offenders_at_once(raw):
         ),
         ("", "but it is empty"),
         ("a: [", "is not YAML"),
+        ("a: " + "9" * 5000, "is not YAML"),
+        ("a: " + "[" * 100 + "]" * 100, "is nested more deeply than 50 levels"),
+        ("a: " + "[" * 9000 + "]" * 9000, "is nested more deeply than 50 levels"),
+        ("a: &a [*a]", "is nested more deeply than 50 levels"),
+        (BOMB, "holds over 1000000 values once its aliases are written out"),
     ],
 )
 def test_a_file_that_holds_no_sections(text, sentence, tmp_path):

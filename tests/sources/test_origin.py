@@ -86,6 +86,34 @@ def test_a_package_that_differs_from_params_is_refused(index, source, file, reas
         raise AssertionError
 
 
+def test_a_damaged_package_is_refused(index):
+    file = wheel(index, "prose", "1.0", {"prose/data.txt": "one " * 99})
+    content = file.read_bytes()
+    at = content.index(b"one one")
+    file.write_bytes(content[:at] + b"two" + content[at + 3 :])
+    with (
+        pytest.raises(Refusal, match=r"the wheel of prose==1\.0 cannot be loaded .*CRC"),
+        fetched("pypi:prose==1.0", "prose/data.txt", ZEROS),
+    ):
+        raise AssertionError
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path):
+    (tmp_path / "outside").write_text("1")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    (folder / "b").symlink_to("a")
+    with fetched(f"path:{folder}", "", sha256(folder)) as path:
+        assert path == folder
+    (folder / "c").symlink_to("../outside")
+    with (
+        pytest.raises(Refusal, match=r"c is a link out of this folder; copy .* \(cp -rL\)"),
+        fetched(f"path:{folder}", "", sha256(folder)),
+    ):
+        raise AssertionError
+
+
 def test_a_source_distribution_is_never_built(index, tmp_path):
     source = tmp_path / "prose-1.0"
     source.mkdir()

@@ -1,0 +1,210 @@
+"""Doctor: look at everything that a run rests on, before it rests on it.
+
+Each check gives one finding: what it looked at, what it saw, and what to do if that is no good. Nothing is
+changed.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import yaml
+
+from stages.core.errors import Refusal
+from stages.core.files import SCRATCH
+
+ROOM = 5.0
+"""GiB that should be free: the default job takes 4."""
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""CPU features that decide how fast bf16 is, and in which order kernels add."""
+
+
+class Finding(NamedTuple):
+    """What one check saw."""
+
+    subject: str
+    state: Literal["ok", "warning", "problem"]
+    text: str
+    """What it saw and, unless that is ok, what to do."""
+
+
+def examine() -> list[Finding]:
+    """Run every check; one that fails unexpectedly is a problem of its subject, and the others still run."""
+    findings: list[Finding] = []
+    for check in CHECKS:
+        try:
+            findings += check()
+        except Exception as error:
+            subject = check.__name__.strip("_")
+            findings.append(Finding(subject, "problem", " ".join(f"{type(error).__name__}: {error}".split())))
+    return findings
+
+
+def _git() -> Iterator[Finding]:
+    if not shutil.which("git"):
+        yield Finding("git", "problem", "there is no git; install it")
+        return
+    if _run("git", "rev-parse", "--git-dir") is None:
+        yield Finding("git", "problem", "this folder is not in a git repository; clone the project")
+    elif not (_run("git", "config", "user.email") and _run("git", "config", "user.name")):
+        text = "no identity, so `dvc exp run` cannot commit; set git config user.name and user.email"
+        yield Finding("git", "warning", text)
+    else:
+        changes = len((_run("git", "status", "--porcelain") or "").splitlines())
+        yield Finding(
+            "git", "ok", f"on {_run('git', 'rev-parse', '--short', 'HEAD')}, {changes} files changed"
+        )
+
+
+def _dvc() -> Iterator[Finding]:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        repo = Repo()
+    except DvcException as error:
+        yield Finding("dvc", "problem", f"{error}; run this in the root of a prunequant project")
+        return
+    cache = Path(repo.cache.local.path)
+    cache.mkdir(parents=True, exist_ok=True)
+    writable = os.access(cache, os.W_OK)
+    yield Finding(
+        "dvc cache", "ok" if writable else "problem", f"{cache}{'' if writable else ' is not writable'}"
+    )
+    remote = repo.config["core"].get("remote")
+    if not remote:
+        yield Finding("dvc remote", "warning", "none is the default; `dvc remote add -d` to share results")
+        return
+    url = str(repo.config["remote"][remote]["url"])
+    if "://" in url or Path(url).exists():
+        yield Finding("dvc remote", "ok", f"{remote}: {url}")
+    else:
+        yield Finding("dvc remote", "warning", f"{remote}: {url} does not exist yet; `dvc push` creates it")
+
+
+def _lock() -> Iterator[Finding]:
+    from stages.job import provenance
+
+    try:
+        wrong = provenance.disagreements(provenance.locked_stages())
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())[:80]
+        text = f"it does not parse ({reason}); `git checkout dvc.lock` restores a whole lock"
+        yield Finding("dvc.lock", "problem", text)
+        return
+    if wrong:
+        text = f"{', '.join(wrong)} were computed from other inputs than it says; `prunequant run` mends that"
+        yield Finding("dvc.lock", "problem", text)
+    else:
+        yield Finding("dvc.lock", "ok", "agrees with every result")
+
+
+def _params() -> Iterator[Finding]:
+    from stages.job.entry import outdated
+    from stages.job.load import load
+
+    try:
+        params = load()
+    except Refusal as refusal:
+        yield Finding("params.yaml", "problem", str(refusal))
+        return
+    yield Finding("params.yaml", "ok", f"sound, {len(params.recipes())} recipes")
+    if names := outdated():
+        yield Finding("data/code", "warning", f"{len(names)} identities are outdated; `dvc repro code`")
+    else:
+        yield Finding("data/code", "ok", "knows the code")
+    device = params.run.resolved_device()
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if params.run.threads > threads:
+        text = f"run.threads is {params.run.threads}, but this process has {threads}; lower it"
+        yield Finding("device", "warning", text)
+    else:
+        yield Finding("device", "ok", f"{device}, {threads} CPU threads, {params.run.threads} a stage")
+
+
+def _disk() -> Iterator[Finding]:
+    free = shutil.disk_usage(".").free / 2**30
+    text = f"{free:.1f} GiB free"
+    if free < ROOM:
+        yield Finding("disk", "warning", f"{text}; `dvc gc --workspace` drops what no recipe needs")
+    else:
+        yield Finding("disk", "ok", text)
+
+
+def _versions() -> Iterator[Finding]:
+    wanted = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", Path("requirements.lock").read_text(), re.M))
+    other = []
+    for name, version in wanted.items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "none"
+        if installed.partition("+")[0] != version.partition("+")[0]:
+            other.append(f"{name} {installed} instead of {version}")
+    text = f"Python {platform.python_version()}, {len(wanted)} packages locked"
+    if other:
+        shown = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+        yield Finding("versions", "warning", f"{shown}; results may differ: pip install -r requirements.lock")
+    else:
+        yield Finding("versions", "ok", text)
+
+
+def _processor() -> Iterator[Finding]:
+    info = Path("/proc/cpuinfo")
+    words = set(re.findall(r"\w+", info.read_text())) if info.exists() else set()
+    has = [flag for flag in FLAGS if flag in words]
+    yield Finding(
+        "processor", "ok", f"{platform.machine()}, {', '.join(has) or 'no feature that matters here'}"
+    )
+
+
+def _prefect() -> Iterator[Finding]:
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME
+
+    home = Path(PREFECT_HOME.value())
+    nearest = next(folder for folder in [home, *home.parents] if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        text = f"{home} is not writable; set PREFECT_HOME to a folder that is, or use `dvc repro`"
+        yield Finding("prefect", "problem", text)
+        return
+    url = PREFECT_API_URL.value()
+    if not url:
+        yield Finding("prefect", "ok", f"no server configured: a run starts a temporary one in {home}")
+        return
+    import httpx
+
+    try:
+        httpx.get(f"{url}/health", timeout=5).raise_for_status()
+    except httpx.HTTPError as error:
+        text = (
+            f"the server {url} does not answer ({error}); start it, unset PREFECT_API_URL, or use `dvc repro`"
+        )
+        yield Finding("prefect", "problem", text)
+    else:
+        yield Finding("prefect", "ok", f"the server {url} answers")
+
+
+def _leftovers() -> Iterator[Finding]:
+    kept = [file for file in SCRATCH.rglob("*") if file.is_file()] if SCRATCH.exists() else []
+    size = sum(file.stat().st_size for file in kept) / 2**30
+    if kept:
+        text = f"{len(kept)} files in {SCRATCH}, {size:.2f} GiB: killed stages continue from them"
+        yield Finding("leftovers", "warning", text)
+    else:
+        yield Finding("leftovers", "ok", "none of killed runs")
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _git, _dvc, _params, _lock, _disk, _versions, _processor, _prefect, _leftovers,
+)  # fmt: skip
+
+
+def _run(*command: str) -> str | None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()

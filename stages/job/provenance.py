@@ -1,0 +1,224 @@
+"""Provenance: the inputs of a stage's result, fixed when the stage begins.
+
+DVC hashes a stage's dependencies after its command has ended. If params.yaml, the code or a source changed
+meanwhile, dvc.lock would name inputs that the result was not computed from. So a stage notes its inputs
+before it works, and fails at its end if any of them has changed: then DVC locks nothing.
+
+An edit after the command's end and before DVC's hashing escapes this. So the stage also writes its inputs to
+`data/provenance/<stage>/<recipe>.json`, an output beside its result, and whoever reads the result compares
+the two (`disagreement`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages.core import identity
+from stages.core.errors import Refusal
+from stages.core.files import CODE, DATASETS, MODELS, PROVENANCE, RESULTS, VALIDATED, read_json, write_json
+from stages.job.load import PARAMS, read
+from stages.job.params import Params
+from stages.job.pieces import STAGES, method_of
+
+LOCK = Path("dvc.lock")
+REQUIREMENTS = Path("requirements.lock")
+UNTRACED = ("code", "validate", "tidy")
+"""Stages without a provenance file: they take a second, and what they write is checked otherwise."""
+
+Lock = Mapping[str, Mapping[str, Any]]
+"""The stages of dvc.lock by name."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one stage's result, as they were when the stage began."""
+
+    stage: str
+    name: str
+    params: Mapping[str, Any]
+    """The values in params.yaml by dotted key, as dvc.lock has them."""
+    deps: Mapping[str, str | None]
+    """The MD5 of each dependency as dvc.lock has it; None for a source that DVC has not locked."""
+    contents: Mapping[Path, Any] = field(default_factory=dict)
+    """The content of each dependency, see `content`."""
+    whole_params: Any = None
+    """The content of all of params.yaml."""
+    module: str | None = None
+    """The module of the stage's method."""
+    code: str = ""
+    """The identity of the code, see `stages.core.identity`."""
+    stamps: Mapping[Path, Any] = field(default_factory=dict)
+    """The size, mtime and inode of each file of the code."""
+
+    def check(self) -> None:
+        """Refuse inputs that are no longer what they were.
+
+        Raises:
+            Refusal: names every input that has changed.
+        """
+        changed = [str(path) for path, before in self.contents.items() if content(path) != before]
+        if content(PARAMS) != self.whole_params:
+            now = read()
+            changed += [f"{key} in {PARAMS}" for key in self.params if _value(now, key) != self.params[key]]
+        if _stamps(self.stamps) != self.stamps:
+            identity.forget()
+            now_lines = identity.text(identity.of(self.stage, self.module)).splitlines()
+            lines = {*self.code.splitlines()} ^ {*now_lines}
+            changed += sorted({line.split("  ")[1] for line in lines})
+        if changed:
+            raise Refusal(
+                f"{', '.join(changed)} changed while this stage ran; its result is dropped and nothing is "
+                "locked. Run it again."
+            )
+
+    def write(self) -> None:
+        """Write the provenance file, unless the stage has none."""
+        if self.stage not in UNTRACED:
+            file = path_of(self.stage, self.name)
+            write_json(file, {"params": dict(self.params), "deps": dict(self.deps)})
+
+
+def inputs(stage: str, name: str, raw: Mapping[str, Any], params: Params, whole_params: Any) -> Inputs:
+    """Note the inputs of a stage's recipe.
+
+    Args:
+        raw: params.yaml as it is parsed; `params` is the same, checked.
+        whole_params: `content` of params.yaml before it was read.
+    """
+    pieces = STAGES[stage]
+    method, module = method_of(stage, params, name)
+    files = [REQUIREMENTS, PARAMS if stage == "validate" else VALIDATED]
+    if stage == "code":
+        files = [Path("stages")]
+    else:
+        files.append(CODE / stage / method)
+    folders = [MODELS / model for model in pieces.models(params, name)]
+    folders += [DATASETS / dataset for dataset in pieces.datasets(params, name)]
+    if stage == "report":
+        folders += [RESULTS / evaluation for evaluation in params.evaluations()]
+    # What tells a later change comes before what it is compared with, so that no change falls between.
+    contents = {path: content(path) for path in [*files, *folders]}
+    stamps = _stamps((identity.ROOT / "stages").rglob("*"))
+    locked = outs(locked_stages())
+    modules = identity.of(stage, module)
+    return Inputs(
+        stage=stage,
+        name=name,
+        params={key: _value(raw, key) for key in pieces.keys(params, name)},
+        deps={
+            str(path): locked.get(str(path)) if path in folders else contents[path]
+            for path in contents
+            if path != Path("stages")
+        },
+        contents=contents,
+        whole_params=whole_params,
+        module=module,
+        stamps={file: stamps[file] for file in stamps if str(file.relative_to(identity.ROOT)) in modules},
+        code=identity.text(modules),
+    )
+
+
+def path_of(stage: str, name: str) -> Path:
+    """Return the provenance file of a stage's recipe."""
+    return PROVENANCE / stage / f"{name}.json"
+
+
+def locked_stages() -> Lock:
+    """Return the stages of dvc.lock; none if there is no such file."""
+    if not LOCK.exists():
+        return {}
+    lock = yaml.load(LOCK.read_text(encoding="utf-8"), yaml.CSafeLoader) or {}
+    return dict(lock.get("stages") or {})
+
+
+def removed(stage: str, name: str) -> list[str]:
+    """Return the outputs of a stage's recipe that dvc.lock names and that are not there."""
+    for entry in locked_stages().values():
+        paths = [out["path"] for out in entry.get("outs", ())]
+        if str(path_of(stage, name)) in paths:
+            return [path for path in paths if not Path(path).exists()]
+    return []
+
+
+def outs(lock: Lock) -> dict[str, str]:
+    """Return the MD5 of every output in dvc.lock, by path."""
+    return {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", ())}
+
+
+def disagreements(lock: Lock, wanted: Iterable[str] | None = None) -> dict[str, str]:
+    """Compare provenance files with dvc.lock.
+
+    Args:
+        wanted: outputs, such as `data/models/prune/wanda-50`, whose stages are compared; None is all.
+
+    Returns:
+        for each stage whose lock entry names other inputs than its result was computed from, those inputs.
+    """
+    current = outs(lock)
+    chosen = None if wanted is None else set(wanted)
+    differing: dict[str, str] = {}
+    for stage, entry in lock.items():
+        paths = [out["path"] for out in entry.get("outs", ())]
+        files = [Path(path) for path in paths if Path(path).is_relative_to(PROVENANCE)]
+        if not files or not files[0].exists() or (chosen is not None and not chosen & set(paths)):
+            continue
+        noted = read_json(files[0])
+        named = {dep["path"]: dep["md5"] for dep in entry.get("deps", ())}
+        wrong = [
+            path
+            for path, md5 in noted["deps"].items()
+            if (path in named or path in current) and named.get(path, current.get(path)) != md5
+        ]
+        values = dict((entry.get("params") or {}).get(str(PARAMS), {}))
+        wrong += [f"{key} in {PARAMS}" for key in values if not _same(noted["params"].get(key), values[key])]
+        if wrong:
+            differing[stage] = ", ".join(wrong)
+    return differing
+
+
+def _same(noted: Any, locked: Any) -> bool:
+    """Compare a value of params.yaml with the same in dvc.lock, where a fast parser reads 5e-05 as a word."""
+    if isinstance(noted, Mapping) and isinstance(locked, Mapping):
+        return noted.keys() == locked.keys() and all(_same(noted[key], locked[key]) for key in noted)
+    if isinstance(noted, list) and isinstance(locked, list):
+        return len(noted) == len(locked) and all(map(_same, noted, locked))
+    if isinstance(noted, float) and isinstance(locked, str):
+        return repr(noted) == repr(float(locked)) if re.fullmatch(r"[-+.\de]+", locked) else False
+    if isinstance(noted, str) and isinstance(locked, bool):
+        return noted.lower() in (("yes", "on") if locked else ("no", "off"))
+    return bool(noted == locked)
+
+
+def _value(raw: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key; None if there is none."""
+    value: Any = raw
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def content(path: Path) -> Any:
+    """Return what tells whether a file or folder has changed, without reading large ones.
+
+    A file's MD5; of a folder the size, mtime and inode of every file.
+    """
+    if not path.is_dir():
+        return _md5(path)
+    return _stamps(file for file in path.rglob("*") if "__pycache__" not in file.parts)
+
+
+def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """Return the size, mtime in ns and inode of every file."""
+    stats = {file: file.stat() for file in files if file.is_file()}
+    return {file: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats.items()}
+
+
+def _md5(file: Path) -> str | None:
+    return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() if file.exists() else None

@@ -1,0 +1,89 @@
+"""A stage ends with the flow, however the flow ends."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from flows.process import GUARD
+from tests import toy
+
+SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+NESTED = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
+"""A command that waits for another, as DVC for a stage."""
+
+
+def guarded(code):
+    """Run code under a guard; return it when what the code starts is up."""
+    process = subprocess.Popen(
+        [*GUARD, sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "up\n"
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+def alive(processes):
+    return [process for process in processes if process.is_running() and process.status() != "zombie"]
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_exit_code_is_the_commands(code):
+    command = [*GUARD, sys.executable, "-c", f"raise SystemExit({code})"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert process.wait() == code
+
+
+def test_closing_the_pipe_ends_the_command_and_what_it_started():
+    process, started = guarded(NESTED)
+    assert len(started) == 2
+    with process.stdout:
+        process.stdin.close()
+        assert process.wait(5) == 128 + signal.SIGTERM
+    assert not alive(started)
+
+
+def test_a_command_deaf_to_sigterm_is_killed():
+    process, started = guarded(f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}")
+    with process.stdout:
+        process.stdin.close()
+        assert process.wait(10) == 128 + signal.SIGKILL
+    assert not alive(started)
+
+
+def test_what_a_killed_command_started_is_ended():
+    process, started = guarded(NESTED)
+    with process.stdout, process.stdin:
+        started[0].kill()
+        assert process.wait(5) == 128 + signal.SIGKILL
+    assert not alive(started)
+
+
+def test_the_stage_of_a_killed_flow_ends_and_then_its_lock(tmp_path):
+    flow = f"""
+import fcntl, subprocess, sys
+held = open({str(tmp_path / "lock")!r}, "w")
+fcntl.flock(held, fcntl.LOCK_EX)
+command = [*{GUARD!r}, sys.executable, "-c", {NESTED!r}]
+subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[held.fileno()]).wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", flow], stdout=subprocess.PIPE, text=True)
+    with process.stdout, (tmp_path / "lock").open("a") as file:
+        assert process.stdout.readline() == "up\n"
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert len(started) == 3
+        process.kill()
+        process.wait()
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits for the guard
+        assert not alive([other for other in started if other.pid != started[0].pid])
+
+
+def test_a_server_ends_with_its_flow():
+    server = toy.sleeper()
+    flow = "import os; from flows.process import end_with_this\n"
+    flow += f"end_with_this({server.pid}); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", flow], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert server.wait(5) == -signal.SIGTERM

@@ -1,0 +1,85 @@
+"""A result's inputs are what dvc.lock says, whatever is edited while it is computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stages.core.errors import Refusal
+from stages.job import provenance
+from stages.job.load import checked_params, read
+from tests import project
+from tests.pipeline import do, params
+
+SET = """
+import pathlib
+file = pathlib.Path("params.yaml")
+file.write_text(file.read_text().replace({before!r}, {after!r}))
+"""
+
+
+SPARSER = "sparsity: 0.6\n    calibration:\n      dataset: news\n"
+
+
+def inputs(stage: str, name: str) -> provenance.Inputs:
+    whole = provenance.content(provenance.PARAMS)
+    raw = read()
+    return provenance.inputs(stage, name, raw, checked_params(raw), whole)
+
+
+@pytest.fixture
+def wanda(workspace: Path) -> provenance.Inputs:
+    """The inputs of a recipe whose sources exist."""
+    recipe = {"source": "base/tiny", "method": "wanda", "sparsity": 0.5, "calibration": {"dataset": "news"}}
+    do(params("llama", {}))
+    raw = project.params(Path("inputs"))
+    raw["prune"]["wanda-50"] = recipe
+    project.write(Path(), raw)
+    Path("requirements.lock").write_text("torch==1\n")
+    return inputs("prune", "wanda-50")
+
+
+def set_param(before: str, after: str) -> Callable[[], None]:
+    return lambda: exec(SET.format(before=before, after=after))
+
+
+def append(file: str, text: str) -> Callable[[], None]:
+    def edit() -> None:
+        with Path(file).open("a") as opened:
+            opened.write(text)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "changed"),
+    [
+        (set_param("sparsity: 0.5\n    calibration:\n      dataset: news\n", SPARSER), "prune.wanda-50"),
+        (set_param("seed: 0", "seed: 1"), "run.seed"),
+        (append("requirements.lock", "numpy==2\n"), "requirements.lock"),
+        (append("data/models/base/tiny/config.json", " "), "data/models/base/tiny"),
+        (append("data/datasets/news/calibration.parquet", " "), "data/datasets/news"),
+        (lambda: Path("data/datasets/news/more.txt").write_text(""), "data/datasets/news"),
+        (lambda: Path("data/datasets/news/calibration.parquet").unlink(), "data/datasets/news"),
+    ],
+)  # fmt: skip
+def test_an_input_that_changes_is_named(edit, changed, wanda):
+    wanda.check()
+    edit()
+    with pytest.raises(Refusal, match=f"{changed}.* changed while this stage ran.*nothing is locked"):
+        wanda.check()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        set_param("magnitude-50", "magnitude-40"),
+        set_param("device: cpu", "device: auto"),
+        set_param("windows: 3", "windows: 4"),
+        append("params.yaml", "# a remark\n"),
+        append("data/datasets/speeches", ""),
+    ],
+)
+def test_what_a_recipe_does_not_depend_on_may_change(edit, wanda):
+    edit()
+    wanda.check()
