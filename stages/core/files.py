@@ -126,6 +126,11 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def text_sha256(text: str) -> str:
+    """Hash a text as UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """Hash a file, or a folder as its sorted lines `<relative path>` NUL `<sha256>`."""
     if path.is_dir():
@@ -134,6 +139,6 @@ def sha256(path: Path) -> str:
             for file in path.rglob("*")
             if file.is_file()
         )
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return text_sha256("\n".join(lines))
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -114,7 +114,7 @@ def _blocks(node: ast.AST, *, types: bool) -> Iterator[list[ast.AST]]:
 
 
 def _for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def _imported(tree: ast.AST, root: Path) -> list[str]:
@@ -140,10 +140,13 @@ def _read_by(tree: ast.AST, file: str, root: Path) -> list[str]:
             getattr(node.func, "attr", None),
         ):
             continue
-        name = node.args[1]
-        if not (isinstance(name, ast.Constant) and isinstance(name.value, str)):
+        named = [*node.args[1:2], *(word.value for word in node.keywords if word.arg == "name")]
+        name = getattr(named[0], "value", None) if named else None
+        if not isinstance(name, str):
             raise ValueError(f"{file}: the name given to beside must be a literal string")
-        path = root / Path(file).parent / name.value
+        path = root / Path(file).parent / name
+        if not path.exists():
+            raise ValueError(f"{file}: beside names {name}, which does not exist")
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         files += [str(p.relative_to(root)) for p in inside if p.is_file() and p.parent.name != "__pycache__"]
     return files
@@ -178,7 +181,7 @@ def bare(source: str) -> str:
 
 
 def _bare(source: str, tree: ast.AST) -> str:
-    lines = [line.encode() for line in source.splitlines()]
+    lines = [line.encode() for line in source.split("\n")]  # splitlines also ends lines at form feeds
     comments, strings = _scan(source)
     cuts = [(line, column, line, len(lines[line]), b"") for line, column in comments]
     for text, only in _docstrings(tree):

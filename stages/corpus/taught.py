@@ -9,7 +9,6 @@ compared.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
-from stages.core.files import DATASET, DATASETS, read_json, source_of, write_json
+from stages.core.files import DATASET, DATASETS, read_json, source_of, text_sha256, write_json
 from stages.core.lazy import np, pd, torch
 from stages.corpus.rows import Example, TopLogits, example, join_teachers
 
@@ -129,7 +128,7 @@ def read_lesson(
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a sha256 of the tokens and their ids."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return text_sha256(json.dumps(sorted(tokenizer.get_vocab().items())))
 
 
 def _start(item: Example) -> int:

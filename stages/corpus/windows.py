@@ -223,6 +223,11 @@ def check_token_ids(ids: Tensor, vocab_size: int, source: str, tokenizer: PreTra
 def _random_windows(tokenizer: PreTrainedTokenizerBase, wanted: Tokens, vocab_size: int) -> Tensor:
     assert wanted.seed is not None
     ids = text_token_ids(tokenizer, vocab_size)
+    if not len(ids):
+        raise Refusal(
+            f"random tokens: no token of text has an id below {vocab_size}, the rows of the model's "
+            "embedding; use a checkpoint whose embedding covers its tokenizer."
+        )
     draw = torch.Generator().manual_seed(wanted.seed)
     rows = ids[torch.randint(len(ids), (wanted.num_samples, wanted.sequence_length), generator=draw)]
     if len(distinct_rows(rows)) < wanted.num_samples:

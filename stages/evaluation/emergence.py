@@ -1,4 +1,5 @@
-"""Information Emergence: how much more a block passes on of a sequence than of a lone token (2405.12617).
+"""Information Emergence: how much more a block keeps of a token read in context than of one read alone
+(2405.12617).
 
 A block turns the state h of a token into h'. The mutual information I(h'; h) is the share of the entropy of
 h' that knowing h removes. The macro variable is the state of a window's last token, which has seen the whole
@@ -6,7 +7,7 @@ window; the micro variable is the state of the same token fed alone. For each bl
 
     IE = I(h'; h) of the macro variable - I(h'; h) of the micro variable
 
-The position of a token fed alone does not matter, so the last tokens represent all.
+A token fed alone has no context at any position, so the last tokens of the windows stand for all tokens.
 
 Mutual information is estimated by a small network (`stages.evaluation.mine`), fitted on one half of the
 windows and read on all pairs of the other half. It is a lower bound, and at most about log2 of the number of

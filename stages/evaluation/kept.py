@@ -9,7 +9,6 @@ batch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core import identity
-from stages.core.files import MODELS, SCRATCH, read_json, write_json
+from stages.core.files import MODELS, SCRATCH, read_json, text_sha256, write_json
 from stages.core.lazy import torch
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class KeptAnswers:
         code = [identity.digest("evaluate", module), identity.versions()]
         key = json.dumps([batch_size, run.seed, run.numerics(), _files(MODELS / candidate), code])
         folder = ANSWERS / f"{candidate}/{suite}".replace("/", "__")
-        self._folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._folder = folder / text_sha256(key)[:16]
         for other in folder.glob("*"):
             if other != self._folder:  # its model, settings or code have changed
                 shutil.rmtree(other)
@@ -54,7 +53,7 @@ class KeptAnswers:
             requests: JSON values; answers are JSON too, so a tuple may come back as a list.
         """
         key = json.dumps([kind, requests, self._random_state()])
-        file = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+        file = self._folder / f"{text_sha256(key)}.json"
         if file.exists():
             log.info("%d answers (%s) are kept from an earlier run", len(requests), kind)
             kept = read_json(file)

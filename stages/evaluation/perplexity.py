@@ -11,7 +11,6 @@ tokenizers, which perplexity does not.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from stages.core.errors import Refusal
+from stages.core.files import text_sha256
 from stages.core.tables import Sample, Score
 from stages.corpus.windows import cut_windows, read_documents
 from stages.evaluation.emergence import Emergence
@@ -57,13 +57,13 @@ class PerplexitySuite(Suite):
         requests = [(("", ""), row[:1], row[1:]) for row in rows]
         likelihoods = [total for total, _ in lm._loglikelihood_tokens(requests)]
         losses = [-total / (self.sequence_length - 1) for total in likelihoods]
-        hashes = [hashlib.sha256(repr(row).encode()).hexdigest() for row in rows]
+        hashes = [text_sha256(repr(row)) for row in rows]
         perplexity, stderr = _perplexity(losses)
         score = Score(
             task=f"perplexity-{name}",
             task_version=f"windows of {self.sequence_length}",
             shots=0,
-            prompt_hash=hashlib.sha256("".join(hashes).encode()).hexdigest(),
+            prompt_hash=text_sha256("".join(hashes)),
             readout="likelihood",
             metric="perplexity",
             value=perplexity,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stages.core.files import text_sha256
 from stages.core.tables import Sample, Score
 from stages.evaluation.means import mean, standard_error
 
@@ -149,7 +149,7 @@ def _scores(
             )
         yield Score(
             **columns,
-            prompt_hash=_hash_of(answers.items[i]["prompt_hash"] for i in chosen),
+            prompt_hash=text_sha256("".join(answers.items[i]["prompt_hash"] for i in chosen)),
             difficulty=level,
             value=value,
             floor=mean([1 / len(answers.items[i]["filtered_resps"]) for i in chosen])
@@ -217,8 +217,4 @@ def _number(value: Any, metric: str) -> float | None:
 
 
 def _template_hash(lm: LM) -> str:
-    return hashlib.sha256((lm.tokenizer.chat_template or "").encode()).hexdigest()
-
-
-def _hash_of(hashes: Iterable[str]) -> str:
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return text_sha256(lm.tokenizer.chat_template or "")

@@ -6,14 +6,13 @@ useless and are deleted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.core import identity
-from stages.core.files import DATASETS, MODELS, sha256
+from stages.core.files import DATASETS, MODELS, sha256, text_sha256
 from stages.core.reading import reading
 
 if TYPE_CHECKING:
@@ -47,4 +46,4 @@ def _fingerprint(stage: str, recipe: Recipe, inputs: list[Path], run: Run) -> st
     origins = [
         recipe.model_dump(mode="json"), run.numerics(), run.seed, files, code, identity.versions(),
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(origins, sort_keys=True).encode()).hexdigest()[:16]
+    return text_sha256(json.dumps(origins, sort_keys=True))[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import Unreadable
-from stages.core.files import read_json, sha256, write_json
+from stages.core.files import read_json, sha256, text_sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -95,4 +94,4 @@ class Shards:
 
 def _seal(shard: Path, facts: Mapping[str, Any]) -> str:
     """Hash a finished block: its shard, and its facts as JSON."""
-    return hashlib.sha256(f"{json.dumps(facts, sort_keys=True)} {sha256(shard)}".encode()).hexdigest()
+    return text_sha256(f"{json.dumps(facts, sort_keys=True)} {sha256(shard)}")

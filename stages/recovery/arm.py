@@ -51,7 +51,7 @@ class Arm(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Return all that a later run resumes from: weights in training, masters, moments. Shares memory."""
+        """Return what a later run resumes from: trained weights, their fp32 copies, moments; not copied."""
 
     @abstractmethod
     def load(self, state: Mapping[str, Tensor]) -> None:

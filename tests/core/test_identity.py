@@ -119,6 +119,11 @@ def test_comments_docstrings_and_blanks_do_not_count(first, second):
         ('x = """a   \nb"""\n', 'x = """a\nb"""\n'),
         ('x = f"""a{y}   \nb"""\n', 'x = f"""a{y}\nb"""\n'),
         ('x = """# a\n# b"""\n', 'x = """# a\n# c"""\n'),
+        (
+            "x = 'a\x0cb'\ndef f():\n    'd'\n    return 1\n",
+            "x = 'a\x0cb'\ndef g():\n    'd'\n    return 1\n",
+        ),
+        ("x = 'a\u2028b'\n", "x = 'a\u2028c'\n"),
     ],
 )
 def test_code_counts(first, second):

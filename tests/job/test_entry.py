@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ from safetensors import SafetensorError
 
 from stages.core import identity
 from stages.core.errors import Refusal
+from stages.core.files import sha256
 from stages.job import entry as command
 from stages.job import lineage, pieces
 from stages.job.load import load
 from stages.job.record import recorded
 from tests import project
+from tests.pipeline import do, params
+from tests.recipes import LORA, WANDA
 
 
 def test_a_run_is_recorded_however_it_ends(tmp_path, monkeypatch):
@@ -203,3 +207,24 @@ def test_the_recorded_identities_are_those_of_the_code(workspace):
     for stage_name, method, module in pieces.identified():
         written = Path("data/code", stage_name, method).read_text()
         assert written == identity.text(identity.of(stage_name, module))
+
+
+def test_the_command_line_gives_the_bytes_of_the_stage_function(workspace):
+    """Whatever `stages.job` does around a stage function changes no artifact."""
+    recipes = {
+        "prune/half": WANDA | {"source": "base/tiny"},
+        "finetune/tuned": LORA | {"source": "prune/half"},
+    }
+    chosen = params("llama", recipes)
+    do(chosen)
+    folders = [Path("data/models") / artifact for artifact in recipes]
+    expected = [sha256(folder) for folder in folders]
+    for folder in folders:
+        shutil.rmtree(folder)
+    project.write(workspace, json.loads(chosen.model_dump_json()))
+    Path("requirements.lock").write_text("")
+    identify(workspace)
+    for words in (["stages.validate"], ["stages.prune", "half"], ["stages.finetune", "tuned"]):
+        done = stage(workspace, *words)
+        assert done.returncode == 0, done.stderr
+    assert [sha256(folder) for folder in folders] == expected

@@ -1,9 +1,9 @@
 """The mean update of a removed block, kept as a bias (2407.16286).
 
-x -> x + f(x) becomes x -> x + E f(x), with the mean over all calibration tokens of the dense model. A
-constant needs no block, only a bias that adds to the residual stream: one of the last remaining block before
-it, or, for an attention, that of its own output projection. Which linear of a block has such a bias is found
-by changing it.
+x -> x + f(x) becomes x -> x + E f(x), with the mean over all calibration tokens of the dense model. That
+mean is a constant, so it is added to a bias that ends in the residual stream: of the last block that remains
+before the removed one or, for a removed attention, of its own output projection. Which linear of a block has
+such a bias is found by changing it.
 """
 
 from __future__ import annotations
