@@ -55,16 +55,14 @@ def write_edit(folder: Path, file: str, before: str, after: str) -> None:
     )
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("file", "before", "after"),
     [
         ("params.yaml", "steps: 3", "steps: 4"),
-        pytest.param(
-            "stages/recovery/lora.py", "import annotations\n", "import annotations\n_changed = True\n",
-            marks=pytest.mark.drill,
-        ),
+        ("stages/recovery/lora.py", "import annotations\n", "import annotations\n_changed = True\n"),
     ],
-)  # fmt: skip
+)
 def test_an_edit_while_a_stage_runs_locks_nothing(file, before, after, copy):
     write_edit(copy, file, before, after)
     door = copy / "stages/finetune.py"

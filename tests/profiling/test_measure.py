@@ -101,7 +101,7 @@ def test_nothing_runs_beside_a_profile(tmp_path, monkeypatch):
     seen: list[list[str]] = []
     lock = threading.Lock()
 
-    def repro(stage, show):
+    def repro(stage, show, force):
         with lock:
             at_work.append(stage)
             seen.append(list(at_work))
