@@ -162,6 +162,7 @@ def test_editing_a_methods_code_runs_its_recipes(copy):
     assert "does not know" not in sweep.prunequant(copy, "check")
 
 
+@pytest.mark.drill
 def test_adding_a_method_runs_no_recipe(copy):
     source = (copy / "stages/pruning/magnitude.py").read_text()
     added = source.replace("class Magnitude", "class Least").replace('"magnitude"', '"least"')

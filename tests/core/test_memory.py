@@ -31,6 +31,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(not GLIBC, reason="another C library")
 def test_memory_that_was_freed_is_taken_again_without_the_system():
     env = {**project.ENV, "PYTHONPATH": str(project.ROOT)}
@@ -106,6 +107,7 @@ print(mallinfo().free)
 """
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(not GLIBC, reason="another C library")
 def test_a_model_made_without_weights_leaves_no_heap_of_holes(tmp_path):
     """Its 32 projections of keys and values, 8 MiB each, are below `STREAMED`."""

@@ -46,6 +46,7 @@ def test_closing_the_pipe_ends_the_command_and_what_it_started():
     assert not alive(started)
 
 
+@pytest.mark.drill
 def test_a_command_deaf_to_sigterm_is_killed():
     process, started = guarded(f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}")
     with process.stdout:
