@@ -59,9 +59,9 @@ def workspace(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
-    """A small project that `prunequant run` has brought up to date; copy it, do not write to it."""
+    """A small project that `dvc repro` has brought up to date; copy it, do not write to it."""
     folder = sweep.make(tmp_path_factory.mktemp("finished") / "project", inputs)
-    (folder / "output.txt").write_text(sweep.prunequant(folder, "run"))
+    assert sweep.repro(folder) == sweep.STAGES
     project.commit(folder, "run")
     return folder
 

@@ -1,4 +1,4 @@
-"""A small sweep run once a session by `prunequant run`, and copies of it to change and run again."""
+"""A small sweep run once a session by `dvc repro`, and copies of it to change and run again."""
 
 import json
 import os

@@ -23,17 +23,18 @@ def stages(**upstream: str) -> graph.Graph:
 
 
 @pytest.mark.drill
-def test_the_first_run_makes_everything(finished):
-    output = (finished / "output.txt").read_text()
-    assert sweep.outcomes(finished) == dict.fromkeys(sweep.STAGES, "ran")
+def test_the_first_run_makes_what_dvc_repro_makes(finished, inputs, tmp_path):
+    folder = sweep.make(tmp_path / "project", inputs)
+    output = sweep.prunequant(folder, "run")
+    assert sweep.outcomes(folder) == dict.fromkeys(sweep.STAGES, "ran")
     assert f"{len(sweep.STAGES)} stages: {len(sweep.STAGES)} ran" in output
-    assert str(finished / "data/report/index.html") in output
+    assert str(folder / "data/report/index.html") in output
     assert all(candidate in output.split("Results")[1] for candidate in sweep.CANDIDATES)
     assert "prune@wanda-50 | prune/wanda-50: 100%" in output
-    assert "block" in (finished / "data/runs/logs/prune@wanda-50.log").read_text()
-    assert sweep.status(finished) == set()
-    names = list(yaml.safe_load((finished / "dvc.lock").read_text())["stages"])
-    assert names == sorted(names)
+    assert "block" in (folder / "data/runs/logs/prune@wanda-50.log").read_text()
+    assert sweep.status(folder) == set()
+    locks = [yaml.safe_load((where / "dvc.lock").read_text())["stages"] for where in (folder, finished)]
+    assert locks[0] == locks[1] and list(locks[0]) == sorted(locks[1])
 
 
 @pytest.mark.drill
