@@ -12,6 +12,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,13 +30,13 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
+@cache
 def exempt_imported() -> None:
     """Exempt the objects that exist now from garbage collection, once a process; call it before models exist.
 
     Each full collection would look at the million objects of torch and transformers again.
     """
-    if not gc.get_freeze_count():
-        gc.freeze()
+    gc.freeze()
 
 
 class _Lazy(ModuleType):

@@ -212,6 +212,7 @@ def test_a_real_edit_is_shown_whole(edited):
 @pytest.mark.drill
 def test_a_clone_without_the_cache_says_what_to_pull(edited, tmp_path):
     folder, clone = edited[0], tmp_path / "clone"
+    project.run(folder, "dvc", "push", "-q", "--all-commits")
     project.run(tmp_path, "git", "clone", "-q", str(folder), str(clone))
     output = sweep.prunequant(clone, "diff", "HEAD~1")
     assert "quantize.gptq-w4g32.bits" in output

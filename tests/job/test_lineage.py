@@ -52,7 +52,7 @@ def test_any_order_runs_and_keeps_its_lineage(family, steps, workspace):
     ids=lambda options: f"{options['method']}-{options.get('scope', '')}",
 )  # fmt: skip
 @pytest.mark.parametrize("first", [("prune", RANDOM), ("quantize", RTN | {"bits": 2})])
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("sparsity", [0.25, 0.75])
 def test_pruning_what_has_zeros_already_counts_them(sparsity, first, again, workspace):
     """A higher sparsity adds zeros to those already there; a lower sparsity removes none."""
     earlier, later = run("llama", first, ("prune", again | {"sparsity": sparsity}))
