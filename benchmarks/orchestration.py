@@ -4,7 +4,7 @@
     python -m benchmarks.orchestration --sizes 10 50 --snakemake .venv-snakemake/bin/snakemake
 
 A project of N stages on a tiny model, nearly all of them `noise`, which only copies a checkpoint. Each tool
-runs the same commands in a project of its own, from nothing (cold) and again with nothing to do (no-op).
+runs the same commands, from nothing (cold, up to `--cold` stages) and with nothing to do (no-op).
 
 - The stages' own work, each command run by itself, is left out of `cold_cpu_s_a_stage_above_its_work`.
 - CPU seconds are those of the command and of all its descendants, Prefect's server included; they depend less
@@ -15,6 +15,7 @@ line is a JSON object.
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -23,11 +24,13 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import show
+from dvc.stage import PipelineStage
+
+from benchmarks.figures import tell
 from flows import graph
 from tests import project
 
@@ -65,17 +68,12 @@ def params(inputs: Path, stages: int) -> dict[str, Any]:
     return values
 
 
-def make(folder: Path, inputs: Path, stages: int) -> None:
-    """Make a project in which nothing has run, with the rules of Snakemake beside dvc.yaml."""
+def make(folder: Path, inputs: Path, stages: int) -> list[str]:
+    """Make a project in which nothing has run, with the rules of Snakemake; return all commands in order."""
     project.make(folder, inputs)
     project.write(folder, params(inputs, stages))
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        with graph.opened() as opened:
-            whole = opened.graph()
-    finally:
-        os.chdir(here)
+    with contextlib.chdir(folder), graph.opened() as opened:
+        whole = opened.graph()
     if len(whole) != stages:
         raise SystemExit(f"the project has {len(whole)} stages instead of {stages}.")
     numbers = {name: number for number, name in enumerate(whole)}
@@ -83,6 +81,22 @@ def make(folder: Path, inputs: Path, stages: int) -> None:
     (folder / "stages.json").write_text(json.dumps(rules))
     (folder / "Snakefile").write_text(RULES)
     project.commit(folder, "cheap stages")
+    return [command for command, _ in rules]
+
+
+def finish(folder: Path, commands: Sequence[str]) -> float:
+    """Run all commands by themselves and lock what they wrote; return the CPU seconds they took."""
+    seconds = cpu_seconds(["sh", "-ec", "\n".join(commands)], folder)[0]
+    with contextlib.chdir(folder):
+        from dvc.repo import Repo, lock_repo
+
+        with Repo() as repo, lock_repo(repo):
+            stages = [stage for stage in repo.index.stages if isinstance(stage, PipelineStage)]
+            for stage in stages:
+                stage.save()
+                stage.commit()
+            stages[0].dvcfile.dump_stages(stages, update_pipeline=False)  # at once, unlike `dvc commit`
+    return seconds
 
 
 def cpu_seconds(command: Sequence[str], folder: Path) -> tuple[float, float]:
@@ -91,12 +105,12 @@ def cpu_seconds(command: Sequence[str], folder: Path) -> tuple[float, float]:
     Raises:
         SystemExit: the command failed; the message ends with its output.
     """
-    env = {**project.ENV, "PYTHONPATH": str(folder), "TQDM_DISABLE": "1", "DVC_NO_ANALYTICS": "1"}
+    env = {**project.ENV, "PYTHONPATH": str(folder), "TQDM_DISABLE": "1"}
     before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wall = time.monotonic() - clock
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout.decode()[-1000:]}")
+        raise SystemExit(f"{command[0]} failed:\n{done.stdout.decode()[-1000:]}")
     while True:  # orphans have become children of this process
         try:
             os.waitpid(-1, 0)
@@ -106,69 +120,52 @@ def cpu_seconds(command: Sequence[str], folder: Path) -> tuple[float, float]:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, wall
 
 
-def measure(tool: str, command: Sequence[str], stages: int, folder: Path, own: float) -> None:
-    """Print a cold run and one with nothing to do."""
-    cold, wall = cpu_seconds(command, folder)
-    again, again_wall = cpu_seconds(command, folder)
-    line = {
-        "tool": tool,
-        "stages": stages,
-        "cold_cpu_s": round(cold, 1),
-        "cold_wall_s": round(wall, 1),
-        "cold_cpu_s_a_stage_above_its_work": round(cold / stages - own, 2),
-        "noop_cpu_s": round(again, 1),
-        "noop_wall_s": round(again_wall, 1),
-    }
-    show(json.dumps(line))
-
-
 def main() -> None:
     """Print all figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration")
     parser.add_argument("--sizes", nargs="+", type=int, default=[10, 50, 200, 1000], help="stages")
+    parser.add_argument("--cold", type=int, default=200, help="run at most so many stages from nothing")
     parser.add_argument("--snakemake", help="the program; without it Snakemake is left out")
-    parser.add_argument("--folder", type=Path, help="where projects are made; default: a temporary folder")
     options = parser.parse_args()
     if min(options.sizes) <= FIXED:
         parser.error(f"--sizes has {min(options.sizes)}; a project has more than {FIXED} stages.")
     if options.snakemake and not shutil.which(options.snakemake):
         parser.error(f"there is no program {options.snakemake}; `make .venv-snakemake/ready` installs it.")
     ctypes.CDLL(None).prctl(ADOPT_ORPHANS, 1, 0, 0, 0)
-    tools = {
-        "dvc repro": ["dvc", "repro", "--quiet"],
-        "prunequant run": ["prunequant", "run"],
-    }
+    tools = {"dvc repro": ["dvc", "repro"], "prunequant run": ["prunequant", "run"]}
     if options.snakemake:
         program = str(Path(options.snakemake).resolve())
         tools["snakemake"] = [program, "--cores", str(len(os.sched_getaffinity(0))), "--quiet", "all"]
     with tempfile.TemporaryDirectory() as temporary:
-        base = options.folder or Path(temporary)
-        base.mkdir(parents=True, exist_ok=True)
-        if not (base / "inputs").exists():
-            project.write_inputs(base / "inputs")
+        inputs = Path(temporary) / "inputs"
+        project.write_inputs(inputs)
         for stages in options.sizes:
-            own = None
-            for tool, command in tools.items():
-                folder = base / f"{tool.split()[0]}-{stages}"
-                make(folder, base / "inputs", stages)
-                if own is None:
-                    own = own_work(folder)
-                    show(json.dumps({"stages": stages, "own_cpu_s_a_stage": round(own, 2)}))
-                measure(tool, command, stages, folder, own)
-                shutil.rmtree(folder)
+            compare(tools, stages, Path(temporary), inputs, cold=stages <= options.cold)
 
 
-def own_work(folder: Path) -> float:
-    """Return the CPU seconds of all commands by themselves, a stage; put the project back as it was."""
-    seconds: list[float] = []
-    copies: list[float] = []
-    rules = json.loads((folder / "stages.json").read_text())
-    for command, _ in rules:
-        copy = "stages.noise" in command
-        if not copy or len(copies) < 3:
-            (copies if copy else seconds).append(cpu_seconds(["sh", "-c", command], folder)[0])
-    shutil.rmtree(folder / "data")
-    return (sum(seconds) + min(copies) * (len(rules) - len(seconds))) / len(rules)
+def compare(tools: Mapping[str, Sequence[str]], stages: int, base: Path, inputs: Path, cold: bool) -> None:
+    """Print the figures of every tool over so many stages."""
+    finished = base / "finished"
+    commands = make(finished, inputs, stages)
+    own = finish(finished, commands)
+    tell(f"{stages} stages by themselves, CPU seconds", own)
+    for tool, command in tools.items():
+        if cold:
+            folder = base / "cold"
+            make(folder, inputs, stages)
+            seconds, wall = cpu_seconds(command, folder)
+            tell(f"{stages} stages, {tool}, cold, CPU seconds", seconds)
+            tell(f"{stages} stages, {tool}, cold, wall seconds", wall)
+            tell(
+                f"{stages} stages, {tool}, cold, CPU seconds a stage above its work", (seconds - own) / stages
+            )
+            shutil.rmtree(folder)
+        if tool == "snakemake":
+            cpu_seconds([*command, "--touch"], finished)
+        seconds, wall = cpu_seconds(command, finished)
+        tell(f"{stages} stages, {tool}, no-op, CPU seconds", seconds)
+        tell(f"{stages} stages, {tool}, no-op, wall seconds", wall)
+    shutil.rmtree(finished)
 
 
 if __name__ == "__main__":
