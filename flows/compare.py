@@ -1,4 +1,4 @@
-"""The flow: bring every stale stage of DVC's graph up to date, as many side by side as there are cores.
+"""The flow: bring every stale stage of DVC's graph up to date, as many side by side as the machine can hold.
 
 DVC decides which stages must run and keeps their results; Prefect runs them. A stage is a task that waits for
 the tasks it depends on and then calls `dvc repro --single-item`. If a stage fails, all that depend on it are
@@ -21,6 +21,7 @@ from typing import Any
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 from prefect.futures import wait
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed, State
@@ -29,12 +30,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import summary, workspace
 from flows.plan import Plan, plan
 from flows.process import end_with_this
+from flows.retries import TRIES
 from flows.terminal import console
 from stages.core import disk
 from stages.core.errors import Refusal
 
-# A task that waits for its upstream holds a thread, so there are many threads; `jobs` limits how many stages
-# run at a time. Tasks are submitted upstream first, so waits are never circular.
+# A task that waits for its upstream holds a thread, so there are many threads; `flows.resources` limits how
+# many stages run at a time. Tasks are submitted upstream first, so waits are never circular.
 THREADS = 256
 
 
@@ -64,7 +66,7 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
     """Bring the project in the current folder up to date.
 
     Args:
-        jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
+        jobs: stages side by side at most; None: as many as threads, memory and cards allow.
         targets: stages or artifacts to make, with all they need; None or empty: everything.
     """
     return _bring_up_to_date(jobs, targets or [], _advance_all)
@@ -109,7 +111,13 @@ def _bring_up_to_date(
 def _advance_all(run: Plan) -> State[Any]:
     """Run what the plan says as Prefect's tasks, and say how it ended."""
 
-    @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+    def due(_: Any, task_run: TaskRun, __: Any) -> bool:
+        return run.retries.due(task_run.name)
+
+    @task(
+        name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False,
+        retries=TRIES, retry_condition_fn=due, retry_delay_seconds=0,
+    )  # fmt: skip
     def stage(name: str) -> Any:
         outcome = run.advance(name)
         message = f"{outcome.state} in {outcome.seconds:.1f} s"

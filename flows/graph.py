@@ -7,12 +7,15 @@ or outputs differ from the lock. Whether a stage below them must run as well is 
 
 import difflib
 import json
+import math
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows.terminal import console
 from flows.workspace import insist
@@ -30,11 +33,19 @@ class Stage:
     cmd: str
     upstream: tuple[str, ...]
     outs: tuple[str, ...]
+    memory_gib: float | None = None
+    """The memory it declares in dvc.yaml: `meta: {memory_gib: 12}`."""
+
+    @property
+    def module(self) -> str:
+        """The name of our stage that it runs, such as `prune`; empty for any other command."""
+        named = re.search(r"\bstages\.(\w+)", self.cmd)
+        return named[1] if named else ""
 
     @property
     def alone(self) -> bool:
         """Whether it measures time or energy, so nothing may run beside it."""
-        return "stages.profile" in self.cmd
+        return self.module == "profile"
 
     @property
     def record(self) -> Path:
@@ -70,8 +81,21 @@ def read_graph() -> Graph:
             cmd=str(stage.cmd),
             upstream=tuple(sorted(up.addressing for up in graph.successors(stage))),
             outs=tuple(out.def_path for out in stage.outs),
+            memory_gib=_declared(stage.addressing, stage.meta),
         )
     return stages
+
+
+def _declared(name: str, meta: Any) -> float | None:
+    """Return the memory that a stage declares.
+
+    Raises:
+        Refusal: it is no positive number.
+    """
+    value = meta.get("memory_gib") if isinstance(meta, dict) else None
+    if value is None or (type(value) in (int, float) and 0 < value < math.inf):
+        return value
+    raise Refusal(f"{name}: meta.memory_gib in dvc.yaml is {value!r}; write GiB as a positive number.")
 
 
 def select(graph: Graph, targets: Iterable[str]) -> Graph:
