@@ -141,12 +141,14 @@ class Pool:
         """Tell whether a stage may start while what is `aside` stays free."""
         if need.alone or aside.alone or any(lease.need.alone for lease in self._held):
             return not (self._held or aside.alone)
-        held = [aside, *(lease.need for lease in self._held)]
-        return (
-            len(self._held) < self._jobs
-            and need.threads + sum(other.threads for other in held) <= self.threads
-            and need.gib + sum(other.gib for other in held) <= self.gib
-            and need.card + sum(other.card for other in held) <= len(self.cards)
+        taken = [aside, *(lease.need for lease in self._held)]
+        kinds = (
+            (need.threads, sum(other.threads for other in taken), self.threads),
+            (need.gib, sum(other.gib for other in taken), self.gib),
+            (need.card, sum(other.card for other in taken), len(self.cards)),
+        )
+        return len(self._held) < self._jobs and all(
+            not wanted or wanted + used <= there for wanted, used, there in kinds
         )
 
     def _grant(self, lease: Lease) -> None:
