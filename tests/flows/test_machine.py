@@ -102,8 +102,8 @@ def test_groups_of_version_2_and_those_above_limit(groups):
 def test_groups_of_version_1(groups):
     cpu = mount(groups, "cgroup", "/", "cpu", "/box")
     memory = mount(groups, "cgroup", "/docker/ab", "memory", "/docker/ab")  # a container's own group
-    fill(cpu, **{"cpu__cfs_quota_us": -1, "cpu__cfs_period_us": 100_000})
-    fill(cpu / "box", **{"cpu__cfs_quota_us": 200_000, "cpu__cfs_period_us": 100_000})
+    fill(cpu, cpu__cfs_quota_us=-1, cpu__cfs_period_us=100_000)
+    fill(cpu / "box", cpu__cfs_quota_us=200_000, cpu__cfs_period_us=100_000)
     fill(memory, memory__limit_in_bytes=2 * GIB, memory__usage_in_bytes=GIB)
     fill(memory, memory__stat=f"inactive_file 0\ntotal_inactive_file {GIB // 4}\ntotal_active_file 0")
     assert (machine.threads(), machine.memory()) == (2, 5 * GIB // 4)
