@@ -10,7 +10,7 @@ from flows.graph import Graph
 from flows.lockfile import Entries, SafeLock
 from flows.process import CHATTER, Children
 from flows.resources import Need, Pool, need_of, pool_of
-from flows.retries import Retries, cause_of
+from flows.retries import Retries, cause_of, was_killed
 from flows.terminal import console
 from stages.core import disk
 from stages.core.errors import Refusal
@@ -103,9 +103,9 @@ class Plan:
         if code:
             mend.restore(self.graph[name].outs)
             record = self._record(name, started)
-            outcome = Outcome(name, "failed", seconds, _reason(record, output))
+            outcome = Outcome(name, "failed", seconds, _reason(record, code, output))
             if again := self.retries.note(name, cause_of(record, code, output), lease):
-                _say(name, f"failed ({outcome.reason.rstrip('.')}), but {again}", style="yellow")
+                _say(name, f"failed ({outcome.reason.rstrip('.')}); it {again}", style="yellow")
                 return self._end(outcome)
         else:
             outcome = Outcome(name, _state(output), seconds)
@@ -189,13 +189,15 @@ def plan(jobs: int | None, targets: Iterable[str], held: tuple[int, ...] = ()) -
     return run
 
 
-def _reason(record: dict[str, Any], output: str) -> str:
-    """Return the error in a stage's run record, or else the last line it printed."""
+def _reason(record: dict[str, Any], code: int, output: str) -> str:
+    """Return the error in a stage's run record, or else that it was killed, or the last line it printed."""
     error = str(record.get("error") or "")
     if disk.is_full(f"{error}\n{output}"):
         return disk.full()
     if error:
         return error
+    if was_killed(code, output):
+        return "it was killed, as the kernel does when memory runs out."
     lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
     own = [line for line in lines if "failed to reproduce" not in line]
     return (own or lines or [""])[-1].strip()

@@ -85,9 +85,9 @@ class Pool:
         self._lock = threading.Lock()
 
     def __str__(self) -> str:
-        parts = [f"{self.threads} CPU threads", f"{self.gib:.1f} GiB of memory"]
-        parts += [f"{len(self.cards)} cards"] if self.cards else []
-        return ", ".join([*parts, f"{self._jobs} stages at most"] if self._jobs < math.inf else parts)
+        parts = [f"CPU threads: {self.threads}", f"memory: {self.gib:.1f} GiB"]
+        parts += [f"cards: {len(self.cards)}"] if self.cards else []
+        return ", ".join([*parts, f"stages at most: {self._jobs}"] if self._jobs < math.inf else parts)
 
     def share(self, threads: int) -> float:
         """Return the memory that goes with so many threads if all are used, in GiB."""

@@ -25,8 +25,8 @@ _OTHERS = 2**29
 """Bytes on a card, after its stage has ended, that are another program's work."""
 _REASONS: dict[Passing, str] = {
     "network": "the network may be back",
-    "card": "another program is on its card",
-    "memory": "it runs alone, as others beside it took memory",
+    "card": "another program was on its card",
+    "memory": "stages beside it may have taken the memory",
 }
 
 
@@ -49,7 +49,7 @@ class Retries:
         self._pauses: dict[str, float] = {}
 
     def note(self, name: str, cause: Passing | None, lease: Lease) -> str | None:
-        """Note a failure; return why and when the stage runs again, or None if it does not.
+        """Note a failure; say when and why the stage runs again, or return None if it does not.
 
         Args:
             cause: what the stage ran short of.
@@ -63,7 +63,8 @@ class Retries:
         self._tries[name] = tries
         # Stages that failed together do not come back together.
         seconds = self._pauses[name] = self._pause * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
-        return f"{_REASONS[cause]}: runs again in {seconds:.0f} s ({tries} of {TRIES})"
+        alone = " alone" if name in self.alone else ""
+        return f"runs again{alone} in {seconds:.0f} s ({tries} of {TRIES}), as {_REASONS[cause]}"
 
     def due(self, name: str) -> bool:
         """Tell whether the stage's last failure is to be tried again."""
@@ -82,10 +83,15 @@ def cause_of(record: dict[str, Any], code: int, output: str) -> Passing | None:
         code: the exit code of DVC, or of the guard that runs it.
         output: all that DVC and the stage printed.
     """
-    if not record and (code == 137 or _KILLED.search(output)):
+    if not record and was_killed(code, output):
         return "memory"
     cause = record.get("passing")
     return cause if cause in _REASONS else None
+
+
+def was_killed(code: int, output: str) -> bool:
+    """Tell whether SIGKILL ended a stage or the DVC command that ran it, by the latter's code and output."""
+    return code == 137 or bool(_KILLED.search(output))
 
 
 def _passes(cause: Passing, lease: Lease) -> bool:

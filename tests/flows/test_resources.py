@@ -278,6 +278,6 @@ def test_a_stage_that_may_need_more_memory_says_so(tmp_path, monkeypatch, capsys
 
 
 def test_a_pool_says_what_it_has():
-    assert str(Pool(3, 20.04)) == "3 CPU threads, 20.0 GiB of memory"
-    assert str(Pool(3, 20, ("0", "1"), 4)).endswith("memory, 2 cards, 4 stages at most")
+    assert str(Pool(3, 20.04)) == "CPU threads: 3, memory: 20.0 GiB"
+    assert str(Pool(3, 20, ("0", "1"), 4)).endswith("20.0 GiB, cards: 2, stages at most: 4")
     assert resources.Pool(4, 8).share(3) == 6.0

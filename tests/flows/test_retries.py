@@ -57,9 +57,9 @@ def test_what_may_pass_runs_again_and_says_so(run, monkeypatch, capsys):
     fail(run, monkeypatch, "network", times=2, error="cannot download x: timed out.")
     outcome, begun = advance(run, "a")
     assert (outcome.state, begun) == ("ran", 3)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "but" in line]
-    begin = "a | failed (cannot download x: timed out), but the network may be back: runs again in 0 s"
-    assert lines == [f"{begin} (1 of 4)", f"{begin} (2 of 4)"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "again" in line]
+    begin = "a | failed (cannot download x: timed out); it runs again in 0 s"
+    assert lines == [f"{begin} ({tries} of 4), as the network may be back" for tries in (1, 2)]
     assert [outcome.state for outcome in run.outcomes() if outcome.stage == "a"] == ["ran"]
 
 
@@ -113,7 +113,8 @@ def test_what_ran_short_of_memory_runs_again_alone(run, monkeypatch, capsys):
     other.join(10)
     assert (outcome.state, begun) == ("failed", 2)
     assert beside["a"] == 1
-    assert "but it runs alone, as others beside it took memory" in capsys.readouterr().out
+    assert outcome.reason == "it was killed, as the kernel does when memory runs out."
+    assert "it runs again alone in 0 s (1 of 4), as stages beside it may have" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
