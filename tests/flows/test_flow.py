@@ -12,6 +12,7 @@ from flows import graph
 from flows.graph import Stage
 from flows.lockfile import SafeLock
 from flows.plan import Plan, plan
+from flows.resources import Pool
 from stages.core.errors import Refusal
 from tests import finished as sweep
 from tests import project
@@ -127,10 +128,10 @@ def wait_for(mark: str, word: str, seconds: float = 20) -> list[str]:
 def test_two_stages_run_side_by_side_and_no_more(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = stages(a="", b="", c="", d="")
-    run = Plan(whole, jobs=2, stale=set(whole), todo=list(whole))
+    run = Plan(whole, Pool(4, jobs=2), stale=set(whole), todo=list(whole))
     busy, most = [], []
 
-    def repro(name, show, force):
+    def repro(name, show, force, variables):
         busy.append(name)
         most.append(len(busy))
         time.sleep(0.2)
@@ -144,7 +145,7 @@ def test_two_stages_run_side_by_side_and_no_more(tmp_path, monkeypatch):
 
 
 def test_stopping_starts_nothing_more():
-    run = Plan(stages(a=""), jobs=1, stale={"a"}, todo=["a"])
+    run = Plan(stages(a=""), Pool(1), stale={"a"}, todo=["a"])
     run.children.stop()
     with pytest.raises(InterruptedError):
         run.advance("a")
