@@ -131,6 +131,12 @@ def opened() -> Iterator[Project]:
         yield Project(repo)
 
 
+def read_graph() -> Graph:
+    """Read the whole graph of the project in the current folder; see `Project.graph`."""
+    with opened() as project:
+        return project.graph()
+
+
 def _declared(name: str, meta: Any) -> float | None:
     """Return the memory that a stage declares.
 
