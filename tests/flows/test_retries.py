@@ -144,9 +144,9 @@ def test_pauses_double_and_end_with_the_run():
 FLOW = """
 import os, sys
 os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+from flows import compare, graph  # before Prefect, which reads the environment once
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
-from flows import compare, graph
 from flows.plan import Plan
 from flows.resources import Pool
 from flows.retries import Retries
@@ -223,8 +223,10 @@ def test_ctrl_c_ends_a_pause(flow, tmp_path):
         for line in process.stdout:
             if "runs again in" in line:
                 break
+        else:
+            pytest.fail("no stage is to run again")
         before = time.monotonic()
         os.kill(process.pid, signal.SIGINT)
         output = process.stdout.read()
-    assert time.monotonic() - before < 30, output
+    assert time.monotonic() - before < 60, output
     assert process.returncode not in (0, None) and (tmp_path / "passes.tries").read_text() == "1"
