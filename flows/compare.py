@@ -26,10 +26,10 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import summary
+from flows import server, summary
 from flows.plan import Plan
 from flows.retries import TRIES
-from flows.server import WITHOUT, running
+from flows.server import WITHOUT
 from flows.terminal import console
 from flows.update import update
 from stages.core.errors import Refusal
@@ -67,7 +67,11 @@ def advance_on_a_server(run: Plan) -> None:
         _advance_all(run)
         return Completed()
 
+    ended = threading.Event()
+
     def end() -> None:
+        if ended.is_set():
+            return
         console.print(
             f"Prefect's temporary server has died; finished stages are kept. Run again, {WITHOUT}.",
             soft_wrap=True,
@@ -76,8 +80,9 @@ def advance_on_a_server(run: Plan) -> None:
         run.lock.sort()
         os._exit(1)  # the flow would wait for the server for minutes
 
-    with running(end):
-        planned(return_state=True).result()
+    server.start(end)
+    planned(return_state=True).result()
+    ended.set()
 
 
 def _advance_all(run: Plan) -> None:

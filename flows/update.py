@@ -39,14 +39,14 @@ def update(jobs: int | None, targets: list[str], advance: Callable[[Plan], None]
                 if "code" not in run.todo:
                     workspace.claim()
                 advance(run)
-            return _conclude(run)
+            return conclude(run)
     except Exception as error:
         if isinstance(error, Refusal) or not disk.is_full(error):
             raise
         return Ending(False, disk.full())
 
 
-def _conclude(run: Plan) -> Ending:
+def conclude(run: Plan) -> Ending:
     """Show how every stage ended and where the report is."""
     outcomes = run.outcomes()
     summary.show_outcomes(outcomes)
