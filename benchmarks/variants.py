@@ -111,7 +111,10 @@ class Variants:
             shutil.rmtree(self.inputs, ignore_errors=True)
             write_inputs(self.inputs, size)
         self.base = settings(self.inputs, size)
-        self.env = {"PREFECT_HOME": str(folder / "prefect"), "DVC_SITE_CACHE_DIR": str(folder / "site")}
+        self.env = {
+            "PREFECT_HOME": str(folder / "prefect"), "DVC_SITE_CACHE_DIR": str(folder / "site"),
+            "TQDM_DISABLE": "1",
+        }  # fmt: skip
 
     def apply(self, variant: str, at: Path) -> None:
         """Edit the project `at` into a variant, as a user would in an editor."""
@@ -159,7 +162,7 @@ def entries(at: Path) -> Entries:
 
 
 def same(name: str, entry: Any, other: Any) -> bool:
-    """Tell whether two lock entries of a stage say the same; an edit of a comment changes what `code` reads."""
+    """Tell whether two lock entries of a stage agree; an edit of a comment changes what `code` reads."""
     return bool(entry["outs"] == other["outs"] if name == "code" else entry == other)
 
 
