@@ -45,7 +45,7 @@ from benchmarks import variants
 from benchmarks.figures import show
 from benchmarks.variants import METHOD, SIZES, VARIANTS, Variants
 from flows import guard
-from stages.core.files import SCRATCH, read_json, write_json
+from stages.core.files import read_json, write_json
 from tests import finished, project
 
 MARK = "PRUNEQUANT_DRILL"
@@ -264,9 +264,9 @@ class Drill:
             if files.get(name) != expected.get(name):
                 kind = "left over" if name not in expected else "lost" if name not in files else "other bytes"
                 self.violations.append(f"{name}: {kind}")
-        unwanted = [*(self.at / SCRATCH).rglob("*"), *(self.at / "data/runs").rglob(".*")]
-        unwanted += [file for file in self.at.glob(".dvc/tmp/.*") if PARTIAL.fullmatch(file.name)]
-        self.violations += [f"{file.relative_to(self.at)}: left over" for file in unwanted]
+        for file in [*(self.at / "data/runs").rglob(".*"), *(self.at / ".dvc/tmp").glob(".*")]:
+            if PARTIAL.fullmatch(file.name):
+                self.violations.append(f"{file.relative_to(self.at)}: left over")
         check = self._ask("prunequant", "check")
         if check.returncode or "does not know" in check.stdout:
             self.violations.append(f"prunequant check: {check.stdout}{check.stderr}")

@@ -57,8 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "code": {str(METHOD): _SCORES.replace(")", " ** 0.5)", 1)},
 }
 """What each variant changes: settings of params.yaml, or the score that the method computes."""
-UNCOMPARED = (".dvc", ".git", "__pycache__", "runs", "removed")
-"""Folders that vary from run to run; `data/scratch` is not among them, as it must end empty."""
+UNCOMPARED = {".dvc", ".git", "__pycache__", "flows", "stages", "runs", "removed", str(LOCK)}
+"""What varies from run to run or is compared otherwise; not `data/scratch`, which must end empty."""
 
 
 def settings(inputs: Path, size: Size) -> dict[str, Any]:
@@ -177,9 +177,9 @@ def seconds(at: Path, stages: Entries) -> float:
 
 
 def contents(at: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a project, but of those that vary from run to run."""
+    """Return the sha256 of every file in a folder that does not vary from run to run."""
     files = (file.relative_to(at) for file in at.rglob("*") if file.is_file())
-    return {str(file): sha256(at / file) for file in files if not set(file.parts) & set(UNCOMPARED)}
+    return {str(file): sha256(at / file) for file in files if not UNCOMPARED & set(file.parts)}
 
 
 def size_of(at: Path) -> int:

@@ -101,7 +101,7 @@ def test_damage_is_seen(inspected):
     (at / "data/report/index.html").write_text("other")
     (at / "data/provenance/prune/wanda-50.json").unlink()
     (at / "data/models/.wanda-50.7").touch()
-    (at / "data/scratch/finetune").mkdir(parents=True)
+    (at / "data/scratch/left").touch()
     (at / "data/runs/prune/.wanda-50.json.7").touch()
     (at / ".dvc/tmp/rwlock").write_text('{"write": {"a": {"pid": 7}}, "read": {}}')
     lock = (at / "dvc.lock").read_text()
@@ -114,7 +114,7 @@ def test_damage_is_seen(inspected):
     for words in (
         "it computed tidy again", "dvc.lock differs at prune@magnitude-50", "index.html: other bytes",
         "data/provenance/prune/wanda-50.json: lost", "data/models/.wanda-50.7: left over",
-        "data/scratch/finetune: left over", "data/runs/prune/.wanda-50.json.7: left over",
+        "data/scratch/left: left over", "data/runs/prune/.wanda-50.json.7: left over",
         "prunequant check: ", "sparsity in params.yaml", "dvc status: ", "rwlock holds",
     ):  # fmt: skip
         assert words in seen, seen
