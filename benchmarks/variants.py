@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bits": {"quantize.gptq-w4g32.bits": 3},
     "batch": {"suites.perplexity.news.batch_size": 3},
     "fewer": {"evaluate.candidates": ["base/tiny", "finetune/wanda-50-lora"]},
-    "code": {str(METHOD): _SCORES.replace(")", " ** 0.5)", 1)},
+    "code": {str(METHOD): "wanda_scores(weight, statistic.norm() ** 0.5)"},
 }
 """What each variant changes: settings of params.yaml, or the score that the method computes."""
 UNCOMPARED = {".dvc", ".git", "__pycache__", "flows", "stages", "runs", "removed", str(LOCK)}
