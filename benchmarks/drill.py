@@ -130,8 +130,9 @@ def draw(seed: int, number: int, names: Sequence[str]) -> Round:
 class Drill:
     """One round in a folder of its own."""
 
-    def __init__(self, drawn: Round, known: Variants) -> None:
-        self.drawn, self.known = drawn, known
+    def __init__(self, drawn: Round, known: Variants, pace: float = 1.0) -> None:
+        """Take the draws, and how many times longer than expected the last undisturbed run took."""
+        self.drawn, self.known, self.pace = drawn, known, pace
         self.goal = drawn.goal
         self.violations: list[str] = []
         self.at = known.folder / "rounds" / f"{drawn.number:04d}"
@@ -157,7 +158,7 @@ class Drill:
             for step, how in zip(self.drawn.steps, seen, strict=True)
         ]
         return {
-            **asdict(self.drawn), "steps": steps, "goal": self.goal, "recovery": seconds,
+            **asdict(self.drawn), "steps": steps, "goal": self.goal, "recovery": seconds, "pace": self.pace,
             "seconds": round(time.monotonic() - clock), "violations": self.violations,
         }  # fmt: skip
 
@@ -233,11 +234,11 @@ class Drill:
 
     def _recover(self) -> float:
         """Run undisturbed; return the seconds it took."""
-        before, started = self._finished(), time.monotonic()
+        before, expected, started = self._finished(), self._expected(), time.monotonic()
         log = self.logs / "recovery.log"
         run = self._start(FLOW, log)
         try:
-            run.wait(2 * self._expected() + PATIENCE)
+            run.wait(2 * expected + PATIENCE)
         except subprocess.TimeoutExpired:
             self.violations.append(f"the recovery had not ended after {time.monotonic() - started:.0f} s")
             end(str(self.at))
@@ -250,7 +251,9 @@ class Drill:
         self._compare(before, "the recovery")
         if left := self._left(15):
             self.violations.append(f"the recovery left {'; '.join(left)}")
-        return round(time.monotonic() - started, 1)
+        seconds = time.monotonic() - started
+        self.pace = round(min(8.0, max(0.5, self.pace * seconds / expected)), 2)
+        return round(seconds, 1)
 
     def _inspect(self) -> None:
         """Compare the project with the undisturbed project of its variant."""
@@ -281,7 +284,7 @@ class Drill:
         """Return about how many seconds an undisturbed run would take from here."""
         reference, done = self.known.reference(self.goal), self._finished()
         todo = {name: entry for name, entry in variants.entries(reference).items() if name not in done}
-        return 12 + 2 * len(todo) + variants.seconds(reference, todo) / 2
+        return self.pace * (12 + 2 * len(todo) + variants.seconds(reference, todo) / 2)
 
     def _finished(self) -> dict[str, tuple[Any, int]]:
         """Return the stages that DVC has locked as the goal wants them: the entry, the run record's time."""
@@ -476,8 +479,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
     show(f"{folder}: {len(rows)} rounds are there")
     while sum(step["hit"] for row in rows for step in row["steps"]) < options.kills:
-        number = rows[-1]["number"] + 1 if rows else 0
-        rows.append(Drill(draw(options.seed, number, options.variants), known).run())
+        number, pace = (rows[-1]["number"] + 1, rows[-1]["pace"]) if rows else (0, 1.0)
+        rows.append(Drill(draw(options.seed, number, options.variants), known, pace).run())
         with results.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         show(line(rows[-1]))

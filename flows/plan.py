@@ -1,6 +1,8 @@
 """The work of a run, apart from its scheduling: find the stale stages, advance each, note how each ended."""
 
 import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -171,6 +173,10 @@ class Plan:
             return disk.full()
         if error:
             return error
+        if ended := re.search(r"exited with -(\d+)$", output, re.M):
+            name = signal.Signals(int(ended[1])).name
+            cause = ", perhaps as memory ran out" if name == "SIGKILL" else ""
+            return f"ended by {name}{cause}; run it again to continue."
         lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
         own = [line for line in lines if "failed to reproduce" not in line]
         return (own or lines or [""])[-1].strip()

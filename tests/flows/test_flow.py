@@ -142,6 +142,24 @@ def test_two_stages_run_side_by_side_and_no_more(tmp_path, monkeypatch):
     assert max(most) == 2
 
 
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGTERM, "ended by SIGTERM; run it again to continue."),
+        (signal.SIGKILL, "ended by SIGKILL, perhaps as memory ran out; run it again to continue."),
+    ],
+)
+def test_a_stage_that_was_killed_says_so(tmp_path, monkeypatch, number, reason):
+    monkeypatch.chdir(tmp_path)
+    run = Plan(stages(a=""), jobs=1, stale={"a"}, todo=["a"])
+    lines = ["Running stage 'a':", "> python -m stages.prune 'a'"]
+    lines.append(
+        f"ERROR: failed to reproduce 'a': failed to run: python -m stages.prune 'a', exited with -{number}"
+    )
+    monkeypatch.setattr(run.children, "repro", lambda *_: (255, "\n".join(lines)))
+    assert run.advance("a").reason == reason
+
+
 def test_stopping_starts_nothing_more():
     run = Plan(stages(a=""), jobs=1, stale={"a"}, todo=["a"])
     run.children.stop()
