@@ -11,7 +11,7 @@ READY := $(VENV)/ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench compare test test-all test-numerics lint types format setup clean
+.PHONY: bench bench-orchestration compare test test-all test-numerics lint types format setup clean
 
 compare: $(READY)
 	prunequant run $(if $(JOBS),--jobs $(JOBS))
@@ -62,5 +62,14 @@ bench: $(READY) .venv-llmcompressor/ready
 	.venv-llmcompressor/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-llmcompressor.lock
 	@touch $@
 
+# Snakemake, which the benchmark of orchestration compares with, has an environment of its own.
+bench-orchestration: $(READY) .venv-snakemake/ready
+	python -m benchmarks.orchestration --snakemake .venv-snakemake/bin/snakemake
+
+.venv-snakemake/ready: benchmarks/requirements-snakemake.lock
+	$(PYTHON) -m venv .venv-snakemake
+	.venv-snakemake/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-snakemake.lock
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-llmcompressor .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-llmcompressor .venv-snakemake .mypy_cache .pytest_cache .ruff_cache .hypothesis

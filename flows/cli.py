@@ -75,23 +75,29 @@ def run(
 ) -> None:
     """Bring everything, or the targets and all they need, up to date."""
     with refusals():
-        from flows import graph
         from stages.job.load import load
 
-        load()  # report a mistake before a server is started
-        if targets:
-            graph.select(graph.read_graph(), targets)
+        load()  # report a mistake before waiting for another run
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow prints for itself
     signal.signal(signal.SIGTERM, _terminated)
-    from flows.compare import compare_here
+    from flows.server import configure
+    from flows.update import update
+
+    configure()
+
+    def advance(run: Any) -> None:
+        from flows.compare import advance_on_a_server
+
+        advance_on_a_server(run)
 
     try:
-        state = compare_here(jobs, targets or [])
+        with refusals():
+            ending = update(jobs, targets or [], advance)
     except KeyboardInterrupt:
         typer.echo("interrupted; finished stages are kept, run again to continue.", err=True)
         raise typer.Exit(130) from None
-    if not state.is_completed():
-        typer.echo(state.message, err=True)
+    if not ending.ok:
+        typer.echo(ending.message, err=True)
         raise typer.Exit(1)
 
 

@@ -165,6 +165,9 @@ def _processor() -> Iterator[Finding]:
 
 
 def _prefect() -> Iterator[Finding]:
+    from flows.server import configure
+
+    configure()
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME
 
     home = Path(PREFECT_HOME.value())

@@ -1,21 +1,23 @@
 """DVC's graph: its stages, which of them are stale, and what a run changed.
 
-DVC owns the graph and the cache; this module only reads them. `dvc status` lists the stages whose own inputs
+DVC owns the graph and the cache; this module only reads them. DVC's status lists the stages whose own inputs
 or outputs differ from the lock. Whether a stage below them must run as well is known once they have run and
 `dvc.lock` holds their new hashes.
 """
 
 import difflib
-import json
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from flows.terminal import console
-from flows.workspace import insist
+from flows.workspace import Busy, insist
 from stages.core.errors import Refusal
 from stages.core.files import run_record
 
@@ -47,31 +49,75 @@ Graph = dict[str, Stage]
 """Stages by name, each after all it depends on."""
 
 
-def read_graph() -> Graph:
-    """Read the whole graph of the project in the current folder.
+class Project:
+    """The project in the current folder as DVC reads it; see `opened`."""
+
+    def __init__(self, repo: Any) -> None:
+        """Take an open `dvc.repo.Repo`."""
+        self._repo = repo
+
+    def graph(self) -> Graph:
+        """Return the whole graph.
+
+        Raises:
+            Refusal: DVC cannot read dvc.yaml.
+        """
+        import networkx
+        from dvc.exceptions import DvcException
+
+        try:
+            graph = self._repo.index.graph
+        except DvcException as error:
+            raise Refusal(f"DVC cannot read the graph: {error}") from None
+        stages: Graph = {}
+        for stage in reversed(list(networkx.topological_sort(graph))):
+            stages[stage.addressing] = Stage(
+                name=stage.addressing,
+                cmd=str(stage.cmd),
+                upstream=tuple(sorted(up.addressing for up in graph.successors(stage))),
+                outs=tuple(out.def_path for out in stage.outs),
+            )
+        return stages
+
+    def stale(self) -> set[str]:
+        """Return the stages whose own command, inputs or outputs differ from dvc.lock.
+
+        Raises:
+            Refusal: DVC cannot tell.
+        """
+        from dvc.dependency import param
+        from dvc.exceptions import DvcException
+        from dvc.lock import LockError
+
+        def status() -> set[str]:
+            try:
+                return set(self._repo.status())
+            except LockError as error:
+                raise Busy(str(error)) from None
+            except DvcException as error:
+                raise Refusal(f"DVC cannot tell what is stale: {error}") from None
+
+        # DVC would parse params.yaml once for each stage.
+        with mock.patch.object(param, "load_path", cache(param.load_path)):
+            return insist(status, console.print)
+
+
+@contextmanager
+def opened() -> Iterator[Project]:
+    """Read dvc.yaml and dvc.lock once for all that the body asks, while no DVC command can write the lock.
 
     Raises:
-        Refusal: DVC cannot read dvc.yaml.
+        Refusal: this is no DVC project.
     """
-    import networkx
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
+    from dvc.repo import Repo, lock_repo
 
     try:
         repo = Repo(_wait_for_lock=True)
-        with repo.lock:  # nobody is writing dvc.lock
-            graph = repo.index.graph
     except DvcException as error:
         raise Refusal(f"DVC cannot read the graph: {error}") from None
-    stages: Graph = {}
-    for stage in reversed(list(networkx.topological_sort(graph))):
-        stages[stage.addressing] = Stage(
-            name=stage.addressing,
-            cmd=str(stage.cmd),
-            upstream=tuple(sorted(up.addressing for up in graph.successors(stage))),
-            outs=tuple(out.def_path for out in stage.outs),
-        )
-    return stages
+    with repo, lock_repo(repo):
+        yield Project(repo)
 
 
 def select(graph: Graph, targets: Iterable[str]) -> Graph:
@@ -101,19 +147,6 @@ def select(graph: Graph, targets: Iterable[str]) -> Graph:
             kept.add(name)
             todo += graph[name].upstream
     return {name: stage for name, stage in graph.items() if name in kept}
-
-
-def stale(graph: Graph) -> set[str]:
-    """Return the stages whose own command, inputs or outputs differ from dvc.lock.
-
-    Raises:
-        Refusal: `dvc status` failed.
-    """
-    command = [*DVC, "status", "--json"]  # naming the stages takes time that grows with their square
-    done = insist(lambda: subprocess.run(command, capture_output=True, text=True), console.print)
-    if done.returncode:
-        raise Refusal(f"dvc status failed: {done.stderr.strip()}")
-    return set(json.loads(done.stdout)) & set(graph)
 
 
 def below(graph: Graph, names: set[str]) -> set[str]:

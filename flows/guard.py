@@ -47,16 +47,6 @@ def end_group(group: int) -> None:
             return
 
 
-def watch(pid: int) -> None:
-    """Wait for the flow's end, then end the process `pid`, which is no group of its own."""
-    while os.read(0, 1):
-        pass
-    try:
-        os.kill(pid, signal.SIGTERM)
-    except ProcessLookupError:
-        return
-
-
 def _signal(group: int, number: int) -> bool:
     """Signal a process group; return whether any of it is alive."""
     try:
@@ -67,7 +57,4 @@ def _signal(group: int, number: int) -> bool:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--watch":
-        watch(int(sys.argv[2]))
-    else:
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

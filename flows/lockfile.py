@@ -60,8 +60,12 @@ class SafeLock:
                 "and run it again. DVC's cache restores what that side lacks."
             )
         known_text = _COPY.read_text() if _COPY.exists() else _committed()
-        known, entries = whole(known_text) or {}, whole(text)
-        if entries is None or (_is_start(entries, known) and text != _committed()):
+        known = whole(known_text)
+        entries = known if text == known_text else whole(text)
+        known = known or {}
+        if text == known_text:
+            self._text, self.entries = text, known  # parse it no more
+        elif entries is None or (_is_start(entries, known) and text != _committed()):
             self._text, self.entries = known_text, known
         self.keep()
 

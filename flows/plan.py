@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -42,6 +42,7 @@ class Plan:
         params: the content of params.yaml that the run was planned on.
         stale: the stages that are out of date by themselves.
         todo: these and all that depend on them, upstream first.
+        listen: called with each line of a stage, in the thread that advances it.
     """
 
     graph: Graph
@@ -51,6 +52,7 @@ class Plan:
     todo: list[str] = field(default_factory=list)
     children: Children = field(default_factory=Children)
     lock: SafeLock = field(default_factory=SafeLock)
+    listen: Callable[[str], object] = lambda line: None
 
     def __post_init__(self) -> None:
         self._slots = threading.Semaphore(self.jobs)
@@ -62,7 +64,7 @@ class Plan:
         self._planned = time.strftime("%H:%M")
 
     def find_stale(self) -> None:
-        """Bring the code identities up to date, then ask DVC which stages are stale.
+        """Bring the code identities up to date, then complete `stale` and `todo`.
 
         Recipes depend on `data/code` and not on source files, so until stage `code` has run DVC cannot tell
         which recipes an edit made stale.
@@ -70,15 +72,17 @@ class Plan:
         Raises:
             Refusal: stage `code` failed, or DVC cannot answer.
         """
-        self.stale = {"code"} & set(self.graph)
-        if self.stale and self.advance("code").state == "failed":
-            raise Refusal(f"code: {self._ended['code'].reason}")
-        for name, inputs in mend.find_wrong(self.graph).items():
+        if "code" in self.stale & set(self.graph):
+            if self.advance("code").state == "failed":
+                raise Refusal(f"code: {self._ended['code'].reason}")
+            with graph.opened() as project:
+                self.stale = project.stale()
+        for name, inputs in mend.find_wrong(self.graph, self.lock.keep()).items():
             _say(name, f"dvc.lock names other inputs than it was computed from ({inputs}); it runs again")
             self._wrong.add(name)
         if self._wrong:
             mend.forget_runs(self._wrong)
-        self.stale = graph.stale(self.graph) | self._wrong
+        self.stale = self.stale & set(self.graph) | self._wrong
         below = graph.below(self.graph, self.stale)
         self.todo = [name for name in self.graph if name in below]
 
@@ -115,13 +119,18 @@ class Plan:
 
     def _repro(self, name: str) -> tuple[int, str]:
         """Run the stage, and once more if dvc.lock was cut off meanwhile: DVC then restores what it made."""
+
+        def show(line: str) -> None:
+            _say(name, line)
+            self.listen(line)
+
         mended = self.lock.mended
         try:
-            code, output = self.children.repro(name, lambda line: _say(name, line), name in self._wrong)
+            code, output = self.children.repro(name, show, name in self._wrong)
             self.lock.keep()
             while not code and mended != self.lock.mended:
                 mended = self.lock.mended
-                code = self.children.repro(name, lambda line: _say(name, line))[0]
+                code = self.children.repro(name, show)[0]
                 self.lock.keep()
         except InterruptedError:
             raise
@@ -196,11 +205,13 @@ def plan(jobs: int | None, targets: Iterable[str], held: tuple[int, ...] = ()) -
     params = load_verified()
     lock = SafeLock()
     lock.begin()
-    stages = graph.select(graph.read_graph(), targets)
+    with graph.opened() as project:
+        stages = graph.select(project.graph(), targets)
+        stale = project.stale()
     if jobs is None:
         on_cpu = params.run.resolved_device().type == "cpu"
         jobs = max(1, (os.cpu_count() or 1) // params.run.threads) if on_cpu else 1
-    run = Plan(stages, jobs, content, children=Children(held), lock=lock)
+    run = Plan(stages, jobs, content, stale, children=Children(held), lock=lock)
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
     run.find_stale()
     return run

@@ -17,7 +17,7 @@ from typing import IO
 
 from flows import guard
 from flows.graph import DVC
-from flows.workspace import insist
+from flows.workspace import BUSY, Busy, insist
 from stages.core.files import RUNS
 
 LOGS = RUNS / "logs"
@@ -30,8 +30,6 @@ CHATTER = re.compile(
     r"|.*had been killed\. Auto removed it.*|.*Unable to acquire lock\..*|.*Unable to read RWLock-file.*"
 )
 """Lines that DVC repeats at every stage, bars that have not begun, and advice to delete DVC's own files."""
-_watchers: list[subprocess.Popen[bytes]] = []
-"""Kept, as their pipes close when they are forgotten."""
 
 
 class Children:
@@ -54,12 +52,9 @@ class Children:
         Raises:
             InterruptedError: the run was stopped before or during the stage.
         """
-        done = insist(lambda: self._repro(stage, show, force), show, self.stopped.wait)
-        return done.returncode, done.stdout
+        return insist(lambda: self._repro(stage, show, force), show, self.stopped.wait)
 
-    def _repro(
-        self, stage: str, show: Callable[[str], None], force: bool
-    ) -> subprocess.CompletedProcess[str]:
+    def _repro(self, stage: str, show: Callable[[str], None], force: bool) -> tuple[int, str]:
         command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
         with self._lock:
             if self.stopped.is_set():
@@ -90,7 +85,9 @@ class Children:
                 self._alive.discard(child)
         if self.stopped.is_set():
             raise InterruptedError(stage)
-        return subprocess.CompletedProcess(command, code, output, "")
+        if code and BUSY.search(output):
+            raise Busy(output)
+        return code, output
 
     def stop(self) -> None:
         """Start no further child, and end the running children with all their descendants."""
@@ -104,12 +101,6 @@ class Children:
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, deadline - time.monotonic()))
-
-
-def end_with_this(pid: int) -> None:
-    """End the process `pid` when this process ends, even by SIGKILL."""
-    command = [*GUARD, "--watch", str(pid)]
-    _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
 
 
 def environment() -> dict[str, str]:

@@ -60,7 +60,8 @@ def test_a_lost_lock_is_restored_without_running(copy, monkeypatch):
         (name, "restored")
         for name in ("code", "validate", "model@tiny", "dataset@news", "prune@wanda-50", "noise@tiny-batch-3")
     }  # fmt: skip
-    assert graph.stale(run.graph) == set()
+    with graph.opened() as project:
+        assert project.stale() == set()
 
 
 @pytest.mark.drill
