@@ -5,7 +5,7 @@
 
 A round starts from the finished project of one variant (`benchmarks.variants`) and edits it into another.
 Then it starts `prunequant run` or `dvc repro`, and at a random moment sends SIGKILL, SIGTERM or SIGINT to a
-victim: the flow, a guard, dvc, a stage, Prefect's temporary server, the run's whole process group, or every
+victim: the flow, a guard, dvc, a stage, Prefect's temporary server or its guard, the run's whole process group, or every
 process of the run at once; or it fills the disk. Sometimes params or code are edited meanwhile. After one to
 four such runs an undisturbed `prunequant run` must bring all up to date, with
 
@@ -54,7 +54,7 @@ SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
 FLOW = ("prunequant", "run")
 BARE = (sys.executable, "-m", "dvc", "repro")
 VICTIMS = {
-    FLOW: ("stage", "dvc", "guard", "flow", "server", "group", "all", "disk"),
+    FLOW: ("stage", "dvc", "guard", "flow", "server", "server's guard", "group", "all", "disk"),
     BARE: ("stage", "dvc", "group", "all", "disk"),
 }
 """What is hit in a run of each command."""
@@ -394,13 +394,14 @@ def words(process: psutil.Process) -> list[str]:
 
 def role_of(command: list[str]) -> str:
     """Return which part of a run a command line is."""
-    if guard.__file__.rpartition("/")[2] in {word.rpartition("/")[2] for word in command}:
-        return "watch" if "--watch" in command else "guard"
+    server = "uvicorn" in command
+    if any(word.endswith("/flows/guard.py") for word in command):
+        return "server's guard" if server else "guard"
     if any(word.startswith("stages.") for word in command) and "python" in command[0]:
         return "stage"
     if "dvc" in command:
         return "dvc"
-    if any("uvicorn" in word or "prefect.server" in word for word in command):
+    if server:
         return "server"
     return "flow" if any(word.endswith("/prunequant") for word in command) else ""
 
