@@ -5,9 +5,9 @@
 
 A round starts from the finished project of one variant (`benchmarks.variants`) and edits it into another.
 Then it starts `prunequant run` or `dvc repro`, and at a random moment sends SIGKILL, SIGTERM or SIGINT to a
-victim: the flow, a guard, dvc, a stage, Prefect's temporary server or its guard, the run's whole process group, or every
-process of the run at once; or it fills the disk. Sometimes params or code are edited meanwhile. After one to
-four such runs an undisturbed `prunequant run` must bring all up to date, with
+victim: the flow, a guard, dvc, a stage, Prefect's temporary server or its guard, the process group of the
+run, or every process of it at once; or it fills the disk. Sometimes params or code are edited meanwhile.
+After one to four such runs an undisturbed `prunequant run` must bring all up to date, with
 
 - every file, and every entry of dvc.lock, equal to those of a project that was never disturbed,
 - `prunequant check` and `dvc status` content, and no traceback,
