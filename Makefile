@@ -2,7 +2,7 @@
 #   make compare PYTHON=python3.12            another interpreter (3.11 or newer)
 #   make compare PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
 #                                             pip's own options; without them Linux gets the CUDA build of torch
-#   make compare JOBS=1                       stages side by side (default: cores / run.threads)
+#   make compare JOBS=1                       stages side by side at most (default: what has room)
 PYTHON ?= python3
 PIP_ARGS ?=
 JOBS ?=

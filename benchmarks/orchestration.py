@@ -72,8 +72,8 @@ def make(folder: Path, inputs: Path, stages: int) -> list[str]:
     """Make a project in which nothing has run, with the rules of Snakemake; return all commands in order."""
     project.make(folder, inputs)
     project.write(folder, params(inputs, stages))
-    with contextlib.chdir(folder), graph.opened() as opened:
-        whole = opened.graph()
+    with contextlib.chdir(folder):
+        whole = graph.read_graph()
     if len(whole) != stages:
         raise SystemExit(f"the project has {len(whole)} stages instead of {stages}.")
     numbers = {name: number for number, name in enumerate(whole)}

@@ -70,7 +70,7 @@ def run(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Stages side by side; default: cores / run.threads, 1 on a GPU."),
+        typer.Option(min=1, help="Stages side by side at most; default: what has room."),
     ] = None,
 ) -> None:
     """Bring everything, or the targets and all they need, up to date."""

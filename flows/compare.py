@@ -1,4 +1,4 @@
-"""The flow: bring every stale stage of DVC's graph up to date, as many side by side as there is room for.
+"""The flow: bring every stale stage of DVC's graph up to date, as many side by side as the machine can hold.
 
 DVC decides which stages must run and keeps their results; Prefect runs them. A stage is a task that waits for
 the tasks it depends on and then calls `dvc repro --single-item`. If a stage fails, all that depend on it are
@@ -20,6 +20,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 from prefect.futures import wait
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed, State
@@ -27,14 +28,15 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import summary
 from flows.plan import Plan
+from flows.retries import TRIES
 from flows.server import WITHOUT, running
 from flows.terminal import console
 from flows.update import update
 from stages.core.errors import Refusal
 from stages.core.files import REPORT
 
-# A task that waits for its upstream holds a thread, so there are many threads; the room for stages limits how
-# many run at a time. Tasks are submitted upstream first, so waits are never circular.
+# A task that waits for its upstream holds a thread, so there are many threads; `flows.resources` limits how
+# many stages run at a time. Tasks are submitted upstream first, so waits are never circular.
 THREADS = 256
 
 
@@ -43,7 +45,7 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
     """Bring the project in the current folder up to date.
 
     Args:
-        jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
+        jobs: stages side by side at most; None: as many as threads, memory and cards allow.
         targets: stages or artifacts to make, with all they need; None or empty: everything.
     """
     try:
@@ -81,7 +83,13 @@ def advance_on_a_server(run: Plan) -> None:
 def _advance_all(run: Plan) -> None:
     """Run what the plan says as Prefect's tasks."""
 
-    @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+    def due(_: Any, task_run: TaskRun, __: Any) -> bool:
+        return run.retries.due(task_run.name)
+
+    @task(
+        name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False,
+        retries=TRIES, retry_condition_fn=due, retry_delay_seconds=0,
+    )  # fmt: skip
     def stage(name: str) -> Any:
         try:
             outcome = run.advance(name)
@@ -89,7 +97,7 @@ def _advance_all(run: Plan) -> None:
             return Cancelled(message="the run was stopped")
         message = f"{outcome.state} in {outcome.seconds:.1f} s"
         get_run_logger().info("%s: %s", name, message)
-        progress.step()
+        progress.step(name)
         if outcome.state in ("failed", "skipped"):
             return Failed(message=outcome.reason)
         return Completed(name=outcome.state.capitalize(), message=message)
@@ -115,15 +123,16 @@ class _Progress:
     """The share of stages that have ended, as an artifact that the UI draws."""
 
     def __init__(self, stages: int) -> None:
-        self._stages, self._ended = stages, 0
+        self._stages = stages
+        self._ended: set[str] = set()
         self._lock = threading.Lock()
         self._artifact: UUID = create_progress_artifact(0.0, "progress", f"of {stages} stages")  # type: ignore[assignment]
 
-    def step(self) -> None:
-        """Count a stage."""
+    def step(self, stage: str) -> None:
+        """Count a stage, once even if it runs again."""
         with self._lock:
-            self._ended += 1
-            update_progress_artifact(self._artifact, 100 * self._ended / self._stages)
+            self._ended.add(stage)
+            update_progress_artifact(self._artifact, 100 * len(self._ended) / self._stages)
 
 
 def _publish(run: Plan) -> None:

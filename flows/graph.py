@@ -6,6 +6,8 @@ or outputs differ from the lock. Whether a stage below them must run as well is 
 """
 
 import difflib
+import math
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -32,11 +34,19 @@ class Stage:
     cmd: str
     upstream: tuple[str, ...]
     outs: tuple[str, ...]
+    memory_gib: float | None = None
+    """The memory it declares in dvc.yaml: `meta: {memory_gib: 12}`."""
+
+    @property
+    def module(self) -> str:
+        """The name of our stage that it runs, such as `prune`; empty for any other command."""
+        named = re.search(r"\bstages\.(\w+)", self.cmd)
+        return named[1] if named else ""
 
     @property
     def alone(self) -> bool:
         """Whether it measures time or energy, so nothing may run beside it."""
-        return "stages.profile" in self.cmd
+        return self.module == "profile"
 
     @property
     def record(self) -> Path:
@@ -76,6 +86,7 @@ class Project:
                 cmd=str(stage.cmd),
                 upstream=tuple(sorted(up.addressing for up in graph.successors(stage))),
                 outs=tuple(out.def_path for out in stage.outs),
+                memory_gib=_declared(stage.addressing, stage.meta),
             )
         return stages
 
@@ -118,6 +129,24 @@ def opened() -> Iterator[Project]:
         raise Refusal(f"DVC cannot read the graph: {error}") from None
     with repo, lock_repo(repo):
         yield Project(repo)
+
+
+def read_graph() -> Graph:
+    """Read the whole graph of the project in the current folder; see `Project.graph`."""
+    with opened() as project:
+        return project.graph()
+
+
+def _declared(name: str, meta: Any) -> float | None:
+    """Return the memory that a stage declares.
+
+    Raises:
+        Refusal: it is no positive number.
+    """
+    value = meta.get("memory_gib") if isinstance(meta, dict) else None
+    if value is None or (type(value) in (int, float) and 0 < value < math.inf):
+        return value
+    raise Refusal(f"{name}: meta.memory_gib in dvc.yaml is {value!r}; write GiB as a positive number.")
 
 
 def select(graph: Graph, targets: Iterable[str]) -> Graph:

@@ -1,19 +1,17 @@
 """The work of a run, apart from its scheduling: find the stale stages, advance each, note how each ended."""
 
-import os
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from flows import graph, mend
-from flows.graph import Graph, Stage
+from flows.graph import Graph
 from flows.lockfile import Entries, SafeLock
 from flows.process import CHATTER, Children
+from flows.resources import Need, Pool, need_of, pool_of
+from flows.retries import Retries, cause_of, was_killed
 from flows.terminal import console
 from stages.core import disk
 from stages.core.errors import Refusal
@@ -38,7 +36,8 @@ class Plan:
 
     Attributes:
         graph: the requested stages and all they need, upstream first.
-        jobs: how many stages run side by side.
+        pool: what its stages share of the machine.
+        threads: `run.threads`.
         params: the content of params.yaml that the run was planned on.
         stale: the stages that are out of date by themselves.
         todo: these and all that depend on them, upstream first.
@@ -46,17 +45,17 @@ class Plan:
     """
 
     graph: Graph
-    jobs: int
+    pool: Pool
+    threads: int = 1
     params: Any = None
     stale: set[str] = field(default_factory=set)
     todo: list[str] = field(default_factory=list)
     children: Children = field(default_factory=Children)
     lock: SafeLock = field(default_factory=SafeLock)
+    retries: Retries = field(default_factory=Retries)
     listen: Callable[[str], object] = lambda line: None
 
     def __post_init__(self) -> None:
-        self._slots = threading.Semaphore(self.jobs)
-        self._collecting = threading.Lock()
         self._locked = self.lock.entries
         self._ended: dict[str, Outcome] = {}
         self._changed: set[str] = set()
@@ -95,7 +94,8 @@ class Plan:
         if name not in self.stale and not self._changed & set(self.graph[name].upstream):
             # It would be stale only if a stage above had changed its outputs, and none has.
             return self._end(Outcome(name, "unchanged"))
-        with self._room(self.graph[name]):
+        self.retries.wait(name, self.children.stopped)
+        with self.pool.hold(self._need(name)) as lease:
             if self.children.stopped.is_set():
                 raise InterruptedError(name)
             if self.params not in (None, provenance.content(PARAMS)):  # DVC has not deleted anything yet
@@ -103,11 +103,15 @@ class Plan:
                 return self._end(Outcome(name, "skipped", 0.0, reason))
             started, clock = time.time(), time.monotonic()
             _say(name, "starts")
-            code, output = self._repro(name)
+            code, output = self._repro(name, lease.environment)
             seconds = round(time.monotonic() - clock, 1)
         if code:
             mend.restore(self.graph[name].outs)
-            outcome = Outcome(name, "failed", seconds, self._reason(name, started, output))
+            record = self._record(name, started)
+            outcome = Outcome(name, "failed", seconds, _reason(record, code, output))
+            if again := self.retries.note(name, cause_of(record, code, output), lease):
+                _say(name, f"failed ({outcome.reason.rstrip('.')}); it {again}", style="yellow")
+                return self._end(outcome)
         else:
             outcome = Outcome(name, _state(output), seconds)
             if name not in self._locked or self._outs(self.lock.entries, name) != self._outs(
@@ -117,7 +121,7 @@ class Plan:
         _say(name, f"{outcome.state}, {seconds} s", style="red" if code else "green")
         return self._end(outcome)
 
-    def _repro(self, name: str) -> tuple[int, str]:
+    def _repro(self, name: str, environment: dict[str, str]) -> tuple[int, str]:
         """Run the stage, and once more if dvc.lock was cut off meanwhile: DVC then restores what it made."""
 
         def show(line: str) -> None:
@@ -126,11 +130,11 @@ class Plan:
 
         mended = self.lock.mended
         try:
-            code, output = self.children.repro(name, show, name in self._wrong)
+            code, output = self.children.repro(name, show, name in self._wrong, environment)
             self.lock.keep()
             while not code and mended != self.lock.mended:
                 mended = self.lock.mended
-                code = self.children.repro(name, show)[0]
+                code = self.children.repro(name, show, False, environment)[0]
                 self.lock.keep()
         except InterruptedError:
             raise
@@ -151,51 +155,30 @@ class Plan:
     def _outs(entries: Entries, name: str) -> Any:
         return entries.get(name, {}).get("outs")
 
-    @contextmanager
-    def _room(self, stage: Stage) -> Iterator[None]:
-        """Hold a slot for the stage; all slots for a stage that must run alone."""
-        taken = 0
-        try:
-            if stage.alone:
-                with self._collecting:  # two stages that each held some slots would wait for each other
-                    while taken < self.jobs:
-                        self._slots.acquire()
-                        taken += 1
-            else:
-                self._slots.acquire()
-                taken = 1
-            yield
-        finally:
-            for _ in range(taken):
-                self._slots.release()
+    def _need(self, name: str) -> Need:
+        """Return what a stage needs; say so if it is more memory than there is."""
+        need = need_of(self.graph[name], self.graph, self.pool, self.threads)
+        if need.gib > self.pool.gib:
+            there = f"{self.pool.gib:.1f} GiB of memory that this run has"
+            _say(name, f"may need {need.gib:.1f} GiB, more than the {there}; it runs alone", style="yellow")
+        return replace(need, alone=True) if name in self.retries.alone else need
 
     def _end(self, outcome: Outcome) -> Outcome:
         self._ended[outcome.stage] = outcome
         return outcome
 
-    def _reason(self, name: str, started: float, output: str) -> str:
-        """Return the error in the stage's run record, or else the last line it printed."""
+    def _record(self, name: str, started: float) -> dict[str, Any]:
+        """Return the run record that the stage has just written; an empty one if it wrote none."""
         record = self.graph[name].record
         fresh = record.exists() and record.stat().st_mtime >= started - 1
-        error = str(read_json(record)["error"] or "") if fresh else ""
-        if disk.is_full(f"{error}\n{output}"):
-            return disk.full()
-        if error:
-            return error
-        if ended := re.search(r"exited with -(\d+)$", output, re.M):
-            name = signal.Signals(int(ended[1])).name
-            cause = ", perhaps as memory ran out" if name == "SIGKILL" else ""
-            return f"ended by {name}{cause}; run it again to continue."
-        lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
-        own = [line for line in lines if "failed to reproduce" not in line]
-        return (own or lines or [""])[-1].strip()
+        return dict(read_json(record)) if fresh else {}
 
 
 def plan(jobs: int | None, targets: Iterable[str], held: tuple[int, ...] = ()) -> Plan:
     """Check params.yaml, bring the code identities up to date, and find the stale stages.
 
     Args:
-        jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
+        jobs: stages side by side at most; None: as many as threads, memory and cards allow.
         held: open files that hold the workspace, see `flows.workspace.alone`.
 
     Raises:
@@ -208,13 +191,28 @@ def plan(jobs: int | None, targets: Iterable[str], held: tuple[int, ...] = ()) -
     with graph.opened() as project:
         stages = graph.select(project.graph(), targets)
         stale = project.stale()
-    if jobs is None:
-        on_cpu = params.run.resolved_device().type == "cpu"
-        jobs = max(1, (os.cpu_count() or 1) // params.run.threads) if on_cpu else 1
-    run = Plan(stages, jobs, content, stale, children=Children(held), lock=lock)
+    pool = pool_of(params.run, jobs)
+    run = Plan(stages, pool, params.run.threads, content, stale, children=Children(held), lock=lock)
+    console.print(f"{pool} to use", markup=False)
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
     run.find_stale()
     return run
+
+
+def _reason(record: dict[str, Any], code: int, output: str) -> str:
+    """Return the error in a stage's run record, or else that it was killed, or the last line it printed."""
+    error = str(record.get("error") or "")
+    if disk.is_full(f"{error}\n{output}"):
+        return disk.full()
+    if error:
+        return error
+    if was_killed(code, output):
+        return "it was killed, as the kernel does when memory runs out."
+    if re.search(r"exited with -\d+$", output, re.M):
+        return "a signal ended it while it started; run it again."
+    lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
+    own = [line for line in lines if "failed to reproduce" not in line]
+    return (own or lines or [""])[-1].strip()
 
 
 def _say(stage: str, line: str, style: str | None = None) -> None:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from flows import guard
@@ -42,26 +43,35 @@ class Children:
         self._alive: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
 
-    def repro(self, stage: str, show: Callable[[str], None], force: bool = False) -> tuple[int, str]:
+    def repro(
+        self,
+        stage: str,
+        show: Callable[[str], None],
+        force: bool = False,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[int, str]:
         """Run `dvc repro --single-item <stage>` and return its exit code and output; wait for what blocks it.
 
         Args:
             show: called with each line worth showing, as it comes.
             force: whether to run the stage even if DVC has its result.
+            variables: added to its environment.
 
         Raises:
             InterruptedError: the run was stopped before or during the stage.
         """
-        return insist(lambda: self._repro(stage, show, force), show, self.stopped.wait)
+        return insist(lambda: self._repro(stage, show, force, variables), show, self.stopped.wait)
 
-    def _repro(self, stage: str, show: Callable[[str], None], force: bool) -> tuple[int, str]:
+    def _repro(
+        self, stage: str, show: Callable[[str], None], force: bool, variables: Mapping[str, str]
+    ) -> tuple[int, str]:
         command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
         with self._lock:
             if self.stopped.is_set():
                 raise InterruptedError(stage)
             child = subprocess.Popen(
                 [*GUARD, *command],
-                env=environment(),
+                env={**environment(), **variables},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

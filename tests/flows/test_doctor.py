@@ -42,7 +42,7 @@ def test_a_sound_project_has_no_problem(folder):
     assert {subject for subject, (state, _) in seen.items() if state == "problem"} == set()
     assert set(seen) >= {
         "git", "dvc cache", "dvc remote", "params.yaml", "dvc.lock", "disk", "versions", "processor",
-        "prefect", "leftovers", "device",
+        "prefect", "leftovers", "device", "threads", "memory", "cards",
     }  # fmt: skip
     assert seen["data/code"][0] == "warning"  # nothing has run
 

@@ -4,8 +4,8 @@ import pytest
 
 from stages.core.errors import Refusal
 from stages.job import checks
-from stages.job.checks.recipes import ALLOW
 from stages.job.load import checked_params, load
+from stages.pruning.policy import ALLOW
 from tests import project
 
 

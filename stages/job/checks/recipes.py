@@ -1,6 +1,5 @@
 """What recipes read and how they group weights: data must exist and fit, groups must divide every width."""
 
-import os
 from collections.abc import Iterator
 from typing import Literal, get_origin
 
@@ -10,12 +9,9 @@ from stages.job.checks.learning import all_evaluated, learnable, of_chosen, too_
 from stages.job.params import Params
 from stages.job.sentences import allowed
 from stages.pruning.depth.tasks import Items
-from stages.pruning.policy import Command
+from stages.pruning.policy import ALLOW, Command
 from stages.sources.graded.items import GradedData
 from stages.sources.text import Text
-
-ALLOW = "PRUNEQUANT_ALLOW_COMMANDS"
-"""The environment variable without which no recipe may run a program, as params.yaml may be a stranger's."""
 
 
 def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
@@ -26,7 +22,7 @@ def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
     """
     for artifact, recipe in params.recipes().items():
         at = artifact.replace("/", ".", 1)
-        if isinstance(policy := getattr(recipe, "policy", None), Command) and os.environ.get(ALLOW) != "1":
+        if isinstance(policy := getattr(recipe, "policy", None), Command) and not policy.is_allowed():
             yield (
                 f"{at}.policy: it runs the program {policy.command[0]!r} on this machine; if you trust "
                 f"params.yaml, set {ALLOW}=1 in the environment."
