@@ -1,5 +1,6 @@
 """The work of a run, apart from its scheduling: find the stale stages, advance each, note how each ended."""
 
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -207,6 +208,8 @@ def _reason(record: dict[str, Any], code: int, output: str) -> str:
         return error
     if was_killed(code, output):
         return "it was killed, as the kernel does when memory runs out."
+    if re.search(r"exited with -\d+$", output, re.M):
+        return "a signal ended it while it started; run it again."
     lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
     own = [line for line in lines if "failed to reproduce" not in line]
     return (own or lines or [""])[-1].strip()

@@ -25,6 +25,9 @@ def recorded(stage: str, name: str) -> Iterator[None]:
     state, reason, cause = "done", None, None
     try:
         yield
+    except (SystemExit, KeyboardInterrupt):
+        state, reason = "failed", "ended by a signal before it was done; run it again to continue."
+        raise
     except BaseException as error:
         state, reason, cause = "failed", str(error) or type(error).__name__, passing(error)
         raise

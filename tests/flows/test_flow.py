@@ -144,6 +144,17 @@ def test_two_stages_run_side_by_side_and_no_more(tmp_path, monkeypatch):
     assert max(most) == 2
 
 
+def test_a_stage_that_a_signal_ended_says_so(tmp_path, monkeypatch):
+    """DVC's last word of its own is the command, which is no reason."""
+    monkeypatch.chdir(tmp_path)
+    run = Plan(stages(a=""), Pool(1), stale={"a"}, todo=["a"])
+    lines = (
+        "> python -m stages.prune a\nERROR: failed to reproduce 'a': failed to run: python, exited with -15"
+    )
+    monkeypatch.setattr(run.children, "repro", lambda *_, **__: (255, lines))
+    assert run.advance("a").reason == "a signal ended it while it started; run it again."
+
+
 def test_stopping_starts_nothing_more():
     run = Plan(stages(a=""), Pool(1), stale={"a"}, todo=["a"])
     run.children.stop()

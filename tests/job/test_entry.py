@@ -35,6 +35,11 @@ def test_a_run_is_recorded_however_it_ends(tmp_path, monkeypatch):
         raise Refusal("no.")
     record = json.loads(Path("data/runs/prune/x.json").read_text())
     assert (record["state"], record["error"], record["passing"]) == ("failed", "no.", None)
+    for error in (SystemExit(143), KeyboardInterrupt()):
+        with pytest.raises(type(error)), recorded("prune", "x"):
+            raise error
+        record = json.loads(Path("data/runs/prune/x.json").read_text())
+        assert record["error"] == "ended by a signal before it was done; run it again to continue."
 
 
 def test_a_run_records_where_it_ran_and_what_may_pass(tmp_path, monkeypatch):
