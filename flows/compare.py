@@ -28,7 +28,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import summary, workspace
 from flows.plan import Plan, plan
-from flows.process import end_with_this
+from flows.process import Children, end_with_this
 from flows.terminal import console
 from stages.core import disk
 from stages.core.errors import Refusal
@@ -67,7 +67,7 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
         jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
         targets: stages or artifacts to make, with all they need; None or empty: everything.
     """
-    return _bring_up_to_date(jobs, targets or [], _advance_all)
+    return _bring_up_to_date(jobs, targets or [], advance_all)
 
 
 def compare_here(jobs: int | None, targets: list[str]) -> State[Any]:
@@ -75,12 +75,12 @@ def compare_here(jobs: int | None, targets: list[str]) -> State[Any]:
 
     def advance(run: Plan) -> State[Any]:
         if not run.todo:
-            return _conclude(run)
+            return conclude(run)
         start_server()
 
         @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
         def planned() -> State[Any]:
-            return _advance_all(run)
+            return advance_all(run)
 
         state: State[Any] = planned(return_state=True)
         return state
@@ -91,13 +91,29 @@ def compare_here(jobs: int | None, targets: list[str]) -> State[Any]:
 def _bring_up_to_date(
     jobs: int | None, targets: list[str], advance: Callable[[Plan], State[Any]]
 ) -> State[Any]:
-    """Plan, then advance, alone in the workspace; turn what the user can mend into a failed state."""
-    try:
+    """Plan, then advance, alone in the workspace."""
+
+    def work() -> State[Any]:
         with workspace.alone() as held:
-            run = plan(jobs, targets, held)
-            if "code" not in run.todo:
-                workspace.claim()
-            return advance(run)
+            return plan_and_advance(Children(held), jobs, targets, advance)
+
+    return mendable(work)
+
+
+def plan_and_advance(
+    children: Children, jobs: int | None, targets: list[str], advance: Callable[[Plan], State[Any]]
+) -> State[Any]:
+    """Plan, then advance, in a workspace that `workspace.alone` holds."""
+    run = plan(jobs, targets, children)
+    if "code" not in run.todo:
+        workspace.claim()
+    return advance(run)
+
+
+def mendable(work: Callable[[], State[Any]]) -> State[Any]:
+    """Do the work; turn what the user can mend into a failed state."""
+    try:
+        return work()
     except Refusal as refusal:
         return Failed(message=str(refusal))
     except Exception as error:
@@ -106,7 +122,7 @@ def _bring_up_to_date(
         return Failed(message=disk.full())
 
 
-def _advance_all(run: Plan) -> State[Any]:
+def advance_all(run: Plan) -> State[Any]:
     """Run what the plan says as Prefect's tasks, and say how it ended."""
 
     @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
@@ -135,10 +151,10 @@ def _advance_all(run: Plan) -> State[Any]:
         key="compare", table=summary.outcome_rows(outcomes), description=summary.totals(outcomes)
     )
     get_run_logger().info(summary.totals(outcomes))
-    return _conclude(run)
+    return conclude(run)
 
 
-def _conclude(run: Plan) -> State[Any]:
+def conclude(run: Plan) -> State[Any]:
     """Show how every stage ended and where the report is; return the state of the whole run."""
     outcomes = run.outcomes()
     summary.show_outcomes(outcomes)

@@ -40,6 +40,7 @@ class Plan:
         params: the content of params.yaml that the run was planned on.
         stale: the stages that are out of date by themselves.
         todo: these and all that depend on them, upstream first.
+        wrong: the stages whose result disagrees with dvc.lock; DVC would not run them by itself.
     """
 
     graph: Graph
@@ -47,6 +48,7 @@ class Plan:
     params: Any = None
     stale: set[str] = field(default_factory=set)
     todo: list[str] = field(default_factory=list)
+    wrong: set[str] = field(default_factory=set)
     children: Children = field(default_factory=Children)
     lock: SafeLock = field(default_factory=SafeLock)
 
@@ -56,7 +58,6 @@ class Plan:
         self._locked = self.lock.entries
         self._ended: dict[str, Outcome] = {}
         self._changed: set[str] = set()
-        self._wrong: set[str] = set()
         self._planned = time.strftime("%H:%M")
 
     def find_stale(self) -> None:
@@ -73,10 +74,10 @@ class Plan:
             raise Refusal(f"code: {self._ended['code'].reason}")
         for name, inputs in mend.find_wrong(self.graph).items():
             _say(name, f"dvc.lock names other inputs than it was computed from ({inputs}); it runs again")
-            self._wrong.add(name)
-        if self._wrong:
-            mend.forget_runs(self._wrong)
-        self.stale = graph.stale(self.graph) | self._wrong
+            self.wrong.add(name)
+        if self.wrong:
+            mend.forget_runs(self.wrong)
+        self.stale = graph.stale(self.graph) | self.wrong
         below = graph.below(self.graph, self.stale)
         self.todo = [name for name in self.graph if name in below]
 
@@ -115,7 +116,7 @@ class Plan:
         """Run the stage, and once more if dvc.lock was cut off meanwhile: DVC then restores what it made."""
         mended = self.lock.mended
         try:
-            code, output = self.children.repro(name, lambda line: _say(name, line), name in self._wrong)
+            code, output = self.children.repro(name, lambda line: _say(name, line), name in self.wrong)
             self.lock.keep()
             while not code and mended != self.lock.mended:
                 mended = self.lock.mended
@@ -145,7 +146,7 @@ class Plan:
         """Hold a slot for the stage; all slots for a stage that must run alone."""
         taken = 0
         try:
-            if stage.alone:
+            if stage.alone and not self.children.elsewhere:
                 with self._collecting:  # two stages that each held some slots would wait for each other
                     while taken < self.jobs:
                         self._slots.acquire()
@@ -176,12 +177,12 @@ class Plan:
         return (own or lines or [""])[-1].strip()
 
 
-def plan(jobs: int | None, targets: Iterable[str], held: tuple[int, ...] = ()) -> Plan:
+def plan(jobs: int | None, targets: Iterable[str], children: Children | None = None) -> Plan:
     """Check params.yaml, bring the code identities up to date, and find the stale stages.
 
     Args:
         jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
-        held: open files that hold the workspace, see `flows.workspace.alone`.
+        children: run the stages; None: as child processes.
 
     Raises:
         Refusal: bad params, unknown targets or a graph that DVC cannot read; no stage but `code` has run.
@@ -194,7 +195,7 @@ def plan(jobs: int | None, targets: Iterable[str], held: tuple[int, ...] = ()) -
     if jobs is None:
         on_cpu = params.run.resolved_device().type == "cpu"
         jobs = max(1, (os.cpu_count() or 1) // params.run.threads) if on_cpu else 1
-    run = Plan(stages, jobs, content, children=Children(held), lock=lock)
+    run = Plan(stages, jobs, content, children=children or Children(), lock=lock)
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
     run.find_stale()
     return run

@@ -35,7 +35,13 @@ _watchers: list[subprocess.Popen[bytes]] = []
 
 
 class Children:
-    """The child processes of one run."""
+    """The child processes of one run.
+
+    Attributes:
+        elsewhere: whether the stages run on other machines, so that they do not share this one.
+    """
+
+    elsewhere = False
 
     def __init__(self, held: tuple[int, ...] = ()) -> None:
         """Take the open files that each guard holds as well, as long as it lives."""
