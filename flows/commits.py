@@ -77,9 +77,8 @@ class Branch:
         with self._guard:
             text = LOCK.read_text()
             if text != self._lock_text or not self._published:
-                parents = [commit for commit in (self._published or _known(self._running)) if commit]
                 message = f"{self.name}: running\n\nRun-Source: {self.source}"
-                commit = _commit(self.source, text, parents or (self.source,), message)
+                commit = _commit(self.source, text, (self._published or self.source,), message)
                 git("push", "--quiet", "--force", "origin", f"{commit}:refs/heads/{self._running}")
                 self._published, self._lock_text = commit, text
             return self._published
@@ -129,10 +128,8 @@ class Branch:
         if not last:
             return lockfile.joined(theirs) if theirs else ""
         ours, base = _blocks_at(last), _blocks_at(_trailer(last, "Run-Source"))
-        unchanged = {
-            name: block for name, block in ours.items() if theirs.get(name) in (None, base.get(name))
-        }
-        return lockfile.joined({**theirs, **unchanged})
+        kept = {name: text for name, text in ours.items() if theirs.get(name) in (None, base.get(name))}
+        return lockfile.joined({**theirs, **kept})
 
 
 def check_out(commit: str) -> None:
@@ -252,20 +249,24 @@ def _prepared(source: str) -> str:
     """Refuse a clone with edits, fetch, and return the commit of a source."""
     if dirt := _dirt():
         raise Refusal(
-            f"{Path.cwd()} holds edits ({', '.join(dirt)}), but a run needs a clone that nobody edits; commit "
-            "and push them elsewhere, or undo them with `git stash --include-untracked`."
+            f"{Path.cwd()} holds edits ({', '.join(dirt)}), but a run needs a clone that nobody edits; move "
+            "them to another clone, or out of the way with `git stash --include-untracked`."
         )
     if "origin" in git("remote").splitlines():
         git("fetch", "--quiet", "--prune", "origin")
     if commit := _known(f"refs/remotes/origin/{source}") or _known(source):
         return commit
     raise Refusal(
-        f"{Path.cwd()} has no branch, tag or commit {source!r}, not even after `git fetch origin`; push it there."
+        f"{Path.cwd()} has no branch, tag or commit {source!r}, not even after `git fetch origin`; push it to "
+        "that clone's origin."
     )
 
 
 def _dirt() -> list[str]:
-    """Return edited and new files; not dvc.lock, which a killed run leaves changed and DVC's cache restores."""
+    """Return edited and new files.
+
+    Not dvc.lock: a killed run leaves it changed, and what it named is in DVC's cache.
+    """
     command = ["git", "status", "--porcelain", "--untracked-files=all", "--no-renames", "-z", "."]
     status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     paths = [line[3:] for line in status.split("\0") if line]
@@ -273,7 +274,7 @@ def _dirt() -> list[str]:
     return [path for path in paths if path != f"{prefix}{LOCK}"]
 
 
-def _commit(source: str, lock: str, parents: tuple[str, ...] | list[str], message: str) -> str:
+def _commit(source: str, lock: str, parents: tuple[str, ...], message: str) -> str:
     """Commit the files of a source with another dvc.lock; no branch, index or file changes."""
     with tempfile.TemporaryDirectory() as folder:
         index, text = str(Path(folder, "index")), Path(folder, "lock")

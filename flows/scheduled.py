@@ -78,8 +78,8 @@ def spread_from_here(targets: list[str], jobs: int | None) -> State[Any]:
     """
     if not PREFECT_API_URL.value():
         raise Refusal(
-            "--spread needs the Prefect server that the workers ask; set PREFECT_API_URL to its address, such "
-            "as http://127.0.0.1:4200/api, or leave --spread away."
+            "--spread needs the Prefect server that the workers ask; set PREFECT_API_URL to its address, "
+            "such as http://127.0.0.1:4200/api, or leave --spread away."
         )
     source = commits.committed_head()
     commits.enter_clone()
@@ -98,7 +98,7 @@ def _advance(
     commits.dvc("pull", "--force", ok=not state.is_failed())
     if state.is_completed() and (left := graph.stale(graph.select(graph.read_graph(), targets))):
         raise Refusal(
-            f"{', '.join(sorted(left))} differ from dvc.lock after the workers' results were fetched; run it again."
+            f"{', '.join(sorted(left))} still differ from dvc.lock with the workers' results; run it again."
         )
     return state
 

@@ -1,7 +1,7 @@
-"""Many machines: each stage of a run is a flow run of its own, which a worker of one of Prefect's pools takes.
+"""Many machines: each stage of a run is a flow run of its own, for a worker of one of Prefect's pools.
 
-The coordinator plans as for one machine. Where one machine would start `dvc repro`, `Workers` asks Prefect for
-the deployment `stage` of a pool and follows it. The worker checks the run's commit out in its own clone. The
+The coordinator plans as for one machine. Where that would start `dvc repro`, `Workers` asks Prefect for the
+deployment `stage` of a pool and follows it. The worker checks the run's commit out in its own clone. The
 commit's dvc.lock names every result so far, so the worker fetches those that the stage needs, computes it
 with `dvc repro`, pushes the result to the DVC remote, and leaves the new entry of dvc.lock as an artifact of
 its flow run. The coordinator puts the entry into its own dvc.lock, and the next commit carries it on.
@@ -46,6 +46,7 @@ WITH_MODEL = ("prune", "quantize", "teach", "finetune", "evaluate")
 _POLL = 2.0
 _PATIENCE = 60.0
 _ENTRY_KEY = "lock"
+_OPEN, _CLOSE = "```yaml\n", "```\n"
 
 
 class Workers(Children):
@@ -85,6 +86,7 @@ class Workers(Children):
                     )
                 except ObjectNotFound:
                     return 1, f"Prefect has no deployment stage/{pool}; `prefect deploy --all` creates it."
+                assert isinstance(run, FlowRun)
                 show(f"waits for a worker of pool {pool}, flow run {run.id}")
                 state = self._follow(client, run, show, pool)
                 message = str(state.message)
@@ -168,9 +170,7 @@ def _compute(name: str, commit: str, force: bool, held: tuple[int, ...]) -> Stat
         return Failed(message=outcome.reason)
     commits.dvc("push", name)
     entry = lockfile.entry_texts(provenance.LOCK.read_text())[name]
-    create_markdown_artifact(
-        f"```yaml\n{entry}```\n", key=_ENTRY_KEY, description=f"dvc.lock's entry of {name}"
-    )
+    create_markdown_artifact(f"{_OPEN}{entry}{_CLOSE}", key=_ENTRY_KEY, description=f"dvc.lock's {name}")
     word = "is cached - skipping run" if outcome.state == "restored" else "Running stage"
     return Completed(name=outcome.state.capitalize(), message=f"{word}; {outcome.seconds} s")
 
@@ -201,4 +201,4 @@ def _entry_left_by(client: SyncPrefectClient, run: FlowRun) -> str:
     )
     if not artifacts:
         raise OSError(f"flow run {run.id} completed without an entry of dvc.lock; run it again.")
-    return str(artifacts[0].data).removeprefix("```yaml\n").removesuffix("```\n")
+    return str(artifacts[0].data).removeprefix(_OPEN).removesuffix(_CLOSE)
