@@ -257,8 +257,8 @@ def _prepared(source: str) -> str:
     if commit := _known(f"refs/remotes/origin/{source}") or _known(source):
         return commit
     raise Refusal(
-        f"{Path.cwd()} has no branch, tag or commit {source!r}, not even after `git fetch origin`; push it to "
-        "that clone's origin."
+        f"{Path.cwd()} has no branch, tag or commit {source!r}, not even after `git fetch origin`; push it "
+        "to that clone's origin."
     )
 
 

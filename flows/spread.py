@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -24,7 +25,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
-from prefect.states import Cancelling, Completed, Failed, State
+from prefect.states import Cancelling, Completed, Failed, Pending, State
 
 from flows import commits, graph, lockfile, workspace
 from flows.commits import Branch
@@ -44,7 +45,11 @@ HERE = ("code", "validate")
 WITH_MODEL = ("prune", "quantize", "teach", "finetune", "evaluate")
 """Stages that compute with a model, so that a GPU serves them."""
 _POLL = 2.0
+"""Seconds between looks at a flow run."""
 _PATIENCE = 60.0
+"""Seconds without a worker until that is said."""
+_OUTAGE = 600.0
+"""Seconds that the server may be away."""
 _ENTRY_KEY = "lock"
 _OPEN, _CLOSE = "```yaml\n", "```\n"
 
@@ -96,7 +101,7 @@ class Workers(Children):
                 if not state.is_crashed():
                     return 1, message or f"its flow run is {state.name}."
                 show(f"its worker died ({message}); it starts again elsewhere")
-        return 1, f"{ATTEMPTS} workers died while they ran it; the last flow run is {run.id}."
+        return 1, f"{ATTEMPTS} workers died while they ran it; see their logs."
 
     def _get_ready(self) -> None:
         """Once a run, send what workers need to the DVC remote and read the graph."""
@@ -109,9 +114,15 @@ class Workers(Children):
     ) -> State[Any]:
         """Wait until a flow run has ended; cancel it if this run is stopped."""
         asked, patient, started = time.monotonic(), True, False
+        answered = asked
+        state: State[Any] = Pending()
         while True:
-            state = client.read_flow_run(run.id).state
-            assert state is not None
+            try:
+                state = client.read_flow_run(run.id).state or state
+                answered = time.monotonic()
+            except httpx.HTTPError as error:
+                if time.monotonic() - answered > _OUTAGE:
+                    raise OSError(f"Prefect's server has not answered for {_OUTAGE:.0f} s: {error}") from None
             if state.is_final():
                 return state
             if state.is_running() and not started:

@@ -1,0 +1,156 @@
+"""Stages on the workers of Prefect's pools, nights on branches: real servers, workers that are killed."""
+
+import json
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+import yaml
+
+from flows.graph import Stage
+from flows.spread import pool_of
+from stages.job.load import checked_params
+from tests import finished as sweep
+from tests import project, runners
+
+drill = pytest.mark.drill
+STALE = 180
+"""Seconds after a worker's death within which its stage must have started elsewhere."""
+
+
+@pytest.mark.parametrize(
+    ("module", "device", "pool"),
+    [
+        ("prune 'wanda-50'", "cuda:0", "gpu"),
+        ("evaluate 'base/tiny/news'", "cuda", "gpu"),
+        ("evaluate 'base/tiny/news'", "cpu", "cpu"),
+        ("noise 'again'", "cuda", "cpu"),
+        ("report", "cuda", "cpu"),
+        ("profile 'base/tiny'", "cuda", "exclusive"),
+    ],
+)
+def test_the_pool_of_a_stage(inputs, module, device, pool):
+    values = sweep.params(inputs)
+    values["run"]["device"] = device
+    stage = Stage("any", f"python -m stages.{module}", (), ())
+    assert pool_of(stage, checked_params(values)) == pool
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, inputs):
+    """The servers, a clone for the coordinator, two workers."""
+    runners.skip_without()
+    with runners.running(tmp_path_factory.mktemp("shared"), inputs) as servers:
+        servers.clone("runs")
+        servers.workers = {name: servers.worker(name, "cpu") for name in ("one", "two")}
+        yield servers
+
+
+def lock_of(folder, revision):
+    shown = project.run(folder, "git", "show", f"{revision}:dvc.lock").stdout
+    return yaml.safe_load(shown)["stages"]
+
+
+def lock(folder):
+    return yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+
+
+def push(shared, message):
+    project.commit(shared.person, message)
+    project.run(shared.person, "git", "push", "-q", "origin", "main")
+
+
+@drill
+def test_two_workers_compute_each_stage_once_with_the_bytes_of_one_machine(shared, finished):
+    coordinator = shared.folder / "runs"
+    output = shared.run("prunequant", "run", "--spread", PRUNEQUANT_CLONE=str(coordinator))
+    assert lock_of(coordinator, "spread") == lock(finished), output
+    times = Counter((module, recipe) for _, module, recipe in shared.computed())
+    assert len(times) == len(sweep.STAGES) - 2 and set(times.values()) == {1}, times
+    assert {clone.rsplit("/", 1)[1] for clone, *_ in shared.computed()} == {"one", "two"}
+    assert str(coordinator / "data/report/index.html") in output
+    assert sweep.status(coordinator) == set()
+    branches = project.run(shared.folder, "git", "-C", str(shared.origin), "branch", "--list").stdout
+    assert branches.split() == ["*", "main"], "the branch that workers followed is gone"
+
+
+@drill
+def test_an_unchanged_night_is_a_commit_and_computes_nothing(shared):
+    """The person takes the spread run's lock over; the night's clone finds all results in S3."""
+    project.run(shared.person, "git", "fetch", "-q", str(shared.folder / "runs"), "spread:spread")
+    project.run(shared.person, "git", "checkout", "-q", "spread", "--", "dvc.lock")
+    push(shared, "the results of the workers")
+    shared.worker("nights", "runs")
+    before = len(shared.computed())
+    night(shared)
+    ended, *_ = json.loads(shared.run("prunequant", "runs", "origin/night", "--json"))
+    assert (ended["revision"], ended["state"]) == ("origin/night", "Completed")
+    assert "Everything is cached" in ended["summary"]
+    assert len(shared.computed()) == before
+    assert lock_of(shared.person, "origin/night") == lock(shared.person)
+
+
+@drill
+def test_the_stage_of_a_killed_worker_runs_again_elsewhere(shared, edited):
+    sweep.edit(shared.person, "quantize.gptq-w4g32.bits", 3)
+    push(shared, "three bits")
+    before = len(shared.computed())
+    (shared.hook / "hold").write_text("stages.quantize")
+    coordinator = shared.folder / "runs"
+    flow = subprocess.Popen(
+        ["prunequant", "run", "--spread"],
+        cwd=shared.person, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**shared.env, "PYTHONPATH": str(shared.person), "PRUNEQUANT_CLONE": str(coordinator)},
+    )  # fmt: skip
+    wait_until(lambda: not (shared.hook / "hold").exists(), 240, flow)
+    quantized = [clone for clone, module, _ in shared.computed()[before:] if module == "stages.quantize"]
+    runners.end_tree(shared.workers[quantized[0].rsplit("/", 1)[1]], signal.SIGKILL)
+    count = len(shared.computed())
+    wait_until(lambda: len(shared.computed()) > count, STALE, flow)
+    output, _ = flow.communicate(timeout=900)
+    assert flow.returncode == 0, output
+    assert "its worker died (no heartbeat for 75 seconds); it starts again elsewhere" in output
+    folder, ran = edited
+    assert lock_of(coordinator, "spread") == lock(folder)
+    times = Counter(module for _, module, _ in shared.computed()[before:])
+    assert times.pop("stages.quantize") == 2, "once cut off, once whole"
+    assert sum(times.values()) == len(ran - {"code", "validate", "quantize@gptq-w4g32"})
+
+
+@drill
+def test_nights_are_compared_and_a_failed_one_is_a_commit(shared):
+    night(shared)
+    gaps = json.loads(shared.run("prunequant", "diff", "origin/night~1", "origin/night", "--json"))["missing"]
+    for gap in gaps:
+        shared.run("sh", "-c", gap["command"])
+    changes = json.loads(shared.run("prunequant", "diff", "origin/night~1", "origin/night", "--json"))
+    assert changes["missing"] == []
+    assert [change["key"] for change in changes["params"]] == ["quantize.gptq-w4g32.bits"]
+    assert "data/models/quantize/gptq-w4g32" in [change["path"] for change in changes["artifacts"]]
+    page = (shared.folder / "nights/data/runs/since-night.html").read_text()
+    assert "quantize.gptq-w4g32.bits" in page
+    sweep.edit(shared.person, "prune.wanda-50.sparsity", 1.5)
+    push(shared, "a mistake")
+    night(shared)
+    runs = json.loads(shared.run("prunequant", "runs", "night", "--json"))
+    assert [run["state"] for run in runs] == ["Failed", "Completed", "Completed"]
+    assert "1 problem(s), nothing was run" in runs[0]["summary"]
+    assert project.run(shared.folder / "nights", "git", "branch", "--show-current").stdout.strip() == ""
+
+
+def night(shared):
+    """Run the deployment now, pushed; fetch its branch."""
+    shared.run(
+        "prefect", "deployment", "run", "scheduled/night", "--param", "push=true", "--watch", code=None
+    )
+    project.run(shared.person, "git", "fetch", "-q", "origin")
+
+
+def wait_until(true, seconds, flow):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert flow.poll() is None, flow.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
