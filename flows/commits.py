@@ -26,10 +26,9 @@ from flows.graph import DVC
 from flows.terminal import console
 from flows.workspace import insist
 from stages.core.errors import Refusal
+from stages.job.checks import CLONE
 from stages.job.provenance import LOCK
 
-CLONE = "PRUNEQUANT_CLONE"
-"""Names the clone that runs may use."""
 _AUTHOR = ("-c", "user.name=prunequant", "-c", "user.email=prunequant@localhost")
 
 

@@ -42,8 +42,8 @@ ATTEMPTS = 3
 """How often a stage is started whose workers die."""
 HERE = ("code", "validate")
 """Stages that the coordinator runs itself: they take a second."""
-WITH_MODEL = ("prune", "quantize", "teach", "finetune", "evaluate")
-"""Stages that compute with a model, so that a GPU serves them."""
+WITHOUT_MODEL = re.compile(r"stages\.(tidy|report)\b|stages\.download 'datasets/")
+"""Commands that neither read nor write a model, so that they need no `run.device`."""
 _POLL = 2.0
 """Seconds between looks at a flow run."""
 _PATIENCE = 60.0
@@ -140,9 +140,8 @@ def pool_of(stage: Stage, params: Params) -> str:
     """Return the work pool for a stage: `exclusive`, `gpu` or `cpu`."""
     if stage.alone:
         return "exclusive"
-    named = re.search(r"stages\.(\w+)", stage.cmd)
-    with_model = named is not None and named[1] in WITH_MODEL
-    return "gpu" if with_model and params.run.device.startswith("cuda") else "cpu"
+    on_gpu = params.run.device.startswith("cuda") and not WITHOUT_MODEL.search(stage.cmd)
+    return "gpu" if on_gpu else "cpu"
 
 
 @flow(name="stage")

@@ -26,12 +26,16 @@ STALE = 180
         ("prune 'wanda-50'", "cuda:0", "gpu"),
         ("evaluate 'base/tiny/news'", "cuda", "gpu"),
         ("evaluate 'base/tiny/news'", "cpu", "cpu"),
-        ("noise 'again'", "cuda", "cpu"),
+        ("noise 'again'", "cuda", "gpu"),
+        ("download 'base/tiny'", "cuda", "gpu"),
+        ("download 'datasets/news'", "cuda", "cpu"),
         ("report", "cuda", "cpu"),
         ("profile 'base/tiny'", "cuda", "exclusive"),
     ],
 )
-def test_the_pool_of_a_stage(inputs, module, device, pool):
+def test_the_pool_of_a_stage(inputs, monkeypatch, module, device, pool):
+    """Planned on a machine that lacks the device."""
+    monkeypatch.setenv("PRUNEQUANT_CLONE", "/runs")
     values = sweep.params(inputs)
     values["run"]["device"] = device
     stage = Stage("any", f"python -m stages.{module}", (), ())
