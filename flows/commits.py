@@ -14,6 +14,7 @@ import os
 import subprocess
 import tempfile
 import threading
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +27,14 @@ from flows.graph import DVC
 from flows.terminal import console
 from flows.workspace import insist
 from stages.core.errors import Refusal
-from stages.job.checks import CLONE
 from stages.job.provenance import LOCK
 
+CLONE = "PRUNEQUANT_CLONE"
+"""Names the clone that runs may use."""
 _AUTHOR = ("-c", "user.name=prunequant", "-c", "user.email=prunequant@localhost")
 
 
-class Run(NamedTuple):
+class PastRun(NamedTuple):
     """One commit of a branch of runs."""
 
     revision: str
@@ -45,12 +47,18 @@ class Run(NamedTuple):
 
 
 class Branch:
-    """The runs of one deployment, in the clone that is the current folder."""
+    """The runs of one deployment, in the clone that is the current folder.
+
+    Attributes:
+        source: the commit whose files are run.
+        id: of the run; a spread run that follows one that was cut off has the same.
+    """
 
     def __init__(self, name: str) -> None:
         """Take the branch of this name, which need not exist yet."""
         self.name = name
         self.source = ""
+        self.id = ""
         self._published = ""
         self._lock_text = ""
         self._guard = threading.Lock()
@@ -65,6 +73,8 @@ class Branch:
             Refusal: the clone holds edits, or has no such source.
         """
         self.source = _prepared(source)
+        cut_off = _known(f"refs/remotes/origin/{self._running}")
+        self.id = (cut_off and _trailer(cut_off, "Run-Id")) or uuid.uuid4().hex
         self._lock_text = self._memo()
         start = _commit(self.source, self._lock_text, (self.source,), f"{self.name}: begins")
         _put_in_place(start)
@@ -76,7 +86,7 @@ class Branch:
         with self._guard:
             text = LOCK.read_text()
             if text != self._lock_text or not self._published:
-                message = f"{self.name}: running\n\nRun-Source: {self.source}"
+                message = f"{self.name}: running\n\nRun-Id: {self.id}\nRun-Source: {self.source}"
                 commit = _commit(self.source, text, (self._published or self.source,), message)
                 git("push", "--quiet", "--force", "origin", f"{commit}:refs/heads/{self._running}")
                 self._published, self._lock_text = commit, text
@@ -171,7 +181,7 @@ def committed_head() -> str:
     return git("rev-parse", "HEAD")
 
 
-def runs(branch: str | None = None) -> list[Run]:
+def runs(branch: str | None = None) -> list[PastRun]:
     """Return the runs on one branch, or on every branch of runs here and at the remote, latest first.
 
     Raises:
@@ -188,7 +198,7 @@ def runs(branch: str | None = None) -> list[Run]:
     return sorted(found, key=lambda run: run.when, reverse=True)
 
 
-def run_table(listed: list[Run]) -> Table:
+def run_table(listed: list[PastRun]) -> Table:
     """Return runs as a table."""
     table = Table("run", "when", "ended", "source", "summary", box=box.SIMPLE)
     for run in listed:
@@ -196,7 +206,7 @@ def run_table(listed: list[Run]) -> Table:
     return table
 
 
-def _runs_on(branch: str) -> list[Run]:
+def _runs_on(branch: str) -> list[PastRun]:
     state, source = (f"%(trailers:key={key},valueonly,separator=)" for key in ("Run-State", "Run-Source"))
     fields = f"--format=%cI%x00{state}%x00{source}%x00%s"
     lines = git("log", "--first-parent", fields, branch, "--").splitlines()
@@ -206,7 +216,7 @@ def _runs_on(branch: str) -> list[Run]:
         if not ended:
             break
         summary = subject.partition(": ")[2]
-        listed.append(Run(f"{branch}~{back}" if back else branch, when, ended, start[:10], summary))
+        listed.append(PastRun(f"{branch}~{back}" if back else branch, when, ended, start[:10], summary))
     return listed
 
 

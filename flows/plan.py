@@ -188,7 +188,7 @@ def plan(jobs: int | None, targets: Iterable[str], children: Children | None = N
         Refusal: bad params, unknown targets or a graph that DVC cannot read; no stage but `code` has run.
     """
     content = provenance.content(PARAMS)
-    params = load_verified()
+    params = load_verified(device=children is None or not children.elsewhere)
     lock = SafeLock()
     lock.begin()
     stages = graph.select(graph.read_graph(), targets)

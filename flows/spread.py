@@ -8,9 +8,11 @@ its flow run. The coordinator puts the entry into its own dvc.lock, and the next
 
 A worker that dies leaves its flow run without a heartbeat. An automation of deploy/automations.yaml then
 marks it as crashed, and the coordinator asks for the stage again. A stage that failed is not tried again: its
-reason is the user's to mend.
+reason is the user's to mend. A coordinator that died is started again: the flow runs of the first, living or
+complete, are found by a key of their inputs.
 """
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -34,12 +36,13 @@ from flows.graph import Graph, Stage
 from flows.plan import Plan
 from flows.process import Children
 from stages.core.errors import Refusal
+from stages.core.files import text_sha256
 from stages.job import provenance
 from stages.job.load import PARAMS, load_verified
 from stages.job.params import Params
 
 ATTEMPTS = 3
-"""How often a stage is started whose workers die."""
+"""Workers that may die of a stage."""
 HERE = ("code", "validate")
 """Stages that the coordinator runs itself: they take a second."""
 WITHOUT_MODEL = re.compile(r"stages\.(tidy|report)\b|stages\.download 'datasets/")
@@ -79,35 +82,50 @@ class Workers(Children):
             self._get_ready()
         assert self._params is not None
         pool = pool_of(self._graph[stage], self._params)
+        commit, deaths = self.branch.publish(), 0
+        key = self._key(stage)
         with get_client(sync_client=True) as client:
-            for _ in range(ATTEMPTS):
+            for count in itertools.count():
                 try:
                     run = run_deployment(
                         f"stage/{pool}",
-                        parameters={"name": stage, "commit": self.branch.publish(), "force": force},
+                        parameters={"name": stage, "commit": commit, "force": force},
                         timeout=0,
                         flow_run_name=stage,
                         tags=[self.branch.name],
+                        idempotency_key=f"{key}-{count}",
                     )
                 except ObjectNotFound:
                     return 1, f"Prefect has no deployment stage/{pool}; `prefect deploy --all` creates it."
-                assert isinstance(run, FlowRun)
-                show(f"waits for a worker of pool {pool}, flow run {run.id}")
-                state = self._follow(client, run, show, pool)
-                message = str(state.message)
+                assert isinstance(run, FlowRun) and run.state is not None
+                state, earlier = run.state, run.state.is_final()
+                if not earlier:
+                    show(f"waits for a worker of pool {pool}, flow run {run.id}")
+                    state = self._follow(client, run, show, pool)
                 if state.is_completed():
                     lockfile.put_entry(stage, _entry_left_by(client, run))
-                    return 0, message
+                    return 0, str(state.message)
+                if earlier:  # than this run: it was cut off
+                    continue
                 if not state.is_crashed():
-                    return 1, message or f"its flow run is {state.name}."
-                show(f"its worker died ({message}); it starts again elsewhere")
-        return 1, f"{ATTEMPTS} workers died while they ran it; see their logs."
+                    return 1, state.message or f"its flow run is {state.name}."
+                deaths += 1
+                if deaths == ATTEMPTS:
+                    return 1, f"{ATTEMPTS} workers died while they ran it; see their logs."
+                show(f"its worker died ({state.message}); it starts again elsewhere")
+        raise AssertionError
+
+    def _key(self, stage: str) -> str:
+        """Return a key of the run and the stage's inputs."""
+        entries = lockfile.entry_texts(provenance.LOCK.read_text())
+        above = [entries.get(name, "") for name in self._graph[stage].upstream]
+        return text_sha256("\n".join([self.branch.id, self.branch.source, stage, *above]))
 
     def _get_ready(self) -> None:
         """Once a run, send what workers need to the DVC remote and read the graph."""
         if not self._sent:
             commits.dvc("push", ok=False)  # what is not here either, a worker asks for by name
-            self._graph, self._params, self._sent = graph.read_graph(), load_verified(), True
+            self._graph, self._params, self._sent = graph.read_graph(), load_verified(device=False), True
 
     def _follow(
         self, client: SyncPrefectClient, run: FlowRun, show: Callable[[str], None], pool: str

@@ -130,9 +130,13 @@ def test_a_run_goes_on_where_one_was_cut_off(person, clone):
     git(clone, "checkout", "-q", "--force", "main")
     again = Branch("spread")
     again.begin("main")
+    assert again.id == cut.id
     assert locked() == {"a": "2", "b": "1"}
     again.end("Completed", "nothing ran")
     again.clear()
+    new = Branch("spread")
+    new.begin("main")
+    assert new.id not in ("", cut.id)
     assert git(person, "branch", "--list", "running/*") == ""
 
 

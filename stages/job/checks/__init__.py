@@ -7,7 +7,6 @@ cycle, a group_size that does not divide. Both kinds are reported at once. Linea
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,15 +23,14 @@ from stages.sources.benchmark import Benchmark
 log = logging.getLogger(__name__)
 SOURCED = ("models", "datasets")
 """The sections whose entries are downloaded."""
-CLONE = "PRUNEQUANT_CLONE"
-"""Set where runs may compute stages on other machines, which have other devices."""
 
 
-def between(params: Params, broken: set[str]) -> Iterator[str]:
+def between(params: Params, broken: set[str], device: bool) -> Iterator[str]:
     """Yield the mistakes between sections that are each well-formed.
 
     Args:
         broken: data sets with mistakes of their own, which are reported already.
+        device: whether this machine must have `run.device`.
     """
     yield from of_recipes(params, broken)
     yield from of_suites(params, broken)
@@ -43,8 +41,7 @@ def between(params: Params, broken: set[str]) -> Iterator[str]:
             yield f"{section}.none: the name none stands for no data; rename this data set."
     for at, entry in _sourced(params):
         yield from _of_source(at, entry)
-    elsewhere = CLONE in os.environ  # where the device is missing, the stage that needs it refuses
-    if params.run.device not in ("auto", "cpu") and not elsewhere:  # asking torch takes seconds
+    if device and params.run.device not in ("auto", "cpu"):  # every machine has these; torch takes seconds
         if "torch" not in sys.modules:
             log.info("run.device is %s: loading torch to see whether this machine has it", params.run.device)
         try:
