@@ -165,7 +165,10 @@ def put_entry(name: str, block: str) -> None:
     from dvc.repo import Repo
 
     with Repo(_wait_for_lock=True).lock:
-        before = entry_texts(LOCK.read_text()) if LOCK.exists() else {}
+        text = LOCK.read_text() if LOCK.exists() else ""
+        before = entry_texts(text)
+        if _ENTRY.search(text) and not before:
+            raise OSError(f"{LOCK} is cut off, so {name} cannot be added to it; run it again.")
         write_text(LOCK, joined({**before, name: block}))
 
 

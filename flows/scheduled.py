@@ -96,6 +96,7 @@ def _advance(
 
     state = plan_and_advance(Workers(held, runs), jobs or THREADS, targets, advance_all)
     commits.dvc("pull", "--force", ok=not state.is_failed())
+    workspace.release()
     if state.is_completed() and (left := graph.stale(graph.select(graph.read_graph(), targets))):
         raise Refusal(
             f"{', '.join(sorted(left))} still differ from dvc.lock with the workers' results; run it again."

@@ -14,11 +14,11 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests import finished as sweep
 from tests import project
 
 BUCKET = "prunequant"
@@ -35,6 +35,23 @@ if stage and "-m" in words:
         time.sleep(600)
 """
 """Python imports this first: notes each stage that is computed; the first that `hold` names sleeps."""
+
+
+STAGES = {
+    "code", "validate", "model@tiny", "dataset@news", "prune@magnitude-50", "prune@wanda-50",
+    "quantize@gptq-w4g32", "perplexity@base/tiny-news", "perplexity@quantize/gptq-w4g32-news", "tidy", "report",
+}  # fmt: skip
+
+
+def params(inputs: Path) -> dict[str, Any]:
+    """Params of few stages, so that each can cost a flow run."""
+    values = project.params(inputs)
+    gptq = values["quantize"]["wanda-50-gptq-w4g32"]
+    values |= {"datasets": {"news": values["datasets"]["news"]}, "quantize": {"gptq-w4g32": gptq}}
+    values |= {"finetune": {}, "noise": {}}
+    values["suites"]["graded"] = {}
+    values["evaluate"]["candidates"] = ["base/tiny", "quantize/gptq-w4g32"]
+    return values
 
 
 def skip_without() -> None:
@@ -106,8 +123,9 @@ class Runners:
         return f"http://127.0.0.1:{self.ports['s3']}"
 
     def make_project(self, inputs: Path) -> None:
-        """Make the small sweep, not run, with its remotes: `origin` in git, S3 in DVC."""
-        sweep.make(self.person, inputs)
+        """Make a project of few stages, not run, with its remotes: `origin` in git, S3 in DVC."""
+        project.make(self.person, inputs)
+        project.write(self.person, params(inputs))
         for name in ("prefect.yaml", "deploy"):
             source = project.ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, self.person / name)

@@ -5,15 +5,25 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.schemas.objects import Artifact, FlowRun
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Completed, Crashed, Failed, Running, Scheduled
 
+from flows import spread
 from flows.graph import Stage
+from flows.lockfile import joined
 from flows.spread import pool_of
+from stages.core.run import Run
 from stages.job.load import checked_params
+from stages.job.params import Params
 from tests import finished as sweep
-from tests import project, runners
+from tests import project, runners, toy
 
 drill = pytest.mark.drill
 STALE = 180
@@ -41,6 +51,120 @@ def test_the_pool_of_a_stage(inputs, module, device, pool):
     assert pool_of(stage, checked_params(values, device=False)) == pool
 
 
+def entry(name):
+    return f"  {name}:\n    cmd: make {name}\n    outs:\n    - path: {name}.txt\n      md5: '1'\n"
+
+
+class Server:
+    """Stands for Prefect's API: flow runs of `stage`, each with the states that it goes through."""
+
+    def __init__(self, *runs):
+        self.states = {uuid4(): list(states) for states in runs}
+        self.asked, self.cancelled = [], []
+
+    def run_deployment(self, name, **options):
+        self.asked.append((name, options["idempotency_key"]))
+        run = list(self.states)[len(self.asked) - 1]
+        return FlowRun(id=run, flow_id=uuid4(), name="b", state=self.states[run][0])
+
+    def __call__(self, **_):
+        return nullcontext(self)
+
+    def read_flow_run(self, run):
+        states = self.states[run]
+        return FlowRun(id=run, flow_id=uuid4(), state=states.pop(0) if len(states) > 1 else states[0])
+
+    def read_artifacts(self, **_):
+        return [Artifact(data=f"```yaml\n{entry('b')}```\n")]
+
+    def set_flow_run_state(self, run, state):
+        self.cancelled.append((run, state.name))
+
+
+class Fixed:
+    """Stands for the branch of a run."""
+
+    name, id, source = "spread", "0", "abc"
+
+    def publish(self):
+        return "abc"
+
+
+@pytest.fixture
+def workers(tmp_path, monkeypatch):
+    """A function that gives the workers of a toy project, beside a server with such flow runs."""
+    toy.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.lock").write_text(joined({"a": entry("a")}))
+    run = Run(device="cpu", dtype="float32", threads=1, seed=0)
+    monkeypatch.setattr(spread, "_POLL", 0.01)
+    monkeypatch.setattr(spread.graph, "read_graph", lambda: toy.GRAPH)
+    monkeypatch.setattr(spread.commits, "dvc", lambda *arguments, ok=True: None)
+    monkeypatch.setattr(spread, "load_verified", lambda **_: Params.model_construct(run=run))
+
+    def with_runs(*runs):
+        server = Server(*runs)
+        monkeypatch.setattr(spread, "run_deployment", server.run_deployment)
+        monkeypatch.setattr(spread, "get_client", server)
+        return spread.Workers((), Fixed()), server
+
+    return with_runs
+
+
+RAN, DIED = Completed(message="Running stage; 1.0 s"), Crashed(message="no heartbeat")
+
+
+def test_a_stage_whose_worker_died_starts_again(workers):
+    pool, server = workers([Scheduled(), Running(), DIED], [Scheduled(), Running(), RAN])
+    said = []
+    assert pool.repro("b", said.append) == (0, "Running stage; 1.0 s")
+    (first, one), (second, two) = server.asked
+    assert (first, second) == ("stage/cpu", "stage/cpu") and one != two
+    assert "its worker died (no heartbeat); it starts again elsewhere" in said
+    assert Path("dvc.lock").read_text() == joined({"a": entry("a"), "b": entry("b")})
+
+
+def test_workers_die_three_times_and_no_more(workers):
+    pool, server = workers(*[[Scheduled(), DIED]] * 4)
+    code, reason = pool.repro("b", str)
+    assert (code, reason) == (1, "3 workers died while they ran it; see their logs.")
+    assert len(server.asked) == 3
+
+
+def test_a_failed_stage_is_not_tried_again(workers):
+    pool, server = workers([Scheduled(), Failed(message="no such data set")])
+    assert pool.repro("b", str) == (1, "no such data set")
+    assert len(server.asked) == 1
+
+
+def test_a_flow_run_of_a_coordinator_that_was_cut_off_is_taken_over(workers):
+    complete, _ = workers([RAN])
+    assert complete.repro("b", str)[0] == 0
+    failed_then_living, server = workers([Failed(message="then")], [Running(), RAN])
+    assert failed_then_living.repro("b", str)[0] == 0
+    assert len(server.asked) == 2
+
+
+def test_a_stopped_run_cancels_what_workers_do(workers):
+    pool, server = workers([Running()])
+    pool.stopped.set()
+    with pytest.raises(InterruptedError):
+        pool.repro("b", str)
+    assert [state for _, state in server.cancelled] == ["Cancelling"]
+
+
+def test_a_deployment_that_is_missing_is_named(workers, monkeypatch):
+    pool, _ = workers()
+
+    def missing(name, **options):
+        raise ObjectNotFound(Exception())
+
+    monkeypatch.setattr(spread, "run_deployment", missing)
+    assert pool.repro("b", str) == (
+        1, "Prefect has no deployment stage/cpu; `prefect deploy --all` creates it.",
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, inputs):
     """The servers, a clone for the coordinator, two workers."""
@@ -49,6 +173,14 @@ def shared(tmp_path_factory, inputs):
         servers.clone("runs")
         servers.workers = {name: servers.worker(name, "cpu") for name in ("one", "two")}
         yield servers
+
+
+@pytest.fixture(scope="module")
+def alone(shared, tmp_path_factory):
+    """The same project on one machine, by `dvc repro`."""
+    folder = sweep.copy(shared.person, tmp_path_factory.mktemp("alone") / "project")
+    assert sweep.repro(folder) == runners.STAGES
+    return folder
 
 
 def lock_of(folder, revision):
@@ -66,12 +198,12 @@ def push(shared, message):
 
 
 @drill
-def test_two_workers_compute_each_stage_once_with_the_bytes_of_one_machine(shared, finished):
+def test_two_workers_compute_each_stage_once_with_the_bytes_of_one_machine(shared, alone):
     coordinator = shared.folder / "runs"
     output = shared.run("prunequant", "run", "--spread", PRUNEQUANT_CLONE=str(coordinator))
-    assert lock_of(coordinator, "spread") == lock(finished), output
+    assert lock_of(coordinator, "spread") == lock(alone), output
     times = Counter((module, recipe) for _, module, recipe in shared.computed())
-    assert len(times) == len(sweep.STAGES) - 2 and set(times.values()) == {1}, times
+    assert len(times) == len(runners.STAGES) - 2 and set(times.values()) == {1}, times
     assert {clone.rsplit("/", 1)[1] for clone, *_ in shared.computed()} == {"one", "two"}
     assert str(coordinator / "data/report/index.html") in output
     assert sweep.status(coordinator) == set()
@@ -96,7 +228,7 @@ def test_an_unchanged_night_is_a_commit_and_computes_nothing(shared):
 
 
 @drill
-def test_the_stage_of_a_killed_worker_runs_again_elsewhere(shared, edited):
+def test_the_stage_of_a_killed_worker_runs_again_elsewhere(shared, alone):
     sweep.edit(shared.person, "quantize.gptq-w4g32.bits", 3)
     push(shared, "three bits")
     before = len(shared.computed())
@@ -115,8 +247,9 @@ def test_the_stage_of_a_killed_worker_runs_again_elsewhere(shared, edited):
     output, _ = flow.communicate(timeout=900)
     assert flow.returncode == 0, output
     assert "its worker died (no heartbeat for 75 seconds); it starts again elsewhere" in output
-    folder, ran = edited
-    assert lock_of(coordinator, "spread") == lock(folder)
+    sweep.edit(alone, "quantize.gptq-w4g32.bits", 3)
+    ran = sweep.repro(alone)
+    assert lock_of(coordinator, "spread") == lock(alone)
     times = Counter(module for _, module, _ in shared.computed()[before:])
     assert times.pop("stages.quantize") == 2, "once cut off, once whole"
     assert sum(times.values()) == len(ran - {"code", "validate", "quantize@gptq-w4g32"})
