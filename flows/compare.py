@@ -146,6 +146,7 @@ def advance_all(run: Plan) -> State[Any]:
         raise
     finally:
         run.lock.sort()
+    run.children.gather()
     outcomes = run.outcomes()
     create_table_artifact(
         key="compare", table=summary.outcome_rows(outcomes), description=summary.totals(outcomes)

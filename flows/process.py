@@ -98,6 +98,9 @@ class Children:
             raise InterruptedError(stage)
         return subprocess.CompletedProcess(command, code, output, "")
 
+    def gather(self) -> None:
+        """Bring the results of all stages into this folder, where child processes leave them anyway."""
+
     def stop(self) -> None:
         """Start no further child, and end the running children with all their descendants."""
         with self._lock:

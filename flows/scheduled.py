@@ -90,12 +90,11 @@ def spread_from_here(targets: list[str], jobs: int | None) -> State[Any]:
 def _advance(
     runs: Branch, held: tuple[int, ...], targets: list[str], jobs: int | None, spread: bool
 ) -> State[Any]:
-    """Do the run; after a spread one bring its results into the clone, where nothing may be left to do."""
+    """Do the run; after a spread one nothing may be left to do in the clone."""
     if not spread:
         return plan_and_advance(Children(held), jobs, targets, advance_all)
 
     state = plan_and_advance(Workers(held, runs), jobs or THREADS, targets, advance_all)
-    commits.dvc("pull", "--force", ok=not state.is_failed())
     workspace.release()
     if state.is_completed() and (left := graph.stale(graph.select(graph.read_graph(), targets))):
         raise Refusal(

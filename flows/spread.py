@@ -35,6 +35,7 @@ from flows.compare import mendable
 from flows.graph import Graph, Stage
 from flows.plan import Plan
 from flows.process import Children
+from flows.terminal import console
 from stages.core.errors import Refusal
 from stages.core.files import text_sha256
 from stages.job import provenance
@@ -114,6 +115,13 @@ class Workers(Children):
                     return 1, f"{ATTEMPTS} workers died while they ran it; see their logs."
                 show(f"its worker died ({state.message}); it starts again elsewhere")
         raise AssertionError
+
+    def gather(self) -> None:
+        """Fetch what workers computed; `dvc status` shows what is missing then."""
+        try:
+            commits.dvc("pull", "--force")
+        except Refusal as refusal:
+            console.print(str(refusal), markup=False, soft_wrap=True)
 
     def _key(self, stage: str) -> str:
         """Return a key of the run and the stage's inputs."""

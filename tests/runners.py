@@ -39,7 +39,8 @@ if stage and "-m" in words:
 
 STAGES = {
     "code", "validate", "model@tiny", "dataset@news", "prune@magnitude-50", "prune@wanda-50",
-    "quantize@gptq-w4g32", "perplexity@base/tiny-news", "perplexity@quantize/gptq-w4g32-news", "tidy", "report",
+    "quantize@gptq-w4g32", "perplexity@base/tiny-news", "perplexity@quantize/gptq-w4g32-news", "tidy",
+    "report",
 }  # fmt: skip
 
 
