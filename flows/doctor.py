@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import psutil
-import yaml
 
 from flows import machine
 from stages.core.errors import Refusal
@@ -97,10 +96,8 @@ def _lock() -> Iterator[Finding]:
 
     try:
         wrong = provenance.disagreements(provenance.locked_stages())
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:80]
-        text = f"it does not parse ({reason}); `git checkout dvc.lock` restores a whole lock"
-        yield Finding("dvc.lock", "problem", text)
+    except Refusal as refusal:
+        yield Finding("dvc.lock", "problem", str(refusal))
         return
     if wrong:
         text = f"{', '.join(wrong)} were computed from other inputs than it says; `prunequant run` mends that"
