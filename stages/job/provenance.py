@@ -143,8 +143,8 @@ def locked_stages() -> Lock:
         return dict(lock.get("stages") or {})
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError) as error:
         raise Refusal(
-            f"dvc.lock does not parse ({' '.join(str(error).split())[:80]}); `prunequant run` restores it, or "
-            "`git checkout dvc.lock` takes the committed one."
+            f"dvc.lock does not parse ({' '.join(str(error).split())[:80]}); `prunequant run` restores it, "
+            "or `git checkout dvc.lock` takes the committed one."
         ) from None
 
 

@@ -73,7 +73,7 @@ def many_threads() -> None:
 @pytest.mark.parametrize(
     ("spoil", "subject", "state", "text"),
     [
-        (cut_lock, "dvc.lock", "problem", "`git checkout dvc.lock` restores"),
+        (cut_lock, "dvc.lock", "problem", "`git checkout dvc.lock` takes"),
         (bad_params, "params.yaml", "problem", "sparsity: 1.5 given"),
         (leave_scratch, "leftovers", "warning", "1 files in data/scratch"),
         (other_versions, "versions", "warning", "torch .* instead of 0.1, no-such-package none instead of"),
