@@ -11,7 +11,7 @@ READY := $(VENV)/ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench bench-orchestration compare test test-all test-numerics lint types format setup clean
+.PHONY: bench bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup clean
 
 compare: $(READY)
 	prunequant run $(if $(JOBS),--jobs $(JOBS))
@@ -25,6 +25,14 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST)
 	$(MAKE) test-numerics
+
+# Spread runs and nights on real servers; needs PostgreSQL's postgres and initdb on the path.
+test-runners: runners
+	python -m pytest tests/flows/test_spread.py tests/test_deploy.py --durations=0
+
+# What workers need to reach an S3 store, into .venv.
+runners: $(READY)
+	python -m pip install $(PIP_ARGS) -r requirements-runners.lock
 
 # The kernels of an old CPU: BLAS and LAPACK, oneDNN, torch's own. Their sums differ in the last bits.
 test-numerics: $(READY)

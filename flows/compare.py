@@ -8,6 +8,7 @@ does the same work, a stage at a time.
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -26,12 +27,13 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import summary
+from flows import server, summary
 from flows.plan import Plan
 from flows.retries import TRIES
-from flows.server import WITHOUT, running
+from flows.server import WITHOUT
 from flows.terminal import console
-from flows.update import update
+from flows.update import Ending, update
+from stages.core import disk
 from stages.core.errors import Refusal
 from stages.core.files import REPORT
 
@@ -48,10 +50,23 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
         jobs: stages side by side at most; None: as many as threads, memory and cards allow.
         targets: stages or artifacts to make, with all they need; None or empty: everything.
     """
+    return mendable(lambda: state_of(update(jobs, targets or [], advance_all)))
+
+
+def mendable(work: Callable[[], State[Any]]) -> State[Any]:
+    """Do the work; turn what the user can mend into a failed state."""
     try:
-        ending = update(jobs, targets or [], _advance_all)
+        return work()
     except Refusal as refusal:
         return Failed(message=str(refusal))
+    except Exception as error:
+        if not disk.is_full(error):
+            raise
+        return Failed(message=disk.full())
+
+
+def state_of(ending: Ending) -> State[Any]:
+    """Return how a run ended as Prefect says it."""
     return Completed(message=ending.message) if ending.ok else Failed(message=ending.message)
 
 
@@ -64,10 +79,14 @@ def advance_on_a_server(run: Plan) -> None:
 
     @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
     def planned() -> State[Any]:
-        _advance_all(run)
+        advance_all(run)
         return Completed()
 
+    ended = threading.Event()
+
     def end() -> None:
+        if ended.is_set():
+            return
         console.print(
             f"Prefect's temporary server has died; finished stages are kept. Run again, {WITHOUT}.",
             soft_wrap=True,
@@ -76,11 +95,12 @@ def advance_on_a_server(run: Plan) -> None:
         run.lock.sort()
         os._exit(1)  # the flow would wait for the server for minutes
 
-    with running(end):
-        planned(return_state=True).result()
+    server.start(end)
+    planned(return_state=True).result()
+    ended.set()
 
 
-def _advance_all(run: Plan) -> None:
+def advance_all(run: Plan) -> None:
     """Run what the plan says as Prefect's tasks."""
 
     def due(_: Any, task_run: TaskRun, __: Any) -> bool:
@@ -116,6 +136,7 @@ def _advance_all(run: Plan) -> None:
         raise
     finally:
         run.lock.sort()
+    run.children.gather()
     _publish(run)
 
 

@@ -41,6 +41,7 @@ class Plan:
         params: the content of params.yaml that the run was planned on.
         stale: the stages that are out of date by themselves.
         todo: these and all that depend on them, upstream first.
+        wrong: the stages whose result disagrees with dvc.lock; DVC would not run them by itself.
         listen: called with each line of a stage, in the thread that advances it.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     params: Any = None
     stale: set[str] = field(default_factory=set)
     todo: list[str] = field(default_factory=list)
+    wrong: set[str] = field(default_factory=set)
     children: Children = field(default_factory=Children)
     lock: SafeLock = field(default_factory=SafeLock)
     retries: Retries = field(default_factory=Retries)
@@ -59,7 +61,6 @@ class Plan:
         self._locked = self.lock.entries
         self._ended: dict[str, Outcome] = {}
         self._changed: set[str] = set()
-        self._wrong: set[str] = set()
         self._planned = time.strftime("%H:%M")
 
     def find_stale(self) -> None:
@@ -78,10 +79,10 @@ class Plan:
                 self.stale = project.stale()
         for name, inputs in mend.find_wrong(self.graph, self.lock.keep()).items():
             _say(name, f"dvc.lock names other inputs than it was computed from ({inputs}); it runs again")
-            self._wrong.add(name)
-        if self._wrong:
-            mend.forget_runs(self._wrong)
-        self.stale = self.stale & set(self.graph) | self._wrong
+            self.wrong.add(name)
+        if self.wrong:
+            mend.forget_runs(self.wrong)
+        self.stale = self.stale & set(self.graph) | self.wrong
         below = graph.below(self.graph, self.stale)
         self.todo = [name for name in self.graph if name in below]
 
@@ -130,7 +131,7 @@ class Plan:
 
         mended = self.lock.mended
         try:
-            code, output = self.children.repro(name, show, name in self._wrong, environment)
+            code, output = self.children.repro(name, show, name in self.wrong, environment)
             self.lock.keep()
             while not code and mended != self.lock.mended:
                 mended = self.lock.mended
@@ -156,7 +157,9 @@ class Plan:
         return entries.get(name, {}).get("outs")
 
     def _need(self, name: str) -> Need:
-        """Return what a stage needs; say so if it is more memory than there is."""
+        """Return what a stage needs of this machine; say so if it is more memory than there is."""
+        if self.children.elsewhere:
+            return Need(threads=0)
         need = need_of(self.graph[name], self.graph, self.pool, self.threads)
         if need.gib > self.pool.gib:
             there = f"{self.pool.gib:.1f} GiB of memory that this run has"
@@ -174,26 +177,28 @@ class Plan:
         return dict(read_json(record)) if fresh else {}
 
 
-def plan(jobs: int | None, targets: Iterable[str], held: tuple[int, ...] = ()) -> Plan:
+def plan(jobs: int | None, targets: Iterable[str], children: Children | None = None) -> Plan:
     """Check params.yaml, bring the code identities up to date, and find the stale stages.
 
     Args:
         jobs: stages side by side at most; None: as many as threads, memory and cards allow.
-        held: open files that hold the workspace, see `flows.workspace.alone`.
+        children: run the stages; None: as child processes.
 
     Raises:
         Refusal: bad params, unknown targets or a graph that DVC cannot read; no stage but `code` has run.
     """
     content = provenance.content(PARAMS)
-    params = load_verified()
+    params = load_verified(device=children is None or not children.elsewhere)
     lock = SafeLock()
     lock.begin()
     with graph.opened() as project:
         stages = graph.select(project.graph(), targets)
         stale = project.stale()
-    pool = pool_of(params.run, jobs)
-    run = Plan(stages, pool, params.run.threads, content, stale, children=Children(held), lock=lock)
-    console.print(f"{pool} to use", markup=False)
+    children = children or Children()
+    pool = Pool(1, jobs=jobs) if children.elsewhere else pool_of(params.run, jobs)
+    run = Plan(stages, pool, params.run.threads, content, stale, children=children, lock=lock)
+    if not children.elsewhere:
+        console.print(f"{pool} to use", markup=False)
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
     run.find_stale()
     return run

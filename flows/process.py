@@ -34,7 +34,13 @@ CHATTER = re.compile(
 
 
 class Children:
-    """The child processes of one run."""
+    """The child processes of one run.
+
+    Attributes:
+        elsewhere: whether the stages run on other machines, so that they do not share this one.
+    """
+
+    elsewhere = False
 
     def __init__(self, held: tuple[int, ...] = ()) -> None:
         """Take the open files that each guard holds as well, as long as it lives."""
@@ -98,6 +104,9 @@ class Children:
         if code and BUSY.search(output):
             raise Busy(output)
         return code, output
+
+    def gather(self) -> None:
+        """Bring the results of all stages into this folder, where child processes leave them anyway."""
 
     def stop(self) -> None:
         """Start no further child, and end the running children with all their descendants."""

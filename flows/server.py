@@ -9,8 +9,7 @@ first, the run ends within seconds instead of waiting for it.
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,12 +40,13 @@ def configure() -> None:
             os.environ.setdefault("PREFECT_PROFILES_PATH", str(profiles))
 
 
-@contextmanager
-def running(at_loss: Callable[[], None]) -> Iterator[None]:
-    """Have a server until the body ends: check that the configured one answers, or start a temporary one.
+def start(at_loss: Callable[[], None]) -> None:
+    """Have a server until this process ends: check that the configured one answers, or start a temporary one.
+
+    Prefect stops it at the exit of the process, after the last logs have been sent.
 
     Args:
-        at_loss: called in another thread if the temporary server dies before the body ends.
+        at_loss: called in another thread if the temporary server dies before that.
 
     Raises:
         Refusal: the configured server does not answer, or none can be started.
@@ -55,31 +55,17 @@ def running(at_loss: Callable[[], None]) -> Iterator[None]:
 
     if url := PREFECT_API_URL.value():
         _check(url)
-        yield
         return
     home = Path(PREFECT_HOME.value())
     try:
         home.mkdir(parents=True, exist_ok=True)
-        server = _start()
+        _start(at_loss)
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise Refusal(
             f"Prefect's temporary server cannot start in {home} ({reason}); set PREFECT_HOME to a folder "
             f"that is writable, {WITHOUT}."
         ) from None
-    stopping = threading.Event()
-
-    def watch(process: subprocess.Popen[Any]) -> None:
-        process.wait()
-        if not stopping.is_set():
-            at_loss()
-
-    threading.Thread(target=watch, args=(server.server_process,), daemon=True).start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        server.stop()
 
 
 def _check(url: str) -> None:
@@ -95,8 +81,10 @@ def _check(url: str) -> None:
         ) from None
 
 
-def _start() -> Any:
+def _start(at_loss: Callable[[], None]) -> None:
     from prefect.server.api.server import SubprocessASGIServer
+
+    stopping = threading.Event()
 
     class Guarded(SubprocessASGIServer):
         """The temporary server that Prefect's client finds, under a guard."""
@@ -104,18 +92,24 @@ def _start() -> Any:
         def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
             popen = subprocess.Popen
 
-            def start(args: list[str], **options: Any) -> subprocess.Popen[Any]:
+            def begin(args: list[str], **options: Any) -> subprocess.Popen[Any]:
                 return popen([*GUARD, *args], stdin=subprocess.PIPE, start_new_session=True, **options)
 
-            with mock.patch.object(subprocess, "Popen", start):
+            with mock.patch.object(subprocess, "Popen", begin):
                 return super()._run_uvicorn_command()
 
         def stop(self) -> None:
+            stopping.set()
             if self.server_process and self.server_process.stdin:
                 self.server_process.stdin.close()
                 self.server_process.wait(2 * guard.GRACE)
             super().stop()
 
+    def watch(process: subprocess.Popen[Any]) -> None:
+        process.wait()
+        if not stopping.is_set():
+            at_loss()
+
     server = Guarded()
     server.start()
-    return server
+    threading.Thread(target=watch, args=(server.server_process,), daemon=True).start()

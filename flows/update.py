@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from flows import summary, workspace
 from flows.plan import Plan, plan
+from flows.process import Children
 from stages.core import disk
 from stages.core.errors import Refusal
 
@@ -25,7 +26,7 @@ def update(jobs: int | None, targets: list[str], advance: Callable[[Plan], None]
     """Bring the project in the current folder up to date, alone in it.
 
     Args:
-        jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
+        jobs: stages side by side at most; None: as many as threads, memory and cards allow.
         targets: stages or artifacts to make, with all they need; empty: everything.
         advance: advances all of `Plan.todo`.
 
@@ -34,19 +35,26 @@ def update(jobs: int | None, targets: list[str], advance: Callable[[Plan], None]
     """
     try:
         with workspace.alone() as held:
-            run = plan(jobs, targets, held)
-            if run.todo:
-                if "code" not in run.todo:
-                    workspace.claim()
-                advance(run)
-            return _conclude(run)
+            return plan_and_advance(Children(held), jobs, targets, advance)
     except Exception as error:
         if isinstance(error, Refusal) or not disk.is_full(error):
             raise
         return Ending(False, disk.full())
 
 
-def _conclude(run: Plan) -> Ending:
+def plan_and_advance(
+    children: Children, jobs: int | None, targets: list[str], advance: Callable[[Plan], None]
+) -> Ending:
+    """Do the same in a workspace that `workspace.alone` holds, with these children."""
+    run = plan(jobs, targets, children)
+    if run.todo:
+        if "code" not in run.todo:
+            workspace.claim()
+        advance(run)
+    return conclude(run)
+
+
+def conclude(run: Plan) -> Ending:
     """Show how every stage ended and where the report is."""
     outcomes = run.outcomes()
     summary.show_outcomes(outcomes)

@@ -55,12 +55,12 @@ def alone() -> Iterator[tuple[int, ...]]:
     DVC_TMP.mkdir(exist_ok=True)
     with _HELD.open("a+") as file:
         _wait_for_flow(file)
-        _release()  # of an earlier process that had the same id
+        release()  # of an earlier process that had the same id
         _when_idle(_end_orphans)
         try:
             yield (file.fileno(),)
         finally:
-            _release()
+            release()
 
 
 def claim() -> None:
@@ -186,8 +186,8 @@ def _infos(table: dict[str, Any]) -> list[dict[str, Any]]:
     return [*table["write"].values(), *(info for infos in table["read"].values() for info in infos)]
 
 
-def _release() -> None:
-    """Take this process out of DVC's table."""
+def release() -> None:
+    """Take this process out of DVC's table, so that DVC reads `stages` again."""
     with _rwlock() as table:
         mine = [path for path, info in table["write"].items() if info["pid"] == os.getpid()]
         for path in mine:

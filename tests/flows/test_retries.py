@@ -144,24 +144,19 @@ def test_pauses_double_and_end_with_the_run():
 FLOW = """
 import os, sys
 os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-from flows import compare, graph  # before Prefect, which reads the environment once
-from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
+from flows.server import configure
+configure()
+from flows import compare, graph, summary, update
 from flows.plan import Plan
 from flows.resources import Pool
 from flows.retries import Retries
-compare.summary.show_report = lambda: None
+summary.show_report = lambda: None
 whole = graph.read_graph()
 run = Plan(whole, Pool(4), stale=set(whole), todo=list(whole), retries=Retries(float(sys.argv[1])))
-
-@flow(task_runner=ThreadPoolTaskRunner(max_workers=8))
-def planned():
-    return compare._advance_all(run)
-
-compare.start_server()
-state = planned(return_state=True)
-print(state.message)
-sys.exit(not state.is_completed())
+compare.advance_on_a_server(run)
+ending = update.conclude(run)
+print(ending.message)
+sys.exit(not ending.ok)
 """
 STAGE = """import json, pathlib, sys
 name, times = sys.argv[1], int(sys.argv[2])

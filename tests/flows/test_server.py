@@ -18,9 +18,9 @@ START = """
 import os, sys, time
 from flows import server
 server.configure()
-with server.running(lambda: print("lost", flush=True)):
-    print("up", flush=True)
-    time.sleep(60)
+server.start(lambda: print("lost", flush=True))
+print("up", flush=True)
+time.sleep(60)
 """
 
 
@@ -53,18 +53,14 @@ def wait_until_gone(tmp_path) -> None:
 
 def test_a_configured_server_that_does_not_answer_is_refused():
     refused = pytest.raises(Refusal, match=r"http://127.0.0.1:9/api does not answer .*`dvc repro`")
-    with (
-        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
-        refused,
-        server.running(pytest.fail),
-    ):
-        pass
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), refused:
+        server.start(pytest.fail)
 
 
 def test_a_home_that_cannot_be_written_is_refused():
     refused = pytest.raises(Refusal, match=r"in /proc/nowhere .*PREFECT_HOME.*`dvc repro`")
-    with temporary_settings({PREFECT_HOME: "/proc/nowhere"}), refused, server.running(pytest.fail):
-        pass
+    with temporary_settings({PREFECT_HOME: "/proc/nowhere"}), refused:
+        server.start(pytest.fail)
 
 
 def test_prefects_database_is_in_the_project_and_its_profiles_are_the_users(tmp_path, monkeypatch):
