@@ -2,9 +2,9 @@
 
 The guard's standard input is a pipe that only the flow can write to. The kernel closes it when the flow dies,
 even by `kill -9`, and the guard then ends the command and everything the command started: SIGTERM first,
-SIGKILL if that does not help. It does the same to what a killed command leaves behind. The guard also holds
-the flow's lock of the workspace (`flows.workspace`), so the next run waits until nothing of the last is
-alive.
+SIGKILL if that does not help. It does the same when it is sent SIGTERM or SIGINT, and to what a killed
+command leaves behind. The guard also holds the flow's lock of the workspace (`flows.workspace`), so the next
+run waits until nothing of the last is alive.
 
 This file runs as a script, without the project or its libraries: `python -IS guard.py <command>`.
 """
@@ -29,6 +29,12 @@ def main(command: list[str]) -> int:
             pass
         end_group(child.pid)
 
+    def end_at_signal(*_: object) -> None:
+        # In a thread, as this one waits for the child, which stays in its group until it is waited for.
+        threading.Thread(target=end_group, args=(child.pid,)).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_at_signal)
     threading.Thread(target=end_with_the_flow, daemon=True).start()
     code = child.wait()
     end_group(child.pid)

@@ -44,6 +44,15 @@ def test_closing_the_pipe_ends_the_command_and_what_it_started():
     assert not alive(started)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_guard_ends_the_command_and_what_it_started(number):
+    process, started = guarded(NESTED)
+    with process.stdout, process.stdin:
+        process.send_signal(number)
+        assert process.wait(5) == 128 + signal.SIGTERM
+    assert not alive(started)
+
+
 @pytest.mark.drill
 def test_a_command_deaf_to_sigterm_is_killed():
     process, started = guarded(f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}")
