@@ -2,7 +2,7 @@
 #   make compare PYTHON=python3.12            another interpreter (3.11 or newer)
 #   make compare PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
 #                                             pip's own options; without them Linux gets the CUDA build of torch
-#   make compare JOBS=1                       stages side by side (default: cores / run.threads)
+#   make compare JOBS=1                       stages side by side at most (default: what has room)
 PYTHON ?= python3
 PIP_ARGS ?=
 JOBS ?=
@@ -11,7 +11,7 @@ READY := $(VENV)/ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench compare test test-all test-numerics lint types format setup clean
+.PHONY: bench bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup clean
 
 compare: $(READY)
 	prunequant run $(if $(JOBS),--jobs $(JOBS))
@@ -25,6 +25,14 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST)
 	$(MAKE) test-numerics
+
+# Spread runs and nights on real servers; needs PostgreSQL's postgres and initdb on the path.
+test-runners: runners
+	python -m pytest tests/flows/test_spread.py tests/test_deploy.py --durations=0
+
+# What workers need to reach an S3 store, into .venv.
+runners: $(READY)
+	python -m pip install $(PIP_ARGS) -r requirements-runners.lock
 
 # The kernels of an old CPU: BLAS and LAPACK, oneDNN, torch's own. Their sums differ in the last bits.
 test-numerics: $(READY)
@@ -62,5 +70,14 @@ bench: $(READY) .venv-llmcompressor/ready
 	.venv-llmcompressor/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-llmcompressor.lock
 	@touch $@
 
+# Snakemake, which the benchmark of orchestration compares with, has an environment of its own.
+bench-orchestration: $(READY) .venv-snakemake/ready
+	python -m benchmarks.orchestration --snakemake .venv-snakemake/bin/snakemake
+
+.venv-snakemake/ready: benchmarks/requirements-snakemake.lock
+	$(PYTHON) -m venv .venv-snakemake
+	.venv-snakemake/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-snakemake.lock
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-llmcompressor .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-llmcompressor .venv-snakemake .mypy_cache .pytest_cache .ruff_cache .hypothesis

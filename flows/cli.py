@@ -1,4 +1,4 @@
-"""The command line: `prunequant run`, `check`, `doctor`, `diff`, `cost`, `batch-size`, `profile`.
+"""The command line: `prunequant run`, `runs`, `check`, `doctor`, `diff`, `cost`, `batch-size`, `profile`.
 
 A mistake that the user can fix ends in a message and exit code 2, without a traceback; a failed stage ends in
 exit code 1. Commands import whatever is slow to import, so `check` answers without starting Prefect.
@@ -70,29 +70,60 @@ def run(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Stages side by side; default: cores / run.threads, 1 on a GPU."),
+        typer.Option(min=1, help="Stages side by side at most; default: what has room."),
     ] = None,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Run the commit you are at on the workers of Prefect's pools.")
+    ] = False,
 ) -> None:
     """Bring everything, or the targets and all they need, up to date."""
     with refusals():
-        from flows import graph
         from stages.job.load import load
 
-        load()  # report a mistake before a server is started
-        if targets:
-            graph.select(graph.read_graph(), targets)
+        load()  # report a mistake before waiting for another run
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow prints for itself
     signal.signal(signal.SIGTERM, _terminated)
-    from flows.compare import compare_here
+    from flows.server import configure
 
+    configure()
     try:
-        state = compare_here(jobs, targets or [])
+        with refusals():
+            if spread:
+                from flows.scheduled import spread_from_here
+
+                ending = spread_from_here(targets or [], jobs)
+            else:
+                from flows.update import update
+
+                ending = update(jobs, targets or [], _advance)
     except KeyboardInterrupt:
         typer.echo("interrupted; finished stages are kept, run again to continue.", err=True)
         raise typer.Exit(130) from None
-    if not state.is_completed():
-        typer.echo(state.message, err=True)
+    if not ending.ok:
+        typer.echo(ending.message, err=True)
         raise typer.Exit(1)
+
+
+def _advance(run: Any) -> None:
+    """Import Prefect only if a stage is stale."""
+    from flows.compare import advance_on_a_server
+
+    advance_on_a_server(run)
+
+
+@app.command()
+def runs(
+    branch: Annotated[
+        str | None, typer.Argument(help="A branch of runs, such as night; default: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """List scheduled and spread runs, each a commit; `prunequant diff night~1 night` compares two."""
+    with refusals():
+        from flows import commits
+
+        listed = commits.runs(branch)
+    _print([run._asdict() for run in listed] if as_json else listed, as_json, commits.run_table)
 
 
 @app.command()

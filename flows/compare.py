@@ -1,4 +1,4 @@
-"""The flow: bring every stale stage of DVC's graph up to date, as many side by side as there are cores.
+"""The flow: bring every stale stage of DVC's graph up to date, as many side by side as the machine can hold.
 
 DVC decides which stages must run and keeps their results; Prefect runs them. A stage is a task that waits for
 the tasks it depends on and then calls `dvc repro --single-item`. If a stage fails, all that depend on it are
@@ -7,56 +7,39 @@ does the same work, a stage at a time.
 """
 
 import os
-import signal
-
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault(
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180"
-)  # it creates a database first
-
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import flow, task
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 from prefect.futures import wait
 from prefect.logging import get_run_logger
-from prefect.states import Completed, Failed, State
+from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import summary, workspace
-from flows.plan import Plan, plan
-from flows.process import end_with_this
+from flows import server, summary
+from flows.plan import Plan
+from flows.retries import TRIES
+from flows.server import WITHOUT
 from flows.terminal import console
+from flows.update import Ending, update
 from stages.core import disk
 from stages.core.errors import Refusal
+from stages.core.files import REPORT
 
-# A task that waits for its upstream holds a thread, so there are many threads; `jobs` limits how many stages
-# run at a time. Tasks are submitted upstream first, so waits are never circular.
+# A task that waits for its upstream holds a thread, so there are many threads; `flows.resources` limits how
+# many stages run at a time. Tasks are submitted upstream first, so waits are never circular.
 THREADS = 256
-
-
-def start_server() -> None:
-    """Start Prefect's temporary server, which ignores ctrl-C, unless a server is configured.
-
-    A terminal sends ctrl-C to every process of its group. If the server stopped with the others, the flow
-    would wait long before it could report how it ended. The server stops when this process exits.
-    """
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL
-
-    if PREFECT_API_URL.value():
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
-    server = SubprocessASGIServer()
-    try:
-        server.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if server.server_process:
-        end_with_this(server.server_process.pid)
 
 
 @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
@@ -64,40 +47,16 @@ def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[
     """Bring the project in the current folder up to date.
 
     Args:
-        jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
+        jobs: stages side by side at most; None: as many as threads, memory and cards allow.
         targets: stages or artifacts to make, with all they need; None or empty: everything.
     """
-    return _bring_up_to_date(jobs, targets or [], _advance_all)
+    return mendable(lambda: state_of(update(jobs, targets or [], advance_all)))
 
 
-def compare_here(jobs: int | None, targets: list[str]) -> State[Any]:
-    """Do the same as the flow `compare`, and start no server if nothing is stale."""
-
-    def advance(run: Plan) -> State[Any]:
-        if not run.todo:
-            return _conclude(run)
-        start_server()
-
-        @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
-        def planned() -> State[Any]:
-            return _advance_all(run)
-
-        state: State[Any] = planned(return_state=True)
-        return state
-
-    return _bring_up_to_date(jobs, targets, advance)
-
-
-def _bring_up_to_date(
-    jobs: int | None, targets: list[str], advance: Callable[[Plan], State[Any]]
-) -> State[Any]:
-    """Plan, then advance, alone in the workspace; turn what the user can mend into a failed state."""
+def mendable(work: Callable[[], State[Any]]) -> State[Any]:
+    """Do the work; turn what the user can mend into a failed state."""
     try:
-        with workspace.alone() as held:
-            run = plan(jobs, targets, held)
-            if "code" not in run.todo:
-                workspace.claim()
-            return advance(run)
+        return work()
     except Refusal as refusal:
         return Failed(message=str(refusal))
     except Exception as error:
@@ -106,18 +65,65 @@ def _bring_up_to_date(
         return Failed(message=disk.full())
 
 
-def _advance_all(run: Plan) -> State[Any]:
-    """Run what the plan says as Prefect's tasks, and say how it ended."""
+def state_of(ending: Ending) -> State[Any]:
+    """Return how a run ended as Prefect says it."""
+    return Completed(message=ending.message) if ending.ok else Failed(message=ending.message)
 
-    @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+
+def advance_on_a_server(run: Plan) -> None:
+    """Run what the plan says in a flow of its own, on a temporary server unless one is configured.
+
+    Raises:
+        Refusal: there is no server.
+    """
+
+    @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
+    def planned() -> State[Any]:
+        advance_all(run)
+        return Completed()
+
+    ended = threading.Event()
+
+    def end() -> None:
+        if ended.is_set():
+            return
+        console.print(
+            f"Prefect's temporary server has died; finished stages are kept. Run again, {WITHOUT}.",
+            soft_wrap=True,
+        )
+        run.children.stop()
+        run.lock.sort()
+        os._exit(1)  # the flow would wait for the server for minutes
+
+    server.start(end)
+    planned(return_state=True).result()
+    ended.set()
+
+
+def advance_all(run: Plan) -> None:
+    """Run what the plan says as Prefect's tasks."""
+
+    def due(_: Any, task_run: TaskRun, __: Any) -> bool:
+        return run.retries.due(task_run.name)
+
+    @task(
+        name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False,
+        retries=TRIES, retry_condition_fn=due, retry_delay_seconds=0,
+    )  # fmt: skip
     def stage(name: str) -> Any:
-        outcome = run.advance(name)
+        try:
+            outcome = run.advance(name)
+        except InterruptedError:
+            return Cancelled(message="the run was stopped")
         message = f"{outcome.state} in {outcome.seconds:.1f} s"
         get_run_logger().info("%s: %s", name, message)
+        progress.step(name)
         if outcome.state in ("failed", "skipped"):
             return Failed(message=outcome.reason)
         return Completed(name=outcome.state.capitalize(), message=message)
 
+    run.listen = lambda line: get_run_logger().info(line)
+    progress = _Progress(len(run.todo))
     futures: dict[str, Any] = {}
     try:
         for name in run.todo:
@@ -130,23 +136,32 @@ def _advance_all(run: Plan) -> State[Any]:
         raise
     finally:
         run.lock.sort()
-    outcomes = run.outcomes()
-    create_table_artifact(
-        key="compare", table=summary.outcome_rows(outcomes), description=summary.totals(outcomes)
-    )
-    get_run_logger().info(summary.totals(outcomes))
-    return _conclude(run)
+    run.children.gather()
+    _publish(run)
 
 
-def _conclude(run: Plan) -> State[Any]:
-    """Show how every stage ended and where the report is; return the state of the whole run."""
+class _Progress:
+    """The share of stages that have ended, as an artifact that the UI draws."""
+
+    def __init__(self, stages: int) -> None:
+        self._stages = stages
+        self._ended: set[str] = set()
+        self._lock = threading.Lock()
+        self._artifact: UUID = create_progress_artifact(0.0, "progress", f"of {stages} stages")  # type: ignore[assignment]
+
+    def step(self, stage: str) -> None:
+        """Count a stage, once even if it runs again."""
+        with self._lock:
+            self._ended.add(stage)
+            update_progress_artifact(self._artifact, 100 * len(self._ended) / self._stages)
+
+
+def _publish(run: Plan) -> None:
+    """Write artifacts that the UI shows: how stages ended, the results, a link to the report."""
     outcomes = run.outcomes()
-    summary.show_outcomes(outcomes)
+    totals = summary.totals(outcomes)
+    create_table_artifact(key="compare", table=summary.outcome_rows(outcomes), description=totals)
     if summary.is_current(outcomes):
-        summary.show_report()
-    if reasons := {outcome.reason for outcome in outcomes if outcome.state == "skipped" and outcome.reason}:
-        return Failed(message="; ".join(sorted(reasons)))
-    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
-    if failed:
-        return Failed(message=summary.blame(failed))
-    return Completed(message=summary.totals(outcomes))
+        create_table_artifact(key="results", table=summary.result_rows())
+        create_link_artifact(key="report", link=(Path(REPORT) / "index.html").resolve().as_uri())
+    get_run_logger().info(totals)

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import yaml
+import psutil
 
+from flows import machine
 from stages.core.errors import Refusal
 from stages.core.files import SCRATCH
 
 ROOM = 5.0
 """GiB that should be free: the default job takes 4."""
+MEMORY = 3.0
+"""GiB that should be free: a stage of the default job takes 2.6."""
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """CPU features that decide how fast bf16 is, and in which order kernels add."""
 
@@ -93,10 +96,8 @@ def _lock() -> Iterator[Finding]:
 
     try:
         wrong = provenance.disagreements(provenance.locked_stages())
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:80]
-        text = f"it does not parse ({reason}); `git checkout dvc.lock` restores a whole lock"
-        yield Finding("dvc.lock", "problem", text)
+    except Refusal as refusal:
+        yield Finding("dvc.lock", "problem", str(refusal))
         return
     if wrong:
         text = f"{', '.join(wrong)} were computed from other inputs than it says; `prunequant run` mends that"
@@ -106,6 +107,7 @@ def _lock() -> Iterator[Finding]:
 
 
 def _params() -> Iterator[Finding]:
+    from flows.resources import pool_of
     from stages.job.entry import outdated
     from stages.job.load import load
 
@@ -119,13 +121,32 @@ def _params() -> Iterator[Finding]:
         yield Finding("data/code", "warning", f"{len(names)} identities are outdated; `dvc repro code`")
     else:
         yield Finding("data/code", "ok", "knows the code")
-    device = params.run.resolved_device()
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if params.run.threads > threads:
-        text = f"run.threads is {params.run.threads}, but this process has {threads}; lower it"
+    wanted, there = params.run.threads, machine.threads()
+    if wanted > there:
+        text = f"run.threads is {wanted}, but this process has {there}; lower it"
         yield Finding("device", "warning", text)
     else:
-        yield Finding("device", "ok", f"{device}, {threads} CPU threads, {params.run.threads} a stage")
+        try:
+            pool = pool_of(params.run)
+        except Refusal as refusal:
+            yield Finding("device", "problem", str(refusal))
+            return
+        stages = f"{max(1, pool.threads // wanted)} at a time with {wanted} CPU threads each"
+        stages = f"1 on each of {len(pool.cards)} cards" if pool.cards else stages
+        yield Finding("device", "ok", f"{params.run.device}: stages that compute run {stages}")
+
+
+def _machine() -> Iterator[Finding]:
+    """Show what this process may use, by its affinity, its control groups and `CUDA_VISIBLE_DEVICES`."""
+    cores = os.cpu_count() or 1
+    yield Finding("threads", "ok", f"{machine.threads()} CPU threads of the machine's {cores}")
+    gib, total = machine.memory() / 2**30, psutil.virtual_memory().total / 2**30
+    text = f"{gib:.1f} GiB free of the machine's {total:.1f}"
+    if gib < MEMORY:
+        yield Finding("memory", "warning", f"{text}; the default job takes {MEMORY}: end other programs")
+    else:
+        yield Finding("memory", "ok", text)
+    yield Finding("cards", "ok", ", ".join(machine.cards()) or "none")
 
 
 def _disk() -> Iterator[Finding]:
@@ -165,6 +186,9 @@ def _processor() -> Iterator[Finding]:
 
 
 def _prefect() -> Iterator[Finding]:
+    from flows.server import configure
+
+    configure()
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME
 
     home = Path(PREFECT_HOME.value())
@@ -201,7 +225,7 @@ def _leftovers() -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    _git, _dvc, _params, _lock, _disk, _versions, _processor, _prefect, _leftovers,
+    _git, _dvc, _params, _lock, _disk, _machine, _versions, _processor, _prefect, _leftovers,
 )  # fmt: skip
 
 

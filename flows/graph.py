@@ -1,21 +1,25 @@
 """DVC's graph: its stages, which of them are stale, and what a run changed.
 
-DVC owns the graph and the cache; this module only reads them. `dvc status` lists the stages whose own inputs
+DVC owns the graph and the cache; this module only reads them. DVC's status lists the stages whose own inputs
 or outputs differ from the lock. Whether a stage below them must run as well is known once they have run and
 `dvc.lock` holds their new hashes.
 """
 
 import difflib
-import json
+import math
+import re
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from flows.terminal import console
-from flows.workspace import insist
+from flows.workspace import Busy, insist
 from stages.core.errors import Refusal
 from stages.core.files import run_record
 
@@ -30,11 +34,19 @@ class Stage:
     cmd: str
     upstream: tuple[str, ...]
     outs: tuple[str, ...]
+    memory_gib: float | None = None
+    """The memory it declares in dvc.yaml: `meta: {memory_gib: 12}`."""
+
+    @property
+    def module(self) -> str:
+        """The name of our stage that it runs, such as `prune`; empty for any other command."""
+        named = re.search(r"\bstages\.(\w+)", self.cmd)
+        return named[1] if named else ""
 
     @property
     def alone(self) -> bool:
         """Whether it measures time or energy, so nothing may run beside it."""
-        return "stages.profile" in self.cmd
+        return self.module == "profile"
 
     @property
     def record(self) -> Path:
@@ -47,31 +59,94 @@ Graph = dict[str, Stage]
 """Stages by name, each after all it depends on."""
 
 
-def read_graph() -> Graph:
-    """Read the whole graph of the project in the current folder.
+class Project:
+    """The project in the current folder as DVC reads it; see `opened`."""
+
+    def __init__(self, repo: Any) -> None:
+        """Take an open `dvc.repo.Repo`."""
+        self._repo = repo
+
+    def graph(self) -> Graph:
+        """Return the whole graph.
+
+        Raises:
+            Refusal: DVC cannot read dvc.yaml.
+        """
+        import networkx
+        from dvc.exceptions import DvcException
+
+        try:
+            graph = self._repo.index.graph
+        except DvcException as error:
+            raise Refusal(f"DVC cannot read the graph: {error}") from None
+        stages: Graph = {}
+        for stage in reversed(list(networkx.topological_sort(graph))):
+            stages[stage.addressing] = Stage(
+                name=stage.addressing,
+                cmd=str(stage.cmd),
+                upstream=tuple(sorted(up.addressing for up in graph.successors(stage))),
+                outs=tuple(out.def_path for out in stage.outs),
+                memory_gib=_declared(stage.addressing, stage.meta),
+            )
+        return stages
+
+    def stale(self) -> set[str]:
+        """Return the stages whose own command, inputs or outputs differ from dvc.lock.
+
+        Raises:
+            Refusal: DVC cannot tell.
+        """
+        from dvc.dependency import param
+        from dvc.exceptions import DvcException
+        from dvc.lock import LockError
+
+        def status() -> set[str]:
+            try:
+                return set(self._repo.status())
+            except LockError as error:
+                raise Busy(str(error)) from None
+            except DvcException as error:
+                raise Refusal(f"DVC cannot tell what is stale: {error}") from None
+
+        # DVC would parse params.yaml once for each stage.
+        with mock.patch.object(param, "load_path", cache(param.load_path)):
+            return insist(status, console.print)
+
+
+@contextmanager
+def opened() -> Iterator[Project]:
+    """Read dvc.yaml and dvc.lock once for all that the body asks, while no DVC command can write the lock.
 
     Raises:
-        Refusal: DVC cannot read dvc.yaml.
+        Refusal: this is no DVC project.
     """
-    import networkx
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
+    from dvc.repo import Repo, lock_repo
 
     try:
         repo = Repo(_wait_for_lock=True)
-        with repo.lock:  # nobody is writing dvc.lock
-            graph = repo.index.graph
     except DvcException as error:
         raise Refusal(f"DVC cannot read the graph: {error}") from None
-    stages: Graph = {}
-    for stage in reversed(list(networkx.topological_sort(graph))):
-        stages[stage.addressing] = Stage(
-            name=stage.addressing,
-            cmd=str(stage.cmd),
-            upstream=tuple(sorted(up.addressing for up in graph.successors(stage))),
-            outs=tuple(out.def_path for out in stage.outs),
-        )
-    return stages
+    with repo, lock_repo(repo):
+        yield Project(repo)
+
+
+def read_graph() -> Graph:
+    """Read the whole graph of the project in the current folder; see `Project.graph`."""
+    with opened() as project:
+        return project.graph()
+
+
+def _declared(name: str, meta: Any) -> float | None:
+    """Return the memory that a stage declares.
+
+    Raises:
+        Refusal: it is no positive number.
+    """
+    value = meta.get("memory_gib") if isinstance(meta, dict) else None
+    if value is None or (type(value) in (int, float) and 0 < value < math.inf):
+        return value
+    raise Refusal(f"{name}: meta.memory_gib in dvc.yaml is {value!r}; write GiB as a positive number.")
 
 
 def select(graph: Graph, targets: Iterable[str]) -> Graph:
@@ -101,19 +176,6 @@ def select(graph: Graph, targets: Iterable[str]) -> Graph:
             kept.add(name)
             todo += graph[name].upstream
     return {name: stage for name, stage in graph.items() if name in kept}
-
-
-def stale(graph: Graph) -> set[str]:
-    """Return the stages whose own command, inputs or outputs differ from dvc.lock.
-
-    Raises:
-        Refusal: `dvc status` failed.
-    """
-    command = [*DVC, "status", "--json"]  # naming the stages takes time that grows with their square
-    done = insist(lambda: subprocess.run(command, capture_output=True, text=True), console.print)
-    if done.returncode:
-        raise Refusal(f"dvc status failed: {done.stderr.strip()}")
-    return set(json.loads(done.stdout)) & set(graph)
 
 
 def below(graph: Graph, names: set[str]) -> set[str]:

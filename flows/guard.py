@@ -2,9 +2,9 @@
 
 The guard's standard input is a pipe that only the flow can write to. The kernel closes it when the flow dies,
 even by `kill -9`, and the guard then ends the command and everything the command started: SIGTERM first,
-SIGKILL if that does not help. It does the same to what a killed command leaves behind. The guard also holds
-the flow's lock of the workspace (`flows.workspace`), so the next run waits until nothing of the last is
-alive.
+SIGKILL if that does not help. It does the same when it is sent SIGTERM or SIGINT, and to what a killed
+command leaves behind. The guard also holds the flow's lock of the workspace (`flows.workspace`), so the next
+run waits until nothing of the last is alive.
 
 This file runs as a script, without the project or its libraries: `python -IS guard.py <command>`.
 """
@@ -29,6 +29,12 @@ def main(command: list[str]) -> int:
             pass
         end_group(child.pid)
 
+    def end_at_signal(*_: object) -> None:
+        # In a thread, as this one waits for the child, which stays in its group until it is waited for.
+        threading.Thread(target=end_group, args=(child.pid,)).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_at_signal)
     threading.Thread(target=end_with_the_flow, daemon=True).start()
     code = child.wait()
     end_group(child.pid)
@@ -47,16 +53,6 @@ def end_group(group: int) -> None:
             return
 
 
-def watch(pid: int) -> None:
-    """Wait for the flow's end, then end the process `pid`, which is no group of its own."""
-    while os.read(0, 1):
-        pass
-    try:
-        os.kill(pid, signal.SIGTERM)
-    except ProcessLookupError:
-        return
-
-
 def _signal(group: int, number: int) -> bool:
     """Signal a process group; return whether any of it is alive."""
     try:
@@ -67,7 +63,4 @@ def _signal(group: int, number: int) -> bool:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--watch":
-        watch(int(sys.argv[2]))
-    else:
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

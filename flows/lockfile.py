@@ -60,8 +60,12 @@ class SafeLock:
                 "and run it again. DVC's cache restores what that side lacks."
             )
         known_text = _COPY.read_text() if _COPY.exists() else _committed()
-        known, entries = whole(known_text) or {}, whole(text)
-        if entries is None or (_is_start(entries, known) and text != _committed()):
+        known = whole(known_text)
+        entries = known if text == known_text else whole(text)
+        known = known or {}
+        if text == known_text:
+            self._text, self.entries = text, known  # parse it no more
+        elif entries is None or (_is_start(entries, known) and text != _committed()):
             self._text, self.entries = known_text, known
         self.keep()
 
@@ -86,7 +90,7 @@ class SafeLock:
             return
         try:
             with Repo().lock:
-                if self._kept() and (blocks := _blocks(self._text)):
+                if self._kept() and (blocks := entry_texts(self._text)):
                     self._write(blocks)
         except LockError:
             return  # a DVC command works here; the next run sorts
@@ -108,7 +112,7 @@ class SafeLock:
 
     def _restore(self) -> None:
         cut = LOCK.read_text(errors="replace")
-        blocks = {**_blocks(self._text), **_blocks(beginning(cut, self.entries))}
+        blocks = {**entry_texts(self._text), **entry_texts(beginning(cut, self.entries))}
         self._write(blocks)
         self.mended += 1
         console.print(
@@ -117,7 +121,7 @@ class SafeLock:
         )  # fmt: skip
 
     def _write(self, blocks: dict[str, str]) -> None:
-        write_text(LOCK, _HEAD + "".join(blocks[name] for name in sorted(blocks)))
+        write_text(LOCK, joined(blocks))
         self._kept()
 
 
@@ -160,7 +164,24 @@ def _is_whole(entry: Any) -> bool:
     return kinds and "cmd" in entry and all("md5" in out for out in entry["outs"])
 
 
-def _blocks(text: str) -> dict[str, str]:
+def put_entry(name: str, block: str) -> None:
+    """Write one entry, as `entry_texts` returns it, into dvc.lock."""
+    from dvc.repo import Repo
+
+    with Repo(_wait_for_lock=True).lock:
+        text = LOCK.read_text() if LOCK.exists() else ""
+        before = entry_texts(text)
+        if _ENTRY.search(text) and not before:
+            raise OSError(f"{LOCK} is cut off, so {name} cannot be added to it; run it again.")
+        write_text(LOCK, joined({**before, name: block}))
+
+
+def joined(entries: dict[str, str]) -> str:
+    """Return the lock of these entries, sorted."""
+    return _HEAD + "".join(entries[name] for name in sorted(entries))
+
+
+def entry_texts(text: str) -> dict[str, str]:
     """Return the text of each entry of a lock as DVC writes it, and nothing of any other file.
 
     Entries are moved as text, as another parser than DVC's reads some numbers as words.

@@ -17,9 +17,9 @@ from stages.core.files import PROVENANCE
 from stages.job import provenance
 
 
-def find_wrong(graph: Graph) -> dict[str, str]:
+def find_wrong(graph: Graph, locked: provenance.Lock) -> dict[str, str]:
     """Return the stages of `graph` whose result disagrees with dvc.lock, each with the inputs that differ."""
-    wrong = provenance.disagreements(provenance.locked_stages())
+    wrong = provenance.disagreements(locked)
     return {name: inputs for name, inputs in wrong.items() if name in graph}
 
 

@@ -1,17 +1,17 @@
 """The work of a run, apart from its scheduling: find the stale stages, advance each, note how each ended."""
 
-import os
-import threading
+import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from flows import graph, mend
-from flows.graph import Graph, Stage
+from flows.graph import Graph
 from flows.lockfile import Entries, SafeLock
 from flows.process import CHATTER, Children
+from flows.resources import Need, Pool, need_of, pool_of
+from flows.retries import Retries, cause_of, was_killed
 from flows.terminal import console
 from stages.core import disk
 from stages.core.errors import Refusal
@@ -36,31 +36,35 @@ class Plan:
 
     Attributes:
         graph: the requested stages and all they need, upstream first.
-        jobs: how many stages run side by side.
+        pool: what its stages share of the machine.
+        threads: `run.threads`.
         params: the content of params.yaml that the run was planned on.
         stale: the stages that are out of date by themselves.
         todo: these and all that depend on them, upstream first.
+        wrong: the stages whose result disagrees with dvc.lock; DVC would not run them by itself.
+        listen: called with each line of a stage, in the thread that advances it.
     """
 
     graph: Graph
-    jobs: int
+    pool: Pool
+    threads: int = 1
     params: Any = None
     stale: set[str] = field(default_factory=set)
     todo: list[str] = field(default_factory=list)
+    wrong: set[str] = field(default_factory=set)
     children: Children = field(default_factory=Children)
     lock: SafeLock = field(default_factory=SafeLock)
+    retries: Retries = field(default_factory=Retries)
+    listen: Callable[[str], object] = lambda line: None
 
     def __post_init__(self) -> None:
-        self._slots = threading.Semaphore(self.jobs)
-        self._collecting = threading.Lock()
         self._locked = self.lock.entries
         self._ended: dict[str, Outcome] = {}
         self._changed: set[str] = set()
-        self._wrong: set[str] = set()
         self._planned = time.strftime("%H:%M")
 
     def find_stale(self) -> None:
-        """Bring the code identities up to date, then ask DVC which stages are stale.
+        """Bring the code identities up to date, then complete `stale` and `todo`.
 
         Recipes depend on `data/code` and not on source files, so until stage `code` has run DVC cannot tell
         which recipes an edit made stale.
@@ -68,15 +72,17 @@ class Plan:
         Raises:
             Refusal: stage `code` failed, or DVC cannot answer.
         """
-        self.stale = {"code"} & set(self.graph)
-        if self.stale and self.advance("code").state == "failed":
-            raise Refusal(f"code: {self._ended['code'].reason}")
-        for name, inputs in mend.find_wrong(self.graph).items():
+        if "code" in self.stale & set(self.graph):
+            if self.advance("code").state == "failed":
+                raise Refusal(f"code: {self._ended['code'].reason}")
+            with graph.opened() as project:
+                self.stale = project.stale()
+        for name, inputs in mend.find_wrong(self.graph, self.lock.keep()).items():
             _say(name, f"dvc.lock names other inputs than it was computed from ({inputs}); it runs again")
-            self._wrong.add(name)
-        if self._wrong:
-            mend.forget_runs(self._wrong)
-        self.stale = graph.stale(self.graph) | self._wrong
+            self.wrong.add(name)
+        if self.wrong:
+            mend.forget_runs(self.wrong)
+        self.stale = self.stale & set(self.graph) | self.wrong
         below = graph.below(self.graph, self.stale)
         self.todo = [name for name in self.graph if name in below]
 
@@ -89,7 +95,8 @@ class Plan:
         if name not in self.stale and not self._changed & set(self.graph[name].upstream):
             # It would be stale only if a stage above had changed its outputs, and none has.
             return self._end(Outcome(name, "unchanged"))
-        with self._room(self.graph[name]):
+        self.retries.wait(name, self.children.stopped)
+        with self.pool.hold(self._need(name)) as lease:
             if self.children.stopped.is_set():
                 raise InterruptedError(name)
             if self.params not in (None, provenance.content(PARAMS)):  # DVC has not deleted anything yet
@@ -97,11 +104,15 @@ class Plan:
                 return self._end(Outcome(name, "skipped", 0.0, reason))
             started, clock = time.time(), time.monotonic()
             _say(name, "starts")
-            code, output = self._repro(name)
+            code, output = self._repro(name, lease.environment)
             seconds = round(time.monotonic() - clock, 1)
         if code:
             mend.restore(self.graph[name].outs)
-            outcome = Outcome(name, "failed", seconds, self._reason(name, started, output))
+            record = self._record(name, started)
+            outcome = Outcome(name, "failed", seconds, _reason(record, code, output))
+            if again := self.retries.note(name, cause_of(record, code, output), lease):
+                _say(name, f"failed ({outcome.reason.rstrip('.')}); it {again}", style="yellow")
+                return self._end(outcome)
         else:
             outcome = Outcome(name, _state(output), seconds)
             if name not in self._locked or self._outs(self.lock.entries, name) != self._outs(
@@ -111,15 +122,20 @@ class Plan:
         _say(name, f"{outcome.state}, {seconds} s", style="red" if code else "green")
         return self._end(outcome)
 
-    def _repro(self, name: str) -> tuple[int, str]:
+    def _repro(self, name: str, environment: dict[str, str]) -> tuple[int, str]:
         """Run the stage, and once more if dvc.lock was cut off meanwhile: DVC then restores what it made."""
+
+        def show(line: str) -> None:
+            _say(name, line)
+            self.listen(line)
+
         mended = self.lock.mended
         try:
-            code, output = self.children.repro(name, lambda line: _say(name, line), name in self._wrong)
+            code, output = self.children.repro(name, show, name in self.wrong, environment)
             self.lock.keep()
             while not code and mended != self.lock.mended:
                 mended = self.lock.mended
-                code = self.children.repro(name, lambda line: _say(name, line))[0]
+                code = self.children.repro(name, show, False, environment)[0]
                 self.lock.keep()
         except InterruptedError:
             raise
@@ -140,64 +156,68 @@ class Plan:
     def _outs(entries: Entries, name: str) -> Any:
         return entries.get(name, {}).get("outs")
 
-    @contextmanager
-    def _room(self, stage: Stage) -> Iterator[None]:
-        """Hold a slot for the stage; all slots for a stage that must run alone."""
-        taken = 0
-        try:
-            if stage.alone:
-                with self._collecting:  # two stages that each held some slots would wait for each other
-                    while taken < self.jobs:
-                        self._slots.acquire()
-                        taken += 1
-            else:
-                self._slots.acquire()
-                taken = 1
-            yield
-        finally:
-            for _ in range(taken):
-                self._slots.release()
+    def _need(self, name: str) -> Need:
+        """Return what a stage needs of this machine; say so if it is more memory than there is."""
+        if self.children.elsewhere:
+            return Need(threads=0)
+        need = need_of(self.graph[name], self.graph, self.pool, self.threads)
+        if need.gib > self.pool.gib:
+            there = f"{self.pool.gib:.1f} GiB of memory that this run has"
+            _say(name, f"may need {need.gib:.1f} GiB, more than the {there}; it runs alone", style="yellow")
+        return replace(need, alone=True) if name in self.retries.alone else need
 
     def _end(self, outcome: Outcome) -> Outcome:
         self._ended[outcome.stage] = outcome
         return outcome
 
-    def _reason(self, name: str, started: float, output: str) -> str:
-        """Return the error in the stage's run record, or else the last line it printed."""
+    def _record(self, name: str, started: float) -> dict[str, Any]:
+        """Return the run record that the stage has just written; an empty one if it wrote none."""
         record = self.graph[name].record
         fresh = record.exists() and record.stat().st_mtime >= started - 1
-        error = str(read_json(record)["error"] or "") if fresh else ""
-        if disk.is_full(f"{error}\n{output}"):
-            return disk.full()
-        if error:
-            return error
-        lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
-        own = [line for line in lines if "failed to reproduce" not in line]
-        return (own or lines or [""])[-1].strip()
+        return dict(read_json(record)) if fresh else {}
 
 
-def plan(jobs: int | None, targets: Iterable[str], held: tuple[int, ...] = ()) -> Plan:
+def plan(jobs: int | None, targets: Iterable[str], children: Children | None = None) -> Plan:
     """Check params.yaml, bring the code identities up to date, and find the stale stages.
 
     Args:
-        jobs: stages side by side; None: as many as the cores allow, 1 on a GPU.
-        held: open files that hold the workspace, see `flows.workspace.alone`.
+        jobs: stages side by side at most; None: as many as threads, memory and cards allow.
+        children: run the stages; None: as child processes.
 
     Raises:
         Refusal: bad params, unknown targets or a graph that DVC cannot read; no stage but `code` has run.
     """
     content = provenance.content(PARAMS)
-    params = load_verified()
+    params = load_verified(device=children is None or not children.elsewhere)
     lock = SafeLock()
     lock.begin()
-    stages = graph.select(graph.read_graph(), targets)
-    if jobs is None:
-        on_cpu = params.run.resolved_device().type == "cpu"
-        jobs = max(1, (os.cpu_count() or 1) // params.run.threads) if on_cpu else 1
-    run = Plan(stages, jobs, content, children=Children(held), lock=lock)
+    with graph.opened() as project:
+        stages = graph.select(project.graph(), targets)
+        stale = project.stale()
+    children = children or Children()
+    pool = Pool(1, jobs=jobs) if children.elsewhere else pool_of(params.run, jobs)
+    run = Plan(stages, pool, params.run.threads, content, stale, children=children, lock=lock)
+    if not children.elsewhere:
+        console.print(f"{pool} to use", markup=False)
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
     run.find_stale()
     return run
+
+
+def _reason(record: dict[str, Any], code: int, output: str) -> str:
+    """Return the error in a stage's run record, or else that it was killed, or the last line it printed."""
+    error = str(record.get("error") or "")
+    if disk.is_full(f"{error}\n{output}"):
+        return disk.full()
+    if error:
+        return error
+    if was_killed(code, output):
+        return "it was killed, as the kernel does when memory runs out."
+    if re.search(r"exited with -\d+$", output, re.M):
+        return "a signal ended it while it started; run it again."
+    lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
+    own = [line for line in lines if "failed to reproduce" not in line]
+    return (own or lines or [""])[-1].strip()
 
 
 def _say(stage: str, line: str, style: str | None = None) -> None:

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from flows import guard
 from flows.graph import DVC
-from flows.workspace import insist
+from flows.workspace import BUSY, Busy, insist
 from stages.core.files import RUNS
 
 LOGS = RUNS / "logs"
@@ -30,12 +31,16 @@ CHATTER = re.compile(
     r"|.*had been killed\. Auto removed it.*|.*Unable to acquire lock\..*|.*Unable to read RWLock-file.*"
 )
 """Lines that DVC repeats at every stage, bars that have not begun, and advice to delete DVC's own files."""
-_watchers: list[subprocess.Popen[bytes]] = []
-"""Kept, as their pipes close when they are forgotten."""
 
 
 class Children:
-    """The child processes of one run."""
+    """The child processes of one run.
+
+    Attributes:
+        elsewhere: whether the stages run on other machines, so that they do not share this one.
+    """
+
+    elsewhere = False
 
     def __init__(self, held: tuple[int, ...] = ()) -> None:
         """Take the open files that each guard holds as well, as long as it lives."""
@@ -44,29 +49,35 @@ class Children:
         self._alive: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
 
-    def repro(self, stage: str, show: Callable[[str], None], force: bool = False) -> tuple[int, str]:
+    def repro(
+        self,
+        stage: str,
+        show: Callable[[str], None],
+        force: bool = False,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[int, str]:
         """Run `dvc repro --single-item <stage>` and return its exit code and output; wait for what blocks it.
 
         Args:
             show: called with each line worth showing, as it comes.
             force: whether to run the stage even if DVC has its result.
+            variables: added to its environment.
 
         Raises:
             InterruptedError: the run was stopped before or during the stage.
         """
-        done = insist(lambda: self._repro(stage, show, force), show, self.stopped.wait)
-        return done.returncode, done.stdout
+        return insist(lambda: self._repro(stage, show, force, variables), show, self.stopped.wait)
 
     def _repro(
-        self, stage: str, show: Callable[[str], None], force: bool
-    ) -> subprocess.CompletedProcess[str]:
+        self, stage: str, show: Callable[[str], None], force: bool, variables: Mapping[str, str]
+    ) -> tuple[int, str]:
         command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
         with self._lock:
             if self.stopped.is_set():
                 raise InterruptedError(stage)
             child = subprocess.Popen(
                 [*GUARD, *command],
-                env=environment(),
+                env={**environment(), **variables},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -90,7 +101,12 @@ class Children:
                 self._alive.discard(child)
         if self.stopped.is_set():
             raise InterruptedError(stage)
-        return subprocess.CompletedProcess(command, code, output, "")
+        if code and BUSY.search(output):
+            raise Busy(output)
+        return code, output
+
+    def gather(self) -> None:
+        """Bring the results of all stages into this folder, where child processes leave them anyway."""
 
     def stop(self) -> None:
         """Start no further child, and end the running children with all their descendants."""
@@ -104,12 +120,6 @@ class Children:
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, deadline - time.monotonic()))
-
-
-def end_with_this(pid: int) -> None:
-    """End the process `pid` when this process ends, even by SIGKILL."""
-    command = [*GUARD, "--watch", str(pid)]
-    _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
 
 
 def environment() -> dict[str, str]:

@@ -1,10 +1,10 @@
 """Summarize a run on the terminal and in Prefect's artifact."""
 
+import csv
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 from rich import box
 from rich.table import Table
 
@@ -67,23 +67,37 @@ def is_current(outcomes: Sequence[Outcome]) -> bool:
     return any(o.stage == "report" and o.state in ("ran", "restored", "unchanged") for o in outcomes)
 
 
+def result_rows() -> list[dict[str, str]]:
+    """Return the report's summary as text, a row a candidate; nothing if there is no report."""
+    if not (_SUMMARY.exists() and _PAGE.exists()):
+        return []
+    with _SUMMARY.open(encoding="utf-8", newline="") as file:
+        return [
+            {
+                _MEGABYTES.get(key, key): _short(value, 1e6 if key in _MEGABYTES else 1)
+                for key, value in row.items()
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
 def show_report() -> None:
     """Print the report's summary and the path of its page, if there is a report."""
-    if not (_SUMMARY.exists() and _PAGE.exists()):
+    rows = result_rows()
+    if not rows:
         return
-    lines = pd.read_csv(_SUMMARY).astype(object)
     table = Table(title="Results", box=box.SIMPLE)
-    for column in map(str, lines):
-        heading = _MEGABYTES.get(column, column.replace(".", " ").replace("_", " "))
-        first = column == "candidate"
-        table.add_column(heading.replace(" ", "\n"), justify="left" if first else "right", no_wrap=True)
-        if column in _MEGABYTES:
-            lines[column] /= 1e6
-    for row in lines.to_dict("records"):
-        table.add_row(*("" if pd.isna(value) else _short(value) for value in row.values()))
+    for column in rows[0]:
+        heading = column.replace(".", " ").replace("_", " ").replace(" ", "\n")
+        table.add_column(heading, justify="left" if column == "candidate" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
     console.print(f"The report: {_PAGE.resolve()}")
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _short(text: str, divisor: float) -> str:
+    try:
+        return f"{float(text) / divisor:.4g}"
+    except ValueError:
+        return text

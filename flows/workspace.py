@@ -14,14 +14,13 @@ import fcntl
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import psutil
 
@@ -29,6 +28,7 @@ from flows.guard import GRACE
 from flows.terminal import console
 from stages.core.files import write_text
 
+Result = TypeVar("Result")
 DVC_TMP = Path(".dvc/tmp")
 BUSY = re.compile(
     r"is busy, it is being blocked by:|Unable to acquire lock\. Most likely another DVC|"
@@ -55,12 +55,12 @@ def alone() -> Iterator[tuple[int, ...]]:
     DVC_TMP.mkdir(exist_ok=True)
     with _HELD.open("a+") as file:
         _wait_for_flow(file)
-        _release()  # of an earlier process that had the same id
+        release()  # of an earlier process that had the same id
         _when_idle(_end_orphans)
         try:
             yield (file.fileno(),)
         finally:
-            _release()
+            release()
 
 
 def claim() -> None:
@@ -71,20 +71,23 @@ def claim() -> None:
     _when_idle(lambda root, table: table["write"].update({f"{root}/{_DOOR}": _me()}))
 
 
+class Busy(Exception):
+    """Another process blocks what DVC was to do; the text is DVC's."""
+
+
 def insist(
-    attempt: Callable[[], subprocess.CompletedProcess[str]],
+    attempt: Callable[[], Result],
     show: Callable[[str], None],
     rest: Callable[[float], object] = time.sleep,
-) -> subprocess.CompletedProcess[str]:
-    """Run a DVC command, again and with longer and longer pauses while another process blocks it."""
+) -> Result:
+    """Call `attempt`, again and with longer and longer pauses while it is `Busy`, and return its result."""
     pause = 0.5
     while True:
-        done = attempt()
-        output = f"{done.stdout}{done.stderr or ''}"
-        if not done.returncode or not BUSY.search(output):
-            return done
+        try:
+            return attempt()
+        except Busy as busy:
+            blocker = re.search(r"\(PID \d+\): .*", str(busy))
         if pause == 0.5:
-            blocker = re.search(r"\(PID \d+\): .*", output)
             show(f"waits for {blocker[0] if blocker else 'another DVC command'}")
         rest(pause)
         pause = min(2 * pause, 10)
@@ -183,8 +186,8 @@ def _infos(table: dict[str, Any]) -> list[dict[str, Any]]:
     return [*table["write"].values(), *(info for infos in table["read"].values() for info in infos)]
 
 
-def _release() -> None:
-    """Take this process out of DVC's table."""
+def release() -> None:
+    """Take this process out of DVC's table, so that DVC reads `stages` again."""
     with _rwlock() as table:
         mine = [path for path, info in table["write"].items() if info["pid"] == os.getpid()]
         for path in mine:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dvc.repo import Repo  # here, as DVC logs to the standard output of the moment it is imported
+
 from flows.graph import Graph, Stage
 from tests import project
 
@@ -31,8 +33,6 @@ GRAPH: Graph = {
 
 def make(folder: Path) -> None:
     """Make the project; nothing has run."""
-    from dvc.repo import Repo
-
     Repo.init(str(folder), no_scm=True).close()
     (folder / "dvc.yaml").write_text(YAML)
     (folder / "stages").mkdir()

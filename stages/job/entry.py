@@ -42,7 +42,7 @@ def entry(work: Callable[..., None]) -> None:
     try:
         whole_params = provenance.content(PARAMS)
         raw = read()
-        params = checked_params(raw)
+        params = checked_params(raw, device=False)  # a stage that computes asks for it itself
         _check_name(pieces, params, name)
         planned = provenance.inputs(stage, name, raw, params, whole_params)
         _check_inputs(planned, params)

@@ -20,13 +20,16 @@ LARGEST = 10**6
 """Values that it may hold once its aliases are written out."""
 
 
-def load(path: Path = PARAMS) -> Params:
+def load(path: Path = PARAMS, device: bool = True) -> Params:
     """Read and check `path`.
+
+    Args:
+        device: whether this machine must have `run.device`; no, if others compute the stages.
 
     Raises:
         Refusal: the file is missing, no YAML, or has mistakes; a line each, all of them.
     """
-    return checked_params(read(path), str(path))
+    return checked_params(read(path), str(path), device)
 
 
 def read(path: Path = PARAMS) -> dict[str, Any]:
@@ -56,8 +59,11 @@ def read(path: Path = PARAMS) -> dict[str, Any]:
     return raw
 
 
-def checked_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
+def checked_params(raw: dict[str, Any], where: str = "params.yaml", device: bool = True) -> Params:
     """Check parsed YAML against the schema and each part of it against the others.
+
+    Args:
+        device: whether this machine must have `run.device`.
 
     Raises:
         Refusal: one line a mistake, all of them.
@@ -70,12 +76,12 @@ def checked_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
         mistakes += [sentence(details, Params) for details in error.errors() if not follows(details)]
         sound, broken = entries.sound(raw, [details["loc"] for details in error.errors()])
         params = _parsed(sound)
-    mistakes += [*entries.of_lineage(raw), *checks.between(params, broken)]
+    mistakes += [*entries.of_lineage(raw), *checks.between(params, broken, device)]
     _refuse(mistakes, where)
     return params
 
 
-def load_verified(path: Path = PARAMS) -> Params:
+def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
     """Read and check `path`, and compare `path:` sources with their hashes.
 
     Called once a run, not once a stage, as it reads all that these sources hold.
@@ -83,7 +89,7 @@ def load_verified(path: Path = PARAMS) -> Params:
     Raises:
         Refusal: one line a mistake, all of them.
     """
-    params = load(path)
+    params = load(path, device)
     _refuse(list(checks.changed_paths(params)), str(path))
     return params
 

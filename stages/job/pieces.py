@@ -35,6 +35,8 @@ class Pieces:
     """(params, recipe) -> the data sets it reads."""
     keys: Callable[[Params, str], list[str]] = lambda params, name: []
     """(params, recipe) -> the dotted keys of params.yaml that its result depends on, as in dvc.yaml."""
+    computes: bool = False
+    """Whether it computes with a model, on `run.device` and with `run.threads`."""
 
 
 def _section(stage: str, *, methods: bool = True) -> Pieces:
@@ -55,6 +57,7 @@ def _section(stage: str, *, methods: bool = True) -> Pieces:
         models=lambda params, name: [getattr(params, stage)[name].source],
         datasets=lambda params, name: lineage.datasets_of(params, f"{stage}/{name}"),
         keys=lambda params, name: [f"{stage}.{name}", *(RUN if methods else ())],
+        computes=methods,
     )
 
 
@@ -102,6 +105,7 @@ STAGES: dict[str, Pieces] = {
         models=lambda params, name: [name.rpartition("/")[0]],
         datasets=lambda params, name: [name.rpartition("/")[2]],
         keys=_suite_keys,
+        computes=True,
     ),
     "profile": Pieces(
         arguments=lambda params, name: (params.profile, params.run, name),
@@ -111,6 +115,7 @@ STAGES: dict[str, Pieces] = {
             "profile.batch_sizes", "profile.new_tokens", "profile.prompt_tokens", "profile.repeats",
             "profile.threads", "profile.warmup", "run.dtype", "run.seed",
         ],
+        computes=True,
     ),
     "tidy": Pieces(
         arguments=lambda params, name: (params.evaluations(),),

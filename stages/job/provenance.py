@@ -131,16 +131,30 @@ def path_of(stage: str, name: str) -> Path:
 
 
 def locked_stages() -> Lock:
-    """Return the stages of dvc.lock; none if there is no such file."""
+    """Return the stages of dvc.lock; none if there is no such file.
+
+    Raises:
+        Refusal: it does not parse.
+    """
     if not LOCK.exists():
         return {}
-    lock = yaml.load(LOCK.read_text(encoding="utf-8"), yaml.CSafeLoader) or {}
-    return dict(lock.get("stages") or {})
+    try:
+        lock = yaml.load(LOCK.read_text(encoding="utf-8"), yaml.CSafeLoader) or {}
+        return dict(lock.get("stages") or {})
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError) as error:
+        raise Refusal(
+            f"dvc.lock does not parse ({' '.join(str(error).split())[:80]}); `prunequant run` restores it, "
+            "or `git checkout dvc.lock` takes the committed one."
+        ) from None
 
 
 def removed(stage: str, name: str) -> list[str]:
     """Return the outputs of a stage's recipe that dvc.lock names and that are not there."""
-    for entry in locked_stages().values():
+    try:
+        lock = locked_stages()
+    except Refusal:
+        return []
+    for entry in lock.values():
         paths = [out["path"] for out in entry.get("outs", ())]
         if str(path_of(stage, name)) in paths:
             return [path for path in paths if not Path(path).exists()]

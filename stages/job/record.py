@@ -4,6 +4,7 @@ Times, host, versions, commit and peak memory are here and not in artifacts, so 
 bytes.
 """
 
+import os
 import platform
 import resource
 import subprocess
@@ -14,17 +15,21 @@ from datetime import UTC, datetime
 
 from stages.core import identity
 from stages.core.files import run_record, write_json
+from stages.job.transient import passing
 
 
 @contextmanager
 def recorded(stage: str, name: str) -> Iterator[None]:
     """Write the record when the body ends: how it ended, when, how long it took, on what."""
     started, clock, commit = datetime.now(UTC), time.monotonic(), _commit()
-    state, reason = "done", None
+    state, reason, cause = "done", None, None
     try:
         yield
+    except (SystemExit, KeyboardInterrupt):
+        state, reason = "failed", "ended by a signal before it was done; run it again to continue."
+        raise
     except BaseException as error:
-        state, reason = "failed", str(error) or type(error).__name__
+        state, reason, cause = "failed", str(error) or type(error).__name__, passing(error)
         raise
     finally:
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -33,11 +38,14 @@ def recorded(stage: str, name: str) -> Iterator[None]:
             {
                 "state": state,
                 "error": reason,
+                "passing": cause,  # what may be over when the stage runs again, see `passing`
                 "started": started.isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - clock, 2),
                 "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),  # of the whole process, imports too
                 "peak_gib": round(used.ru_maxrss / 2**20, 3),
                 "host": platform.node(),
+                "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+                "cuda_visible_devices": os.getenv("CUDA_VISIBLE_DEVICES"),
                 "commit": commit,
                 "python": platform.python_version(),
                 "versions": identity.versions(),

@@ -42,7 +42,7 @@ def test_a_sound_project_has_no_problem(folder):
     assert {subject for subject, (state, _) in seen.items() if state == "problem"} == set()
     assert set(seen) >= {
         "git", "dvc cache", "dvc remote", "params.yaml", "dvc.lock", "disk", "versions", "processor",
-        "prefect", "leftovers", "device",
+        "prefect", "leftovers", "device", "threads", "memory", "cards",
     }  # fmt: skip
     assert seen["data/code"][0] == "warning"  # nothing has run
 
@@ -73,7 +73,7 @@ def many_threads() -> None:
 @pytest.mark.parametrize(
     ("spoil", "subject", "state", "text"),
     [
-        (cut_lock, "dvc.lock", "problem", "`git checkout dvc.lock` restores"),
+        (cut_lock, "dvc.lock", "problem", "`git checkout dvc.lock` takes"),
         (bad_params, "params.yaml", "problem", "sparsity: 1.5 given"),
         (leave_scratch, "leftovers", "warning", "1 files in data/scratch"),
         (other_versions, "versions", "warning", "torch .* instead of 0.1, no-such-package none instead of"),

@@ -12,6 +12,7 @@ from flows import graph
 from flows.graph import Stage
 from flows.lockfile import SafeLock
 from flows.plan import Plan, plan
+from flows.resources import Pool
 from stages.core.errors import Refusal
 from tests import finished as sweep
 from tests import project
@@ -60,7 +61,8 @@ def test_a_lost_lock_is_restored_without_running(copy, monkeypatch):
         (name, "restored")
         for name in ("code", "validate", "model@tiny", "dataset@news", "prune@wanda-50", "noise@tiny-batch-3")
     }  # fmt: skip
-    assert graph.stale(run.graph) == set()
+    with graph.opened() as project:
+        assert project.stale() == set()
 
 
 @pytest.mark.drill
@@ -126,10 +128,10 @@ def wait_for(mark: str, word: str, seconds: float = 20) -> list[str]:
 def test_two_stages_run_side_by_side_and_no_more(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = stages(a="", b="", c="", d="")
-    run = Plan(whole, jobs=2, stale=set(whole), todo=list(whole))
+    run = Plan(whole, Pool(4, jobs=2), stale=set(whole), todo=list(whole))
     busy, most = [], []
 
-    def repro(name, show, force):
+    def repro(name, show, force, variables):
         busy.append(name)
         most.append(len(busy))
         time.sleep(0.2)
@@ -142,8 +144,19 @@ def test_two_stages_run_side_by_side_and_no_more(tmp_path, monkeypatch):
     assert max(most) == 2
 
 
+def test_a_stage_that_a_signal_ended_says_so(tmp_path, monkeypatch):
+    """DVC's last word of its own is the command, which is no reason."""
+    monkeypatch.chdir(tmp_path)
+    run = Plan(stages(a=""), Pool(1), stale={"a"}, todo=["a"])
+    lines = (
+        "> python -m stages.prune a\nERROR: failed to reproduce 'a': failed to run: python, exited with -15"
+    )
+    monkeypatch.setattr(run.children, "repro", lambda *_, **__: (255, lines))
+    assert run.advance("a").reason == "a signal ended it while it started; run it again."
+
+
 def test_stopping_starts_nothing_more():
-    run = Plan(stages(a=""), jobs=1, stale={"a"}, todo=["a"])
+    run = Plan(stages(a=""), Pool(1), stale={"a"}, todo=["a"])
     run.children.stop()
     with pytest.raises(InterruptedError):
         run.advance("a")

@@ -1,7 +1,6 @@
 """A stage ends with the flow, however the flow ends."""
 
 import fcntl
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import psutil
 import pytest
 
 from flows.process import GUARD
-from tests import toy
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 NESTED = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
@@ -42,6 +40,15 @@ def test_closing_the_pipe_ends_the_command_and_what_it_started():
     assert len(started) == 2
     with process.stdout:
         process.stdin.close()
+        assert process.wait(5) == 128 + signal.SIGTERM
+    assert not alive(started)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_guard_ends_the_command_and_what_it_started(number):
+    process, started = guarded(NESTED)
+    with process.stdout, process.stdin:
+        process.send_signal(number)
         assert process.wait(5) == 128 + signal.SIGTERM
     assert not alive(started)
 
@@ -80,11 +87,3 @@ subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[held.fileno()]).wait(
         process.wait()
         fcntl.flock(file, fcntl.LOCK_EX)  # waits for the guard
         assert not alive([other for other in started if other.pid != started[0].pid])
-
-
-def test_a_server_ends_with_its_flow():
-    server = toy.sleeper()
-    flow = "import os; from flows.process import end_with_this\n"
-    flow += f"end_with_this({server.pid}); os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", flow], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert server.wait(5) == -signal.SIGTERM

@@ -8,6 +8,7 @@ import pytest
 from flows import lockfile
 from flows.lockfile import SafeLock, beginning, whole
 from flows.plan import Plan
+from flows.resources import Pool
 from stages.core.errors import Refusal
 from tests import toy
 
@@ -135,13 +136,13 @@ def test_sorting_moves_entries_and_changes_no_number(folder):
 
 def test_a_stage_whose_entry_was_cut_off_is_restored_from_the_run_cache(folder):
     """Beside a stage that ends well, a killed DVC leaves half of a lock."""
-    run = Plan(dict(toy.GRAPH), jobs=1, stale=set(toy.GRAPH), todo=list(toy.GRAPH))
+    run = Plan(dict(toy.GRAPH), Pool(1), stale=set(toy.GRAPH), todo=list(toy.GRAPH))
     assert [run.advance(name).state for name in ("code", "a")] == ["ran", "ran"]
     before = (folder / "dvc.lock").read_text()
     real, calls = run.children.repro, []
 
-    def repro(name, show, force=False):
-        done = real(name, show, force)
+    def repro(name, show, force, variables):
+        done = real(name, show, force, variables)
         if not calls:
             (folder / "dvc.lock").write_text(before[: len(before) // 2])
         calls.append(done[1])

@@ -5,6 +5,7 @@ import pytest
 from stages.core.errors import Refusal
 from stages.job import checks
 from stages.job.load import checked_params, load
+from stages.pruning.policy import ALLOW
 from tests import project
 
 
@@ -200,3 +201,17 @@ def test_a_floor_stands_beside_a_base_and_is_no_source(raw):
     assert "floor.dot.source: 'prune/wanda-50' given; allowed: base/<model>" in refusal(raw)
     raw["floor"]["dot"] = {"source": "base/tiny", "responder": "dots"}
     assert "floor.dot.responder: 'dots' given; allowed: uniform, longest-choice" in refusal(raw)
+
+
+def test_a_program_runs_only_where_the_environment_allows_it(raw, monkeypatch):
+    raw["prune"]["steps"] = {
+        **raw["prune"]["wanda-50"], "method": "stepwise", "max_rise": 0.5, "held_out": 1,
+        "policy": {"kind": "command", "command": ["decide", "--fast"]},
+    }  # fmt: skip
+    said = "prune.steps.policy: it runs the program 'decide' on this machine"
+    monkeypatch.delenv(ALLOW, raising=False)
+    assert said in refusal(raw) and f"set {ALLOW}=1" in refusal(raw)
+    monkeypatch.setenv(ALLOW, "yes")
+    assert said in refusal(raw)
+    monkeypatch.setenv(ALLOW, "1")
+    assert checked_params(raw).prune["steps"].policy.command == ("decide", "--fast")

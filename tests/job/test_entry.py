@@ -34,7 +34,25 @@ def test_a_run_is_recorded_however_it_ends(tmp_path, monkeypatch):
     with pytest.raises(Refusal), recorded("prune", "x"):
         raise Refusal("no.")
     record = json.loads(Path("data/runs/prune/x.json").read_text())
-    assert (record["state"], record["error"]) == ("failed", "no.")
+    assert (record["state"], record["error"], record["passing"]) == ("failed", "no.", None)
+    for error in (SystemExit(143), KeyboardInterrupt()):
+        with pytest.raises(type(error)), recorded("prune", "x"):
+            raise error
+        record = json.loads(Path("data/runs/prune/x.json").read_text())
+        assert record["error"] == "ended by a signal before it was done; run it again to continue."
+
+
+def test_a_run_records_where_it_ran_and_what_may_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-ab")
+    with pytest.raises(Refusal), recorded("prune", "x"):
+        try:
+            raise TimeoutError
+        except TimeoutError as error:
+            raise Refusal("too slow.") from error
+    record = json.loads(Path("data/runs/prune/x.json").read_text())
+    assert (record["passing"], record["cuda_visible_devices"]) == ("network", "GPU-ab")
+    assert record["cpus"] == sorted(os.sched_getaffinity(0))
 
 
 def identify(folder: Path) -> None:

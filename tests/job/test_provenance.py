@@ -83,3 +83,12 @@ def test_an_input_that_changes_is_named(edit, changed, wanda):
 def test_what_a_recipe_does_not_depend_on_may_change(edit, wanda):
     edit()
     wanda.check()
+
+
+@pytest.mark.parametrize("text", ["stages: {a: [", "just words\n", "stages:\n  a: \udce9"])
+def test_a_lock_that_does_not_parse_is_refused_in_a_sentence(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.lock").write_text(text, errors="surrogateescape")
+    with pytest.raises(Refusal, match=r"^dvc.lock does not parse \(.*`git checkout dvc.lock`"):
+        provenance.locked_stages()
+    assert provenance.removed("prune", "x") == []

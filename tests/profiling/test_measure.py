@@ -11,6 +11,7 @@ import pytest
 from flows import profiles
 from flows.graph import Stage
 from flows.plan import Plan
+from flows.resources import Pool
 from stages.core.errors import Refusal
 from stages.job.load import checked_params
 from stages.job.params import Params
@@ -96,12 +97,12 @@ def test_nothing_runs_beside_a_profile(tmp_path, monkeypatch):
         name: Stage(name, f"python -m stages.{name.replace('@', ' ')}", (), ())
         for name in (*names[:3], names[6], names[7], *names[3:6])
     }
-    plan = Plan(graph, 4, stale=set(graph))
+    plan = Plan(graph, Pool(4), stale=set(graph))
     at_work: list[str] = []
     seen: list[list[str]] = []
     lock = threading.Lock()
 
-    def repro(stage, show, force):
+    def repro(stage, show, force, variables):
         with lock:
             at_work.append(stage)
             seen.append(list(at_work))

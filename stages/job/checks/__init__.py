@@ -25,11 +25,12 @@ SOURCED = ("models", "datasets")
 """The sections whose entries are downloaded."""
 
 
-def between(params: Params, broken: set[str]) -> Iterator[str]:
+def between(params: Params, broken: set[str], device: bool) -> Iterator[str]:
     """Yield the mistakes between sections that are each well-formed.
 
     Args:
         broken: data sets with mistakes of their own, which are reported already.
+        device: whether this machine must have `run.device`.
     """
     yield from of_recipes(params, broken)
     yield from of_suites(params, broken)
@@ -40,7 +41,7 @@ def between(params: Params, broken: set[str]) -> Iterator[str]:
             yield f"{section}.none: the name none stands for no data; rename this data set."
     for at, entry in _sourced(params):
         yield from _of_source(at, entry)
-    if params.run.device not in ("auto", "cpu"):  # every machine has these, and asking torch takes seconds
+    if device and params.run.device not in ("auto", "cpu"):  # every machine has these; torch takes seconds
         if "torch" not in sys.modules:
             log.info("run.device is %s: loading torch to see whether this machine has it", params.run.device)
         try:

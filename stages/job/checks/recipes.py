@@ -9,6 +9,7 @@ from stages.job.checks.learning import all_evaluated, learnable, of_chosen, too_
 from stages.job.params import Params
 from stages.job.sentences import allowed
 from stages.pruning.depth.tasks import Items
+from stages.pruning.policy import ALLOW, Command
 from stages.sources.graded.items import GradedData
 from stages.sources.text import Text
 
@@ -21,6 +22,11 @@ def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
     """
     for artifact, recipe in params.recipes().items():
         at = artifact.replace("/", ".", 1)
+        if isinstance(policy := getattr(recipe, "policy", None), Command) and not policy.is_allowed():
+            yield (
+                f"{at}.policy: it runs the program {policy.command[0]!r} on this machine; if you trust "
+                f"params.yaml, set {ALLOW}=1 in the environment."
+            )
         for field, text in recipe.reads().items():
             where = f"{at}.{field}".rstrip(".")
             if text.dataset in broken:

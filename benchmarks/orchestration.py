@@ -1,0 +1,172 @@
+"""The cost of orchestration: the flow, `dvc repro` and Snakemake over the same cheap stages, in CPU seconds.
+
+    make bench-orchestration                                       # sets up Snakemake beside the project
+    python -m benchmarks.orchestration --sizes 10 50 --snakemake .venv-snakemake/bin/snakemake
+
+A project of N stages on a tiny model, nearly all of them `noise`, which only copies a checkpoint. Each tool
+runs the same commands, from nothing (cold, up to `--cold` stages) and with nothing to do (no-op).
+
+- The stages' own work, each command run by itself, is left out of `cold_cpu_s_a_stage_above_its_work`.
+- CPU seconds are those of the command and of all its descendants, Prefect's server included; they depend less
+  than wall time on what else the machine does, but run it on an idle one.
+
+DVC writes all of dvc.lock after each stage, so a cold run takes it time that grows with the square of N. Each
+line is a JSON object.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dvc.stage import PipelineStage
+
+from benchmarks.figures import tell
+from flows import graph
+from tests import project
+
+FIXED = 7
+"""Stages of every project that are not `noise`: code, validate, model, data set, evaluation, tidy, report."""
+ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER
+RULES = """
+import json
+stages = json.load(open("stages.json"))
+rule all:
+    input: [f"done/{i}" for i in range(len(stages))]
+for number, (command, upstream) in enumerate(stages):
+    rule:
+        name: f"stage{number}"
+        input: [f"done/{up}" for up in upstream]
+        output: touch(f"done/{number}")
+        params: command=command
+        shell: "{params.command}"
+"""
+
+
+def params(inputs: Path, stages: int) -> dict[str, Any]:
+    """Return params with so many stages."""
+    values = project.params(inputs)
+    for section in ("prune", "quantize", "finetune"):
+        values[section] = {}
+    values["datasets"] = {"news": values["datasets"]["news"]}
+    values["suites"]["perplexity"] = {"news": values["suites"]["perplexity"]["news"]}
+    values["suites"]["graded"] = {}
+    values["evaluate"]["candidates"] = ["base/tiny"]
+    first = values["suites"]["perplexity"]["news"]["batch_size"] + 1
+    values["noise"] = {
+        f"n{i}": {"source": "base/tiny", "batch_size": first + i} for i in range(stages - FIXED)
+    }
+    return values
+
+
+def make(folder: Path, inputs: Path, stages: int) -> list[str]:
+    """Make a project in which nothing has run, with the rules of Snakemake; return all commands in order."""
+    project.make(folder, inputs)
+    project.write(folder, params(inputs, stages))
+    with contextlib.chdir(folder):
+        whole = graph.read_graph()
+    if len(whole) != stages:
+        raise SystemExit(f"the project has {len(whole)} stages instead of {stages}.")
+    numbers = {name: number for number, name in enumerate(whole)}
+    rules = [(stage.cmd, [numbers[up] for up in stage.upstream]) for stage in whole.values()]
+    (folder / "stages.json").write_text(json.dumps(rules))
+    (folder / "Snakefile").write_text(RULES)
+    project.commit(folder, "cheap stages")
+    return [command for command, _ in rules]
+
+
+def finish(folder: Path, commands: Sequence[str]) -> float:
+    """Run all commands by themselves and lock what they wrote; return the CPU seconds they took."""
+    seconds = cpu_seconds(["sh", "-ec", "\n".join(commands)], folder)[0]
+    with contextlib.chdir(folder):
+        from dvc.repo import Repo, lock_repo
+
+        with Repo() as repo, lock_repo(repo):
+            stages = [stage for stage in repo.index.stages if isinstance(stage, PipelineStage)]
+            for stage in stages:
+                stage.save()
+                stage.commit()
+            stages[0].dvcfile.dump_stages(stages, update_pipeline=False)  # at once, unlike `dvc commit`
+    return seconds
+
+
+def cpu_seconds(command: Sequence[str], folder: Path) -> tuple[float, float]:
+    """Run a command; return the CPU seconds of it and all its descendants, and its wall seconds.
+
+    Raises:
+        SystemExit: the command failed; the message ends with its output.
+    """
+    env = {**project.ENV, "PYTHONPATH": str(folder), "TQDM_DISABLE": "1"}
+    before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wall = time.monotonic() - clock
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{done.stdout.decode()[-1000:]}")
+    while True:  # orphans have become children of this process
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, wall
+
+
+def main() -> None:
+    """Print all figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[10, 50, 200, 1000], help="stages")
+    parser.add_argument("--cold", type=int, default=200, help="run at most so many stages from nothing")
+    parser.add_argument("--snakemake", help="the program; without it Snakemake is left out")
+    options = parser.parse_args()
+    if min(options.sizes) <= FIXED:
+        parser.error(f"--sizes has {min(options.sizes)}; a project has more than {FIXED} stages.")
+    if options.snakemake and not shutil.which(options.snakemake):
+        parser.error(f"there is no program {options.snakemake}; `make .venv-snakemake/ready` installs it.")
+    ctypes.CDLL(None).prctl(ADOPT_ORPHANS, 1, 0, 0, 0)
+    tools = {"dvc repro": ["dvc", "repro"], "prunequant run": ["prunequant", "run"]}
+    if options.snakemake:
+        program = str(Path(options.snakemake).resolve())
+        tools["snakemake"] = [program, "--cores", str(len(os.sched_getaffinity(0))), "--quiet", "all"]
+    with tempfile.TemporaryDirectory() as temporary:
+        inputs = Path(temporary) / "inputs"
+        project.write_inputs(inputs)
+        for stages in options.sizes:
+            compare(tools, stages, Path(temporary), inputs, cold=stages <= options.cold)
+
+
+def compare(tools: Mapping[str, Sequence[str]], stages: int, base: Path, inputs: Path, cold: bool) -> None:
+    """Print the figures of every tool over so many stages."""
+    finished = base / "finished"
+    commands = make(finished, inputs, stages)
+    own = finish(finished, commands)
+    tell(f"{stages} stages by themselves, CPU seconds", own)
+    for tool, command in tools.items():
+        if cold:
+            folder = base / "cold"
+            make(folder, inputs, stages)
+            seconds, wall = cpu_seconds(command, folder)
+            tell(f"{stages} stages, {tool}, cold, CPU seconds", seconds)
+            tell(f"{stages} stages, {tool}, cold, wall seconds", wall)
+            tell(
+                f"{stages} stages, {tool}, cold, CPU seconds a stage above its work", (seconds - own) / stages
+            )
+            shutil.rmtree(folder)
+        if tool == "snakemake":
+            cpu_seconds([*command, "--touch"], finished)
+        seconds, wall = cpu_seconds(command, finished)
+        tell(f"{stages} stages, {tool}, no-op, CPU seconds", seconds)
+        tell(f"{stages} stages, {tool}, no-op, wall seconds", wall)
+    shutil.rmtree(finished)
+
+
+if __name__ == "__main__":
+    main()

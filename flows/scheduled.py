@@ -1,0 +1,123 @@
+"""The flow of nights and weeks, and of spread runs: a run whose end is a commit.
+
+It is `compare` in a clone that nobody edits (see `flows.commits`). However the run ends, its branch gets a
+commit that says so. A page tells what has changed since the run before, from the same diff as
+`prunequant diff night~1 night`: as an artifact in Prefect, and in `data/runs/since-night.html` of the clone.
+"""
+
+import io
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL
+from prefect.states import State
+from prefect.task_runners import ThreadPoolTaskRunner
+from rich.console import Console
+
+from flows import commits, graph, workspace
+from flows.commits import Branch
+from flows.compare import THREADS, advance_all, mendable, state_of
+from flows.diff import diff_revisions
+from flows.process import Children
+from flows.show import show_diff
+from flows.spread import Workers
+from flows.update import Ending, plan_and_advance
+from stages.core.errors import Refusal
+from stages.core.files import RUNS, write_text
+
+ON_WORKERS = "spread"
+"""The branch of runs that `prunequant run --spread` starts."""
+
+
+@flow(name="scheduled", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
+def scheduled(
+    branch: str,
+    source: str = "main",
+    targets: list[str] | None = None,
+    jobs: int | None = None,
+    spread: bool = False,
+    push: bool = False,
+) -> State[Any]:
+    """Bring a source up to date in the clone that is the current folder; commit the run on a branch.
+
+    Args:
+        branch: each run is a commit on it, such as `night`.
+        source: a branch, tag or commit, whose params and code are run.
+        targets: stages or artifacts to make, with all they need; None or empty: everything.
+        jobs: stages side by side at most; None: as many as have room; spread: no limit.
+        spread: whether the workers of Prefect's pools compute the stages.
+        push: whether the branch goes to the git remote and the results to the DVC remote.
+    """
+    runs = Branch(branch)
+
+    def work() -> State[Any]:
+        with workspace.alone() as held:
+            runs.begin(source)
+            try:
+                state = mendable(lambda: _advance(runs, held, targets or [], jobs, spread))
+            except BaseException as error:
+                runs.end("Stopped", f"stopped, {type(error).__name__}")
+                raise
+            if runs.end(str(state.name), str(state.message)):
+                _tell_changes(branch)
+            if spread:
+                runs.clear()
+            if push:
+                runs.push()
+            return state
+
+    return mendable(work)
+
+
+def spread_from_here(targets: list[str], jobs: int | None) -> Ending:
+    """Run the commit that the current folder is at on the workers; the run is a commit on branch `spread`.
+
+    Raises:
+        Refusal: the folder holds edits, there is no clone for the run, or no server is configured.
+    """
+    if not PREFECT_API_URL.value():
+        raise Refusal(
+            "--spread needs the Prefect server that the workers ask; set PREFECT_API_URL to its address, "
+            "such as http://127.0.0.1:4200/api, or leave --spread away."
+        )
+    source = commits.committed_head()
+    commits.enter_clone()
+    state: State[Any] = scheduled(ON_WORKERS, source, targets, jobs, spread=True, return_state=True)
+    return Ending(state.is_completed(), str(state.message))
+
+
+def _advance(
+    runs: Branch, held: tuple[int, ...], targets: list[str], jobs: int | None, spread: bool
+) -> State[Any]:
+    """Do the run; after a spread one nothing may be left to do in the clone."""
+    if not spread:
+        return state_of(plan_and_advance(Children(held), jobs, targets, advance_all))
+    ending = plan_and_advance(Workers(held, runs), jobs or THREADS, targets, advance_all)
+    workspace.release()
+    with graph.opened() as project:
+        left = project.stale() & set(graph.select(project.graph(), targets))
+    if ending.ok and left:
+        raise Refusal(
+            f"{', '.join(sorted(left))} still differ from dvc.lock with the workers' results; run it again."
+        )
+    return state_of(ending)
+
+
+def _tell_changes(branch: str) -> None:
+    """Write the page of what changed since the last run, and leave it as an artifact."""
+    console = Console(record=True, file=io.StringIO(), width=140)
+    try:
+        show_diff(diff_revisions(f"{branch}~1", branch), console)
+    except Refusal as refusal:  # such as a last run whose params are of an older form
+        console.print(f"{branch}~1 and {branch} cannot be compared: {refusal}", markup=False)
+    page = RUNS / f"since-{branch.replace('/', '-')}.html"
+    text = console.export_text(clear=False)
+    write_text(page, console.export_html())
+    create_markdown_artifact(
+        f"```text\n{text}```\n",
+        key=f"since-{''.join(letter if letter.isalnum() else '-' for letter in branch.lower())}",
+        description=f"`prunequant diff {branch}~1 {branch}`",
+    )
+    get_run_logger().info("Since the last run: %s", page.resolve())

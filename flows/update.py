@@ -1,0 +1,66 @@
+"""One run from its plan to its last line: plan, advance what is stale, show how every stage ended.
+
+This needs no Prefect. What advances the stages is a parameter, called only if a stage is stale, so nothing
+starts a server to learn that everything is up to date.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flows import summary, workspace
+from flows.plan import Plan, plan
+from flows.process import Children
+from stages.core import disk
+from stages.core.errors import Refusal
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a whole run ended: its totals, or why it failed."""
+
+    ok: bool
+    message: str
+
+
+def update(jobs: int | None, targets: list[str], advance: Callable[[Plan], None]) -> Ending:
+    """Bring the project in the current folder up to date, alone in it.
+
+    Args:
+        jobs: stages side by side at most; None: as many as threads, memory and cards allow.
+        targets: stages or artifacts to make, with all they need; empty: everything.
+        advance: advances all of `Plan.todo`.
+
+    Raises:
+        Refusal: bad params, unknown targets, or a graph that DVC cannot read; no stage but `code` has run.
+    """
+    try:
+        with workspace.alone() as held:
+            return plan_and_advance(Children(held), jobs, targets, advance)
+    except Exception as error:
+        if isinstance(error, Refusal) or not disk.is_full(error):
+            raise
+        return Ending(False, disk.full())
+
+
+def plan_and_advance(
+    children: Children, jobs: int | None, targets: list[str], advance: Callable[[Plan], None]
+) -> Ending:
+    """Do the same in a workspace that `workspace.alone` holds, with these children."""
+    run = plan(jobs, targets, children)
+    if run.todo:
+        if "code" not in run.todo:
+            workspace.claim()
+        advance(run)
+    return conclude(run)
+
+
+def conclude(run: Plan) -> Ending:
+    """Show how every stage ended and where the report is."""
+    outcomes = run.outcomes()
+    summary.show_outcomes(outcomes)
+    if summary.is_current(outcomes):
+        summary.show_report()
+    if reasons := {outcome.reason for outcome in outcomes if outcome.state == "skipped" and outcome.reason}:
+        return Ending(False, "; ".join(sorted(reasons)))
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    return Ending(False, summary.blame(failed)) if failed else Ending(True, summary.totals(outcomes))
