@@ -100,7 +100,8 @@ class Branch:
             message: the totals, or why it failed.
         """
         tip = self._tip()
-        body = f"{self.name}: {message.strip() or state}\n\nRun-State: {state}\nRun-Source: {self.source}"
+        first, _, rest = message.strip().partition("\n")
+        body = f"{self.name}: {first or state}\n\n{rest}\n\nRun-State: {state}\nRun-Source: {self.source}"
         text = LOCK.read_text() if LOCK.exists() else ""
         parents = (tip, self.source) if tip else (self.source,)
         commit = _commit(self.source, text, parents, body)
@@ -231,7 +232,7 @@ def git(*arguments: str, **variables: str) -> str:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise Refusal(f"git {arguments[0]} failed in {Path.cwd()}: {reason}")
-    return done.stdout.strip()
+    return done.stdout.rstrip("\n")
 
 
 def dvc(*arguments: str, ok: bool = True) -> None:
@@ -276,8 +277,7 @@ def _dirt() -> list[str]:
 
     Not dvc.lock: a killed run leaves it changed, and what it named is in DVC's cache.
     """
-    command = ["git", "status", "--porcelain", "--untracked-files=all", "--no-renames", "-z", "."]
-    status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    status = git("status", "--porcelain", "--untracked-files=all", "--no-renames", "-z", ".")
     paths = [line[3:] for line in status.split("\0") if line]
     prefix = git("rev-parse", "--show-prefix")
     return [path for path in paths if path != f"{prefix}{LOCK}"]

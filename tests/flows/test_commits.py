@@ -75,7 +75,9 @@ def test_each_run_is_a_commit_and_no_branch_of_a_person_moves(person, clone):
     assert (git(clone, "rev-parse", "night^2"), git(clone, "rev-parse", "night~1^1")) == (later, main)
     assert git(clone, "show", "night:params.yaml") == "a: 2"
     last, first = commits.runs()
-    assert (last.revision, last.state, last.source) == ("night", "Failed", later[:10])
+    assert (last.revision, last.state, last.source, last.summary) == (
+        "night", "Failed", later[:10], "a: it broke",
+    )  # fmt: skip
     assert (first.revision, first.state, first.summary) == ("night~1", "Completed", "3 ran")
     assert "for two reasons" in git(clone, "log", "-1", "--format=%B", "night")
 
