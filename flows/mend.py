@@ -1,10 +1,11 @@
-"""Results that were computed from other inputs than dvc.lock says: find them, and forget them.
+"""Results that disagree with dvc.lock, and what kills and full disks leave behind: find it and clear it away.
 
-It takes an edit between the end of a stage's command and DVC's hashing of its inputs (see
-`stages.job.provenance`). DVC then locks the edited inputs, and its run cache would give the wrong result back
-whenever it meets them.
+For a result to be computed from other inputs than dvc.lock says, it takes an edit between the end of a
+stage's command and DVC's hashing of its inputs (see `stages.job.provenance`). DVC then locks the edited
+inputs, and its run cache would give the wrong result back whenever it meets them.
 """
 
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,8 +14,23 @@ from typing import Any
 import yaml
 
 from flows.graph import DVC, Graph
-from stages.core.files import PROVENANCE
+from flows.workspace import DVC_TMP
+from stages.core.files import DATA, PROVENANCE
 from stages.job import provenance
+
+_HALF = re.compile(r"\.[\w-]{22}\.tmp|\..+\.\d+")
+"""The name of a file while it is written: DVC's, or `stages.core.files.replacing`'s."""
+
+
+def clear_away() -> None:
+    """Delete files that were left half written; call it while nobody else works here.
+
+    In an output they would make it differ from what dvc.lock says, in data/results the report's input.
+    """
+    places = [*DATA.rglob(".*"), *DVC_TMP.glob(".*"), *Path().glob(f".{provenance.LOCK}.*")]
+    for file in places:
+        if _HALF.fullmatch(file.name) and file.is_file():
+            file.unlink()
 
 
 def find_wrong(graph: Graph, locked: provenance.Lock) -> dict[str, str]:

@@ -189,6 +189,7 @@ def plan(jobs: int | None, targets: Iterable[str], children: Children | None = N
     """
     content = provenance.content(PARAMS)
     params = load_verified(device=children is None or not children.elsewhere)
+    mend.clear_away()
     lock = SafeLock()
     lock.begin()
     with graph.opened() as project:

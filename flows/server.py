@@ -22,6 +22,8 @@ from stages.core.errors import Refusal
 WITHOUT = "or use `dvc repro`, which needs no server"
 _PATIENCE = 5.0
 """Seconds that a configured server may take to answer."""
+_TAKEN = 3
+"""The exit code of a server whose port is taken; Prefect starts another."""
 
 
 def configure() -> None:
@@ -96,7 +98,9 @@ def _start(at_loss: Callable[[], None]) -> None:
                 return popen([*GUARD, *args], stdin=subprocess.PIPE, start_new_session=True, **options)
 
             with mock.patch.object(subprocess, "Popen", begin):
-                return super()._run_uvicorn_command()
+                process = super()._run_uvicorn_command()
+            threading.Thread(target=watch, args=(process,), daemon=True).start()
+            return process
 
         def stop(self) -> None:
             stopping.set()
@@ -106,10 +110,8 @@ def _start(at_loss: Callable[[], None]) -> None:
             super().stop()
 
     def watch(process: subprocess.Popen[Any]) -> None:
-        process.wait()
-        if not stopping.is_set():
+        """Tell of a death, while the server starts too: Prefect would wait for it until its time is up."""
+        if process.wait() != _TAKEN and not stopping.is_set():
             at_loss()
 
-    server = Guarded()
-    server.start()
-    threading.Thread(target=watch, args=(server.server_process,), daemon=True).start()
+    Guarded().start()

@@ -8,7 +8,13 @@ import threading
 import time
 
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    temporary_settings,
+)
 
 from flows import server
 from stages.core.errors import Refusal
@@ -61,6 +67,18 @@ def test_a_home_that_cannot_be_written_is_refused():
     refused = pytest.raises(Refusal, match=r"in /proc/nowhere .*PREFECT_HOME.*`dvc repro`")
     with temporary_settings({PREFECT_HOME: "/proc/nowhere"}), refused:
         server.start(pytest.fail)
+
+
+def test_a_server_that_dies_while_it_starts_is_soon_missed(tmp_path, monkeypatch):
+    def dying(self):
+        return subprocess.Popen([sys.executable, "-IS", "-c", ""])
+
+    monkeypatch.setattr(SubprocessASGIServer, "_run_uvicorn_command", dying)
+    missed = threading.Event()
+    settings = {PREFECT_HOME: tmp_path, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 1}
+    with temporary_settings(settings), pytest.raises(Refusal, match="cannot start"):
+        server.start(missed.set)
+    assert missed.wait(5)
 
 
 def test_prefects_database_is_in_the_project_and_its_profiles_are_the_users(tmp_path, monkeypatch):
