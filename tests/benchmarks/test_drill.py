@@ -116,7 +116,7 @@ def test_damage_is_seen(inspected):
         "it computed tidy again", "dvc.lock differs at prune@magnitude-50", "index.html: other bytes",
         "data/provenance/prune/wanda-50.json: lost", "data/models/.wanda-50.7: left over",
         "data/scratch/left: left over", "data/runs/prune/.wanda-50.json.7: left over",
-        "prunequant check: ", "sparsity in params.yaml", "dvc status: ", "rwlock holds",
+        "prunequant check: ", "prune.magnitude-50 in params.yaml", "dvc status: ", "rwlock holds",
     ):  # fmt: skip
         assert words in seen, seen
 
