@@ -76,11 +76,11 @@ def test_only_processes_of_the_folder_are_ended(tmp_path):
 def test_a_second_drill_and_one_of_other_code_are_refused(tmp_path):
     with (tmp_path / "lock").open("w") as file:
         drill.fcntl.flock(file, drill.fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="another drill works in"):
-            drill.prepare(tmp_path, "short")
+        with pytest.raises(SystemExit, match="another drill works in"), drill.prepared(tmp_path, "short"):
+            pass
     (tmp_path / "origin.json").write_text('"of other stages"')
-    with pytest.raises(SystemExit, match="of other stages or of another --size"):
-        drill.prepare(tmp_path, "short")
+    with pytest.raises(SystemExit, match="of another --size"), drill.prepared(tmp_path, "short"):
+        pass
 
 
 @pytest.fixture
