@@ -433,29 +433,30 @@ def line(row: dict[str, Any]) -> str:
     return " | ".join([title, *steps, ending])
 
 
-def prepare(folder: Path, size: str) -> Variants:
-    """Clear what a drill that was killed left in the folder, and check that its references are of this code.
+@contextlib.contextmanager
+def prepared(folder: Path, size: str) -> Iterator[Variants]:
+    """Hold the folder, clear what a drill that was killed left there, and yield its variants.
 
     Raises:
-        SystemExit: they are not, or another drill works there.
+        SystemExit: another drill works there, or its references are of other code.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)  # until this process ends
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"another drill works in {folder}; end it, or give another --folder.") from None
-    end(str(folder))
-    if (folder / "disk").is_mount():
-        subprocess.run(["umount", "-l", folder / "disk"], check=True)
-    shutil.rmtree(folder / "rounds", ignore_errors=True)
-    mark, origin = folder / "origin.json", variants.origin(SIZES[size])
-    if mark.exists() and read_json(mark) != origin:
-        raise SystemExit(
-            f"{folder} holds a drill of other stages or of another --size; give another --folder."
-        )
-    write_json(mark, origin)
-    return Variants(folder, SIZES[size])
+    with (folder / "lock").open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another drill works in {folder}; end it, or give another --folder.") from None
+        end(str(folder))
+        if (folder / "disk").is_mount():
+            subprocess.run(["umount", "-l", folder / "disk"], check=True)
+        shutil.rmtree(folder / "rounds", ignore_errors=True)
+        mark, origin = folder / "origin.json", variants.origin(SIZES[size])
+        if mark.exists() and read_json(mark) != origin:
+            raise SystemExit(
+                f"{folder} holds a drill of other stages or of another --size; give another --folder."
+            )
+        write_json(mark, origin)
+        yield Variants(folder, SIZES[size])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -471,14 +472,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(options.variants) < 2:
         parser.error("--variants: name at least two, to edit from one into the other")
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="drill-"))).resolve()
-    known = prepare(folder, options.size)
-    if options.round is not None:
-        row = Drill(draw(options.seed, options.round, options.variants), known).run()
-        show(json.dumps(row, indent=2))
-        raise SystemExit(1 if row["violations"] else 0)
-    results = folder / "rounds.jsonl"
+    with prepared(folder, options.size) as known:
+        if options.round is not None:
+            rows = [Drill(draw(options.seed, options.round, options.variants), known).run()]
+            show(json.dumps(rows[0], indent=2))
+        else:
+            rows = repeat(known, options)
+    if any(row["violations"] for row in rows):
+        raise SystemExit(1)
+
+
+def repeat(known: Variants, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run rounds until there are enough kills; return all rounds of the folder."""
+    results = known.folder / "rounds.jsonl"
     rows = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
-    show(f"{folder}: {len(rows)} rounds are there")
+    show(f"{known.folder}: {len(rows)} rounds are there")
     while sum(step["hit"] for row in rows for step in row["steps"]) < options.kills:
         number, pace = (rows[-1]["number"] + 1, rows[-1]["pace"]) if rows else (0, 1.0)
         rows.append(Drill(draw(options.seed, number, options.variants), known, pace).run())
@@ -486,8 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file.write(json.dumps(rows[-1]) + "\n")
         show(line(rows[-1]))
     Console().print(table(rows))
-    if any(row["violations"] for row in rows):
-        raise SystemExit(1)
+    return rows
 
 
 if __name__ == "__main__":
