@@ -15,7 +15,7 @@ from flows.retries import Retries, cause_of, was_killed
 from flows.terminal import console
 from stages.core import disk
 from stages.core.errors import Refusal
-from stages.core.files import RUNS, read_json, write_json
+from stages.core.files import PROVENANCE, RUNS, read_json, write_json
 from stages.job import provenance
 from stages.job.load import PARAMS, load_verified
 
@@ -77,6 +77,7 @@ class Plan:
                 raise Refusal(f"code: {self._ended['code'].reason}")
             with graph.opened() as project:
                 self.stale = project.stale()
+            self._changed.discard("code")  # DVC has looked at what it wrote
         for name, inputs in mend.find_wrong(self.graph, self.lock.keep()).items():
             _say(name, f"dvc.lock names other inputs than it was computed from ({inputs}); it runs again")
             self.wrong.add(name)
@@ -154,7 +155,9 @@ class Plan:
 
     @staticmethod
     def _outs(entries: Entries, name: str) -> Any:
-        return entries.get(name, {}).get("outs")
+        """Return the outputs that other stages may read."""
+        outs = entries.get(name, {}).get("outs", [])
+        return [out for out in outs if not out["path"].startswith(f"{PROVENANCE}/")]
 
     def _need(self, name: str) -> Need:
         """Return what a stage needs of this machine; say so if it is more memory than there is."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages.job import provenance
 from tests import finished as sweep
 from tests import project
 
@@ -146,13 +147,17 @@ def test_a_comment_runs_nothing(copy):
 
 
 @pytest.mark.drill
-def test_after_a_comment_the_flow_starts_one_stage(copy):
+def test_after_an_edit_of_code_the_flow_starts_what_it_makes_stale(copy):
     comment(copy, "stages/pruning/wanda.py")
     output = sweep.prunequant(copy, "run")
     assert {name for name, state in sweep.outcomes(copy).items() if state != "unchanged"} == {"code"}
     assert "1 ran" in output
     logs = [log.name for log in (copy / "data/runs/logs").iterdir()]
     assert logs == ["code.log"]  # no process was started for any other stage
+    code(copy, "stages/pruning/wanda.py")
+    sweep.prunequant(copy, "run")
+    logs = sorted(log.name for log in (copy / "data/runs/logs").iterdir())
+    assert logs == ["code.log", "prune@wanda-50.log", "validate.log"]
 
 
 def test_editing_a_methods_code_runs_its_recipes(copy):
@@ -238,3 +243,17 @@ def test_two_clones_make_the_same_bytes(finished, tmp_path):
     created, before = outs(again), outs(finished)
     assert len(created) >= 10
     assert created == {path: before[path] for path in created}
+
+
+def test_a_stale_report_is_not_wrong_and_one_of_other_results_is(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    lock = provenance.locked_stages()
+    (folder,) = [dep for dep in lock["report"]["deps"] if dep["path"] == "data/results"]
+    assert provenance.folder_md5(Path("data/results")) == folder["md5"]
+    name = "perplexity@base/tiny-news"
+    other = {**lock[name], "outs": [{**out, "md5": f"{'0' * 32}.dir"} for out in lock[name]["outs"]]}
+    # The lock names a result that the report did not read, though the folder is the one it names.
+    assert provenance.disagreements({**lock, name: other}).keys() == {"report"}
+    # The result has changed since the report: it is stale, as DVC knows.
+    (copy / "data/results/base/tiny/news/more.json").write_text("{}")
+    assert provenance.disagreements({**lock, name: other}) == {}

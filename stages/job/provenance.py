@@ -12,6 +12,7 @@ the two (`disagreement`).
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -185,11 +186,12 @@ def disagreements(lock: Lock, wanted: Iterable[str] | None = None) -> dict[str, 
             continue
         noted = read_json(files[0])
         named = {dep["path"]: dep["md5"] for dep in entry.get("deps", ())}
-        wrong = [
-            path
-            for path, md5 in noted["deps"].items()
-            if (path in named or path in current) and named.get(path, current.get(path)) != md5
-        ]
+        wrong = [path for path, md5 in noted["deps"].items() if path in named and named[path] != md5]
+        # The report notes each result, while its lock entry has the hash of their folder.
+        within = [path for path, md5 in noted["deps"].items() if current.get(path, md5) != md5]
+        within = [path for path in within if path not in named]
+        if within and all(folder_md5(Path(path)) == named[path] for path in named if Path(path).is_dir()):
+            wrong += within  # otherwise results have changed since, and DVC knows that the report is stale
         values = dict((entry.get("params") or {}).get(str(PARAMS), {}))
         wrong += [f"{key} in {PARAMS}" for key in values if not _same(noted["params"].get(key), values[key])]
         if wrong:
@@ -232,6 +234,15 @@ def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
     """Return the size, mtime in ns and inode of every file."""
     stats = {file: file.stat() for file in files if file.is_file()}
     return {file: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats.items()}
+
+
+def folder_md5(folder: Path) -> str:
+    """Return the MD5 of a folder as dvc.lock has it: of the MD5 of each file in it."""
+    files = sorted(
+        (file.relative_to(folder).as_posix(), file) for file in folder.rglob("*") if file.is_file()
+    )
+    listed = [{"md5": _md5(file), "relpath": path} for path, file in files]
+    return f"{hashlib.md5(json.dumps(listed).encode(), usedforsecurity=False).hexdigest()}.dir"
 
 
 def _md5(file: Path) -> str | None:
