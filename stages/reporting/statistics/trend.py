@@ -13,6 +13,7 @@ Both are one-sided, for a rise in the order of the conditions; reverse the order
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -76,7 +77,11 @@ def _arrangements(sizes: Sequence[int]) -> list[int]:
 
 
 def _variance(sizes: Sequence[int], ties: Sequence[int]) -> float:
-    """Return the variance of J without a trend; `ties` counts the items that share each value."""
+    """Return the variance of J without a trend, exactly 0 if all values are equal.
+
+    Args:
+        ties: the items that share each value.
+    """
 
     def falling(counts: Sequence[int], length: int) -> int:
         return sum(math.perm(count, length) for count in counts)
@@ -85,10 +90,10 @@ def _variance(sizes: Sequence[int], ties: Sequence[int]) -> float:
         return sum(count * (count - 1) * (2 * count + 5) for count in counts)
 
     total = sum(sizes)
-    variance = (plain([total]) - plain(sizes) - plain(ties)) / 72
+    variance = Fraction(plain([total]) - plain(sizes) - plain(ties), 72)
     if total > 2:
-        variance += falling(sizes, 3) * falling(ties, 3) / (36 * math.perm(total, 3))
-    return variance + falling(sizes, 2) * falling(ties, 2) / (8 * math.perm(total, 2))
+        variance += Fraction(falling(sizes, 3) * falling(ties, 3), 36 * math.perm(total, 3))
+    return float(variance + Fraction(falling(sizes, 2) * falling(ties, 2), 8 * math.perm(total, 2)))
 
 
 def page(blocks: ArrayLike) -> Trend:
