@@ -126,7 +126,7 @@ def test_a_cut_lock_runs_nothing_again(copy, left):
     (copy / "dvc.lock").write_text(lock[: int(left * len(lock))])
     output = sweep.prunequant(copy, "run")
     assert "dvc.lock was cut off" in output and "Everything is cached" in output
-    assert (copy / "dvc.lock").read_text() == lock
+    assert whole((copy / "dvc.lock").read_text()) == whole(lock)  # sorted by the flow
 
 
 def test_a_full_disk_is_told_in_a_sentence_and_loses_nothing(copy, tmp_path):
