@@ -25,7 +25,7 @@ from rich.table import Table
 from flows import lockfile
 from flows.graph import DVC
 from flows.terminal import console
-from flows.workspace import insist
+from flows.workspace import BUSY, Busy, insist
 from stages.core.errors import Refusal
 from stages.job.provenance import LOCK
 
@@ -246,9 +246,14 @@ def dvc(*arguments: str, ok: bool = True) -> None:
     """
     command = [*DVC, *arguments]
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
-    done = insist(
-        lambda: subprocess.run(command, capture_output=True, text=True, env=environment), console.print
-    )
+
+    def attempt() -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode and BUSY.search(f"{done.stdout}{done.stderr}"):
+            raise Busy(f"{done.stdout}{done.stderr}")
+        return done
+
+    done = insist(attempt, console.print)
     if done.returncode and ok:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         reason = errors[0].removeprefix("ERROR: ") if errors else done.stderr.strip()[-500:]

@@ -177,3 +177,11 @@ def test_a_run_needs_a_clone_of_its_own(person, monkeypatch, value):
         monkeypatch.setenv("PRUNEQUANT_CLONE", value)
     with pytest.raises(Refusal, match=r"PRUNEQUANT_CLONE is .*; set it to a clone of this project"):
         commits.enter_clone()
+
+
+def test_a_dvc_command_that_is_blocked_is_tried_again(monkeypatch):
+    busy = "ERROR: 'a' is busy, it is being blocked by:\n  (PID 7): dvc repro\n"
+    ends = [subprocess.CompletedProcess((), 255, "", busy), subprocess.CompletedProcess((), 0, "", "")]
+    monkeypatch.setattr(commits.subprocess, "run", lambda *_, **__: ends.pop(0))
+    commits.dvc("fetch")
+    assert ends == []
