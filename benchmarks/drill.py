@@ -4,9 +4,10 @@
     python -m benchmarks.drill --folder ~/drill --round 17     # the same draws again
 
 A round starts from the finished project of one variant (`benchmarks.variants`) and edits it into another.
-Then it starts `prunequant run` or `dvc repro`, and at a random moment sends SIGKILL, SIGTERM or SIGINT to a
-victim: the flow, a guard, dvc, a stage, Prefect's temporary server or its guard, the process group of the
-run, or every process of it at once; or it fills the disk. Sometimes params or code are edited meanwhile.
+Then it starts `prunequant run` or `dvc repro`, and at one to three random moments sends SIGKILL, SIGTERM or
+SIGINT to a victim: the flow, a guard, dvc, a stage, Prefect's temporary server or its guard, the process
+group of the run, or every process of it at once; or it fills the disk. Sometimes params or code are edited
+meanwhile.
 After one to four such runs an undisturbed `prunequant run` must bring all up to date, with
 
 - every file, and every entry of dvc.lock, equal to those of a project that was never disturbed,
@@ -67,19 +68,27 @@ PARTIAL = re.compile(r"\..+\.\d+")
 
 
 @dataclass(frozen=True)
-class Step:
-    """A run that is disturbed. Moments are shares of the time that it would take undisturbed."""
+class Hit:
+    """A signal to a victim. Moments are shares of the time that the run would take undisturbed."""
 
-    command: tuple[str, ...]
     victim: str
     signal: str
     moment: float
+    room: int = 0
+    """Bytes that a full disk has left."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run that is disturbed."""
+
+    command: tuple[str, ...]
+    hits: tuple[Hit, ...]
+    """In the order of their moments; what ends the run spares it the later ones."""
     edit: str = ""
     """The variant that the project is edited into, or `comment` for an edit that changes no result."""
     edited: float = 1.0
     """When; after the run if it has ended by then."""
-    room: int = 0
-    """Bytes that a full disk has left."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +107,11 @@ class Round:
 class Seen:
     """How a disturbed run went."""
 
-    hit: bool = False
-    running: list[str] = field(default_factory=list)
-    """The stages at work when the victim was hit."""
-    at: float = 0.0
-    """When it was hit, in seconds after the start."""
+    kills: list[dict[str, Any]] = field(default_factory=list)
+    """Each hit that found its victim: the victim, the signal, the stages at work, seconds after the start."""
     code: int = 0
     ending: float = 0.0
-    """Seconds from the hit until the run and all its processes had ended."""
+    """Seconds from the last hit until the run and all its processes had ended."""
     traceback: bool = False
 
 
@@ -116,15 +122,18 @@ def draw(seed: int, number: int, names: Sequence[str]) -> Round:
     steps = []
     for _ in range(dice.randint(1, 4)):
         command = dice.choices((FLOW, BARE), (3, 1))[0]
-        victim, kind = dice.choice(VICTIMS[command]), dice.choice(list(SIGNALS))
-        step = Step(
-            command, victim, {"all": "KILL", "disk": "full"}.get(victim, kind), round(dice.random(), 3),
-            room=dice.choice((0, 4096, 30_000, 300_000)),
-        )  # fmt: skip
+        moments = sorted(round(dice.random(), 3) for _ in range(dice.randint(1, 3)))
+        step = Step(command, tuple(_draw_hit(dice, command, moment) for moment in moments))
         if dice.random() < 0.4:
             step = replace(step, edit=dice.choice([*names, "comment"]), edited=round(dice.uniform(0, 1.3), 3))
         steps.append(step)
     return Round(number, start, goal, dice.random() < 0.15, tuple(steps))
+
+
+def _draw_hit(dice: random.Random, command: tuple[str, ...], moment: float) -> Hit:
+    victim, kind = dice.choice(VICTIMS[command]), dice.choice(list(SIGNALS))
+    kind = {"all": "KILL", "disk": "full"}.get(victim, kind)
+    return Hit(victim, kind, moment, dice.choice((0, 4096, 30_000, 300_000)) if victim == "disk" else 0)
 
 
 class Drill:
@@ -166,7 +175,8 @@ class Drill:
     def _place(self, start: Path) -> Iterator[None]:
         """Give the project a folder, with a file system of its own if the round fills it."""
         mount = None
-        if any(step.victim == "disk" for step in self.drawn.steps) and not os.geteuid():
+        victims = {hit.victim for step in self.drawn.steps for hit in step.hits}
+        if "disk" in victims and not os.geteuid():
             mount = self.known.folder / "disk"
             self.at = mount / self.at.name
             mount.mkdir(exist_ok=True)
@@ -195,34 +205,38 @@ class Drill:
     def _disturb(self, index: int, step: Step) -> Seen:
         """Start a run, edit and hit at the moments drawn, and wait until it has ended."""
         before, expected = self._finished(), self._expected()
-        log = self.logs / f"{index}-{step.command[-1]}-{step.signal}-{step.victim}.log"
+        name = f"{step.command[-1]} after {', '.join(f'{hit.signal} of {hit.victim}' for hit in step.hits)}"
+        log = self.logs / f"{index}-{step.command[-1]}.log"
         seen, edit, started = Seen(), step.edit, time.monotonic()
         run = self._start(step.command, log)
-        full_until = None
-        elapsed = 0.0
-        while run.poll() is None and elapsed < 2 * expected + PATIENCE + seen.at:
+        waiting = list(step.hits)
+        full_until, at, elapsed = None, 0.0, 0.0
+        while run.poll() is None and elapsed < 2 * expected + PATIENCE + at:
             time.sleep(0.1)
             elapsed = time.monotonic() - started
             if edit and elapsed >= step.edited * expected:
                 self._edit(edit)
                 edit = ""
-            if not seen.hit and elapsed >= step.moment * expected:
-                seen.running = sorted({process.environ()["DVC_STAGE"] for process in self._who("stage")})
-                seen.hit = self._hit(run, step)
-                seen.at = round(time.monotonic() - started, 2)
-                full_until = seen.at + expected / 4 if step.victim == "disk" else None
+            if waiting and elapsed >= waiting[0].moment * expected:
+                hit = waiting.pop(0)
+                running = sorted({process.environ()["DVC_STAGE"] for process in self._who("stage")})
+                if self._hit(run, hit):
+                    at = round(time.monotonic() - started, 2)
+                    seen.kills.append(
+                        {"victim": hit.victim, "signal": hit.signal, "running": running, "at": at}
+                    )
+                    full_until = at + expected / 4 if hit.victim == "disk" else full_until
             if full_until and elapsed >= full_until:
                 self._make_room()
         self._make_room()
-        name = f"{step.command[-1]} after {step.signal} of {step.victim}"
         if run.poll() is None:
-            self.violations.append(f"{name} had not ended after {elapsed - seen.at:.0f} s")
+            self.violations.append(f"{name} had not ended after {elapsed - at:.0f} s")
             end(str(self.at))
         seen.code = run.wait()
         left = self._left(guard.GRACE + 15 if step.command == FLOW else 1)  # DVC leaves its stage to itself
         if left and step.command == FLOW:
             self.violations.append(f"{name} left {'; '.join(left)}")
-        seen.ending = round(time.monotonic() - started - seen.at, 2)
+        seen.ending = round(time.monotonic() - started - at, 2)
         text = log.read_text(errors="replace")
         seen.traceback = "Traceback" in text
         if "manually remove" in text and step.command == FLOW:
@@ -322,24 +336,24 @@ class Drill:
     def _ask(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=self.at, env=self.env, capture_output=True, text=True)
 
-    def _hit(self, run: subprocess.Popen[bytes], step: Step) -> bool:
+    def _hit(self, run: subprocess.Popen[bytes], hit: Hit) -> bool:
         """Hit the victim; return False if there is none at the moment."""
-        if step.victim == "disk":
+        if hit.victim == "disk":
             if os.geteuid():
                 return False
             stat = os.statvfs(self.at)
             with (self.at.parent / "filler").open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - step.room))
+                os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - hit.room))
             return True
-        if step.victim == "all":
+        if hit.victim == "all":
             return end(str(self.at))
         try:
-            if step.victim == "group":
-                os.killpg(run.pid, SIGNALS[step.signal])
+            if hit.victim == "group":
+                os.killpg(run.pid, SIGNALS[hit.signal])
                 return True
-            victims = self._who(step.victim)
+            victims = self._who(hit.victim)
             if victims:
-                victims[0].send_signal(SIGNALS[step.signal])
+                victims[0].send_signal(SIGNALS[hit.signal])
             return bool(victims)
         except (psutil.NoSuchProcess, ProcessLookupError):
             return False
@@ -410,7 +424,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Count kills by victim and signal; a cell is those of rounds that kept every rule, of all."""
     kills, kept = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for row in rows:
-        hits = [(step["victim"], step["signal"]) for step in row["steps"] if step["hit"]]
+        hits = [(kill["victim"], kill["signal"]) for step in row["steps"] for kill in step["kills"]]
         kills.update(hits)
         kept.update([] if row["violations"] else hits)
     columns = (*SIGNALS, "full")
@@ -423,11 +437,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def line(row: dict[str, Any]) -> str:
     """Return a round in a line."""
-    steps = [
-        f"{step['command']}: {step['signal']} {step['victim']} at {step['at']:.0f} s in "
-        f"{', '.join(step['running']) or 'no stage'}" if step["hit"] else f"{step['command']}: ended before"
-        for step in row["steps"]
-    ]  # fmt: skip
+    steps = []
+    for step in row["steps"]:
+        kills = [
+            f"{kill['signal']} {kill['victim']} at {kill['at']:.0f} s in "
+            f"{', '.join(kill['running']) or 'no stage'}" for kill in step["kills"]
+        ]  # fmt: skip
+        steps.append(f"{step['command']}: {'; '.join(kills) or 'ended before'}")
     ending = "; ".join(row["violations"]) or "recovered"
     title = f"round {row['number']} ({row['start']} to {row['goal']}, {row['seconds']} s)"
     return " | ".join([title, *steps, ending])
@@ -487,7 +503,7 @@ def repeat(known: Variants, options: argparse.Namespace) -> list[dict[str, Any]]
     results = known.folder / "rounds.jsonl"
     rows = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
     show(f"{known.folder}: {len(rows)} rounds are there")
-    while sum(step["hit"] for row in rows for step in row["steps"]) < options.kills:
+    while sum(len(step["kills"]) for row in rows for step in row["steps"]) < options.kills:
         number, pace = (rows[-1]["number"] + 1, rows[-1]["pace"]) if rows else (0, 1.0)
         rows.append(Drill(draw(options.seed, number, options.variants), known, pace).run())
         with results.open("a") as file:

@@ -24,12 +24,14 @@ def test_a_round_is_drawn_from_its_seed_and_all_draws_occur():
     assert rounds[7] != drill.draw(1, 7, NAMES)
     assert all(drawn.start != drawn.goal for drawn in rounds)
     steps = [step for drawn in rounds for step in drawn.steps]
-    hits = {(step.command, step.victim, step.signal) for step in steps}
+    hits = {(step.command, hit.victim, hit.signal) for step in steps for hit in step.hits}
     for command, victims in VICTIMS.items():
         for victim in victims:
             kinds = {"all": {"KILL"}, "disk": {"full"}}.get(victim, set(SIGNALS))
             assert {kind for where, what, kind in hits if (where, what) == (command, victim)} == kinds
     assert {step.edit for step in steps} == {"", "comment", *NAMES}
+    assert {len(step.hits) for step in steps} == {1, 2, 3}
+    assert all(step.hits == tuple(sorted(step.hits, key=lambda hit: hit.moment)) for step in steps)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,8 @@ def test_a_command_line_tells_the_part(command, role):
 
 def test_the_table_counts_kills_and_those_that_broke_no_rule():
     def row(hit, violations, victim="stage"):
-        return {"steps": [{"victim": victim, "signal": "KILL", "hit": hit}], "violations": violations}
+        kills = [{"victim": victim, "signal": "KILL"}] if hit else []
+        return {"steps": [{"kills": kills}], "violations": violations}
 
     shown = drill.table([row(True, []), row(True, ["x"]), row(False, []), row(True, [], "disk")])
     assert shown.title == "3 kills in 4 rounds, recovered / all"
@@ -130,7 +133,7 @@ def test_five_kills(tmp_path, capsys):
     rows = [json.loads(text) for text in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert rows[: len(first)] == first
     assert [row["number"] for row in rows] == list(range(len(rows)))
-    assert sum(step["hit"] for row in rows for step in row["steps"]) >= 5
+    assert sum(len(step["kills"]) for row in rows for step in row["steps"]) >= 5
     assert {step["command"] for row in rows for step in row["steps"]} <= {FLOW[-1], BARE[-1]}
     assert not any(row["violations"] for row in rows)
     assert "recovered / all" in capsys.readouterr().out
