@@ -2,9 +2,9 @@
 
 A scheduled or spread run works in a clone of its own, the folder that PRUNEQUANT_CLONE names on the machine
 where it runs. It checks a source out there, `main` for example, and ends with a commit on its branch: the
-source's files with the run's dvc.lock. The first parent is the run before, so `night~1` is the last night;
-the second is the source. A run that failed is a commit as well, with the failure in its message. HEAD is
-detached all the time, so no branch that a person works on ever moves.
+source's files with the run's dvc.lock. The commit is tagged `<branch>/<time in UTC>`. Its first parent is the
+run before, so `night~1` is the last night; the second is the source. A run that failed is a commit as well,
+with the failure in its message. HEAD is always detached, so no branch that a person works on ever moves.
 
 A run begins with the lock of the run before, so an unchanged night runs nothing. Where the source's own lock
 has changed since then, the source is right.
@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,7 @@ class Branch:
         self.source = ""
         self.id = ""
         self._published = ""
+        self._tag = ""
         self._lock_text = ""
         self._guard = threading.Lock()
 
@@ -93,7 +95,7 @@ class Branch:
             return self._published
 
     def end(self, state: str, message: str) -> bool:
-        """Commit the run on its branch; return whether there is a run before it.
+        """Commit the run on its branch and tag it; return whether there is a run before it.
 
         Args:
             state: how it ended, in Prefect's words.
@@ -106,12 +108,14 @@ class Branch:
         parents = (tip, self.source) if tip else (self.source,)
         commit = _commit(self.source, text, parents, body)
         git("update-ref", f"refs/heads/{self.name}", commit)
+        self._tag = f"refs/tags/{self.name}/{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}"
+        git("update-ref", self._tag, commit)
         _put_in_place(commit)
         return bool(tip)
 
     def push(self) -> None:
-        """Send the branch and its results to the remotes."""
-        git("push", "--quiet", "origin", f"refs/heads/{self.name}")
+        """Send the branch, the run's tag and its results to the remotes."""
+        git("push", "--quiet", "origin", f"refs/heads/{self.name}", self._tag)
         dvc("push")
 
     def clear(self) -> None:

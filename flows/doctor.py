@@ -159,6 +159,14 @@ def _disk() -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
+    if other := other_versions():
+        yield Finding("versions", "warning", f"{other}; results may differ: pip install -r requirements.lock")
+    else:
+        yield Finding("versions", "ok", f"Python {platform.python_version()}, those of requirements.lock")
+
+
+def other_versions() -> str:
+    """Compare the installed packages with requirements.lock; return up to five that differ, in words."""
     wanted = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", Path("requirements.lock").read_text(), re.M))
     other = []
     for name, version in wanted.items():
@@ -168,12 +176,7 @@ def _versions() -> Iterator[Finding]:
             installed = "none"
         if installed.partition("+")[0] != version.partition("+")[0]:
             other.append(f"{name} {installed} instead of {version}")
-    text = f"Python {platform.python_version()}, {len(wanted)} packages locked"
-    if other:
-        shown = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
-        yield Finding("versions", "warning", f"{shown}; results may differ: pip install -r requirements.lock")
-    else:
-        yield Finding("versions", "ok", text)
+    return ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
 
 
 def _processor() -> Iterator[Finding]:

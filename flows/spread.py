@@ -16,6 +16,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -30,7 +31,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling, Completed, Failed, Pending, State
 
-from flows import commits, graph, lockfile, workspace
+from flows import commits, doctor, graph, lockfile, workspace
 from flows.commits import Branch
 from flows.compare import mendable
 from flows.graph import Graph, Stage
@@ -198,6 +199,11 @@ def stage(name: str, commit: str, force: bool = False) -> State[Any]:
 def _compute(name: str, commit: str, force: bool, held: tuple[int, ...]) -> State[Any]:
     """Check out, fetch, compute, push; leave the stage's entry of dvc.lock as an artifact."""
     commits.check_out(commit)
+    if other := doctor.other_versions():
+        raise Refusal(
+            f"this worker has {other}, so its results could differ from other workers'; run `pip install -r "
+            f"requirements.lock` in {Path.cwd()} and start the worker again."
+        )
     stages = graph.read_graph()
     if name not in stages:
         raise Refusal(f"commit {commit} has no stage {name!r}; `dvc stage list` shows those it has.")

@@ -74,6 +74,10 @@ def test_each_run_is_a_commit_and_no_branch_of_a_person_moves(person, clone):
     assert (locked("night"), locked("night~1")) == ({"a": "3", "b": "1"}, {"a": "2", "b": "1"})
     assert (git(clone, "rev-parse", "night^2"), git(clone, "rev-parse", "night~1^1")) == (later, main)
     assert git(clone, "show", "night:params.yaml") == "a: 2"
+    tags = git(clone, "for-each-ref", "--format=%(refname:short) %(objectname)", "refs/tags/night").split(
+        "\n"
+    )
+    assert git(clone, "rev-parse", "night") in tags[-1]
     last, first = commits.runs()
     assert (last.revision, last.state, last.source, last.summary) == (
         "night", "Failed", later[:10], "a: it broke",

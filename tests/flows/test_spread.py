@@ -15,10 +15,11 @@ from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed, Failed, Running, Scheduled
 
-from flows import spread
+from flows import commits, doctor, spread
 from flows.graph import Stage
 from flows.lockfile import joined
 from flows.spread import work_pool_of
+from stages.core.errors import Refusal
 from stages.core.run import Run
 from stages.job.load import checked_params
 from stages.job.params import Params
@@ -151,6 +152,14 @@ def test_a_stopped_run_cancels_what_workers_do(workers):
     with pytest.raises(InterruptedError):
         pool.repro("b", str)
     assert [state for _, state in server.cancelled] == ["Cancelling"]
+
+
+def test_a_worker_with_other_packages_computes_nothing(monkeypatch):
+    monkeypatch.setattr(commits, "check_out", lambda commit: None)
+    monkeypatch.setattr(doctor, "other_versions", lambda: "torch 2.0 instead of 2.13.0")
+    monkeypatch.setattr(spread, "Plan", None)
+    with pytest.raises(Refusal, match=r"torch 2\.0 instead of 2\.13\.0, so its results could differ"):
+        spread._compute("b", "a commit", False, ())
 
 
 def test_a_deployment_that_is_missing_is_named(workers, monkeypatch):
