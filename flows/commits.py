@@ -10,21 +10,27 @@ A run begins with the lock of the run before, so an unchanged night runs nothing
 has changed since then, the source is right.
 """
 
+import contextlib
 import os
+import re
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from flows import lockfile
 from flows.graph import DVC
+from flows.process import run_guarded
 from flows.terminal import console
 from flows.workspace import BUSY, Busy, insist
 from stages.core.errors import Refusal
@@ -32,6 +38,15 @@ from stages.job.provenance import LOCK
 
 CLONE = "PRUNEQUANT_CLONE"
 """Names the clone that runs may use."""
+_FLOW_RUN = "PREFECT__FLOW_RUN_ID"
+"""Prefect sets it in the process that a worker starts."""
+_RENEWED = "PRUNEQUANT_RENEWED"
+"""When a worker's process started again."""
+_PAUSES = (5.0, 20.0, 60.0)
+"""Seconds before DVC is tried again after a failure of the network."""
+_NETWORK = re.compile(
+    r"connect|timed? ?out|reset by peer|SlowDown|name resolution|temporar|\b50[0-9]\b", re.I
+)
 _AUTHOR = ("-c", "user.name=prunequant", "-c", "user.email=prunequant@localhost")
 
 
@@ -61,6 +76,7 @@ class Branch:
         self.source = ""
         self.id = ""
         self._published = ""
+        self._cut_off = ""
         self._tag = ""
         self._lock_text = ""
         self._guard = threading.Lock()
@@ -72,25 +88,32 @@ class Branch:
             source: a branch, tag or commit; of a branch, the remote's.
 
         Raises:
-            Refusal: the clone holds edits, or has no such source.
+            Refusal: the clone holds edits or has no such source, or the branch is not one of runs.
         """
+        self._refuse_other()
         self.source = _prepared(source)
-        cut_off = _known(f"refs/remotes/origin/{self._running}")
+        self._refuse_other()  # of the remote, as it is now
+        cut_off = self._cut_off = _known(f"refs/remotes/origin/{self._running}")
         self.id = (cut_off and _trailer(cut_off, "Run-Id")) or uuid.uuid4().hex
         self._lock_text = self._memo()
         start = _commit(self.source, self._lock_text, (self.source,), f"{self.name}: begins")
         _put_in_place(start)
-        dvc("fetch", ok=False)  # what no remote has is computed
+        dvc("fetch", ok=False)  # anything the remote lacks is recomputed
         dvc("checkout", "--force", "--allow-missing")
 
     def publish(self) -> str:
-        """Push the files of this run, with dvc.lock as it is now, for workers; return the commit."""
+        """Push the files of this run, with dvc.lock as it is now, for workers; return the commit.
+
+        Raises:
+            Refusal: another run of the branch has begun since.
+        """
         with self._guard:
             text = LOCK.read_text()
             if text != self._lock_text or not self._published:
                 message = f"{self.name}: running\n\nRun-Id: {self.id}\nRun-Source: {self.source}"
-                commit = _commit(self.source, text, (self._published or self.source,), message)
-                git("push", "--quiet", "--force", "origin", f"{commit}:refs/heads/{self._running}")
+                last = self._published or self._cut_off
+                commit = _commit(self.source, text, (last or self.source,), message)
+                self._move_running(last, commit)
                 self._published, self._lock_text = commit, text
             return self._published
 
@@ -120,12 +143,43 @@ class Branch:
 
     def clear(self) -> None:
         """Delete the branch that workers followed, now that the run is committed."""
-        if self._published or _known(f"origin/{self._running}"):
-            git("push", "--quiet", "origin", "--delete", self._running)
+        if last := self._published or self._cut_off:
+            with contextlib.suppress(Refusal):  # it is another run's by now, or the next run's to go on with
+                self._move_running(last, "")
 
     @property
     def _running(self) -> str:
         return f"running/{self.name}"
+
+    def _move_running(self, last: str, commit: str) -> None:
+        """Move the branch that workers follow, unless another run has moved it meanwhile.
+
+        Args:
+            last: where this run left it; nothing: it does not exist.
+            commit: nothing: delete it.
+        """
+        path = f"refs/heads/{self._running}"
+        try:
+            git("push", "--quiet", f"--force-with-lease={path}:{last}", "origin", f"{commit}:{path}")
+        except Refusal as refusal:
+            if "stale info" not in str(refusal):
+                raise
+            raise Refusal(
+                f"another run of branch {self.name} has begun and goes on with what this run finished; "
+                "start one at a time, or give each a branch of its own."
+            ) from None
+
+    def _refuse_other(self) -> None:
+        """Refuse a branch that holds no runs, as the commits of runs do not belong there."""
+        command = ["git", "check-ref-format", "--branch", self.name]
+        if subprocess.run(command, capture_output=True).returncode:
+            raise Refusal(f"{self.name!r} is no name for a git branch; give one such as night.")
+        for place in ("refs/heads", "refs/remotes/origin"):
+            tip = _known(f"{place}/{self.name}")
+            if tip and not _trailer(tip, "Run-State"):
+                raise Refusal(
+                    f"branch {self.name} holds other commits than runs; give a new name, such as night."
+                )
 
     def _tip(self) -> str:
         """Return the last run's commit: the clone's own, or the remote's if that is further."""
@@ -154,6 +208,23 @@ def check_out(commit: str) -> None:
     """
     _put_in_place(_prepared(commit))
     dvc("checkout", "--force", "--allow-missing")
+
+
+def renew() -> None:
+    """Start a worker's process again if a checkout has changed code that it has loaded.
+
+    A worker loads the flow from its clone before the flow checks the run's commit out, so without this a run
+    would plan with the code of the run before. Prefect goes on with the same flow run.
+    """
+    began = float(os.environ.get(_RENEWED, 0)) or psutil.Process().create_time()
+    ours = [
+        module for name, module in list(sys.modules.items()) if name.partition(".")[0] in ("flows", "stages")
+    ]
+    loaded = [Path(module.__file__) for module in ours if module.__file__]
+    if _FLOW_RUN in os.environ and any(not file.exists() or file.stat().st_mtime > began for file in loaded):
+        console.print("the code has changed; the run starts again with it")
+        os.environ[_RENEWED] = repr(time.time())
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def enter_clone() -> None:
@@ -225,43 +296,57 @@ def _runs_on(branch: str) -> list[PastRun]:
     return listed
 
 
-def git(*arguments: str, **variables: str) -> str:
+def git(*arguments: str, stdin: str | None = None, **variables: str) -> str:
     """Run git here and return what it printed.
 
     Raises:
         Refusal: git failed.
     """
     command = ["git", *_AUTHOR, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+    environment = {**os.environ, "LC_ALL": "C", **variables}
+    done = subprocess.run(command, capture_output=True, text=True, input=stdin, env=environment)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        reason = next((line for line in lines if "[rejected]" in line), lines[-1])
         raise Refusal(f"git {arguments[0]} failed in {Path.cwd()}: {reason}")
     return done.stdout.rstrip("\n")
 
 
-def dvc(*arguments: str, ok: bool = True) -> None:
-    """Run DVC here; wait for what blocks it.
+def dvc(*arguments: str, ok: bool = True, stopped: threading.Event | None = None) -> None:
+    """Run DVC here; wait for what blocks it, and try again what the network failed.
 
     Args:
-        ok: whether a failure is an error.
+        ok: whether a failure is an error; otherwise it is only shown.
+        stopped: ends it when it is set.
 
     Raises:
+        InterruptedError: it was stopped.
         Refusal: DVC failed.
     """
-    command = [*DVC, *arguments]
-    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    stopped = stopped or threading.Event()
 
     def attempt() -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode and BUSY.search(f"{done.stdout}{done.stderr}"):
-            raise Busy(f"{done.stdout}{done.stderr}")
+        done = run_guarded([*DVC, *arguments], stopped)
+        if done.returncode and BUSY.search(done.stdout):
+            raise Busy(done.stdout)
         return done
 
-    done = insist(attempt, console.print)
-    if done.returncode and ok:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        reason = errors[0].removeprefix("ERROR: ") if errors else done.stderr.strip()[-500:]
-        raise Refusal(f"dvc {' '.join(arguments)} failed in {Path.cwd()}: {reason}")
+    for pause in (*_PAUSES, None):
+        done = insist(attempt, console.print, stopped.wait)
+        if not done.returncode:
+            return
+        lines = done.stdout.strip().splitlines()
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+        reason = (
+            f"dvc {' '.join(arguments)} failed in {Path.cwd()}: {(errors or lines or ['no reason given'])[0]}"
+        )
+        if pause is None or not _NETWORK.search(done.stdout):
+            break
+        console.print(f"{reason}; again in {pause:.0f} s", markup=False, soft_wrap=True)
+        stopped.wait(pause)
+    if ok:
+        raise Refusal(reason)
+    console.print(reason, markup=False, soft_wrap=True)
 
 
 def _prepared(source: str) -> str:
@@ -304,7 +389,7 @@ def _commit(source: str, lock: str, parents: tuple[str, ...], message: str) -> s
             git("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}", GIT_INDEX_FILE=index)
         tree = git("write-tree", GIT_INDEX_FILE=index)
     options = [word for parent in parents for word in ("-p", parent)]
-    return git("commit-tree", tree, *options, "-m", message)
+    return git("commit-tree", tree, *options, "-F", "-", stdin=message)
 
 
 def _put_in_place(commit: str) -> None:

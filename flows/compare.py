@@ -9,7 +9,6 @@ does the same work, a stage at a time.
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -32,7 +31,7 @@ from flows.plan import Plan
 from flows.retries import TRIES
 from flows.server import WITHOUT
 from flows.terminal import console
-from flows.update import Ending, update
+from flows.update import Ending
 from stages.core import disk
 from stages.core.errors import Refusal
 from stages.core.files import REPORT
@@ -40,17 +39,6 @@ from stages.core.files import REPORT
 # A task that waits for its upstream holds a thread, so there are many threads; `flows.resources` limits how
 # many stages run at a time. Tasks are submitted upstream first, so waits are never circular.
 THREADS = 256
-
-
-@flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=THREADS))  # type: ignore[arg-type]
-def compare(jobs: int | None = None, targets: list[str] | None = None) -> State[Any]:
-    """Bring the project in the current folder up to date.
-
-    Args:
-        jobs: stages side by side at most; None: as many as threads, memory and cards allow.
-        targets: stages or artifacts to make, with all they need; None or empty: everything.
-    """
-    return mendable(lambda: state_of(update(jobs, targets or [], advance_all)))
 
 
 def mendable(work: Callable[[], State[Any]]) -> State[Any]:
@@ -115,6 +103,9 @@ def advance_all(run: Plan) -> None:
             outcome = run.advance(name)
         except InterruptedError:
             return Cancelled(message="the run was stopped")
+        except Exception as error:
+            get_run_logger().exception("%s: an unexpected error", name)
+            outcome = run.fail(name, error)
         message = f"{outcome.state} in {outcome.seconds:.1f} s"
         get_run_logger().info("%s: %s", name, message)
         progress.step(name)
@@ -153,7 +144,10 @@ class _Progress:
         """Count a stage, once even if it runs again."""
         with self._lock:
             self._ended.add(stage)
-            update_progress_artifact(self._artifact, 100 * len(self._ended) / self._stages)
+            try:
+                update_progress_artifact(self._artifact, 100 * len(self._ended) / self._stages)
+            except Exception as error:  # a picture, which no stage may fail for
+                get_run_logger().warning("Prefect did not take the progress: %s", error)
 
 
 def _publish(run: Plan) -> None:
@@ -163,5 +157,5 @@ def _publish(run: Plan) -> None:
     create_table_artifact(key="compare", table=summary.outcome_rows(outcomes), description=totals)
     if summary.is_current(outcomes):
         create_table_artifact(key="results", table=summary.result_rows())
-        create_link_artifact(key="report", link=(Path(REPORT) / "index.html").resolve().as_uri())
+        create_link_artifact(key="report", link=(REPORT / "index.html").resolve().as_uri())
     get_run_logger().info(totals)

@@ -7,6 +7,7 @@ candidates), and the verdict of the report: a difference within the noise, or on
 items, says nothing about the recipes.
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,10 @@ def missing_outputs(revision: Revision) -> dict[str, Any]:
     """Return the outputs of a revision that the cache lacks, and the command that fetches them."""
     paths = sorted(revision.missing)
     if revision.name == WORKSPACE:
-        command = " ".join(["dvc pull", *paths])
+        command = shlex.join(["dvc", "pull", *paths])
     else:  # dvc fetch --all-commits skips commits that it cannot read, with nothing but a warning
-        fetch = " ".join(["dvc fetch", *paths])
-        command = f"git checkout --quiet --detach {revision.name} && {fetch}; git checkout --quiet -"
+        there = shlex.join(["git", "checkout", "--quiet", "--detach", revision.name])
+        command = f"{there} && {{ {shlex.join(['dvc', 'fetch', *paths])}; git checkout --quiet -; }}"
     return {"revision": revision.name, "outputs": paths, "command": command}
 
 

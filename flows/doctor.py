@@ -1,4 +1,4 @@
-"""Doctor: look at everything that a run rests on, before it rests on it.
+"""Doctor: check everything that a run depends on before one starts.
 
 Each check gives one finding: what it looked at, what it saw, and what to do if that is no good. Nothing is
 changed.
@@ -75,8 +75,7 @@ def _dvc() -> Iterator[Finding]:
         yield Finding("dvc", "problem", f"{error}; run this in the root of a prunequant project")
         return
     cache = Path(repo.cache.local.path)
-    cache.mkdir(parents=True, exist_ok=True)
-    writable = os.access(cache, os.W_OK)
+    writable = os.access(next(folder for folder in [cache, *cache.parents] if folder.exists()), os.W_OK)
     yield Finding(
         "dvc cache", "ok" if writable else "problem", f"{cache}{'' if writable else ' is not writable'}"
     )
@@ -189,7 +188,7 @@ def _processor() -> Iterator[Finding]:
 
 
 def _prefect() -> Iterator[Finding]:
-    from flows.server import configure
+    from flows.server import configure, why_silent
 
     configure()
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME
@@ -204,14 +203,8 @@ def _prefect() -> Iterator[Finding]:
     if not url:
         yield Finding("prefect", "ok", f"no server configured: a run starts a temporary one in {home}")
         return
-    import httpx
-
-    try:
-        httpx.get(f"{url}/health", timeout=5).raise_for_status()
-    except httpx.HTTPError as error:
-        text = (
-            f"the server {url} does not answer ({error}); start it, unset PREFECT_API_URL, or use `dvc repro`"
-        )
+    if reason := why_silent():
+        text = f"the server {url} does not serve us ({reason}); mend that, or unset PREFECT_API_URL"
         yield Finding("prefect", "problem", text)
     else:
         yield Finding("prefect", "ok", f"the server {url} answers")

@@ -10,19 +10,20 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 from flows.terminal import console
-from flows.workspace import Busy, insist
+from flows.workspace import Busy, insist, refuse_busy
 from stages.core.errors import Refusal
 from stages.core.files import run_record
 
+T = TypeVar("T")
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 
 
@@ -94,23 +95,22 @@ class Project:
         """Return the stages whose own command, inputs or outputs differ from dvc.lock.
 
         Raises:
+            Busy: a DVC command works here.
             Refusal: DVC cannot tell.
         """
         from dvc.dependency import param
         from dvc.exceptions import DvcException
         from dvc.lock import LockError
 
-        def status() -> set[str]:
+        refuse_busy()
+        # DVC would parse params.yaml once for each stage.
+        with mock.patch.object(param, "load_path", cache(param.load_path)):
             try:
                 return set(self._repo.status())
             except LockError as error:
                 raise Busy(str(error)) from None
             except DvcException as error:
                 raise Refusal(f"DVC cannot tell what is stale: {error}") from None
-
-        # DVC would parse params.yaml once for each stage.
-        with mock.patch.object(param, "load_path", cache(param.load_path)):
-            return insist(status, console.print)
 
 
 @contextmanager
@@ -131,10 +131,22 @@ def opened() -> Iterator[Project]:
         yield Project(repo)
 
 
+def consult(question: Callable[[Project], T]) -> T:
+    """Ask the project in the current folder; while a DVC command works here, wait without DVC's lock.
+
+    A `dvc repro` needs that lock again when its stage ends, and gives up after three seconds.
+    """
+
+    def attempt() -> T:
+        with opened() as project:
+            return question(project)
+
+    return insist(attempt, console.print)
+
+
 def read_graph() -> Graph:
     """Read the whole graph of the project in the current folder; see `Project.graph`."""
-    with opened() as project:
-        return project.graph()
+    return consult(Project.graph)
 
 
 def _declared(name: str, meta: Any) -> float | None:

@@ -1,9 +1,9 @@
 """dvc.lock, kept whole: a copy from before each stage restores what a full disk or a kill cuts off.
 
 DVC writes the file in place. Killed in the middle, or on a full disk, it leaves part of the file or nothing,
-and the next stage takes what is left for the whole. The copy, `.dvc/tmp/dvc.lock.good`, is replaced only by a
-lock that is whole. What DVC wrote for a stage after the copy and before the cut may be in neither. Its run
-cache has it, so the flow asks DVC for that stage again (`flows.plan`).
+and the next stage would treat that as the complete lock. The copy, `.dvc/tmp/dvc.lock.good`, is replaced only
+by a lock that is whole. What DVC wrote for a stage after the copy and before the cut may be in neither. Its
+run cache has it, so the flow asks DVC for that stage again (`flows.plan`).
 """
 
 import re
@@ -24,6 +24,8 @@ _COPY = DVC_TMP / "dvc.lock.good"
 _HEAD = "schema: '2.0'\nstages:\n"
 _ENTRY = re.compile(r"^  (?=[^\s:])", re.M)
 """Where the entry of a stage begins; a line with a colon continues a long name."""
+_HASHES = {"md5", "etag", "checksum"}
+"""What DVC knows an output by: a file here, or one that a stage leaves in a remote store."""
 _PARTS = {"deps": list, "outs": list, "params": dict}
 
 Entries = dict[str, Any]
@@ -45,7 +47,7 @@ class SafeLock:
         self._guard = threading.Lock()
 
     def begin(self) -> None:
-        """Restore the file if it is cut off; otherwise take it as it is, as it may be of another commit.
+        """Restore the file if it is cut off; otherwise accept it: it may come from another commit.
 
         Raises:
             Refusal: the file holds a merge conflict.
@@ -102,6 +104,8 @@ class SafeLock:
         entries = whole(text)
         if entries is None or not self.entries.keys() <= entries.keys():
             return False
+        if _lost_outs(entries, self.entries):
+            return False
         self._text, self.entries = text, entries
         try:
             write_text(_COPY, text)
@@ -113,6 +117,11 @@ class SafeLock:
     def _restore(self) -> None:
         cut = LOCK.read_text(errors="replace")
         blocks = {**entry_texts(self._text), **entry_texts(beginning(cut, self.entries))}
+        if not self.entries.keys() <= blocks.keys():
+            raise Refusal(
+                f"{LOCK} is cut off and cannot be restored from its copy; run `git checkout {LOCK}` or `dvc "
+                "repro`, whose cache has every result."
+            )
         self._write(blocks)
         self.mended += 1
         console.print(
@@ -147,7 +156,7 @@ def beginning(text: str, known: Entries) -> str:
         known: what the lock held before; DVC keeps the order.
     """
     entries = whole(text)
-    if entries is not None and not _is_start(entries, known):
+    if entries is not None and not _is_start(entries, known) and not _lost_outs(entries, known):
         return text
     starts = [match.start() for match in _ENTRY.finditer(text)]
     return text[: starts[-1]] if starts else ""
@@ -158,10 +167,17 @@ def _is_start(entries: Entries, known: Entries) -> bool:
     return len(entries) < len(known) and list(entries) == list(known)[: len(entries)]
 
 
+def _lost_outs(entries: Entries, known: Entries) -> bool:
+    """Tell whether an entry was cut off between its inputs and its outputs."""
+    return any(
+        "outs" in known[name] and "outs" not in entry for name, entry in entries.items() if name in known
+    )
+
+
 def _is_whole(entry: Any) -> bool:
-    """Tell whether an entry has all parts; its outputs come last."""
+    """Tell whether an entry has all parts; its outputs come last, and not every stage has any."""
     kinds = all(isinstance(entry.get(name, kind()), kind) for name, kind in _PARTS.items())
-    return kinds and "cmd" in entry and all("md5" in out for out in entry["outs"])
+    return kinds and "cmd" in entry and all(_HASHES & out.keys() for out in entry.get("outs", []))
 
 
 def put_entry(name: str, block: str) -> None:

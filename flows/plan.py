@@ -75,11 +75,13 @@ class Plan:
         if "code" in self.stale & set(self.graph):
             if self.advance("code").state == "failed":
                 raise Refusal(f"code: {self._ended['code'].reason}")
-            with graph.opened() as project:
-                self.stale = project.stale()
+            self.stale = graph.consult(graph.Project.stale)
             self._changed.discard("code")  # DVC has looked at what it wrote
         for name, inputs in mend.find_wrong(self.graph, self.lock.keep()).items():
-            _say(name, f"dvc.lock names other inputs than it was computed from ({inputs}); it runs again")
+            _say(
+                name,
+                f"dvc.lock lists other inputs than its result was computed from ({inputs}); it runs again",
+            )
             self.wrong.add(name)
         if self.wrong:
             mend.forget_runs(self.wrong)
@@ -123,6 +125,12 @@ class Plan:
         _say(name, f"{outcome.state}, {seconds} s", style="red" if code else "green")
         return self._end(outcome)
 
+    def fail(self, name: str, error: Exception) -> Outcome:
+        """Note that an error which is no stage's own kept a stage from running."""
+        reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+        _say(name, f"failed ({reason})", style="red")
+        return self._end(Outcome(name, "failed", 0.0, reason))
+
     def _repro(self, name: str, environment: dict[str, str]) -> tuple[int, str]:
         """Run the stage, and once more if dvc.lock was cut off meanwhile: DVC then restores what it made."""
 
@@ -134,8 +142,7 @@ class Plan:
         try:
             code, output = self.children.repro(name, show, name in self.wrong, environment)
             self.lock.keep()
-            while not code and mended != self.lock.mended:
-                mended = self.lock.mended
+            if not code and mended != self.lock.mended:
                 code = self.children.repro(name, show, False, environment)[0]
                 self.lock.keep()
         except InterruptedError:
@@ -195,9 +202,7 @@ def plan(jobs: int | None, targets: Iterable[str], children: Children | None = N
     mend.clear_away()
     lock = SafeLock()
     lock.begin()
-    with graph.opened() as project:
-        stages = graph.select(project.graph(), targets)
-        stale = project.stale()
+    stages, stale = graph.consult(lambda project: (graph.select(project.graph(), targets), project.stale()))
     children = children or Children()
     pool = Pool(1, jobs=jobs) if children.elsewhere else pool_of(params.run, jobs)
     run = Plan(stages, pool, params.run.threads, content, stale, children=children, lock=lock)
@@ -228,8 +233,16 @@ def _say(stage: str, line: str, style: str | None = None) -> None:
     console.print(f"{stage} | {line}", markup=False, soft_wrap=True, style=style)
 
 
+_SAID: dict[str, str] = {"restored": "is cached - skipping run", "unchanged": "didn't change, skipping"}
+
+
 def _state(output: str) -> Literal["ran", "restored", "unchanged"]:
     """Return what DVC did, by its output."""
-    if "is cached - skipping run" in output:
+    if _SAID["restored"] in output:
         return "restored"
-    return "unchanged" if "didn't change, skipping" in output else "ran"
+    return "unchanged" if _SAID["unchanged"] in output else "ran"
+
+
+def said(state: str) -> str:
+    """Return what DVC says of a stage that ended so."""
+    return _SAID.get(state, "Running stage")

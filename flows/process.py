@@ -9,9 +9,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO
@@ -30,7 +31,7 @@ CHATTER = re.compile(
     r"|.* is busy, it is being blocked by:|  \(PID \d+\): .*|If there are no processes with such PIDs.*"
     r"|.*had been killed\. Auto removed it.*|.*Unable to acquire lock\..*|.*Unable to read RWLock-file.*"
 )
-"""Lines that DVC repeats at every stage, bars that have not begun, and advice to delete DVC's own files."""
+"""DVC's output to hide: what it repeats at every stage, bars at 0 %, advice to delete lock files."""
 
 
 class Children:
@@ -106,7 +107,7 @@ class Children:
         return code, output
 
     def gather(self) -> None:
-        """Bring the results of all stages into this folder, where child processes leave them anyway."""
+        """Collect results from other machines; child processes leave theirs here."""
 
     def stop(self) -> None:
         """Start no further child, and end the running children with all their descendants."""
@@ -120,6 +121,32 @@ class Children:
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, deadline - time.monotonic()))
+
+
+def run_guarded(command: Sequence[str], stopped: threading.Event) -> subprocess.CompletedProcess[str]:
+    """Run a command under a guard, so that it ends with this process; return its exit code and output.
+
+    Args:
+        stopped: ends it when it is set.
+
+    Raises:
+        InterruptedError: it was stopped.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        child = subprocess.Popen(
+            [*GUARD, *command], env=environment(), stdin=subprocess.PIPE, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        assert child.stdin is not None
+        try:
+            while child.poll() is None:
+                if stopped.wait(0.1):
+                    raise InterruptedError(" ".join(command))
+        finally:
+            child.stdin.close()
+            child.wait()
+        output.seek(0)
+        return subprocess.CompletedProcess(command, child.returncode, output.read())
 
 
 def environment() -> dict[str, str]:

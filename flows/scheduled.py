@@ -6,6 +6,7 @@ commit that says so. A page tells what has changed since the run before, from th
 """
 
 import io
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -16,7 +17,7 @@ from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
-from flows import commits, graph, workspace
+from flows import commits, doctor, graph, workspace
 from flows.commits import Branch
 from flows.compare import THREADS, advance_all, mendable, state_of
 from flows.diff import diff_revisions
@@ -27,6 +28,8 @@ from flows.update import Ending, plan_and_advance
 from stages.core.errors import Refusal
 from stages.core.files import RUNS, write_text
 
+_KEY = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
+"""Letters that a key of Prefect's artifacts may have, beside dashes."""
 ON_WORKERS = "spread"
 """The branch of runs that `prunequant run --spread` starts."""
 
@@ -55,17 +58,21 @@ def scheduled(
     def work() -> State[Any]:
         with workspace.alone() as held:
             runs.begin(source)
+            commits.renew()
+            if other := doctor.other_versions():
+                raise Refusal(f"{other}: run `pip install -r requirements.lock` in {Path.cwd()}.")
             try:
                 state = mendable(lambda: _advance(runs, held, targets or [], jobs, spread))
             except BaseException as error:
                 runs.end("Stopped", f"stopped, {type(error).__name__}")
                 raise
-            if runs.end(str(state.name), str(state.message)):
-                _tell_changes(branch)
+            follows = runs.end(str(state.name), str(state.message))
             if spread:
                 runs.clear()
             if push:
                 runs.push()
+            if follows:
+                _tell_changes(branch)
             return state
 
     return mendable(work)
@@ -80,7 +87,7 @@ def spread_from_here(targets: list[str], jobs: int | None) -> Ending:
     if not PREFECT_API_URL.value():
         raise Refusal(
             "--spread needs the Prefect server that the workers ask; set PREFECT_API_URL to its address, "
-            "such as http://127.0.0.1:4200/api, or leave --spread away."
+            "such as http://127.0.0.1:4200/api, or drop --spread."
         )
     source = commits.committed_head()
     commits.enter_clone()
@@ -96,8 +103,7 @@ def _advance(
         return state_of(plan_and_advance(Children(held), jobs, targets, advance_all))
     ending = plan_and_advance(Workers(held, runs), jobs or THREADS, targets, advance_all)
     workspace.release()
-    with graph.opened() as project:
-        left = project.stale() & set(graph.select(project.graph(), targets))
+    left = graph.consult(lambda project: project.stale() & set(graph.select(project.graph(), targets)))
     if ending.ok and left:
         raise Refusal(
             f"{', '.join(sorted(left))} still differ from dvc.lock with the workers' results; run it again."
@@ -110,14 +116,14 @@ def _tell_changes(branch: str) -> None:
     console = Console(record=True, file=io.StringIO(), width=140)
     try:
         show_diff(diff_revisions(f"{branch}~1", branch), console)
-    except Refusal as refusal:  # such as a last run whose params are of an older form
-        console.print(f"{branch}~1 and {branch} cannot be compared: {refusal}", markup=False)
+    except Exception as error:  # such as a last run whose params are of an older form
+        console.print(f"{branch}~1 and {branch} cannot be compared: {error}", markup=False)
     page = RUNS / f"since-{branch.replace('/', '-')}.html"
     text = console.export_text(clear=False)
     write_text(page, console.export_html())
     create_markdown_artifact(
         f"```text\n{text}```\n",
-        key=f"since-{''.join(letter if letter.isalnum() else '-' for letter in branch.lower())}",
+        key=f"since-{''.join(letter if letter in _KEY else '-' for letter in branch.lower())}",
         description=f"`prunequant diff {branch}~1 {branch}`",
     )
     get_run_logger().info("Since the last run: %s", page.resolve())

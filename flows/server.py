@@ -23,7 +23,7 @@ WITHOUT = "or use `dvc repro`, which needs no server"
 _PATIENCE = 5.0
 """Seconds that a configured server may take to answer."""
 _TAKEN = 3
-"""The exit code of a server whose port is taken; Prefect starts another."""
+"""The exit code of a server when its port is in use; Prefect retries on another."""
 
 
 def configure() -> None:
@@ -43,7 +43,7 @@ def configure() -> None:
 
 
 def start(at_loss: Callable[[], None]) -> None:
-    """Have a server until this process ends: check that the configured one answers, or start a temporary one.
+    """Ensure a server for the life of this process: the configured one if it answers, or a temporary one.
 
     Prefect stops it at the exit of the process, after the last logs have been sent.
 
@@ -56,31 +56,41 @@ def start(at_loss: Callable[[], None]) -> None:
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME
 
     if url := PREFECT_API_URL.value():
-        _check(url)
+        if reason := why_silent():
+            raise Refusal(
+                f"the Prefect server {url} does not serve this run ({reason}); mend that, unset "
+                f"PREFECT_API_URL, {WITHOUT}."
+            )
         return
     home = Path(PREFECT_HOME.value())
     try:
         home.mkdir(parents=True, exist_ok=True)
         _start(at_loss)
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise Refusal(
             f"Prefect's temporary server cannot start in {home} ({reason}); set PREFECT_HOME to a folder "
             f"that is writable, {WITHOUT}."
         ) from None
 
 
-def _check(url: str) -> None:
-    """Refuse a configured server that does not answer."""
+def why_silent() -> str:
+    """Ask the configured server something as Prefect's client does; return why that failed, or nothing."""
     import httpx
+    from prefect.client.orchestration import get_client
 
     try:
-        httpx.get(f"{url}/health", timeout=_PATIENCE).raise_for_status()
-    except httpx.HTTPError as error:
-        raise Refusal(
-            f"the Prefect server {url} does not answer ({error or type(error).__name__}); start it, unset "
-            f"PREFECT_API_URL, {WITHOUT}."
-        ) from None
+        with get_client(httpx_settings={"timeout": _PATIENCE}, sync_client=True) as client:
+            client.hello()
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code in (401, 403):
+            return (
+                f"it answers {error.response.status_code}; set PREFECT_API_AUTH_STRING to its user:password"
+            )
+        return f"it answers {error.response.status_code}"
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, ValueError) as error:
+        return str(error) or type(error).__name__
+    return ""
 
 
 def _start(at_loss: Callable[[], None]) -> None:
@@ -110,7 +120,7 @@ def _start(at_loss: Callable[[], None]) -> None:
             super().stop()
 
     def watch(process: subprocess.Popen[Any]) -> None:
-        """Tell of a death, while the server starts too: Prefect would wait for it until its time is up."""
+        """Call `at_loss` when the server dies, even during its start, which Prefect would wait out."""
         if process.wait() != _TAKEN and not stopping.is_set():
             at_loss()
 

@@ -14,6 +14,7 @@ complete, are found by a key of their inputs.
 
 import itertools
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ from flows import commits, doctor, graph, lockfile, workspace
 from flows.commits import Branch
 from flows.compare import mendable
 from flows.graph import Graph, Stage
-from flows.plan import Plan
+from flows.plan import Plan, said
 from flows.process import Children
 from flows.resources import pool_of
 from flows.terminal import console
@@ -46,7 +47,7 @@ from stages.job.load import PARAMS, load_verified
 from stages.job.params import Params
 
 ATTEMPTS = 3
-"""Workers that may die of a stage."""
+"""Worker deaths allowed per stage."""
 HERE = ("code", "validate")
 """Stages that the coordinator runs itself: they take a second."""
 WITHOUT_MODEL = re.compile(r"stages\.(tidy|report)\b|stages\.download 'datasets/")
@@ -54,7 +55,7 @@ WITHOUT_MODEL = re.compile(r"stages\.(tidy|report)\b|stages\.download 'datasets/
 _POLL = 2.0
 """Seconds between looks at a flow run."""
 _PATIENCE = 60.0
-"""Seconds without a worker until that is said."""
+"""Seconds to wait for a worker before a warning."""
 _OUTAGE = 600.0
 """Seconds that the server may be away."""
 _ENTRY_KEY = "lock"
@@ -70,6 +71,7 @@ class Workers(Children):
         """Take the open files that hold the workspace, and the branch of the run."""
         super().__init__(held)
         self.branch = branch
+        self._readying = threading.Lock()
         self._graph: Graph = {}
         self._params: Params | None = None
         self._sent = False
@@ -88,7 +90,7 @@ class Workers(Children):
         """
         if stage in HERE:
             return super().repro(stage, show, force, variables)
-        with self._lock:
+        with self._readying:
             self._get_ready()
         assert self._params is not None
         pool = work_pool_of(self._graph[stage], self._params)
@@ -128,7 +130,7 @@ class Workers(Children):
     def gather(self) -> None:
         """Fetch what workers computed; `dvc status` shows what is missing then."""
         try:
-            commits.dvc("pull", "--force")
+            commits.dvc("pull", "--force", stopped=self.stopped)
         except Refusal as refusal:
             console.print(str(refusal), markup=False, soft_wrap=True)
 
@@ -141,7 +143,7 @@ class Workers(Children):
     def _get_ready(self) -> None:
         """Once a run, send what workers need to the DVC remote and read the graph."""
         if not self._sent:
-            commits.dvc("push", ok=False)  # what is not here either, a worker asks for by name
+            commits.dvc("push", ok=False, stopped=self.stopped)  # a worker names what is missing here too
             self._graph, self._params, self._sent = graph.read_graph(), load_verified(device=False), True
 
     def _follow(
@@ -199,6 +201,7 @@ def stage(name: str, commit: str, force: bool = False) -> State[Any]:
 def _compute(name: str, commit: str, force: bool, held: tuple[int, ...]) -> State[Any]:
     """Check out, fetch, compute, push; leave the stage's entry of dvc.lock as an artifact."""
     commits.check_out(commit)
+    commits.renew()
     if other := doctor.other_versions():
         raise Refusal(
             f"this worker has {other}, so its results could differ from other workers'; run `pip install -r "
@@ -224,8 +227,7 @@ def _compute(name: str, commit: str, force: bool, held: tuple[int, ...]) -> Stat
     commits.dvc("push", name)
     entry = lockfile.entry_texts(provenance.LOCK.read_text())[name]
     create_markdown_artifact(f"{_OPEN}{entry}{_CLOSE}", key=_ENTRY_KEY, description=f"dvc.lock's {name}")
-    word = "is cached - skipping run" if outcome.state == "restored" else "Running stage"
-    return Completed(name=outcome.state.capitalize(), message=f"{word}; {outcome.seconds} s")
+    return Completed(name=outcome.state.capitalize(), message=f"{said(outcome.state)}; {outcome.seconds} s")
 
 
 def _entry_left_by(client: SyncPrefectClient, run: FlowRun) -> str:

@@ -62,5 +62,8 @@ def conclude(run: Plan) -> Ending:
         summary.show_report()
     if reasons := {outcome.reason for outcome in outcomes if outcome.state == "skipped" and outcome.reason}:
         return Ending(False, "; ".join(sorted(reasons)))
-    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
-    return Ending(False, summary.blame(failed)) if failed else Ending(True, summary.totals(outcomes))
+    if failed := [outcome for outcome in outcomes if outcome.state == "failed"]:
+        return Ending(False, summary.blame(failed))
+    if left := [outcome.stage for outcome in outcomes if outcome.state == "skipped"]:
+        return Ending(False, f"{', '.join(left)} did not run, and nothing says why; run it again.")
+    return Ending(True, summary.totals(outcomes))

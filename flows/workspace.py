@@ -75,12 +75,24 @@ class Busy(Exception):
     """Another process blocks what DVC was to do; the text is DVC's."""
 
 
+def refuse_busy() -> None:
+    """Refuse to go on while a DVC command runs a stage here; call it with DVC's own lock held.
+
+    Raises:
+        Busy: it names the command.
+    """
+    with _rwlock() as table:
+        for info in _infos(table):
+            if info["pid"] != os.getpid():
+                raise Busy(f"(PID {info['pid']}): {_short(info['cmd'])}")
+
+
 def insist(
     attempt: Callable[[], Result],
     show: Callable[[str], None],
     rest: Callable[[float], object] = time.sleep,
 ) -> Result:
-    """Call `attempt`, again and with longer and longer pauses while it is `Busy`, and return its result."""
+    """Return the result of `attempt`; retry it with growing pauses while it raises `Busy`."""
     pause = 0.5
     while True:
         try:

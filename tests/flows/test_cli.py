@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.compare import compare
+from flows.compare import mendable, state_of
+from flows.update import update
 from tests import finished as sweep
 from tests import project
 
@@ -75,14 +76,14 @@ def test_all_offenders_in_one_message_everywhere(folder):
         spoil(folder, kind)
     checked = CliRunner().invoke(app, ["check"])
     ran = CliRunner().invoke(app, ["run"])
-    state = compare.fn()
+    night = mendable(lambda: state_of(update(None, [], pytest.fail)))
     stage = subprocess.run(
         [sys.executable, "-m", "stages.prune", "wanda-50"],
         cwd=folder, env={**project.ENV, "PYTHONPATH": str(project.ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert (checked.exit_code, ran.exit_code, stage.returncode) == (2, 2, 2)
-    assert state.is_failed()
-    for output in (checked.output, ran.output, state.message, stage.stderr):
+    assert night.is_failed()
+    for output in (checked.output, ran.output, night.message, stage.stderr):
         assert f"{len(together)} problem(s), nothing was run" in output
         assert all(part in output for kind in together for part in BAD[kind][2]), output
         assert "Traceback" not in output

@@ -1,6 +1,11 @@
 """Runs as commits, in a clone beside a person's folder, without DVC."""
 
+import os
+import re
 import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
@@ -185,7 +190,95 @@ def test_a_run_needs_a_clone_of_its_own(person, monkeypatch, value):
 
 def test_a_dvc_command_that_is_blocked_is_tried_again(monkeypatch):
     busy = "ERROR: 'a' is busy, it is being blocked by:\n  (PID 7): dvc repro\n"
-    ends = [subprocess.CompletedProcess((), 255, "", busy), subprocess.CompletedProcess((), 0, "", "")]
-    monkeypatch.setattr(commits.subprocess, "run", lambda *_, **__: ends.pop(0))
+    ends = [subprocess.CompletedProcess((), 255, busy), subprocess.CompletedProcess((), 0, "")]
+    monkeypatch.setattr(commits, "run_guarded", lambda *_: ends.pop(0))
     commits.dvc("fetch")
     assert ends == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "left"), [("failed to connect to s3 (store): timed out", 0), ("no key", 3)]
+)
+def test_a_dvc_command_is_tried_again_if_the_network_failed_it(monkeypatch, capsys, reason, left):
+    ends = [subprocess.CompletedProcess((), 1, f"3 files\nERROR: {reason}\n")] * 4
+    monkeypatch.setattr(commits, "run_guarded", lambda *_: ends.pop(0))
+    monkeypatch.setattr(commits, "_PAUSES", (0, 0, 0))
+    with pytest.raises(Refusal, match=re.escape(reason)):
+        commits.dvc("pull")
+    assert len(ends) == left
+    ends += [subprocess.CompletedProcess((), 1, "ERROR: no credentials\n")]
+    del ends[:-1]
+    commits.dvc("fetch", ok=False)
+    assert "no credentials" in capsys.readouterr().out
+
+
+def test_a_stopped_run_ends_its_dvc_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(commits, "DVC", (sys.executable, "-c", "import time; time.sleep(60)"))
+    stopped = threading.Event()
+    threading.Timer(0.3, stopped.set).start()
+    before = time.monotonic()
+    with pytest.raises(InterruptedError):
+        commits.dvc("push", stopped=stopped)
+    assert time.monotonic() - before < 20
+
+
+def test_a_run_that_another_follows_ends_and_the_other_has_what_it_finished(
+    person, clone, tmp_path, monkeypatch
+):
+    first = Branch("spread")
+    first.begin("main")
+    (clone / "dvc.lock").write_text(lock(a="2", b="1"))
+    published = first.publish()
+    other = tmp_path / "other"
+    git(tmp_path, "clone", "-q", str(person), str(other))
+    monkeypatch.chdir(other)
+    second = Branch("spread")
+    second.begin("main")
+    assert second.id == first.id and locked() == {"a": "2", "b": "1"}
+    later = second.publish()
+    assert git(person, "merge-base", published, later) == published, (
+        "workers still find the first run's commit"
+    )
+    monkeypatch.chdir(clone)
+    (clone / "dvc.lock").write_text(lock(a="2", b="2"))
+    with pytest.raises(Refusal, match="another run of branch spread has begun"):
+        first.publish()
+    first.end("Failed", "another run")
+    first.clear()
+    assert git(person, "rev-parse", "running/spread") == later
+
+
+@pytest.mark.parametrize("name", ["a b", "-x", "a..b", ""])
+def test_a_branch_without_a_good_name_is_refused(clone, name):
+    with pytest.raises(Refusal, match="is no name for a git branch"):
+        Branch(name).begin("main")
+
+
+def test_a_branch_of_other_commits_is_refused(person, clone):
+    git(person, "branch", "feature")
+    for name in ("main", "feature"):
+        with pytest.raises(Refusal, match=f"branch {name} holds other commits than runs"):
+            Branch(name).begin("main")
+    assert git(clone, "rev-parse", "HEAD") == git(person, "rev-parse", "main")
+
+
+def test_a_worker_starts_again_only_if_code_that_it_loaded_has_changed(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(commits.os, "execv", lambda *arguments: started.append(arguments))
+    code = tmp_path / "code.py"
+    code.touch()
+    monkeypatch.setattr(commits, "__file__", str(code))
+    os.utime(code, (1, 1))
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "one")
+    monkeypatch.setenv("PRUNEQUANT_RENEWED", repr(time.time()))
+    commits.renew()
+    assert not started
+    future = time.time() + 100
+    os.utime(code, (future, future))
+    commits.renew()
+    assert started == [(sys.executable, sys.orig_argv)]
+    code.unlink()
+    commits.renew()
+    monkeypatch.delenv("PREFECT__FLOW_RUN_ID")
+    commits.renew()
+    assert len(started) == 2

@@ -49,6 +49,29 @@ def test_a_cut_lock_is_never_whole_with_a_wrong_entry():
         assert kept == {name: entries[name] for name in list(entries)[: len(kept)]}
 
 
+def test_a_stage_without_outputs_and_one_with_a_remote_output_are_whole(folder):
+    without = entry("m").partition("    outs:")[0]
+    remote = entry("n").replace(f"md5: {'a' * 32}\n", "etag: abc\n").replace("hash: md5", "hash: etag")
+    (folder / "dvc.lock").write_text(text(entry("a"), without, remote, entry("z")))
+    lock = SafeLock()
+    lock.begin()
+    assert list(lock.keep()) == ["a", "m", "n", "z"] and lock.mended == 0
+    cut = text(entry("a"), without, remote, entry("z").partition("    outs:")[0])
+    (folder / "dvc.lock").write_text(cut)
+    assert lock.keep()["z"]["outs"] and lock.mended == 1
+
+
+def test_a_lock_that_cannot_be_restored_is_left_as_it_is(folder, monkeypatch):
+    (folder / "dvc.lock").write_text(ALL)
+    lock = SafeLock()
+    lock.begin()
+    monkeypatch.setattr(lockfile, "entry_texts", lambda text: {})
+    (folder / "dvc.lock").write_text(ALL[:300])
+    with pytest.raises(Refusal, match="cannot be restored from its copy"):
+        lock.keep()
+    assert (folder / "dvc.lock").read_text() == ALL[:300]
+
+
 @pytest.mark.parametrize("left", [0, 10, 300, ALL.index("  ?"), ALL.index("  b:"), len(ALL) - 1])
 def test_a_cut_lock_is_restored_before_planning(folder, capsys, left):
     (folder / "dvc.lock").write_text(ALL)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from prefect.server.api.server import SubprocessASGIServer
@@ -58,9 +59,31 @@ def wait_until_gone(tmp_path) -> None:
 
 
 def test_a_configured_server_that_does_not_answer_is_refused():
-    refused = pytest.raises(Refusal, match=r"http://127.0.0.1:9/api does not answer .*`dvc repro`")
+    refused = pytest.raises(Refusal, match=r"http://127.0.0.1:9/api does not serve this run .*`dvc repro`")
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), refused:
         server.start(pytest.fail)
+
+
+def test_an_address_that_is_none_is_refused():
+    refused = pytest.raises(Refusal, match=r"127.0.0.1:port/api does not serve this run .*`dvc repro`")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:port/api"}), refused:
+        server.start(pytest.fail)
+
+
+def test_a_server_with_a_password_says_that_it_needs_one():
+    class Closed(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(401)
+            self.end_headers()
+
+        def log_message(self, *words):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Closed) as closed:
+        threading.Thread(target=closed.serve_forever, daemon=True).start()
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{closed.server_port}/api"}):
+            assert "it answers 401; set PREFECT_API_AUTH_STRING" in server.why_silent()
+        closed.shutdown()
 
 
 def test_a_home_that_cannot_be_written_is_refused():

@@ -100,7 +100,7 @@ def workers(tmp_path, monkeypatch):
     run = Run(device="cpu", dtype="float32", threads=1, seed=0)
     monkeypatch.setattr(spread, "_POLL", 0.01)
     monkeypatch.setattr(spread.graph, "read_graph", lambda: toy.GRAPH)
-    monkeypatch.setattr(spread.commits, "dvc", lambda *arguments, ok=True: None)
+    monkeypatch.setattr(spread.commits, "dvc", lambda *arguments, ok=True, stopped=None: None)
     monkeypatch.setattr(spread, "load_verified", lambda **_: Params.model_construct(run=run))
 
     def with_runs(*runs):
