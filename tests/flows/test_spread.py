@@ -285,6 +285,29 @@ def test_nights_are_compared_and_a_failed_one_is_a_commit(shared):
     assert project.run(shared.folder / "nights", "git", "branch", "--show-current").stdout.strip() == ""
 
 
+@drill
+def test_nights_and_workers_run_the_code_of_their_commit(shared):
+    """A method that only the new commit has, in a recipe of it."""
+    source = (shared.person / "stages/pruning/magnitude.py").read_text()
+    added = source.replace("class Magnitude", "class Least").replace('"magnitude"', '"least"')
+    added = added.replace("def global_zeros", "def least_zeros").replace("global_zeros(", "least_zeros(")
+    (shared.person / "stages/pruning/least.py").write_text(added)
+    schema = shared.person / "stages/job/params.py"
+    text = schema.read_text().replace("Magnitude | Wanda", "Magnitude | Least | Wanda", 1)
+    line = "from stages.pruning.magnitude"
+    schema.write_text(text.replace(line, f"from stages.pruning.least import Least\n{line}", 1))
+    sweep.edit(shared.person, "prune.wanda-50.sparsity", 0.5)
+    sweep.edit(shared.person, "prune.magnitude-50.method", "least")
+    push(shared, "a method")
+    before = len(shared.computed())
+    shared.run("prunequant", "run", "--spread", PRUNEQUANT_CLONE=str(shared.folder / "runs"))
+    assert ["stages.prune", "magnitude-50"] in [words for _, *words in shared.computed()[before:]]
+    night(shared)
+    last, *_ = json.loads(shared.run("prunequant", "runs", "origin/night", "--json"))
+    assert last["state"] == "Completed", last
+    assert "method: least" in project.run(shared.person, "git", "show", "origin/night:params.yaml").stdout
+
+
 def night(shared):
     """Run the deployment now, pushed; fetch its branch."""
     shared.run(

@@ -4,13 +4,16 @@ import fcntl
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
-from flows import workspace
+from flows import graph, workspace
 from flows.process import CHATTER
-from tests import toy
+from tests import project, toy
 
 RWLOCK = workspace.DVC_TMP / "rwlock"
 BUSY = "ERROR: 'a' is busy, it is being blocked by:\n  (PID 7): dvc repro\n\nIf there are no"
@@ -117,3 +120,18 @@ def test_the_stage_of_a_killed_dvc_is_ended(folder, capsys):
         other.kill()
         other.wait()
     assert capsys.readouterr().out.count("a | ended, as a killed run left it behind") == 1
+
+
+@pytest.mark.drill
+def test_a_flow_that_plans_waits_without_what_a_running_dvc_needs(folder):
+    """DVC takes its lock again when its stage ends, and gives up after three seconds."""
+    for stage in ("code", "a"):
+        assert toy.dvc("repro", stage).returncode == 0
+    slow = toy.YAML.replace("cmd: cp data/code/x b.txt", "cmd: sleep 8 && cp data/code/x b.txt")
+    (folder / "dvc.yaml").write_text(slow)
+    bare = subprocess.Popen([sys.executable, "-m", "dvc", "repro"], env=project.ENV)
+    while not any(str(folder / "b.txt") in path for path in table()["write"]):
+        assert bare.poll() is None
+        time.sleep(0.1)
+    assert graph.consult(graph.Project.stale) == set()
+    assert bare.wait(60) == 0 and "b.txt" in (folder / "dvc.lock").read_text()
