@@ -127,10 +127,12 @@ def test_a_flow_that_plans_waits_without_what_a_running_dvc_needs(folder):
     """DVC takes its lock again when its stage ends, and gives up after three seconds."""
     for stage in ("code", "a"):
         assert toy.dvc("repro", stage).returncode == 0
-    slow = toy.YAML.replace("cmd: cp data/code/x b.txt", "cmd: sleep 8 && cp data/code/x b.txt")
+    slow = toy.YAML.replace(
+        "cmd: cp data/code/x b.txt", "cmd: touch begun && sleep 8 && cp data/code/x b.txt"
+    )
     (folder / "dvc.yaml").write_text(slow)
     bare = subprocess.Popen([sys.executable, "-m", "dvc", "repro"], env=project.ENV)
-    while str(folder / "b.txt") not in table().get("write", {}):
+    while not (folder / "begun").exists():
         assert bare.poll() is None
         time.sleep(0.1)
     assert graph.consult(graph.Project.stale) == set()
