@@ -219,7 +219,7 @@ class Drill:
                 edit = ""
             if waiting and elapsed >= waiting[0].moment * expected:
                 hit = waiting.pop(0)
-                running = sorted({process.environ()["DVC_STAGE"] for process in self._who("stage")})
+                running = sorted(set(self._stages()))
                 if self._hit(run, hit):
                     at = round(time.monotonic() - started, 2)
                     seen.kills.append(
@@ -364,6 +364,12 @@ class Drill:
     def _who(self, role: str) -> list[psutil.Process]:
         """Return the living processes of a role."""
         return [process for process in living(str(self.at)) if role_of(words(process)) == role]
+
+    def _stages(self) -> Iterator[str]:
+        """Yield the names of the stages at work."""
+        for process in self._who("stage"):
+            with contextlib.suppress(psutil.Error):
+                yield process.environ()["DVC_STAGE"]
 
     def _left(self, seconds: float) -> list[str]:
         """Wait until all processes of the round have ended; return the commands of those that have not."""

@@ -50,7 +50,7 @@ def check() -> None:
     )
     for stage, inputs in wrong.items():
         typer.echo(
-            f"{stage}: dvc.lock names other inputs than it was computed from ({inputs}); do not push it. "
+            f"{stage}: dvc.lock lists other inputs than its result was computed from ({inputs}); do not push it. "
             "`prunequant run` computes it again."
         )
     if names := outdated():

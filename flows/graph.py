@@ -1,7 +1,7 @@
 """DVC's graph: its stages, which of them are stale, and what a run changed.
 
 DVC owns the graph and the cache; this module only reads them. DVC's status lists the stages whose own inputs
-or outputs differ from the lock. Whether a stage below them must run as well is known once they have run and
+or outputs differ from the lock. Whether a stage below them is stale is known only after they have run, when
 `dvc.lock` holds their new hashes.
 """
 

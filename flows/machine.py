@@ -1,6 +1,6 @@
 """What this process may use of the machine: CPU threads, memory and cards.
 
-The machine's own numbers say too much. `taskset`, a container or a batch system gives a process fewer cores
+The machine's totals overstate what a process may use. `taskset`, a container or a batch system gives a process fewer cores
 and less memory than there are: its affinity says which cores, its control groups (cgroups) say how much of
 their time and how much memory. A limit holds for a group and for all groups inside it, so this module reads
 those of the process's own group and of every group above it, in both versions of the kernel's interface.

@@ -22,7 +22,7 @@ TRIES = 4
 _KILLED = re.compile(r"exited with (137|-9)$", re.M)
 """DVC's words for the exit code of a command that was killed."""
 _OTHERS = 2**29
-"""Bytes on a card, after its stage has ended, that are another program's work."""
+"""More than these bytes in use after the stage ended mean that another program is on the card."""
 _REASONS: dict[Passing, str] = {
     "network": "the network may be back",
     "card": "another program was on its card",
@@ -61,7 +61,7 @@ class Retries:
         if cause == "memory":
             self.alone.add(name)
         self._tries[name] = tries
-        # Stages that failed together do not come back together.
+        # Jitter, so that stages that failed together do not retry together.
         seconds = self._pauses[name] = self._pause * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
         alone = " alone" if name in self.alone else ""
         return f"runs again{alone} in {seconds:.0f} s ({tries} of {TRIES}), as {_REASONS[cause]}"

@@ -38,7 +38,7 @@ BUSY = re.compile(
 _RWLOCK = DVC_TMP / "rwlock"
 _HELD = DVC_TMP / "prunequant.lock"
 _DOOR = "stages"
-"""The path that a flow keeps to itself, read by the stage that every `dvc repro` begins with."""
+"""A path that a flow write-locks. Stage `code`, first in every `dvc repro`, reads it and is refused."""
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def _end_orphans(root: str, table: dict[str, Any]) -> None:
         except psutil.Error:
             continue
     for stage in orphans:
-        console.print(f"{stage} | ended, as a killed run left it behind", markup=False)
+        console.print(f"{stage} | stopped: left over from a killed run", markup=False)
     _, stubborn = psutil.wait_procs(
         [process for processes in orphans.values() for process in processes], GRACE
     )

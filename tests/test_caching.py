@@ -99,7 +99,9 @@ def test_an_edit_just_after_a_stage_is_noticed_and_mended(copy):
     assert sweep.status(copy) >= {"perplexity@quantize/gptq-w4g32-news"} and not agrees(copy)
     done = project.run(copy, "dvc", "repro", "perplexity@quantize/gptq-w4g32-news", ok=False)
     assert done.returncode and "quantize@gptq-w4g32: quantize.gptq-w4g32 in params.yaml" in done.stderr
-    refusal = "dvc.lock names other inputs than it was computed from (quantize.gptq-w4g32 in params.yaml)"
+    refusal = (
+        "dvc.lock lists other inputs than its result was computed from (quantize.gptq-w4g32 in params.yaml)"
+    )
     assert refusal in sweep.prunequant(copy, "check", code=1)
     assert refusal in sweep.prunequant(copy, "run")
     assert sweep.status(copy) == set() and agrees(copy)

@@ -115,7 +115,7 @@ def test_the_stage_of_a_killed_dvc_is_ended(copy):
     bare.wait()
     bare.stdout.close()
     output = end(start(copy, "prunequant", "run"))
-    assert "prune@magnitude-50 | ended, as a killed run left it" in output
+    assert "prune@magnitude-50 | stopped: left over from a killed run" in output
     assert is_whole(copy)
 
 

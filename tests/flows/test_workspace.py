@@ -119,7 +119,7 @@ def test_the_stage_of_a_killed_dvc_is_ended(folder, capsys):
     finally:
         other.kill()
         other.wait()
-    assert capsys.readouterr().out.count("a | ended, as a killed run left it behind") == 1
+    assert capsys.readouterr().out.count("a | stopped: left over from a killed run") == 1
 
 
 @pytest.mark.drill
