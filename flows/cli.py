@@ -50,8 +50,8 @@ def check() -> None:
     )
     for stage, inputs in wrong.items():
         typer.echo(
-            f"{stage}: dvc.lock lists other inputs than its result was computed from ({inputs}); do not push it. "
-            "`prunequant run` computes it again."
+            f"{stage}: dvc.lock lists other inputs than its result was computed from ({inputs}); do not push "
+            "it. `prunequant run` computes it again."
         )
     if names := outdated():
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""

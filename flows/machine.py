@@ -1,9 +1,10 @@
 """What this process may use of the machine: CPU threads, memory and cards.
 
-The machine's totals overstate what a process may use. `taskset`, a container or a batch system gives a process fewer cores
-and less memory than there are: its affinity says which cores, its control groups (cgroups) say how much of
-their time and how much memory. A limit holds for a group and for all groups inside it, so this module reads
-those of the process's own group and of every group above it, in both versions of the kernel's interface.
+The machine's totals overstate what a process may use. `taskset`, a container or a batch system gives a
+process fewer cores and less memory than there are: its affinity says which cores, its control groups
+(cgroups) say how much of their time and how much memory. A limit holds for a group and for all groups inside
+it, so this module reads those of the process's own group and of every group above it, in both versions of the
+kernel's interface.
 
 A card is a GPU that CUDA shows. If `CUDA_VISIBLE_DEVICES` is set, its names are kept as they are. Otherwise
 NVML lists the cards, a part of a card that is divided (MIG) by the name of the part.

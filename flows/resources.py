@@ -2,7 +2,8 @@
 
 A stage needs CPU threads, memory, and a card if it computes on one. Stages wait in the order they came. The
 first in line has its needs set aside as they become free, so it gets its turn, however much it needs. The
-others may overtake it if they fit in what remains: a stage on the CPU runs while an earlier one waits for a card.
+others may overtake it if they fit in what remains: a stage on the CPU runs while an earlier one waits for a
+card.
 
 A stage on a card takes no thread of the pool, as one thread per card is set aside to feed it. Memory is a
 forecast that nobody enforces: `meta: {memory_gib: 12}` of the stage in dvc.yaml, or else the peak of its last
