@@ -17,9 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flows.graph import Stage
-from flows.lockfile import Entries, whole
 from stages.core.files import read_json, sha256, text_sha256
-from stages.job.provenance import LOCK
+from stages.job.locked import LOCK, Entries, whole
 from tests import families, finished, project
 
 
@@ -168,7 +167,7 @@ def same(name: str, entry: Any, other: Any) -> bool:
 
 def record(at: Path, name: str, entry: Mapping[str, Any]) -> Path:
     """Return the run record of a stage."""
-    return at / Stage(name, entry["cmd"], (), ()).record
+    return at / Stage(name, entry["cmd"], (), tuple(out["path"] for out in entry["outs"])).record
 
 
 def seconds(at: Path, stages: Entries) -> float:

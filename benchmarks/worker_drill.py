@@ -35,8 +35,8 @@ from rich.table import Table
 from benchmarks import drill, variants
 from benchmarks.drill import MARK, SIGNALS
 from benchmarks.figures import show
-from flows.lockfile import whole
 from flows.spread import HERE
+from stages.job.locked import whole
 from tests import finished, project, runners
 
 VICTIMS = ("machine", "worker", "flow run", "guard", "dvc", "stage", "coordinator")

@@ -40,7 +40,8 @@ def check() -> None:
     with refusals():
         from stages.job.entry import outdated
         from stages.job.load import load_verified
-        from stages.job.provenance import disagreements, locked_stages
+        from stages.job.locked import locked_stages
+        from stages.job.provenance import disagreements
 
         params = load_verified()
         wrong = disagreements(locked_stages())

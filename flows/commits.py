@@ -34,7 +34,8 @@ from flows.process import run_guarded
 from flows.terminal import console
 from flows.workspace import BUSY, Busy, insist
 from stages.core.errors import Refusal
-from stages.job.provenance import LOCK
+from stages.job import provenance
+from stages.job.locked import LOCK, locked_stages
 
 CLONE = "PRUNEQUANT_CLONE"
 """Names the clone that runs may use."""
@@ -130,14 +131,28 @@ class Branch:
         text = LOCK.read_text() if LOCK.exists() else ""
         parents = (tip, self.source) if tip else (self.source,)
         commit = _commit(self.source, text, parents, body)
-        git("update-ref", f"refs/heads/{self.name}", commit)
-        self._tag = f"refs/tags/{self.name}/{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}"
-        git("update-ref", self._tag, commit)
+        self._set(commit)
         _put_in_place(commit)
         return bool(tip)
 
+    def refuse(self, reason: str) -> None:
+        """Commit a run that could not begin, with the files of the run before, or else of the clone.
+
+        The clone's own files stay as they are: they may hold the edits that were refused.
+        """
+        self._refuse_other()
+        parent = self._tip() or git("rev-parse", "HEAD")
+        message = f"{self.name}: {reason}\n\nRun-State: Failed\nRun-Source: {parent}"
+        self._set(git("commit-tree", f"{parent}^{{tree}}", "-p", parent, "-F", "-", stdin=message))
+
     def push(self) -> None:
-        """Send the branch, the run's tag and its results to the remotes."""
+        """Send the branch, the run's tag and its results to the remotes.
+
+        Raises:
+            Refusal: a result was computed from other inputs than dvc.lock lists.
+        """
+        if wrong := provenance.disagreements(locked_stages()):
+            raise Refusal(f"{', '.join(wrong)} disagree with dvc.lock, so nothing is pushed; run it again.")
         git("push", "--quiet", "origin", f"refs/heads/{self.name}", self._tag)
         dvc("push")
 
@@ -150,6 +165,12 @@ class Branch:
     @property
     def _running(self) -> str:
         return f"running/{self.name}"
+
+    def _set(self, commit: str) -> None:
+        """Move the branch to the commit of this run, and tag it."""
+        git("update-ref", f"refs/heads/{self.name}", commit)
+        self._tag = f"refs/tags/{self.name}/{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}"
+        git("update-ref", self._tag, commit)
 
     def _move_running(self, last: str, commit: str) -> None:
         """Move the branch that workers follow, unless another run has moved it meanwhile.

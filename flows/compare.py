@@ -79,7 +79,7 @@ def advance_on_a_server(run: Plan) -> None:
             f"Prefect's temporary server has died; finished stages are kept. Run again, {WITHOUT}.",
             soft_wrap=True,
         )
-        run.children.stop()
+        run.stop()
         run.lock.sort()
         os._exit(1)  # the flow would wait for the server for minutes
 
@@ -123,7 +123,7 @@ def advance_all(run: Plan) -> None:
         wait(list(futures.values()))
     except BaseException:
         console.print("stopping: running stages are ended, no other starts")
-        run.children.stop()
+        run.stop()
         raise
     finally:
         run.lock.sort()

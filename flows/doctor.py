@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from flows import machine
+from flows import machine, workspace
 from stages.core.errors import Refusal
 from stages.core.files import SCRATCH
+from stages.job.locked import LOCK
 
 ROOM = 5.0
 """GiB that should be free: the default job takes 4."""
@@ -92,9 +93,13 @@ def _dvc() -> Iterator[Finding]:
 
 def _lock() -> Iterator[Finding]:
     from stages.job import provenance
+    from stages.job.locked import locked_stages
 
+    if not LOCK.exists():
+        yield Finding("dvc.lock", "ok", "there is none yet: nothing has run")
+        return
     try:
-        wrong = provenance.disagreements(provenance.locked_stages())
+        wrong = provenance.disagreements(locked_stages())
     except Refusal as refusal:
         yield Finding("dvc.lock", "problem", str(refusal))
         return
@@ -158,6 +163,10 @@ def _disk() -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
+    if not Path("requirements.lock").exists():
+        text = "there is no requirements.lock; run this in the root of a prunequant project"
+        yield Finding("versions", "problem", text)
+        return
     if other := other_versions():
         yield Finding("versions", "warning", f"{other}; results may differ: pip install -r requirements.lock")
     else:
@@ -213,10 +222,15 @@ def _prefect() -> Iterator[Finding]:
 def _leftovers() -> Iterator[Finding]:
     kept = [file for file in SCRATCH.rglob("*") if file.is_file()] if SCRATCH.exists() else []
     size = sum(file.stat().st_size for file in kept) / 2**30
+    orphans = [] if workspace.busy() else workspace.orphans(str(Path.cwd()))
+    if orphans:
+        names = ", ".join(sorted(orphans))
+        text = f"{names} still run, but nobody waits for them; `prunequant run` ends them"
+        yield Finding("leftovers", "warning", text)
     if kept:
         text = f"{len(kept)} files in {SCRATCH}, {size:.2f} GiB: killed stages continue from them"
         yield Finding("leftovers", "warning", text)
-    else:
+    if not kept and not orphans:
         yield Finding("leftovers", "ok", "none of killed runs")
 
 

@@ -8,7 +8,6 @@ or outputs differ from the lock. Whether a stage below them is stale is known on
 import difflib
 import math
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from unittest import mock
 from flows.terminal import console
 from flows.workspace import Busy, insist, refuse_busy
 from stages.core.errors import Refusal
-from stages.core.files import run_record
+from stages.core.files import PROVENANCE, RUNS, run_record
 
 T = TypeVar("T")
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
@@ -51,9 +50,11 @@ class Stage:
 
     @property
     def record(self) -> Path:
-        """The run record that `python -m stages.<stage> <recipe>` writes."""
-        module, *recipe = shlex.split(self.cmd.partition("stages.")[2]) or [""]
-        return run_record(module, recipe[0] if recipe else "all")
+        """The run record of its last run, named like its provenance file."""
+        for out in map(Path, self.outs):
+            if out.is_relative_to(PROVENANCE):
+                return RUNS / out.relative_to(PROVENANCE)
+        return run_record(self.module, "all")
 
 
 Graph = dict[str, Stage]

@@ -9,16 +9,13 @@ run cache has it, so the flow asks DVC for that stage again (`flows.plan`).
 import re
 import subprocess
 import threading
-from typing import Any
-
-import yaml
 
 from flows.terminal import console
 from flows.workspace import DVC_TMP
 from stages.core import disk
 from stages.core.errors import Refusal
 from stages.core.files import write_text
-from stages.job.provenance import LOCK
+from stages.job.locked import LOCK, Entries, whole
 
 _COPY = DVC_TMP / "dvc.lock.good"
 _HEAD = "schema: '2.0'\nstages:\n"
@@ -26,10 +23,6 @@ _ENTRY = re.compile(r"^  (?=[^\s:])", re.M)
 """Where the entry of a stage begins; a line with a colon continues a long name."""
 _HASHES = {"md5", "etag", "checksum"}
 """What DVC knows an output by: a file here, or one that a stage leaves in a remote store."""
-_PARTS = {"deps": list, "outs": list, "params": dict}
-
-Entries = dict[str, Any]
-"""What dvc.lock holds, by stage."""
 
 
 class SafeLock:
@@ -61,8 +54,11 @@ class SafeLock:
                 "dvc.lock holds a merge conflict; keep a side (`git checkout --ours dvc.lock`, or --theirs) "
                 "and run it again. DVC's cache restores what that side lacks."
             )
-        known_text = _COPY.read_text() if _COPY.exists() else _committed()
+        known_text = _COPY.read_text(errors="replace") if _COPY.exists() else ""
         known = whole(known_text)
+        if known is None:  # there is no copy, or it is cut off too
+            known_text = _committed()
+            known = whole(known_text)
         entries = known if text == known_text else whole(text)
         known = known or {}
         if text == known_text:
@@ -134,21 +130,6 @@ class SafeLock:
         self._kept()
 
 
-def whole(text: str) -> Entries | None:
-    """Return the entries of a lock, or None if it is cut off within an entry.
-
-    A lock that is cut off between two entries passes. A file that ends in mid-line does not, as its last
-    value may be half of itself.
-    """
-    if not text.endswith("\n"):
-        return None
-    try:
-        stages: Entries = yaml.load(text, yaml.CSafeLoader)["stages"]
-        return stages if all(map(_is_whole, stages.values())) else None
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        return None
-
-
 def beginning(text: str, known: Entries) -> str:
     """Return a cut lock without its last entry, or all of a lock that DVC began anew after a cut.
 
@@ -172,12 +153,6 @@ def _lost_outs(entries: Entries, known: Entries) -> bool:
     return any(
         "outs" in known[name] and "outs" not in entry for name, entry in entries.items() if name in known
     )
-
-
-def _is_whole(entry: Any) -> bool:
-    """Tell whether an entry has all parts; its outputs come last, and not every stage has any."""
-    kinds = all(isinstance(entry.get(name, kind()), kind) for name, kind in _PARTS.items())
-    return kinds and "cmd" in entry and all(_HASHES & out.keys() for out in entry.get("outs", []))
 
 
 def put_entry(name: str, block: str) -> None:

@@ -5,18 +5,19 @@ stage's command and DVC's hashing of its inputs (see `stages.job.provenance`). D
 inputs, and its run cache would give the wrong result back whenever it meets them.
 """
 
+import contextlib
 import re
-import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from flows.graph import DVC, Graph
+from flows.graph import Graph
 from flows.workspace import DVC_TMP
 from stages.core.files import DATA, PROVENANCE
 from stages.job import provenance
+from stages.job.locked import LOCK, locked_stages
 
 _HALF = re.compile(r"\.[\w-]{22}\.tmp|\..+\.\d+")
 """The name of a file while it is written: DVC's, or `stages.core.files.replacing`'s."""
@@ -27,13 +28,13 @@ def clear_away() -> None:
 
     In an output they would make it differ from what dvc.lock says, in data/results the report's input.
     """
-    places = [*DATA.rglob(".*"), *DVC_TMP.glob(".*"), *Path().glob(f".{provenance.LOCK}.*")]
+    places = [*DATA.rglob(".*"), *DVC_TMP.glob(".*"), *Path().glob(f".{LOCK}.*")]
     for file in places:
         if _HALF.fullmatch(file.name) and file.is_file():
             file.unlink()
 
 
-def find_wrong(graph: Graph, locked: provenance.Lock) -> dict[str, str]:
+def find_wrong(graph: Graph, locked: Mapping[str, Any]) -> dict[str, str]:
     """Return the stages of `graph` whose result disagrees with dvc.lock, each with the inputs that differ."""
     wrong = provenance.disagreements(locked)
     return {name: inputs for name, inputs in wrong.items() if name in graph}
@@ -43,17 +44,32 @@ def forget_runs(names: set[str]) -> None:
     """Delete the entries of DVC's run cache that hold the present results of stages `names`."""
     from dvc.repo import Repo
 
-    locked = provenance.locked_stages()
+    locked = locked_stages()
     results = {_provenance(locked[name]) for name in names}
     for file in (Path(Repo().cache.local.path) / "../../runs").resolve().glob("*/*/*"):
         if _provenance(yaml.safe_load(file.read_text(encoding="utf-8"))) in results:
             file.unlink()
 
 
-def restore(outs: Iterable[str]) -> None:
-    """Bring back outputs that dvc.lock names and DVC has removed before a stage that then failed."""
-    if missing := [out for out in outs if not Path(out).exists()]:
-        subprocess.run([*DVC, "checkout", *missing], capture_output=True)  # a stage that never ran has none
+def restore(entry: Mapping[str, Any]) -> None:
+    """Bring back the outputs of a dvc.lock entry that DVC has removed before its stage ended badly.
+
+    They come straight from DVC's cache: `dvc checkout` reads params.yaml, which may be what broke the stage.
+    """
+    missing = [out for out in entry.get("outs", ()) if "md5" in out and not Path(out["path"]).exists()]
+    if not missing:
+        return
+    from dvc.repo import Repo
+    from dvc_data.hashfile import load
+    from dvc_data.hashfile.checkout import CheckoutError, checkout
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_objects.fs.local import LocalFileSystem
+
+    cache = Repo().cache.local
+    for out in missing:
+        with contextlib.suppress(FileNotFoundError, CheckoutError):  # the cache lacks it
+            result = load(cache, HashInfo("md5", out["md5"]))
+            checkout(str(Path(out["path"]).absolute()), LocalFileSystem(), result, cache, force=True)
 
 
 def _provenance(entry: Mapping[str, Any]) -> tuple[str, str]:

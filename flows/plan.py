@@ -61,6 +61,7 @@ class Plan:
         self._locked = self.lock.entries
         self._ended: dict[str, Outcome] = {}
         self._changed: set[str] = set()
+        self._begun: set[str] = set()
         self._planned = time.strftime("%H:%M")
 
     def find_stale(self) -> None:
@@ -103,16 +104,21 @@ class Plan:
             if self.children.stopped.is_set():
                 raise InterruptedError(name)
             if self.params not in (None, provenance.content(PARAMS)):  # DVC has not deleted anything yet
-                reason = f"params.yaml changed since {self._planned}; what was finished is kept, run again."
-                return self._end(Outcome(name, "skipped", 0.0, reason))
+                return self._end(Outcome(name, "skipped", 0.0, self._edited()))
             started, clock = time.time(), time.monotonic()
+            self._begun.add(name)
             _say(name, "starts")
             code, output = self._repro(name, lease.environment)
             seconds = round(time.monotonic() - clock, 1)
+        changed = self.params not in (None, provenance.content(PARAMS))
+        if not code and (inputs := mend.find_wrong(self.graph, {name: self.lock.entries.get(name, {})})):
+            mend.forget_runs({name})  # params.yaml changed after DVC had read it and before the stage did
+            code, output = 1, f"{inputs[name]} changed as it began; run it again."
         if code:
-            mend.restore(self.graph[name].outs)
+            mend.restore(self.lock.entries.get(name, {}))
             record = self._record(name, started)
-            outcome = Outcome(name, "failed", seconds, _reason(record, code, output))
+            reason = self._edited() if changed and not record.get("error") else _reason(record, code, output)
+            outcome = Outcome(name, "failed", seconds, reason)
             if again := self.retries.note(name, cause_of(record, code, output), lease):
                 _say(name, f"failed ({outcome.reason.rstrip('.')}); it {again}", style="yellow")
                 return self._end(outcome)
@@ -124,6 +130,15 @@ class Plan:
                 self._changed.add(name)
         _say(name, f"{outcome.state}, {seconds} s", style="red" if code else "green")
         return self._end(outcome)
+
+    def stop(self) -> None:
+        """End all stages at work, and bring back the results that DVC had removed for them."""
+        self.children.stop()
+        for name in list(self._begun):
+            mend.restore(self.lock.entries.get(name, {}))
+
+    def _edited(self) -> str:
+        return f"params.yaml changed since {self._planned}; what was finished is kept, run again."
 
     def fail(self, name: str, error: Exception) -> Outcome:
         """Note that an error which is no stage's own kept a stage from running."""
@@ -177,6 +192,7 @@ class Plan:
         return replace(need, alone=True) if name in self.retries.alone else need
 
     def _end(self, outcome: Outcome) -> Outcome:
+        self._begun.discard(outcome.stage)
         self._ended[outcome.stage] = outcome
         return outcome
 
@@ -221,7 +237,7 @@ def _reason(record: dict[str, Any], code: int, output: str) -> str:
     if error:
         return error
     if was_killed(code, output):
-        return "it was killed, as the kernel does when memory runs out."
+        return "it was killed: by the kernel, if memory ran out, or by somebody."
     if re.search(r"exited with -\d+$", output, re.M):
         return "a signal ended it while it started; run it again."
     lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]

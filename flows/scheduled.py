@@ -57,10 +57,14 @@ def scheduled(
 
     def work() -> State[Any]:
         with workspace.alone() as held:
-            runs.begin(source)
-            commits.renew()
-            if other := doctor.other_versions():
-                raise Refusal(f"{other}: run `pip install -r requirements.lock` in {Path.cwd()}.")
+            try:
+                runs.begin(source)
+                commits.renew()
+                if other := doctor.other_versions():
+                    raise Refusal(f"{other}: run `pip install -r requirements.lock` in {Path.cwd()}.")
+            except Refusal as refusal:
+                runs.refuse(str(refusal))
+                raise
             try:
                 state = mendable(lambda: _advance(runs, held, targets or [], jobs, spread))
             except BaseException as error:

@@ -44,14 +44,15 @@ from stages.core.errors import Refusal
 from stages.core.files import text_sha256
 from stages.job import provenance
 from stages.job.load import PARAMS, load_verified
+from stages.job.locked import LOCK
 from stages.job.params import Params
 
 ATTEMPTS = 3
 """Worker deaths allowed per stage."""
 HERE = ("code", "validate")
 """Stages that the coordinator runs itself: they take a second."""
-WITHOUT_MODEL = re.compile(r"stages\.(tidy|report)\b|stages\.download 'datasets/")
-"""Commands that neither read nor write a model, so that they need no `run.device`."""
+WITHOUT_MODEL = re.compile(r"(tidy|report)$|dataset@")
+"""Stages that neither read nor write a model, so that they need no `run.device`."""
 _POLL = 2.0
 """Seconds between looks at a flow run."""
 _PATIENCE = 60.0
@@ -136,7 +137,7 @@ class Workers(Children):
 
     def _key(self, stage: str) -> str:
         """Return a key of the run and the stage's inputs."""
-        entries = lockfile.entry_texts(provenance.LOCK.read_text())
+        entries = lockfile.entry_texts(LOCK.read_text())
         above = [entries.get(name, "") for name in self._graph[stage].upstream]
         return text_sha256("\n".join([self.branch.id, self.branch.source, stage, *above]))
 
@@ -177,7 +178,7 @@ def work_pool_of(stage: Stage, params: Params) -> str:
     """Return the work pool for a stage: `exclusive`, `gpu` or `cpu`."""
     if stage.alone:
         return "exclusive"
-    on_gpu = params.run.device.startswith("cuda") and not WITHOUT_MODEL.search(stage.cmd)
+    on_gpu = params.run.device.startswith("cuda") and not WITHOUT_MODEL.match(stage.name)
     return "gpu" if on_gpu else "cpu"
 
 
@@ -225,7 +226,7 @@ def _compute(name: str, commit: str, force: bool, held: tuple[int, ...]) -> Stat
     if outcome.state in ("failed", "skipped"):
         return Failed(message=outcome.reason)
     commits.dvc("push", name)
-    entry = lockfile.entry_texts(provenance.LOCK.read_text())[name]
+    entry = lockfile.entry_texts(LOCK.read_text())[name]
     create_markdown_artifact(f"{_OPEN}{entry}{_CLOSE}", key=_ENTRY_KEY, description=f"dvc.lock's {name}")
     return Completed(name=outcome.state.capitalize(), message=f"{said(outcome.state)}; {outcome.seconds} s")
 

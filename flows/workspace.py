@@ -10,6 +10,7 @@ Stage `code` reads that folder and every `dvc repro` begins with it: so a bare o
 there with DVC's message, before it has deleted or computed anything.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -41,7 +41,7 @@ _DOOR = "stages"
 """A path that a flow write-locks. Stage `code`, first in every `dvc repro`, reads it and is refused."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def alone() -> Iterator[tuple[int, ...]]:
     """Wait until no other run works here, then keep others out until the body ends.
 
@@ -148,7 +148,7 @@ def _when_idle(act: Callable[[str, dict[str, Any]], object]) -> None:
         pause = min(2 * pause, 5)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _rwlock() -> Iterator[dict[str, Any]]:
     """Yield DVC's table of who reads and writes which path, to change, without those who have ended.
 
@@ -211,28 +211,46 @@ def _end_orphans(root: str, table: dict[str, Any]) -> None:
 
     DVC names the project and the stage in the environment of every command.
     """
+    stages = orphans(root)
+    processes = [process for each in stages.values() for process in each]
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    for stage in stages:
+        console.print(f"{stage} | stopped: left over from a killed run", markup=False)
+    _, stubborn = psutil.wait_procs(processes, GRACE)
+    for process in stubborn:
+        process.kill()
+
+
+def orphans(root: str) -> dict[str, list[psutil.Process]]:
+    """Return the processes of the stages of the project `root`, by stage; not this one and its parents."""
     own = psutil.Process()
     spared = {own.pid, *(parent.pid for parent in own.parents())}
-    orphans: dict[str, list[psutil.Process]] = {}
+    stages: dict[str, list[psutil.Process]] = {}
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(psutil.Error):
             environment = process.environ()
             if (
                 environment.get("DVC_ROOT") == root
                 and "DVC_STAGE" in environment
                 and process.pid not in spared
             ):
-                process.terminate()
-                orphans.setdefault(environment["DVC_STAGE"], []).append(process)
-        except psutil.Error:
-            continue
-    for stage in orphans:
-        console.print(f"{stage} | stopped: left over from a killed run", markup=False)
-    _, stubborn = psutil.wait_procs(
-        [process for processes in orphans.values() for process in processes], GRACE
-    )
-    for process in stubborn:
-        process.kill()
+                stages.setdefault(environment["DVC_STAGE"], []).append(process)
+    return stages
+
+
+def busy() -> bool:
+    """Tell whether a run or a DVC command works here."""
+    if not DVC_TMP.is_dir():
+        return False
+    with _HELD.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    with _rwlock() as table:
+        return bool(_infos(table))
 
 
 def _me() -> dict[str, Any]:

@@ -115,6 +115,21 @@ def test_an_edit_just_after_a_stage_is_noticed_and_mended(copy):
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize(
+    "name", ["x'; touch pwned; '", "$(touch pwned)", "`touch pwned`", 'x"; touch pwned; "']
+)
+@pytest.mark.parametrize("section", ["prune", "models"])
+def test_a_name_never_reaches_the_shell(copy, section, name):
+    values = project.read(copy)
+    values[section][name] = next(iter(values[section].values()))
+    project.write(copy, values)
+    stage = f"{'model' if section == 'models' else section}@{name}"
+    done = project.run(copy, "dvc", "repro", "--single-item", stage, ok=False)
+    assert done.returncode and "problem(s), nothing was run" in done.stderr
+    assert not (copy / "pwned").exists()
+
+
+@pytest.mark.drill
 def test_removing_a_recipe_leaves_the_lock_of_a_fresh_clone(copy, tmp_path):
     values = project.read(copy)
     values["evaluate"]["candidates"].remove("quantize/gptq-w4g32")

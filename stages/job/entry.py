@@ -16,8 +16,9 @@ from stages.core.errors import Refusal
 from stages.core.files import CODE, DATASETS, MODELS, RESULTS, checking
 from stages.job import lineage, provenance
 from stages.job.load import PARAMS, checked_params, read
+from stages.job.locked import locked_stages
 from stages.job.params import Params
-from stages.job.pieces import STAGES, Pieces, identified, method_of
+from stages.job.pieces import STAGES, Pieces, dvc_name, identified, method_of
 from stages.job.record import recorded
 
 CHATTY = ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "lm_eval")
@@ -34,16 +35,19 @@ def entry(work: Callable[..., None]) -> None:
     pieces = STAGES[stage]
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=work.__doc__)
     if pieces.recipes is not None:
-        parser.add_argument("recipe", help="a name from params.yaml")
+        parser.add_argument("recipe", help="a name from params.yaml, or DVC's, such as prune@wanda-50")
     # Without a handler SIGTERM ends Python on the spot: half-written files stay, and no record is written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     name = getattr(parser.parse_args(), "recipe", "all")
     _logging()
+    sound = False
     try:
         whole_params = provenance.content(PARAMS)
         raw = read()
         params = checked_params(raw, device=False)  # a stage that computes asks for it itself
+        name = _recipe_of(stage, params, name)
         _check_name(pieces, params, name)
+        sound = True
         planned = provenance.inputs(stage, name, raw, params, whole_params)
         _check_inputs(planned, params)
         with recorded(stage, name), checking(planned.check):
@@ -52,9 +56,20 @@ def entry(work: Callable[..., None]) -> None:
             planned.write()
     except Exception as error:
         lost = provenance.removed(stage, name)
-        cure = f" Its last result is in DVC's cache: `dvc checkout {' '.join(lost)}`." if lost else ""
+        when = "" if sound else ", once params.yaml is sound and has this recipe"
+        cure = f" Its last result is in DVC's cache: `dvc checkout {' '.join(lost)}`{when}." if lost else ""
         print(f"{stage} {name}: {_sentence(error)}{cure}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
+
+
+def _recipe_of(stage: str, params: Params, name: str) -> str:
+    """Return the recipe of a stage that is named as DVC names it; other names as they are.
+
+    dvc.yaml passes DVC's name in a variable, so that no name from params.yaml is ever a part of a command.
+    """
+    recipes = STAGES[stage].recipes
+    known = {} if recipes is None else {dvc_name(stage, params, recipe): recipe for recipe in recipes(params)}
+    return known.get(name.rpartition(":")[2], name)
 
 
 def _check_name(pieces: Pieces, params: Params, name: str) -> None:
@@ -84,7 +99,7 @@ def check_provenance(pieces: Pieces, params: Params, name: str) -> None:
     wanted += [str(DATASETS / dataset) for dataset in pieces.datasets(params, name)]
     if pieces is STAGES["report"]:
         wanted += [str(RESULTS / evaluation) for evaluation in params.evaluations()]
-    if wrong := provenance.disagreements(provenance.locked_stages(), wanted):
+    if wrong := provenance.disagreements(locked_stages(wanted), wanted):
         causes = "; ".join(f"{stage}: {inputs}" for stage, inputs in wrong.items())
         raise Refusal(
             f"dvc.lock names other inputs than these results were computed from ({causes}), as something was "

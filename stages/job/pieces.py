@@ -129,6 +129,17 @@ STAGES: dict[str, Pieces] = {
 """By the stage's name, which is that of its file in `stages/`."""
 
 
+def dvc_name(stage: str, params: Params, recipe: str) -> str:
+    """Return what DVC calls a stage's recipe, as dvc.yaml has it, such as prune@wanda-50."""
+    if stage == "evaluate":
+        candidate, _, suite = recipe.rpartition("/")
+        kind = next(kind for kind, suites in params.suites.by_kind().items() if suite in suites)
+        return f"{kind}@{candidate}-{suite}"
+    section, _, key = recipe.rpartition("/")
+    group = {"base": "model", "datasets": "dataset"}.get(section) if stage == "download" else None
+    return f"{group}@{key}" if group else f"{stage}@{recipe}"
+
+
 def scope(params: Params) -> Scope:
     """Return what the report compares."""
     return Scope(

@@ -19,22 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stages.core import identity
 from stages.core.errors import Refusal
 from stages.core.files import CODE, DATASETS, MODELS, PROVENANCE, RESULTS, VALIDATED, read_json, write_json
 from stages.job.load import PARAMS, read
+from stages.job.locked import locked_stages, outs
 from stages.job.params import Params
 from stages.job.pieces import STAGES, method_of
 
-LOCK = Path("dvc.lock")
 REQUIREMENTS = Path("requirements.lock")
 UNTRACED = ("code", "validate", "tidy")
 """Stages without a provenance file: they take a second, and what they write is checked otherwise."""
-
-Lock = Mapping[str, Mapping[str, Any]]
-"""The stages of dvc.lock by name."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Inputs:
     params: Mapping[str, Any]
     """The values in params.yaml by dotted key, as dvc.lock has them."""
     deps: Mapping[str, str | None]
-    """The MD5 of each dependency as dvc.lock has it; None for a source that DVC has not locked."""
+    """The MD5 of each dependency as dvc.lock has it; None if that is unknown, as without a dvc.lock."""
     contents: Mapping[Path, Any] = field(default_factory=dict)
     """The content of each dependency, see `content`."""
     whole_params: Any = None
@@ -107,7 +102,7 @@ def inputs(stage: str, name: str, raw: Mapping[str, Any], params: Params, whole_
     # What tells a later change comes before what it is compared with, so that no change falls between.
     contents = {path: content(path) for path in [*files, *folders]}
     stamps = _stamps((identity.ROOT / "stages").rglob("*"))
-    locked = outs(locked_stages())
+    locked = outs(locked_stages(map(str, folders)))
     modules = identity.of(stage, module)
     return Inputs(
         stage=stage,
@@ -131,24 +126,6 @@ def path_of(stage: str, name: str) -> Path:
     return PROVENANCE / stage / f"{name}.json"
 
 
-def locked_stages() -> Lock:
-    """Return the stages of dvc.lock; none if there is no such file.
-
-    Raises:
-        Refusal: it does not parse.
-    """
-    if not LOCK.exists():
-        return {}
-    try:
-        lock = yaml.load(LOCK.read_text(encoding="utf-8"), yaml.CSafeLoader) or {}
-        return dict(lock.get("stages") or {})
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError) as error:
-        raise Refusal(
-            f"dvc.lock does not parse ({' '.join(str(error).split())[:80]}); `prunequant run` restores it, "
-            "or `git checkout dvc.lock` takes the committed one."
-        ) from None
-
-
 def removed(stage: str, name: str) -> list[str]:
     """Return the outputs of a stage's recipe that dvc.lock names and that are not there."""
     try:
@@ -162,13 +139,10 @@ def removed(stage: str, name: str) -> list[str]:
     return []
 
 
-def outs(lock: Lock) -> dict[str, str]:
-    """Return the MD5 of every output in dvc.lock, by path."""
-    return {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", ())}
-
-
-def disagreements(lock: Lock, wanted: Iterable[str] | None = None) -> dict[str, str]:
-    """Compare provenance files with dvc.lock.
+def disagreements(
+    lock: Mapping[str, Mapping[str, Any]], wanted: Iterable[str] | None = None
+) -> dict[str, str]:
+    """Compare provenance files with dvc.lock; what a file calls unknown is no difference.
 
     Args:
         wanted: outputs, such as `data/models/prune/wanda-50`, whose stages are compared; None is all.
@@ -186,10 +160,12 @@ def disagreements(lock: Lock, wanted: Iterable[str] | None = None) -> dict[str, 
             continue
         noted = read_json(files[0])
         named = {dep["path"]: dep["md5"] for dep in entry.get("deps", ())}
-        wrong = [path for path, md5 in noted["deps"].items() if path in named and named[path] != md5]
+        known = {path: md5 for path, md5 in noted["deps"].items() if md5 is not None}
+        wrong = [path for path, md5 in known.items() if named.get(path, md5) != md5]
         # The report notes each result, while its lock entry has the hash of their folder.
-        within = [path for path, md5 in noted["deps"].items() if current.get(path, md5) != md5]
-        within = [path for path in within if path not in named]
+        inside = [path for path in known if path not in named and any(map(Path(path).is_relative_to, named))]
+        wrong += [path for path in known if path not in named and path not in inside]
+        within = [path for path in inside if current.get(path, known[path]) != known[path]]
         if within and all(folder_md5(Path(path)) == named[path] for path in named if Path(path).is_dir()):
             wrong += within  # otherwise results have changed since, and DVC knows that the report is stale
         values = dict((entry.get("params") or {}).get(str(PARAMS), {}))

@@ -11,8 +11,9 @@ import pytest
 
 from flows import commits
 from flows.commits import Branch
-from flows.lockfile import joined, whole
+from flows.lockfile import joined
 from stages.core.errors import Refusal
+from stages.job.locked import whole
 
 
 def entry(name, md5):
@@ -282,3 +283,29 @@ def test_a_worker_starts_again_only_if_code_that_it_loaded_has_changed(monkeypat
     monkeypatch.delenv("PREFECT__FLOW_RUN_ID")
     commits.renew()
     assert len(started) == 2
+
+
+def test_a_run_that_cannot_begin_is_a_commit_and_keeps_the_edits(person, clone):
+    run(clone, Branch("night"), lock(a="2", b="1"))
+    (clone / "params.yaml").write_text("edited")
+    with pytest.raises(Refusal, match="holds edits"):
+        Branch("night").begin("main")
+    Branch("night").refuse("the clone holds edits")
+    last, first = commits.runs("night")
+    assert (last.state, last.summary, first.state) == ("Failed", "the clone holds edits", "Completed")
+    assert locked("night") == {"a": "2", "b": "1"}
+    assert (clone / "params.yaml").read_text() == "edited"
+
+
+def test_the_first_run_that_cannot_begin_is_a_commit_too(clone):
+    Branch("night").refuse("no such branch")
+    assert [(run.state, run.summary) for run in commits.runs("night")] == [("Failed", "no such branch")]
+
+
+def test_a_result_that_disagrees_with_the_lock_is_not_pushed(person, clone, monkeypatch):
+    branch = Branch("night")
+    run(clone, branch, lock(a="2", b="1"))
+    monkeypatch.setattr(commits.provenance, "disagreements", lambda stages: {"a": "x in params.yaml"})
+    with pytest.raises(Refusal, match=r"a disagree with dvc\.lock, so nothing is pushed"):
+        branch.push()
+    assert git(person, "branch", "--list", "night") == ""

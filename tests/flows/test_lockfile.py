@@ -6,10 +6,11 @@ import subprocess
 import pytest
 
 from flows import lockfile
-from flows.lockfile import SafeLock, beginning, whole
+from flows.lockfile import SafeLock, beginning
 from flows.plan import Plan
 from flows.resources import Pool
 from stages.core.errors import Refusal
+from stages.job.locked import whole
 from tests import toy
 
 COPY = ".dvc/tmp/dvc.lock.good"

@@ -1,6 +1,11 @@
 """What kills and full disks leave behind is cleared away."""
 
+import shutil
+from pathlib import Path
+
 from flows import mend
+from stages.job.locked import locked_stages
+from tests import toy
 
 
 def test_files_that_were_left_half_written_are_deleted(tmp_path, monkeypatch):
@@ -20,3 +25,21 @@ def test_files_that_were_left_half_written_are_deleted(tmp_path, monkeypatch):
     assert sorted(
         str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()
     ) == sorted(whole)
+
+
+def test_a_result_comes_back_even_if_dvc_cannot_read_the_graph(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy.make(tmp_path)
+    assert toy.dvc("repro", "a").returncode == 0
+    stages = locked_stages()
+    Path("dvc.yaml").write_text("broken: [")
+    Path("a.txt").unlink()
+    shutil.rmtree("data/code")
+    assert toy.dvc("checkout").returncode
+    for name in ("code", "a"):
+        mend.restore(stages[name])
+    assert Path("a.txt").read_text() == Path("data/code/x").read_text() == "x\n"
+    shutil.rmtree(".dvc/cache")
+    Path("a.txt").unlink()
+    mend.restore(stages["a"])  # nothing to bring back
+    assert not Path("a.txt").exists()

@@ -113,7 +113,7 @@ def test_what_ran_short_of_memory_runs_again_alone(run, monkeypatch, capsys):
     other.join(10)
     assert (outcome.state, begun) == ("failed", 2)
     assert beside["a"] == 1
-    assert outcome.reason == "it was killed, as the kernel does when memory runs out."
+    assert outcome.reason == "it was killed: by the kernel, if memory ran out, or by somebody."
     assert "it runs again alone in 0 s (1 of 4), as stages beside it may have" in capsys.readouterr().out
 
 

@@ -32,23 +32,23 @@ STALE = 180
 
 
 @pytest.mark.parametrize(
-    ("module", "device", "pool"),
+    ("name", "device", "pool"),
     [
-        ("prune 'wanda-50'", "cuda:0", "gpu"),
-        ("evaluate 'base/tiny/news'", "cuda", "gpu"),
-        ("evaluate 'base/tiny/news'", "cpu", "cpu"),
-        ("noise 'again'", "cuda", "gpu"),
-        ("download 'base/tiny'", "cuda", "gpu"),
-        ("download 'datasets/news'", "cuda", "cpu"),
+        ("prune@wanda-50", "cuda:0", "gpu"),
+        ("graded@base/tiny-news", "cuda", "gpu"),
+        ("graded@base/tiny-news", "cpu", "cpu"),
+        ("noise@again", "cuda", "gpu"),
+        ("model@tiny", "cuda", "gpu"),
+        ("dataset@news", "cuda", "cpu"),
         ("report", "cuda", "cpu"),
-        ("profile 'base/tiny'", "cuda", "exclusive"),
+        ("profile@base/tiny", "cuda", "exclusive"),
     ],
 )
-def test_the_pool_of_a_stage(inputs, module, device, pool):
+def test_the_pool_of_a_stage(inputs, name, device, pool):
     """Planned on a machine that lacks the device."""
     values = sweep.params(inputs)
     values["run"]["device"] = device
-    stage = Stage("any", f"python -m stages.{module}", (), ())
+    stage = Stage(name, f"python -m stages.{name.partition('@')[0]}", (), ())
     assert work_pool_of(stage, checked_params(values, device=False)) == pool
 
 
@@ -301,7 +301,7 @@ def test_nights_and_workers_run_the_code_of_their_commit(shared):
     push(shared, "a method")
     before = len(shared.computed())
     shared.run("prunequant", "run", "--spread", PRUNEQUANT_CLONE=str(shared.folder / "runs"))
-    assert ["stages.prune", "magnitude-50"] in [words for _, *words in shared.computed()[before:]]
+    assert ["stages.prune", "prune@magnitude-50"] in [words for _, *words in shared.computed()[before:]]
     night(shared)
     last, *_ = json.loads(shared.run("prunequant", "runs", "origin/night", "--json"))
     assert last["state"] == "Completed", last

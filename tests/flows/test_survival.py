@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from flows.lockfile import whole
+from stages.job.locked import whole
 from tests import finished as sweep
+from tests import project
 
 pytestmark = pytest.mark.drill
 
@@ -117,6 +118,48 @@ def test_the_stage_of_a_killed_dvc_is_ended(copy):
     output = end(start(copy, "prunequant", "run"))
     assert "prune@magnitude-50 | stopped: left over from a killed run" in output
     assert is_whole(copy)
+
+
+@pytest.mark.parametrize("broken", ["broken: [", ""])
+def test_a_result_is_back_when_its_params_broke_before_its_stage_began(copy, broken):
+    """They do not parse, or do not have the recipe any more."""
+    slow(copy, "stages.prune", 6)
+    flow = start(copy, "prunequant", "run")
+    read_until(flow, "> python -m stages.prune")
+    wait_until_asleep(copy)
+    params = (copy / "params.yaml").read_text()
+    values = project.read(copy)
+    del values["prune"]["magnitude-50"]
+    project.write(copy, values)
+    if broken:
+        (copy / "params.yaml").write_text(params + broken)
+    assert "params.yaml" in end(flow, 1)
+    assert (copy / "data/models/prune/magnitude-50/model.safetensors").exists()
+    (copy / "params.yaml").write_text(params)
+    sweep.prunequant(copy, "run")
+    assert is_whole(copy)
+
+
+def test_a_stage_that_began_with_other_params_than_dvc_read_is_run_again(copy):
+    slow(copy, "stages.prune", 6)
+    flow = start(copy, "prunequant", "run")
+    read_until(flow, "> python -m stages.prune")
+    wait_until_asleep(copy)
+    sweep.edit(copy, "prune.magnitude-50.source", "noise/tiny-batch-3")
+    assert "changed" in end(flow, 1)
+    sweep.prunequant(copy, "run")
+    sweep.prunequant(copy, "check")
+    assert is_whole(copy)
+
+
+def test_a_stopped_run_leaves_the_last_result_in_the_folder(copy):
+    slow(copy, "stages.prune", 60)
+    flow = start(copy, "prunequant", "run")
+    read_until(flow, "> python -m stages.prune")
+    wait_until_asleep(copy)
+    flow.send_signal(signal.SIGINT)
+    end(flow, 130)
+    assert (copy / "data/models/prune/magnitude-50/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("left", [0.0, 0.6])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from stages.core.errors import Refusal
-from stages.job import provenance
+from stages.core.files import write_json
+from stages.job import locked, provenance
 from stages.job.load import checked_params, read
 from tests import project
 from tests.pipeline import do, params
@@ -89,6 +90,27 @@ def test_what_a_recipe_does_not_depend_on_may_change(edit, wanda):
 def test_a_lock_that_does_not_parse_is_refused_in_a_sentence(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("dvc.lock").write_text(text, errors="surrogateescape")
-    with pytest.raises(Refusal, match=r"^dvc.lock does not parse \(.*`git checkout dvc.lock`"):
-        provenance.locked_stages()
+    monkeypatch.setattr(locked, "_PATIENCE", 0.2)
+    with pytest.raises(Refusal, match=r"^dvc.lock is cut off or does not parse; .*`git checkout dvc.lock`"):
+        locked.locked_stages()
     assert provenance.removed("prune", "x") == []
+
+
+@pytest.mark.parametrize(
+    ("noted", "differ"),
+    [
+        ({"data/models/base/a": "1"}, False),
+        ({"data/models/base/a": None}, False),  # the lock was not known then
+        ({"data/models/base/a": "2"}, True),
+        ({"data/models/base/a": "1", "data/models/base/b": "3"}, True),  # DVC thinks that it did not read b
+    ],
+)
+def test_a_result_agrees_with_the_lock_if_what_it_read_is_named_there(noted, differ, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = provenance.path_of("prune", "wanda-50")
+    write_json(file, {"params": {}, "deps": noted})
+    entry = {
+        "deps": [{"path": "data/models/base/a", "md5": "1"}],
+        "outs": [{"path": "data/models/prune/wanda-50", "md5": "9"}, {"path": str(file), "md5": "8"}],
+    }
+    assert bool(provenance.disagreements({"prune@wanda-50": entry})) == differ
