@@ -90,10 +90,23 @@ RECURRENT: dict[str, PreTrainedConfig] = {
         **_GATED, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16,
         mamba_chunk_size=16,
     ),
-    "mamba": MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, **_IDS),
+    "mamba": MambaConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=32, **_IDS
+    ),
 }  # fmt: skip
 """Families with convolutions in their blocks, which methods refuse unless `ignore` names these."""
-IN_FEATURES = {name: [32, 128] if name in ("gpt2", "bloom") else [32, 64] for name in {**CONFIGS, **RARE}}
+ALL = {**CONFIGS, **RARE, **RECURRENT}
+IN_FEATURES = {name: [32, 128] if name in ("gpt2", "bloom") else [32, 64] for name in ALL}
+_FIXED = {"width": "cannot lose neurons: its config has no setting", "heads": "cannot describe fewer heads"}
+REFUSALS: dict[str, dict[str, str]] = {
+    "gemma4": {
+        "width": "has 2 MLPs", "heads": "has 0 attentions",
+        "depth": "set of layer types producing a cache is different",
+    },
+    "mpt": _FIXED,
+    "bloom": _FIXED,
+}  # fmt: skip
+"""What the structure of `RARE` families makes methods refuse, and the words of the refusal."""
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
 """A mixture's matrices that are no linear's weight, as `ignore` names them."""
 _GATED_GROUPS = [
@@ -127,8 +140,7 @@ GROUPS: dict[str, list[list[str]]] = {
 def model(family: str, seed: int = 0) -> PreTrainedModel:
     """Make a tiny model of `family` in bf16 with weights drawn from `seed`."""
     torch.manual_seed(seed)
-    config = {**CONFIGS, **RARE, **RECURRENT}[family]
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config(ALL[family], dtype=torch.bfloat16).eval()
 
 
 def wide(family: str) -> PreTrainedModel:

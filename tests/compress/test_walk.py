@@ -346,3 +346,22 @@ def test_a_block_whose_mlp_gets_no_token_is_refused(sequential, monkeypatch):
         patch.setattr(mlp, "forward", lambda x: torch.cat([whole(x[:, :0]), torch.zeros_like(x)], 1))
         walk(model, halve, windows=windows(), statistic=ColumnNorm, sequential=sequential)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("order", [(0,), (0, 0, 1)])
+def test_blocks_that_text_reaches_never_or_twice_are_refused(order):
+    model = families.model("llama")
+    layers = list(model.model.layers)
+
+    class Path(torch.nn.ModuleList):
+        """The model's blocks, run in another order."""
+
+        def __getitem__(self, index):
+            taken = super().__getitem__(index)
+            return [layers[number] for number in order] if isinstance(index, slice) else taken
+
+    model.model.layers = Path(layers)
+    message = r"layers\.0; use" if order.count(0) > 1 else r"never reaches model\.layers\.1 of Llama"
+    with pytest.raises(Refusal, match=message):
+        walk(model, lambda *_: None, windows=windows(), statistic=ColumnNorm)
+    assert hooks(model) == 0
