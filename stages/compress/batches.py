@@ -29,7 +29,7 @@ _MAPPINGS = (dict, UserDict)
 _CONTAINERS = (list, tuple, *_MAPPINGS)
 
 
-class Batches:
+class BatchedCall:
     """The call of a block on `count` windows, cut into calls on `size` windows each.
 
     Args:
@@ -112,7 +112,7 @@ def _rebuilt(container: Any, values: list[Any]) -> Any:
 
 
 def _cut(value: Any, counterpart: Any, count: int, start: int, size: int) -> Any:
-    """Return the part of `value` for `size` of `count` windows; see `Batches` for its `counterpart`."""
+    """Return the part of `value` for `size` of `count` windows; see `BatchedCall` for its `counterpart`."""
     if isinstance(value, torch.Tensor) and value.ndim:
         rows = len(counterpart) if isinstance(counterpart, torch.Tensor) and counterpart.ndim else 1
         return value[start * rows : (start + size) * rows] if len(value) == count * rows else value

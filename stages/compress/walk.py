@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from tqdm import tqdm
 
-from stages.compress.batches import Batches, check_call
+from stages.compress.batches import BatchedCall, check_call
 from stages.compress.capture import Group, call_of, input_groups
 from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
@@ -123,10 +123,10 @@ class _Walk:
                 raise Refusal(f"the model passes more than once through {name}; use a data-free method.")
             self.reached.add(name)
             size = count if self.sequential == "linear" else self.batch_size
-            batches = Batches((args, kwargs), count, size, single)
+            batches = BatchedCall((args, kwargs), count, size, single)
             with self.weights(name, block) as done:
                 if not done:
-                    first = batches if self.reuses_first else Batches((args, kwargs), count, 1, single)
+                    first = batches if self.reuses_first else BatchedCall((args, kwargs), count, 1, single)
                     self.compress_block(name, block, original, batches, first)
                 if done or self.sequential == "block":
                     _run(original, batches)
@@ -135,7 +135,7 @@ class _Walk:
         return compress_and_run
 
     def compress_block(
-        self, name: str, block: nn.Module, original: Callable[..., Any], batches: Batches, first: Batches
+        self, name: str, block: nn.Module, original: Callable[..., Any], batches: BatchedCall, first: BatchedCall
     ) -> None:
         """Take the statistics, running every batch, and compress the linears.
 
@@ -280,7 +280,7 @@ def _about(name: str) -> Iterator[None]:
         raise type(refusal)(f"{name}: {refusal}") from refusal
 
 
-def _run(original: Callable[..., Any], batches: Batches, start: int = 0) -> None:
+def _run(original: Callable[..., Any], batches: BatchedCall, start: int = 0) -> None:
     """Run the block on every batch from number `start` on."""
     for number in range(start, len(batches)):
         batches.run(original, number)

@@ -175,9 +175,7 @@ def _written(
     stored = [item for file in sorted(folder.glob("*.safetensors")) for item in load(file).items()]
     named = [(*in_model(key), tensor) for key, tensor in stored]
     tensors = {name: tensor for name, converted, tensor in named if not converted}
-    if any(
-        f"{linear}.weight" not in tensors and f"{linear}.weight_scale" not in tensors for linear in linears
-    ):
+    if any(not {f"{name}.weight", f"{name}.weight_scale"} & tensors.keys() for name in needed):
         return pretrained(folder.name, folder, dtype="auto").state_dict()
     return tensors
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.compress.batches import Batches, check_call
+from stages.compress.batches import BatchedCall, check_call
 from stages.compress.capture import call_of
 from stages.core.errors import Refusal
 from stages.model.blocks import blocks, forward
@@ -31,7 +31,7 @@ def test_blocks_compute_the_same_in_batches(size, family):
 
     def step(original):
         def in_batches(*args: Any, **kwargs: Any) -> Any:
-            batches = Batches((args, kwargs), 4, size, single)
+            batches = BatchedCall((args, kwargs), 4, size, single)
             assert len(batches) == -(-4 // size)
             for number in (0, *range(len(batches))):  # the first one twice, which must not show
                 batches.run(original, number)
@@ -52,7 +52,7 @@ def test_what_has_no_row_for_every_window_is_shared():
     call = (stream,), {"mask": mask, "pair": Pair(by_head, None), "names": ["a"]}
     single = (stream[:1],), {"mask": mask, "pair": Pair(by_head[:4], None), "names": ["a"]}
     calls = []
-    batches = Batches(call, 4, 3, single)
+    batches = BatchedCall(call, 4, 3, single)
     for number in range(2):
         batches.run(lambda *args, **kwargs: calls.append((args, kwargs)), number)
     assert [args[0].flatten().tolist() for args, _ in calls] == [[0, 1, 2], [3]]
@@ -75,7 +75,7 @@ def test_what_a_block_writes_is_joined_for_later_blocks(kind, size):
             shared["new"] = {"deep": x + 1}
         return x
 
-    batches = Batches(((stream,), {"shared": shared}), 3, size, ((stream[:1],), {"shared": shared}))
+    batches = BatchedCall(((stream,), {"shared": shared}), 3, size, ((stream[:1],), {"shared": shared}))
     for number in (*range(len(batches)), *range(len(batches))):
         batches.run(block, number)
     assert len(shared) == (1 if kind is list else 2)  # not before all have run
@@ -92,7 +92,7 @@ def test_a_block_that_leaves_different_things_by_batch_is_refused():
 
     def run(block: Any) -> None:
         shared: dict[str, Any] = {}
-        batches = Batches(((stream, shared), {}), 2, 1, ((stream[:1], shared), {}))
+        batches = BatchedCall(((stream, shared), {}), 2, 1, ((stream[:1], shared), {}))
         for number in range(2):
             batches.run(block, number)
         batches.join()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, NemotronConfig, OPTConfig, PhiConfig, PreTrainedConfig
 
-from stages.compress.batches import Batches
+from stages.compress.batches import BatchedCall
 from stages.compress.capture import input_groups
 from stages.model.blocks import Linear, blocks
 from stages.quantization.feeds import LinearFeed, NormFeed, find_feeds
@@ -172,7 +172,7 @@ def test_values_that_later_blocks_read_feed_more_than_the_output(shares):
     torch.manual_seed(0)
     block, x = Leaving(), torch.randn(1, 4, 8)
     call = (x,), {"shared": {} if shares else None}
-    batches = Batches(call, 1, 1, call)
+    batches = BatchedCall(call, 1, 1, call)
     targets = [Linear("b", f"b.{name}", module, False) for name, module in block.named_children()]
     with torch.no_grad():
         groups = input_groups(block, targets, lambda: batches.run(block, 0))
