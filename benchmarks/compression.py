@@ -9,7 +9,7 @@ environment of its own; it shuffles its samples, so it runs several times. Each 
 the same windowed perplexity on the held-out half of its text.
 
 A plain forward takes the tokens in batches, as the walk does, which is faster than all at once (both are
-printed). Its attention is torch's; `attention.times_faster` compares that with the walk's on the same shapes.
+printed).
 
 Each side chooses which linears are compressed when the inputs of a linear are measured (`sequential` here,
 `pipeline` there, see `ROWS`). llm-compressor's default is those of the blocks before. Rows `wanda`,
@@ -40,11 +40,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.figures import tell
-from stages.compress.causal import causal_attention
 from stages.compress.method import WeightMethod
 from stages.compress.walk import walk
 from stages.core.numbers import count_of
@@ -120,23 +118,6 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def attention_times_faster(model: Any, tokens: int) -> float:
-    """Return torch's time over ours for a block's attention on `BATCH` tokens, in windows of `tokens`."""
-    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
-    size = model.config.hidden_size // heads
-    draw = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(max(1, BATCH // tokens), number, tokens, size, generator=draw).bfloat16()
-        for number in (heads, groups, groups)
-    )
-
-    def median(work: Callable[[], object]) -> float:
-        return statistics.median(seconds(work) for _ in range(20))
-
-    torchs = median(lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
-    return torchs / median(lambda: causal_attention(q, k, v))
 
 
 def losses(model: Any, held_out: Tensor) -> list[float]:
@@ -282,7 +263,6 @@ def main() -> None:
             differences[name] += by_window
     tell("forward.seconds", statistics.median(batched))
     tell("forward.seconds_all_at_once", statistics.median(at_once))
-    tell("attention.times_faster", attention_times_faster(dense, options.sequence_length))
     for name in options.rows:
         our_median, their_median = (statistics.median(times[name]) for times in (our_seconds, their_seconds))
         tell(f"{name}.seconds", our_median)

@@ -36,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     for name, seed in (("news", 1), ("speeches", 2)):
         (folder / f"{name}.txt").write_text(project.text(seed))
-    for family in families.CONFIGS:
+    for family in families.ALL:
         families.save(family, folder / family)
     (folder / "tiny").symlink_to(folder / "llama")
     return folder

@@ -6,16 +6,23 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconH1Config,
+    Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
+    MptConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -49,7 +56,57 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, **_IDS),
 }  # fmt: skip
-IN_FEATURES = {name: [32, 128] if name == "gpt2" else [32, 64] for name in CONFIGS}
+RARE: dict[str, PreTrainedConfig] = {
+    # the last two blocks read the keys and values of the two before, from a mapping
+    "gemma4": Gemma4TextConfig(
+        vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, hidden_size=32, hidden_size_per_layer_input=32,
+        intermediate_size=64, num_hidden_layers=4, num_kv_shared_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=8, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2, **_IDS,
+    ),
+    # a multimodal wrapper, whose tensors on disk are named otherwise than its modules
+    "gemma3_wrapper": Gemma3Config(
+        text_config={**_GATED, "model_type": "gemma3_text", "sliding_window": 16},
+        vision_config={
+            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 32,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+        mm_tokens_per_image=4, image_token_index=255, boi_token_index=254, eoi_token_index=253, **_IDS,
+    ),
+    # positions have a row per head, or per window and head
+    "mpt": MptConfig(
+        vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=256, **_IDS
+    ),
+    "bloom": BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, **_IDS),
+}  # fmt: skip
+"""Families that few methods' own tests need: their arguments or names differ from those of `CONFIGS`."""
+_LINEAR_ATTENTION = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+RECURRENT: dict[str, PreTrainedConfig] = {
+    "qwen3_5": Qwen3_5TextConfig(**_GATED, **_LINEAR_ATTENTION),
+    "falcon_h1": FalconH1Config(
+        **_GATED, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16,
+        mamba_chunk_size=16,
+    ),
+    "mamba": MambaConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=32, **_IDS
+    ),
+}  # fmt: skip
+"""Families with convolutions in their blocks, which methods refuse unless `ignore` names these."""
+ALL = {**CONFIGS, **RARE, **RECURRENT}
+IN_FEATURES = {name: [32, 128] if name in ("gpt2", "bloom") else [32, 64] for name in ALL}
+_FIXED = {"width": "cannot lose neurons: its config has no setting", "heads": "cannot describe fewer heads"}
+REFUSALS: dict[str, dict[str, str]] = {
+    "gemma4": {
+        "width": "has 2 MLPs", "heads": "has 0 attentions",
+        "depth": "set of layer types producing a cache is different",
+    },
+    "mpt": _FIXED,
+    "bloom": _FIXED,
+}  # fmt: skip
+"""What the structure of `RARE` families makes methods refuse, and the words of the refusal."""
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
 """A mixture's matrices that are no linear's weight, as `ignore` names them."""
 _GATED_GROUPS = [
@@ -81,9 +138,14 @@ GROUPS: dict[str, list[list[str]]] = {
 
 
 def model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Make a two-block model of `family` in bf16 with weights drawn from `seed`."""
+    """Make a tiny model of `family` in bf16 with weights drawn from `seed`."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config(ALL[family], dtype=torch.bfloat16).eval()
+
+
+def wide(family: str) -> PreTrainedModel:
+    """Make it in fp32, where the number of windows computed at once changes no more than the last digits."""
+    return model(family).float()
 
 
 def mixture(experts: int = 2) -> PreTrainedModel:

@@ -38,7 +38,7 @@ class FirstBlock:
     def feeds(self) -> dict[str, Any]:
         """Return the feed of each group, by the name of the group's first linear."""
         with torch.no_grad():
-            feeds = find_feeds(self.groups, self)
+            feeds = find_feeds(self.groups, lambda: [self()])
         names = [group.linears[0].name.removeprefix(f"{self.name}.") for group in self.groups]
         return dict(zip(names, feeds, strict=True))
 

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from stages.core.errors import Refusal
+from stages.corpus.windows import Calibration, calibration_windows
 from stages.job.params import methods
 from stages.model.blocks import blocks, linears
 from stages.model.checkpoint import zero_masks
+from stages.model.names import naming
 from stages.model.packed import code_from
 from stages.quantization.fold import Folding
 from tests import families
@@ -180,6 +182,90 @@ def test_a_family_not_served_is_refused_by_name(section, case, family, workspace
 
 @pytest.mark.parametrize(("section", "case", "family"), SERVED)
 def test_a_family_is_served(section, case, family, workspace):
+    check_served(section, case, family)
+
+
+def unserved(case: str, family: str) -> str | None:
+    """The words with which a rare family is refused; None where it is served."""
+    if family in families.RECURRENT:
+        return "matrices that are no linear's weight"
+    return families.REFUSALS.get(family, {}).get(case)
+
+
+RARE = [
+    (section, case, family)
+    for section, case in CASES
+    for family in {**families.RARE, **families.RECURRENT}
+    if case != "depth" or family not in families.RECURRENT
+]
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("section", "case", "family"), RARE)
+def test_a_rare_family_is_served_or_refused_by_name(section, case, family, workspace):
+    if message := unserved(case, family):
+        with pytest.raises(Refusal, match=message):
+            do(params(family, recipes(section, case)))
+        assert not Path("data/models", section, "result").exists()
+    else:
+        check_served(section, case, family)
+
+
+WRAPPED = [("prune", "depth"), ("finetune", "lora"), ("finetune", "qat")]
+"""Methods that load the whole model, and write it by transformers."""
+
+
+@pytest.mark.parametrize(("section", "case"), WRAPPED)
+def test_a_family_that_stores_tensors_under_other_names_is_served(section, case, workspace):
+    check_served(section, case, "gemma3_wrapper")
+
+
+def reference(calibration: Calibration) -> torch.nn.Module:
+    """The base with half of each row zeroed by Wanda, from plain forwards of one window at a time."""
+    base, tokenizer = load("base/tiny"), AutoTokenizer.from_pretrained("data/models/base/tiny")
+    squares: dict[str, torch.Tensor] = {}
+
+    def add(name: str, inputs: torch.Tensor) -> None:
+        squares[name] = squares.get(name, 0) + inputs.flatten(0, -2).double().square().sum(0)
+
+    for linear in linears(base):
+        linear.module.register_forward_pre_hook(lambda _, args, name=linear.name: add(name, args[0]))
+    with torch.no_grad():
+        for window in calibration_windows(tokenizer, calibration, families.VOCAB):
+            base(input_ids=window[None], use_cache=False)
+    for linear in linears(base):
+        scores = linear.weight.double().abs() * squares[linear.name].sqrt()
+        linear.weight.scatter_(1, scores.argsort(1)[:, : scores.shape[1] // 2], 0.0)
+    return base
+
+
+QUICK = ("llama", "gemma4", "gemma3_wrapper")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.drill)
+        for name in {**families.CONFIGS, **families.RARE}
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_an_artifact_is_that_of_plain_forwards_whatever_its_batches(batch_size, family, workspace):
+    calibration = TEXT | {"num_samples": 5, "sequential": "none", "batch_size": batch_size}
+    wanda = {"source": "base/tiny", "method": "wanda", "sparsity": 0.5, "calibration": calibration}
+    chosen = params(family, {"prune/result": wanda})
+    wide = chosen.model_copy(update={"run": chosen.run.model_copy(update={"dtype": "float32"})})
+    do(wide)
+    expected, model = reference(wide.prune["result"].calibration), load("prune/result")
+    for ours, theirs in zip(linears(model), linears(expected), strict=True):
+        assert torch.equal(ours.weight, theirs.weight), ours.name
+    with torch.no_grad():
+        ids = torch.arange(24)[None]
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=0)
+
+
+def check_served(section: str, case: str, family: str) -> None:
+    """Run a method on a family, and compare what it wrote with its source."""
     artifact, method = f"{section}/result", case.split()[0]
     tried = recipes(section, case)
     do(params(family, tried))
@@ -231,7 +317,8 @@ def test_a_family_is_served(section, case, family, workspace):
         assert "quantization_config" not in json.loads((folder / "config.json").read_text())
         return
     assert facts["bytes_on_disk"] < record("base/tiny")["bytes_on_disk"]
-    stored = load_file(folder / "model.safetensors")
+    in_model = naming(base)
+    stored = {in_model(key)[0]: t for key, t in load_file(folder / "model.safetensors").items()}
     assert len([name for name in stored if name.endswith(".weight_scale")]) == count
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     scheme = {**config["config_groups"]["group_0"], "format": config["format"]}

@@ -1,8 +1,7 @@
 """What flows into a block and its linears, captured from the model's own forward.
 
-The arguments of a block's call differ by family and layer, so they are recorded rather than built, cut into
-batches of windows, and the outputs joined again. Linears that are handed the same tensor (q, k and v; gate
-and up) form a `Group` and share one statistic of it.
+The arguments of a block's call differ by family and layer, so they are recorded rather than built. Linears
+that are handed the same tensor (q, k and v; gate and up) form a `Group` and share one statistic of it.
 """
 
 from __future__ import annotations
@@ -52,47 +51,6 @@ def call_of(block: nn.Module, forward: Callable[[], object]) -> Any:
     if not calls:
         raise AssertionError("the model's forward never calls its first block")
     return calls[0]
-
-
-def split_call(call: Any, count: int, size: int, single: Any) -> list[Any]:
-    """Cut the call of a block on `count` windows into calls on `size` windows each.
-
-    A tensor with `count` times the rows it has in `single` is cut (BLOOM's positions have one row per window
-    and head). Everything else is shared, such as masks and positions that are equal for all windows.
-
-    Args:
-        call: (args, kwargs).
-        single: the same call on one window. Shapes alone cannot tell windows from as many attention heads.
-    """
-    if size >= count:
-        return [call]
-
-    def cut(value: Any, counterpart: Any, start: int) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim:
-            rows = len(counterpart) if isinstance(counterpart, torch.Tensor) and counterpart.ndim else 1
-            return value[start * rows : (start + size) * rows] if len(value) == count * rows else value
-        if isinstance(value, tuple | list):
-            matches = isinstance(counterpart, tuple | list) and len(counterpart) == len(value)
-            counterparts = counterpart if matches else [None] * len(value)
-            return type(value)(cut(*pair, start) for pair in zip(value, counterparts, strict=True))
-        if isinstance(value, dict):
-            counterparts = counterpart if isinstance(counterpart, dict) else {}
-            return {key: cut(entry, counterparts.get(key), start) for key, entry in value.items()}
-        return value
-
-    return [cut(call, single, start) for start in range(0, count, size)]
-
-
-def join_outputs(outputs: list[Any]) -> Any:
-    """Join a block's outputs for consecutive windows into its output for all of them."""
-    first = outputs[0]
-    if len(outputs) == 1:
-        return first
-    if isinstance(first, torch.Tensor):
-        return torch.cat(outputs)
-    if isinstance(first, tuple | list):
-        return type(first)(join_outputs(list(parts)) for parts in zip(*outputs, strict=True))
-    return first
 
 
 def input_groups(block: nn.Module, linears: list[Linear], forward: Callable[[], object]) -> list[Group]:

@@ -139,11 +139,11 @@ class WeightMethod(Compression):
         """
         return None
 
-    def prepare(self, groups: list[Group], block: Callable[[], Any]) -> dict[str, list[str]]:
+    def prepare(self, groups: list[Group], block: Callable[[], list[Tensor]]) -> dict[str, list[str]]:
         """Change a block before any of its weights is replaced; called if `prepares` is set.
 
         Args:
-            block: computes the block's output for the window whose inputs the groups hold.
+            block: see `stages.compress.walk.Prepare`.
 
         Returns:
             Notes on this block; the artifact's record joins the lists of all blocks.
@@ -181,7 +181,7 @@ class WeightMethod(Compression):
         """Walk over the blocks of `source` and replace the weight of every linear."""
         dead = DeadInputs(self.on_dead)
 
-        def prepare(groups: list[Group], block: Callable[[], Any]) -> None:
+        def prepare(groups: list[Group], block: Callable[[], list[Tensor]]) -> None:
             source.noted |= self.prepare(groups, block)
 
         def compress(linear: Linear, statistic: Statistic | None) -> Tensor:

@@ -29,14 +29,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from tqdm import tqdm
 
-from stages.compress.capture import Group, call_of, input_groups, join_outputs, split_call
-from stages.compress.causal import by_queries
+from stages.compress.batches import BatchedCall, check_call
+from stages.compress.capture import Group, call_of, input_groups
 from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
 from stages.core.lazy import mock, torch
@@ -54,11 +54,11 @@ TOKENS = 4096
 
 Compress: TypeAlias = "Callable[[Linear, Statistic | None], Tensor | None]"
 """(linear, statistic of its inputs) -> its new weight `[out, in]`; None leaves it."""
-Prepare = Callable[[list[Group], Callable[[], Any]], None]
+Prepare: TypeAlias = "Callable[[list[Group], Callable[[], list[Tensor]]], None]"
 """(groups of a block, the block) -> nothing; called once their statistics are taken, before a linear changes.
 
-The block is a function that returns the output for the window whose inputs the groups hold, computed with the
-block's current weights.
+The block is a function that returns all tensors that later blocks may read, the hidden states first, for the
+window whose inputs the groups hold. They are computed with the block's current weights.
 """
 
 
@@ -98,6 +98,8 @@ class _Walk:
     linears: Mapping[str, list[Linear]]
     """By the name of their block."""
     bar: Any
+    reached: set[str] = field(default_factory=set)
+    """Blocks whose forward ran."""
 
     @contextmanager
     def weights(self, name: str, block: nn.Module) -> Iterator[bool]:
@@ -116,54 +118,52 @@ class _Walk:
         original = block.forward
 
         def compress_and_run(*args: Any, **kwargs: Any) -> Any:
+            check_call(name, (args, kwargs))
+            if name in self.reached:
+                raise Refusal(f"the model passes more than once through {name}; use a data-free method.")
+            self.reached.add(name)
             size = count if self.sequential == "linear" else self.batch_size
-            calls = split_call((args, kwargs), count, size, single)
+            batches = BatchedCall((args, kwargs), count, size, single)
             with self.weights(name, block) as done:
-                if done:
-                    return join_outputs(_run(original, calls))
-                first = (calls if self.reuses_first else split_call((args, kwargs), count, 1, single))[:1]
-                return self.compress_block(name, block, original, calls, first)
+                if not done:
+                    first = batches if self.reuses_first else BatchedCall((args, kwargs), count, 1, single)
+                    self.compress_block(name, block, original, batches, first)
+                if done or self.sequential == "block":
+                    _run(original, batches)
+                return batches.join()
 
         return compress_and_run
 
     def compress_block(
-        self, name: str, block: nn.Module, original: Callable[..., Any], calls: list[Any], first: list[Any]
-    ) -> Any:
-        """Take the statistics, compress the linears, and return the block's output for all windows.
+        self, name: str, block: nn.Module, original: Callable[..., Any], batches: BatchedCall, first: BatchedCall
+    ) -> None:
+        """Take the statistics, running every batch, and compress the linears.
 
         Args:
             original: the block's forward.
-            calls: the block's calls, one per batch.
-            first: the call that shows the groups, on the first batch or on the first window alone.
+            first: the batch that shows the groups is its number 0; `batches`, or windows one at a time.
         """
-        outputs: list[Any] = []
         with _about(name):
-            groups = input_groups(block, self.linears[name], lambda: outputs.extend(_run(original, first)))
-        rest = calls
+            groups = input_groups(block, self.linears[name], lambda: first.run(original, 0))
         if self.reuses_first:
-            rest = calls[1:]
             for group in groups:
                 self.add(group, group.inputs)
                 group.inputs = group.inputs.new_empty(0)
-        else:
-            outputs.clear()
         handles = [
             group.linears[0].module.register_forward_pre_hook(partial(self.on_inputs, group))
             for group in groups
         ]
         try:
-            outputs += _run(original, rest)
+            _run(original, batches, start=1 if self.reuses_first else 0)
         finally:
             for handle in handles:
                 handle.remove()
-        output = join_outputs(outputs)
         if self.sequential == "linear":  # the groups were compressed on the way
-            return output
+            return
         if self.prepare:
-            self.prepare(groups, lambda: join_outputs(_run(original, first)))
+            self.prepare(groups, lambda: first.effects(original, 0))
         for group in groups:
             self.compress_group(group)
-        return join_outputs(_run(original, calls)) if self.sequential == "block" else output
 
     def on_inputs(self, group: Group, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Add one call's inputs to the group's statistic, as a hook before the group's first linear.
@@ -236,8 +236,9 @@ def walk(
         home: where the weights live; None is in the model itself.
 
     Raises:
-        Refusal: the architecture is not served (see `blocks`, `linears`); weights or inputs are NaN or
-            infinite; new weights leave the range of the dtype; the forward never reaches a linear.
+        Refusal: the architecture is not served (see `blocks`, `linears`, `check_call`); weights or inputs are
+            NaN or infinite; new weights leave the range of the dtype; the forward never reaches a linear or
+            a block, or reaches it twice.
     """
     size = batch_size or max(1, TOKENS // (1 if windows is None else windows.shape[1]))
     targets, decoder = linears(model, ignore), blocks(model)
@@ -257,11 +258,17 @@ def walk(
             raise ValueError("prepare needs sequential block or none")
         check_length(model, windows)
         single = call_of(decoder[0][1], lambda: forward(model, windows[:1]))
+        check_call(decoder[0][0], single)
         with ExitStack() as patches:
             for name, block in decoder:
                 step = state.step(name, block, len(windows), single)
                 patches.enter_context(mock.patch.object(block, "forward", step))
             forward(model, windows)
+        if missed := [name for name, _ in decoder if name not in state.reached]:
+            raise Refusal(
+                f"text never reaches {', '.join(missed[:4])} of {type(model).__name__}; use a data-free "
+                "method."
+            )
 
 
 @contextmanager
@@ -273,7 +280,7 @@ def _about(name: str) -> Iterator[None]:
         raise type(refusal)(f"{name}: {refusal}") from refusal
 
 
-def _run(original: Callable[..., Any], calls: list[tuple[Any, Any]]) -> list[Any]:
-    """Return the block's output for each call."""
-    with by_queries():
-        return [original(*args, **kwargs) for args, kwargs in calls]
+def _run(original: Callable[..., Any], batches: BatchedCall, start: int = 0) -> None:
+    """Run the block on every batch from number `start` on."""
+    for number in range(start, len(batches)):
+        batches.run(original, number)

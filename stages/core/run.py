@@ -26,6 +26,8 @@ def _device(value: str) -> str:
     return value
 
 
+MATRIX_UNITS = ("amx_bf16", "amx_fp16", "avx512_bf16", "avx512_fp16")
+"""The instructions by which torch chooses its kernels for products of bf16 or fp16 values."""
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -91,6 +93,7 @@ class Run(Strict):
         return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cpu_matrix_units": [flag for flag in MATRIX_UNITS if torch.cpu.get_capabilities().get(flag)],
             "threads": self.threads,
             "dtype": self.dtype,
             "torch": str(torch.__version__),

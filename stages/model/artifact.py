@@ -18,6 +18,7 @@ from stages.core.errors import Refusal
 from stages.core.files import MODELS, RECORD, read_json, write_text
 from stages.core.lazy import exempt_imported, importing
 from stages.core.reading import reading
+from stages.model.names import check_names
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,24 @@ def check_family(recipe: Recipe) -> None:
         raise Refusal(f"{recipe.method} does not serve {family}, the family of {recipe.source}: {reason}.")
 
 
+def check_text_model(label: str, config: Any) -> None:
+    """Refuse a model that has no text path to work on; no weight is read.
+
+    Raises:
+        Refusal: transformers loads the config's family as no causal language model.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    text = config.get_text_config()
+    inner = f" It wraps {text.model_type}: use a checkpoint of that alone." if text is not config else ""
+    raise Refusal(
+        f"{label} is {config.model_type}, which transformers does not load as a causal language model; use a "
+        f"model that AutoModelForCausalLM loads.{inner}"
+    )
+
+
 def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
     """Load a checkpoint by transformers, with every parameter read from its files.
 
@@ -66,10 +85,16 @@ def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
         options: of `from_pretrained`.
 
     Raises:
-        Refusal: the checkpoint cannot be read, or some parameter is missing or of another shape.
+        Refusal: the checkpoint cannot be read, is no causal language model, or some parameter is missing or
+            of another shape.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = options.get("config")
+    if config is None:
+        with reading(f"the config of {label}"):
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+    check_text_model(label, config)
     with reading(label):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -141,4 +166,6 @@ def load_model(artifact: str, run: Run, *, dequantize: bool) -> PreTrainedModel:
         attn_implementation=attention(config),
         use_safetensors=True,
     )
+    if dequantize:
+        check_names(artifact, model)
     return model.to(run.resolved_device()).eval()

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stages.core.files import write_json
+from stages.model.names import as_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +39,9 @@ def write_tensors(
         load: returns the tensors of a part by their names in the model.
         size: bytes of all parts.
     """
-    from transformers.core_model_loading import revert_weight_conversion
 
     def stored(part: CheckpointPart) -> dict[str, Tensor]:
-        tensors = revert_weight_conversion(model, load(part))
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return {name: tensor.contiguous() for name, tensor in as_stored(model, load(part)).items()}
 
     if size < ONE_FILE:
         tensors = {name: tensor for part in parts for name, tensor in stored(part).items()}

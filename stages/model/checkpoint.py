@@ -22,6 +22,7 @@ from stages.core.numbers import check_finite
 from stages.model.artifact import load_record, load_tokenizer, pretrained, write_record
 from stages.model.blocks import Linear, linears
 from stages.model.grid import Quantized
+from stages.model.names import naming
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -155,11 +156,28 @@ def save(
             config_of(model, codes.keys(), scheme).save_pretrained(folder)
         load_tokenizer(recipe.source).save_pretrained(folder)
         if zeros or codes:
-            stored = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+            stored = _written(folder, model, [*(zeros or {}), *codes], load_file)
             check_zeros(zeros or {}, lambda name: weight_from(stored, f"{name}.weight", scheme))
             check_codes(codes, lambda name: weight_from(stored, f"{name}.weight", scheme))
         layout = scheme["format"] if scheme else "dense"
         return _finish(folder, model, {**lineage(artifact, recipe, run, notes), "layout": layout}, codes)
+
+
+def _written(
+    folder: Path, model: PreTrainedModel, needed: Iterable[str], load: Callable[[Path], dict[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """Return the tensors in a folder's files by their names in the model.
+
+    If the files hold the weights of `needed` linears, by full name, in parts or several in one, the
+    checkpoint is loaded instead.
+    """
+    in_model = naming(model)
+    stored = [item for file in sorted(folder.glob("*.safetensors")) for item in load(file).items()]
+    named = [(*in_model(key), tensor) for key, tensor in stored]
+    tensors = {name: tensor for name, converted, tensor in named if not converted}
+    if any(not {f"{name}.weight", f"{name}.weight_scale"} & tensors.keys() for name in needed):
+        return pretrained(folder.name, folder, dtype="auto").state_dict()
+    return tensors
 
 
 def _finish(

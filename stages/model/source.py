@@ -24,6 +24,7 @@ from stages.core.reading import reading
 from stages.model.artifact import attention, load_config, load_model, load_tokenizer, misshapen
 from stages.model.blocks import blocks
 from stages.model.grid import Quantized
+from stages.model.names import check_names, naming
 from stages.model.packed import code_from, scheme_of, weight_from
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def load_source(artifact: str, run: Run) -> PreTrainedModel:
 class Files:
     """The parameters of a model, read from its safetensors on request; no file stays open.
 
-    Some families name a tensor differently on disk than in the model (GPT-NeoX's `embed_out`). Packed weights
+    Tensors have their names in the model, whatever the files call them (`stages.model.names`). Packed weights
     are dequantized as they are read.
 
     Args:
@@ -61,9 +62,7 @@ class Files:
     """
 
     def __init__(self, artifact: str, model: PreTrainedModel, scheme: Mapping[str, Any] | None) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        renamings = get_model_conversion_mapping(model)
+        in_model = naming(model)
         self._name, self._scheme = artifact, scheme
         self._where: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, list[int]] = {}
@@ -71,11 +70,8 @@ class Files:
         for file in sorted((MODELS / artifact).glob("*.safetensors")):
             with reading(artifact), safe_open(file, "pt") as handle:
                 for key in handle.keys():  # noqa: SIM118
-                    name = key
-                    for renaming in renamings:
-                        name, _ = renaming.rename_source_key(name)
-                    # Tensors that loading stacks into one (a mixture's experts) share its name.
-                    shape = [] if name in self._where else handle.get_slice(key).get_shape()
+                    name, converted = in_model(key)
+                    shape = [] if converted else handle.get_slice(key).get_shape()
                     self._where[name], self._shapes[name] = (file, key), shape
         for name in self._where:
             head, _, leaf = name.rpartition(".")
@@ -152,6 +148,7 @@ class Empty:
         if size <= memory.LARGE:
             memory.keep_freed()
         self.model.tie_weights()
+        check_names(artifact, self.model)
         files = Files(artifact, self.model, scheme)
         self._source: Files | Loaded = files
         if others := [n for n, p in self.model.named_parameters() if not files.holds(n, p.shape)]:

@@ -4,7 +4,8 @@ Candidates are tested by running the block, so no model class is named here. A c
 by random powers of two, and the group's inputs are multiplied by the same powers; neither rounds anything.
 The candidate feeds the group if the inputs arrive divided by exactly those powers, and it feeds nothing else
 if the block's output is then the same to the last bit (to 8 bits in float16, where dividing makes small
-values subnormal).
+values subnormal). Tensors that a block leaves for later blocks count as its output: a value projection whose
+values later blocks read feeds more than this block's output projection.
 
 So the value projection feeds the output projection through attention, up feeds down through the product with
 the gate, and fc1 feeds fc2 through a ReLU but not through a GELU. A group without a feed stays unscaled: an
@@ -98,14 +99,14 @@ class NormFeed:
         return self._weight.cpu().double() + self.origin
 
 
-def find_feeds(groups: list[Group], block: Callable[[], Any]) -> list[Feed | None]:
+def find_feeds(groups: list[Group], block: Callable[[], list[Tensor]]) -> list[Feed | None]:
     """Return the feed of each group, None for a group without one.
 
     Args:
         groups: the groups of one block, in the order in which they compute.
-        block: computes the block's output for the window whose inputs the groups hold.
+        block: see `stages.compress.walk.Prepare`.
     """
-    expected = _hidden(block())
+    expected = block()
     feeds: list[Feed | None] = []
     for number, group in enumerate(groups):
         candidates = _candidates(group, groups[:number])
@@ -116,12 +117,6 @@ def find_feeds(groups: list[Group], block: Callable[[], Any]) -> list[Feed | Non
 def _divide(bias: Any, scale: Tensor) -> None:
     if bias is not None:
         bias.data.copy_(bias.data.float() / scale.to(bias.device))
-
-
-def _hidden(output: Any) -> Tensor:
-    """Return the hidden states of a block's output, which is them alone or a tuple that starts with them."""
-    hidden: Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return hidden
 
 
 def _candidates(group: Group, earlier: list[Group]) -> list[Feed]:
@@ -156,11 +151,13 @@ def _origin(module: nn.Module, inputs: Tensor) -> float | None:
     return origins[0] if len(origins) == 1 else None
 
 
-def _is_only_feed(feed: Feed, group: Group, block: Callable[[], Any], expected: Tensor) -> bool:
+def _is_only_feed(
+    feed: Feed, group: Group, block: Callable[[], list[Tensor]], expected: list[Tensor]
+) -> bool:
     """Tell whether the feed's output is the group's input, channel by channel, and the input of nothing else.
 
     Args:
-        expected: the block's output without any factors.
+        expected: what the block returns without any factors.
     """
     inputs = group.inputs
     exponents = torch.randint(-3, 4, inputs.shape[-1:], generator=torch.Generator("cpu").manual_seed(0))
@@ -178,11 +175,11 @@ def _is_only_feed(feed: Feed, group: Group, block: Callable[[], Any], expected: 
     handles = [feed.module.register_forward_hook(shrink)]
     handles += [linear.module.register_forward_pre_hook(grow) for linear in group.linears]
     try:
-        output = _hidden(block())
+        effects = block()
     finally:
         for handle in handles:
             handle.remove()
-    return all(arrived) and _same(output, expected)
+    return all(arrived) and all(map(_same, effects, expected))
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:

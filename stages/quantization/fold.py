@@ -38,7 +38,7 @@ class Folding(WeightMethod):
             )
         return self
 
-    def prepare(self, groups: list[Group], block: Callable[[], Any]) -> dict[str, list[str]]:
+    def prepare(self, groups: list[Group], block: Callable[[], list[Tensor]]) -> dict[str, list[str]]:
         """Fold a scale into the linears of every group with a feed; note those of the others as unscaled."""
         unscaled: list[str] = []
         for group, feed in zip(groups, find_feeds(groups, block), strict=True):

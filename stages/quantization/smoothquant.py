@@ -14,7 +14,7 @@ and fc2), transformers uses one scale for all tokens of a batch; the record name
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -70,7 +70,7 @@ class SmoothQuant(Folding, Quantizer):
         """Always true."""
         return True
 
-    def prepare(self, groups: list[Group], block: Callable[[], Any]) -> dict[str, list[str]]:
+    def prepare(self, groups: list[Group], block: Callable[[], list[Tensor]]) -> dict[str, list[str]]:
         """Fold, and note the linears whose inputs transformers rounds with one scale per batch."""
         shared = [linear.name for group in groups if group.inputs.ndim == 2 for linear in group.linears]
         return {**super().prepare(groups, block), "inputs_share_a_scale": shared}

@@ -1,40 +1,27 @@
-"""What flows into a block: the arguments of its call, their batches, and the linears that share an input."""
+"""What flows into a block: the arguments of its call, and the linears that share an input."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
-from stages.compress.capture import call_of, input_groups, join_outputs, split_call
+from stages.compress.capture import call_of, input_groups
 from stages.model.blocks import blocks, forward, linears
 from tests import families
 
 pytestmark = pytest.mark.numerics
-BIASED = {
-    "bloom": BloomConfig(vocab_size=families.VOCAB, hidden_size=32, n_layer=2, n_head=4),
-    "mpt": MptConfig(vocab_size=families.VOCAB, d_model=32, n_layers=2, n_heads=4),
-}
-"""Families that hand their blocks positions by head: a row per window and head, or a row per head."""
+EVERY = [*families.CONFIGS, *families.RARE]
 
 
 def windows(count: int, length: int = 24) -> torch.Tensor:
     return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
 
 
-def model_of(family: str) -> torch.nn.Module:
-    """A model in fp32, where the number of windows computed at once changes no more than the last digits."""
-    if family not in BIASED:
-        return families.model(family).float()
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(BIASED[family]).eval()
-
-
 def hidden(output: object) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@pytest.mark.parametrize("family", [*families.CONFIGS, *BIASED])
+@pytest.mark.parametrize("family", EVERY)
 def test_a_blocks_call_is_the_one_its_model_makes(family):
-    model = model_of(family)
+    model = families.wide(family)
     for _, block in blocks(model):
         calls = []
         handle = block.register_forward_pre_hook(
@@ -64,37 +51,6 @@ def test_a_block_that_is_never_called_is_a_bug():
     with pytest.raises(AssertionError, match="never calls"):
         call_of(blocks(model)[0][1], lambda: None)
     assert "forward" not in vars(blocks(model)[0][1])
-
-
-@pytest.mark.parametrize("family", [*families.CONFIGS, *BIASED])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_a_block_computes_the_same_in_batches(size, family):
-    """There are as many windows as heads, which no shape tells apart."""
-    model = model_of(family)
-    single = call_of(blocks(model)[0][1], lambda: forward(model, windows(1)))
-    for _, block in blocks(model):
-        args, kwargs = call = call_of(block, lambda block=block: forward(model, windows(4)))
-        calls = split_call(call, 4, size, single)
-        assert len(calls) == -(-4 // size)
-        with torch.no_grad():
-            outputs = [block(*args, **kwargs) for args, kwargs in calls]
-            assert len(hidden(outputs[0])) == size
-            joined, whole = hidden(join_outputs(outputs)), hidden(block(*args, **kwargs))
-        assert joined.shape == whole.shape == (4, 24, 32)
-        torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-5)
-
-
-def test_what_has_no_row_for_every_window_is_shared():
-    mask, flag = torch.ones(1, 1, 24, 24), object()
-    stream, by_head = torch.arange(4.0).view(4, 1), torch.arange(16.0)
-    call = (stream,), {"mask": mask, "pair": (by_head, None), "names": ["a"], "flag": flag}
-    single = (stream[:1],), {"mask": mask, "pair": (by_head[:4], None), "names": ["a"], "flag": flag}
-    calls = split_call(call, 4, 3, single)
-    assert [args[0].flatten().tolist() for args, _ in calls] == [[0, 1, 2], [3]]
-    assert [len(kwargs["pair"][0]) for _, kwargs in calls] == [12, 4]
-    for _, kwargs in calls:
-        assert kwargs["mask"] is mask and kwargs["flag"] is flag
-        assert kwargs["names"] == ["a"] and kwargs["pair"][1] is None
 
 
 def test_every_family_has_its_groups():

@@ -5,7 +5,6 @@ import weakref
 import pytest
 import torch
 
-from stages.compress.causal import by_queries
 from stages.compress.statistics import ColumnNorm, Hessian, Statistic
 from stages.compress.walk import walk
 from stages.core.errors import Refusal
@@ -62,7 +61,7 @@ def promised(family: str, sequential: str, tokens: torch.Tensor) -> tuple[dict, 
         for step in steps:
             names = [f"{block}.{name}" for name in step]
             watched = families.model(family) if sequential == "none" else model
-            with torch.no_grad(), by_queries():
+            with torch.no_grad():
                 seen |= inputs_of(watched, names, tokens)
             for linear in linears(model):
                 if linear.name in names:
@@ -97,6 +96,25 @@ def test_statistics_have_seen_what_the_mode_promises(sequential, batch_size, kin
         torch.testing.assert_close(taken[name].double(), direct, rtol=rtol, atol=atol)
     for name, parameter in walked.named_parameters():
         assert torch.equal(parameter, slow.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *families.RARE])
+@pytest.mark.parametrize(
+    ("sequential", "batch_size"), [("none", 2), ("none", 1), ("block", 2), ("linear", None)]
+)
+def test_statistics_are_those_of_plain_forwards(sequential, batch_size, family):
+    """Whatever blocks share: each window's inputs come from a plain forward of that window alone."""
+    model, tokens, taken = families.wide(family), windows(5), {}
+    names = [linear.name for linear in linears(model)]
+    plain = [inputs_of(model, names, window[None]) for window in tokens]
+
+    def note(linear: Linear, statistic: Statistic) -> None:
+        taken[linear.name] = statistic.norm()
+
+    walk(model, note, windows=tokens, statistic=ColumnNorm, sequential=sequential, batch_size=batch_size)
+    for name in names:
+        direct = torch.cat([inputs[name] for inputs in plain]).square().mean(0).sqrt()
+        torch.testing.assert_close(taken[name].double(), direct, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -327,4 +345,23 @@ def test_a_block_whose_mlp_gets_no_token_is_refused(sequential, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Refusal, match=message):
         patch.setattr(mlp, "forward", lambda x: torch.cat([whole(x[:, :0]), torch.zeros_like(x)], 1))
         walk(model, halve, windows=windows(), statistic=ColumnNorm, sequential=sequential)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("order", [(0,), (0, 0, 1)])
+def test_blocks_that_text_reaches_never_or_twice_are_refused(order):
+    model = families.model("llama")
+    layers = list(model.model.layers)
+
+    class Path(torch.nn.ModuleList):
+        """The model's blocks, run in another order."""
+
+        def __getitem__(self, index):
+            taken = super().__getitem__(index)
+            return [layers[number] for number in order] if isinstance(index, slice) else taken
+
+    model.model.layers = Path(layers)
+    message = r"layers\.0; use" if order.count(0) > 1 else r"never reaches model\.layers\.1 of Llama"
+    with pytest.raises(Refusal, match=message):
+        walk(model, lambda *_: None, windows=windows(), statistic=ColumnNorm)
     assert hooks(model) == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.core.errors import Refusal
-from stages.core.run import Run
+from stages.core.run import MATRIX_UNITS, Run
 
 
 def settings(**changed) -> Run:
@@ -83,6 +83,7 @@ def test_numerics_name_what_bytes_depend_on(monkeypatch):
     assert settings().numerics() == {
         "device": "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_matrix_units": [unit for unit in MATRIX_UNITS if torch.cpu.get_capabilities()[unit]],
         "threads": 1,
         "dtype": "bfloat16",
         "torch": torch.__version__,

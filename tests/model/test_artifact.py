@@ -150,7 +150,9 @@ def test_an_absolute_source_is_recorded_by_its_name_alone(workspace):
 
 def test_a_record_says_what_the_numbers_depend_on(workspace):
     facts = make(("prune", WANDA))
-    assert facts["numerics"].keys() == {"device", "cpu_capability", "threads", "dtype", "torch"}
+    assert facts["numerics"].keys() == {
+        "device", "cpu_capability", "cpu_matrix_units", "threads", "dtype", "torch",
+    }  # fmt: skip
     assert facts["base"]["sha256"] and facts["base"]["grid"] is None
     assert facts["base"]["source"] == "path:inputs/llama"
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, NemotronConfig, OPTConfig, PhiConfig, PreTrainedConfig
 
-from stages.model.blocks import blocks
-from stages.quantization.feeds import LinearFeed, NormFeed
+from stages.compress.batches import BatchedCall
+from stages.compress.capture import input_groups
+from stages.model.blocks import Linear, blocks
+from stages.quantization.feeds import LinearFeed, NormFeed, find_feeds
 from tests import families
 from tests.first_block import FirstBlock, scales, shaken
 
@@ -149,3 +151,30 @@ def test_no_hook_and_no_change_is_left():
     first.feeds()
     assert all(torch.equal(p, before[n]) for n, p in first.block.named_parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in first.model.modules())
+
+
+class Leaving(nn.Module):
+    """An attention-like pair of linears that leaves its values for later blocks, if there is a place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, shared: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        values = self.values(x)
+        if shared is not None:
+            shared["values"] = values
+        return x + self.out(values)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_values_that_later_blocks_read_feed_more_than_the_output(shares):
+    torch.manual_seed(0)
+    block, x = Leaving(), torch.randn(1, 4, 8)
+    call = (x,), {"shared": {} if shares else None}
+    batches = BatchedCall(call, 1, 1, call)
+    targets = [Linear("b", f"b.{name}", module, False) for name, module in block.named_children()]
+    with torch.no_grad():
+        groups = input_groups(block, targets, lambda: batches.run(block, 0))
+        feeds = find_feeds(groups, lambda: batches.effects(block, 0))
+    assert [feed and feed.module for feed in feeds] == [None, None if shares else block.values]

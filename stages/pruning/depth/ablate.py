@@ -7,6 +7,7 @@ residual stream before that block is kept; the sets are ordered so that little i
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -159,13 +160,16 @@ def _values_returned(model: PreTrainedModel) -> int | None:
     """Return how many values a block returns, None for a bare tensor.
 
     Raises:
-        Refusal: a block is not handed the very tensor that the block before it returned.
+        Refusal: a block is not handed the very tensor that the block before it returned, or reads what
+            others wrote elsewhere.
     """
     outputs: list[Any] = []
     inputs: list[Tensor] = []
+    shared: dict[str, Any] = {}
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
         inputs.append(stream_in(args, kwargs))
+        shared.update({key: value for key, value in kwargs.items() if isinstance(value, UserDict)})
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         outputs.append(output)
@@ -175,6 +179,11 @@ def _values_returned(model: PreTrainedModel) -> int | None:
             hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
             hooks.enter_context(block.register_forward_hook(after))
         forward(model, torch.zeros(1, 2, dtype=torch.long))
+    if names := [name for name, tensors in shared.items() if tensors]:
+        raise Refusal(
+            f"blocks of {type(model).__name__} read what earlier ones leave in {names[0]}, so none can be "
+            "omitted; use metric block-influence, angular or reverse."
+        )
     links = zip(outputs, inputs[1:], strict=False)
     if len(inputs) != len(blocks(model)) or any(
         stream_out(output) is not entered for output, entered in links

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTJConfig
 
+from stages.core.errors import Refusal
 from stages.pruning.depth import rank
 from stages.pruning.depth.ablate import Ablation, ScoredRows
 from stages.pruning.depth.remove import remove_blocks
@@ -50,3 +51,12 @@ def test_blocks_that_return_more_than_the_stream():
         reference = copy.deepcopy(model)
         remove_blocks(reference, {number})
         assert value == pytest.approx(loss(reference), abs=1e-5)
+
+
+@pytest.mark.parametrize("target", ["block", "attention"])
+def test_blocks_that_read_what_others_leave_beside_the_stream_are_refused(target):
+    """A run that starts at a later block would not have it."""
+    with pytest.raises(
+        Refusal, match=r"blocks of Gemma4\w+ read what earlier ones leave in shared_kv_states"
+    ):
+        Ablation(families.wide("gemma4"), TEXT, 2, target, "test")

@@ -1,0 +1,73 @@
+"""Names on disk and in the model: each leads back to the other, by transformers' own mapping."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from transformers import LlavaConfig
+
+from stages.core.errors import Refusal
+from stages.model import names
+from stages.model.artifact import pretrained
+from stages.model.names import as_stored, check_names, naming
+from stages.model.source import Empty
+from tests import families
+from tests.pipeline import do, params
+from tests.project import sha256
+
+ELSEWHERE = {"gemma3_wrapper", "gpt_neox"}
+"""Families whose files name some tensors otherwise than the model."""
+
+
+@pytest.mark.parametrize("family", families.ALL)
+def test_a_stored_name_leads_back_to_its_parameter(family, tmp_path):
+    model = families.model(family)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        keys = set(file.keys())
+    parameters = {name for name, _ in model.named_parameters()}
+    in_model = naming(model)
+    assert parameters <= {in_model(key)[0] for key in keys}
+    assert not any(in_model(key)[1] for key in keys)
+    assert (keys & parameters != parameters) == (family in ELSEWHERE)
+    shapes = {name: parameter.detach().to("meta") for name, parameter in model.named_parameters()}
+    assert as_stored(model, shapes).keys() <= keys
+    check_names("m", model)
+
+
+def test_experts_are_stored_apart():
+    model = families.mixture()
+    stored = as_stored(model, dict(model.named_parameters()))
+    apart = [key for key in stored if naming(model)(key)[1]]
+    assert len(apart) == 2 * 2 * 3
+    assert {naming(model)(key)[0] for key in apart} <= {name for name, _ in model.named_parameters()}
+    check_names("m", model)
+
+
+@pytest.mark.parametrize("recipe", ["width", "wanda"])
+def test_names_that_do_not_lead_back_are_refused_before_the_work(recipe, workspace, monkeypatch):
+    chosen = params("gemma3_wrapper", {})
+    do(chosen)
+    stored = names.as_stored
+    monkeypatch.setattr(
+        names, "as_stored", lambda *args: {f"lost.{key}": value for key, value in stored(*args).items()}
+    )
+    with pytest.raises(Refusal, match=r"^base/tiny: .* Gemma3For\w+ under names that it does not read again"):
+        Empty("base/tiny", chosen.run)
+
+
+def test_a_wrapper_without_a_text_path_is_refused_as_that(workspace):
+    text = families.CONFIGS["llama"].to_dict()
+    config = LlavaConfig(text_config=text, vision_config={"model_type": "clip_vision_model"})
+    config.save_pretrained("llava")
+    with pytest.raises(Refusal, match=r"^m is llava, which transformers does not load .* wraps llama: use"):
+        pretrained("m", Path("llava"))
+    families.save("llama", Path("own"))
+    Path("own/config.json").write_text(json.dumps(config.to_dict()))
+    chosen = params("llama", {})
+    base = {"source": "path:own", "sha256": sha256(Path("own"))}
+    chosen.models["tiny"] = chosen.models["tiny"].model_copy(update=base)
+    with pytest.raises(Refusal, match="path:own is llava, which"):
+        do(chosen)
+    assert not Path("data/models/base/tiny").exists()
