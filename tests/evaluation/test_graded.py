@@ -1,12 +1,12 @@
 """Both readouts of graded suites against the same quantities written out slowly."""
 
-import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from stages.corpus.written_numbers import first_number
 from stages.job.params import Params
 from tests import families
 from tests.pipeline import do, download, load, params
@@ -48,8 +48,7 @@ def test_graded_readouts_are_the_slow_ones(shots, workspace):
         answer = tokenizer.decode(ids[0, len(context) :], skip_special_tokens=True).split("\n")[0]
         row = samples[(samples.readout == "generation") & (samples.doc_id == item.Index)].iloc[0]
         assert row.response == answer
-        numbers = re.findall(r"-?\d+", answer)
-        right["generation"].append(bool(numbers) and numbers[0] == item.answer)
+        right["generation"].append(first_number(answer) == int(item.answer))
         assert row.target == item.answer
 
     for readout in ("likelihood", "generation"):
