@@ -29,7 +29,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from stages.core.errors import Refusal
-from stages.corpus.padding import counts_by_mask, generate_rows, keeps_keys_and_values
+from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows
 from stages.corpus.windows import check_token_ids
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class SharedPrefixLM(HFLM):
         # A checkpoint's own settings may sample, or penalize repetition: a suite says so, or nothing does.
         ends = self.model.generation_config.eos_token_id
         self.model.generation_config = GenerationConfig(eos_token_id=ends)
-        self.keeps_keys_and_values = keeps_keys_and_values(self.model)
+        self.batching = batching(self.model)
         self._prefix: TokenIds = ()
         self._prefix_cache: Cache | None = None
         self.kept_answers = kept_answers
@@ -166,7 +166,7 @@ class SharedPrefixLM(HFLM):
                 rows.setdefault(row, []).append(i)
         questions = {row.context for row in rows}
         self._keep_prefix(questions)
-        if not self.keeps_keys_and_values or (
+        if self.batching != "padded" or (
             self._prefix_cache is None
             and (len(rows) == len(questions) or max(map(len, questions)) <= _SHORTEST_PREFIX)
         ):
@@ -194,14 +194,15 @@ class SharedPrefixLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Generate after `context` `[rows, tokens]`, padded on the left; return both, padding included."""
-        padded = self.keeps_keys_and_values and options.keys() <= _BLIND_TO_PADDING
+        blind = options.keys() <= _BLIND_TO_PADDING
+        allowed: Batching = "equal lengths" if self.batching == "padded" and not blind else self.batching
 
         def generate(ids: Tensor, mask: Tensor, _: list[int]) -> Tensor:
             length = max_length - context.shape[1] + ids.shape[1]
             return self._generate_after_prefix(ids, length, stop, **options | {"attention_mask": mask})
 
         filler = self.tokenizer.pad_token_id
-        return generate_rows(context, options["attention_mask"], filler, padded, generate)
+        return generate_rows(context, options["attention_mask"], filler, allowed, generate)
 
     def _generate_after_prefix(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
@@ -240,7 +241,7 @@ class SharedPrefixLM(HFLM):
         """
         distinct = sorted(set(prompts))
         self._prefix, self._prefix_cache = (), None
-        if len(distinct) < 2 or not self.keeps_keys_and_values:
+        if len(distinct) < 2 or self.batching != "padded":
             return
         room = min(map(len, distinct)) - 1
         # Of sorted prompts, the first and the last have the shortest prefix in common.

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from stages.core.errors import Refusal
-from stages.corpus.padding import generate_rows, keeps_keys_and_values
+from stages.corpus.padding import batching, generate_rows
 from stages.corpus.sampling import Sampled, Stopped
 
 
@@ -61,7 +61,7 @@ def generate_answers(
         )
         return out.cpu()
 
-    out = generate_rows(ids, mask, ends[0], keeps_keys_and_values(model), generate)
+    out = generate_rows(ids, mask, ends[0], batching(model), generate)
     answers: list[list[int]] = out[:, length:].tolist()
     return answers
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from stages.core.errors import Refusal
 from stages.core.numbers import generator
-from stages.corpus.padding import generate_rows
+from stages.corpus.padding import Batching, generate_rows
 from stages.corpus.sampling import Sampled, Stopped, stopped_at
 from stages.evaluation.shared import SharedPrefixLM
 from stages.evaluation.thinking.settings import Thinking
@@ -254,14 +254,9 @@ class BudgetLM(SharedPrefixLM):
             )
             return out.cpu()
 
+        allowed: Batching = "equal lengths" if self.batching == "padded" and self.penalties else self.batching
         with torch.no_grad():
-            out = generate_rows(
-                ids,
-                mask,
-                self.tokenizer.pad_token_id,
-                self.keeps_keys_and_values and not self.penalties,
-                generate,
-            )
+            out = generate_rows(ids, mask, self.tokenizer.pad_token_id, allowed, generate)
         return [row[:limit] for row, limit in zip(out[:, start:].tolist(), limits, strict=True)]
 
     def _eos(self) -> list[int]:
