@@ -1,4 +1,4 @@
-"""Tiny models of families that generate, in float32, of every way to place tokens and to keep what was read."""
+"""Tiny models of families that generate, in float32: all ways to place tokens and to keep those read."""
 
 from typing import Any
 
@@ -23,7 +23,8 @@ _FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, 
 _FALCON |= {"vocab_size": families.VOCAB}
 CONFIGS: dict[str, dict[str, Any]] = {
     "mpt": {
-        "vocab_size": families.VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 4, "expansion_ratio": 2, **_IDS,
+        "vocab_size": families.VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 4, "expansion_ratio": 2,
+        **_IDS,
     },
     "gpt_neo": {
         "vocab_size": families.VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 16,

@@ -26,7 +26,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from stages.core.errors import Refusal
 from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows
@@ -309,4 +309,5 @@ def _score(log_probs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]
 
 def _window(cache: Cache) -> int:
     """Return how many tokens the narrowest layer sees."""
-    return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=2**63)
+    windows = (layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer))
+    return min(windows, default=2**63)

@@ -30,7 +30,7 @@ FAMILIES = [
 
 @cache
 def plain(name: str) -> tuple[PreTrainedModel, list[list[int]], list[torch.Tensor]]:
-    """A model, its greedy tokens after each prompt, and the logits they were taken from: nothing kept or padded."""
+    """A model, its greedy tokens after each prompt and their logits, with nothing kept or padded."""
     model = generators.model(name)
     answers, logits = [], []
     for prompt in PROMPTS:
@@ -45,7 +45,7 @@ def plain(name: str) -> tuple[PreTrainedModel, list[list[int]], list[torch.Tenso
 
 
 def bytes_only(name: str) -> PreTrainedModel:
-    """The model, which never writes special tokens: answers then have no end and lose nothing when decoded."""
+    """The model, which never writes special tokens, so that answers lose nothing when decoded."""
     model, _, _ = plain(name)
 
     def mask(module, inputs, output):
