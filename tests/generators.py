@@ -33,7 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mamba": {
         "vocab_size": families.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, **_IDS,
     },
-    "qwen3_5_text": _PLAIN | _DELTA,
+    "qwen3_5_text": _PLAIN | _DELTA | {"layer_types": ["linear_attention", "full_attention"]},
     "recurrent_gemma": _PLAIN | {"attention_window_size": 16, "lru_width": 32, "num_hidden_layers": 3},
     "bloom": {"vocab_size": families.VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, **_IDS},
     "falcon": _FALCON | {"alibi": False},
@@ -74,9 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": _PLAIN,
 }  # fmt: skip
 """Further families than `tests.families` has; the part of a name before a space is the `model_type`."""
-KINDS = ("mpt", "gpt_neo", "mamba", "qwen3_5_text", "recurrent_gemma", *families.CONFIGS)
-"""A family of each kind: positions or windows of its own, recurrent states, and those that are served."""
-NAMES = tuple(dict.fromkeys((*KINDS, *CONFIGS)))
+NAMES = tuple(families.CONFIGS) + tuple(CONFIGS)
 
 
 def model(name: str) -> PreTrainedModel:

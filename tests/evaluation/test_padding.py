@@ -22,10 +22,7 @@ PROMPTS = [
     "2 + 3 = 5\n" + "abcdefghijklmnopqrstuvwxyz 0123456789 +-="[-length:] for length in (1, 25, 7, 7, 2, 40)
 ]
 TOKENS = 6
-FAMILIES = [
-    pytest.param(name, marks=() if name in generators.KINDS else pytest.mark.drill)
-    for name in generators.NAMES
-]
+every_family = pytest.mark.parametrize("name", generators.NAMES)
 
 
 @cache
@@ -63,15 +60,16 @@ def ask(name: str, batch_size: int) -> shared.SharedPrefixLM:
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_answers_are_those_of_each_prompt_alone(name):
-    expected = [TOKENIZER.decode(answer) for answer in plain(name)[1]]
+    _, tokens, logits = plain(name)
+    assert all(float((logits[0] - other)[0].abs().max()) > 0.01 for other in logits[1:])  # the prompt decides
+    expected = [TOKENIZER.decode(answer) for answer in tokens]
     answers = ask(name, 6).generate_until(generations(PROMPTS, [], TOKENS), disable_tqdm=True)
     assert answers == expected
-    assert len(set(answers)) > 1  # the prompt decides
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_likelihoods_are_those_of_each_prompt_alone(name):
     _, answers, logits = plain(name)
     texts = [TOKENIZER.decode(answer) for answer in answers]
@@ -86,7 +84,7 @@ def test_likelihoods_are_those_of_each_prompt_alone(name):
     assert given == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_taught_answers_and_thoughts_are_those_of_each_prompt_alone(name):
     expected, model = plain(name)[1], bytes_only(name)
     prompts, uniform = [TOKENIZER.encode(prompt) for prompt in PROMPTS], torch.zeros(6, TOKENS)
@@ -98,7 +96,7 @@ def test_taught_answers_and_thoughts_are_those_of_each_prompt_alone(name):
     assert [list(row) for row in rows] == expected
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_generated_windows_are_those_of_each_prompt_alone(name):
     model, answers, _ = plain(name)
     prompt = torch.tensor([TOKENIZER.encode(PROMPTS[i]) for i in (2, 3)])
