@@ -103,7 +103,7 @@ def test_generated_windows_are_those_of_each_prompt_alone(name):
     prompt[1, 4] = 97
 
     def windows(rows: torch.Tensor) -> torch.Tensor:
-        return continue_prompts(model, rows, torch.zeros(len(rows), TOKENS), torch.arange(256), 1e-6)
+        return continue_prompts(model, rows, torch.zeros(len(rows), TOKENS), torch.arange(256), 1e-12)
 
     if name in ("openai-gpt", "recurrent_gemma"):
         with pytest.raises(Refusal, match="keeps nothing of the tokens it has read"):
