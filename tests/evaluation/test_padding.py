@@ -14,7 +14,7 @@ from stages.evaluation.thinking.budget import BudgetLM
 from stages.evaluation.thinking.settings import Thinking
 from stages.teaching.decoding import generate_answers
 from tests import families, generators
-from tests.evaluation.test_shared import generations, likelihoods
+from tests.evaluation.test_shared import generations
 
 pytestmark = pytest.mark.numerics
 TOKENIZER = families.tokenizer()
@@ -72,16 +72,15 @@ def test_answers_are_those_of_each_prompt_alone(name):
 @every_family
 def test_likelihoods_are_those_of_each_prompt_alone(name):
     _, answers, logits = plain(name)
-    texts = [TOKENIZER.decode(answer) for answer in answers]
-    known = [place for place, text in enumerate(texts) if TOKENIZER.encode(text) == answers[place]]
-    requests = likelihoods([(PROMPTS[i], text) for i in known for text in (texts[i], texts[i][:2])])
-    expected = []
-    for i in known:
-        steps = torch.cat([logits[i][:, :256], torch.full((TOKENS, 3), -1e9)], 1).log_softmax(-1)
-        each = steps.gather(1, torch.tensor(answers[i])[:, None])[:, 0]
-        expected += [float(each.sum()), float(each[: len(TOKENIZER.encode(texts[i][:2]))].sum())]
-    given = [total for total, _ in ask(name, 6).loglikelihood(requests, disable_tqdm=True)]
-    assert given == pytest.approx(expected, abs=2e-3)
+    requests, expected = [], []
+    for prompt, answer, rows in zip(PROMPTS, answers, logits, strict=True):
+        each = rows[:, :256].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        for length in (TOKENS, 4):
+            requests.append((("", ""), TOKENIZER.encode(prompt), answer[:length]))
+            expected.append(float(each[:length].sum()))
+    given = ask(name, 6)._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [total for total, _ in given] == pytest.approx(expected, abs=2e-3)
+    assert all(greedy for _, greedy in given)
 
 
 @every_family
@@ -119,7 +118,14 @@ def test_padding_is_not_counted_as_text_by_penalties():
     requests = generations(PROMPTS, [], TOKENS)
     for request in requests:
         request.arguments[1]["repetition_penalty"] = 5.0
-    alone, together = (ask("llama", size).generate_until(requests, disable_tqdm=True) for size in (1, 6))
+    first = TOKENIZER.convert_ids_to_tokens(plain("llama")[1][0][0])
+    answers = []
+    for size in (1, 6):
+        lm = ask("llama", size)
+        lm.tokenizer = families.tokenizer()
+        lm.tokenizer.pad_token = first  # as where the end of text also pads
+        answers.append(lm.generate_until(requests, disable_tqdm=True))
+    alone, together = answers
     assert alone == together
     assert together != [TOKENIZER.decode(answer) for answer in plain("llama")[1]]
 
