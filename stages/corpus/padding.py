@@ -35,7 +35,7 @@ def batching(model: PreTrainedModel) -> Batching:
     cache = out.get("past_key_values", out.get("cache_params"))
     # MiniMax, for example, adds the state of its linear attention to a cache of its own.
     plain = type(cache) is DynamicCache and all(type(layer) in _KEYS_AND_VALUES for layer in cache.layers)
-    if plain and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if plain and "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         return "padded"
     return "equal lengths" if isinstance(cache, Cache) else "one prompt"
 
@@ -47,7 +47,7 @@ def counts_by_mask(model: PreTrainedModel) -> bool:
     masks must be made by transformers for all models alike, so that windows are those of the cache: GPT-Neo
     has its own.
     """
-    given = "position_ids" in inspect.signature(model.forward).parameters
+    given = "position_ids" in inspect.signature(type(model).forward).parameters
     return given and bool(model._supports_attention_backend)
 
 

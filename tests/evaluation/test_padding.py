@@ -63,7 +63,7 @@ def ask(name: str, batch_size: int) -> shared.SharedPrefixLM:
 @every_family
 def test_answers_are_those_of_each_prompt_alone(name):
     _, tokens, logits = plain(name)
-    assert all(float((logits[0] - other)[0].abs().max()) > 0.01 for other in logits[1:])  # the prompt decides
+    assert all(float((logits[0] - other)[0].abs().max()) > 1e-3 for other in logits[1:])  # the prompt decides
     expected = [TOKENIZER.decode(answer) for answer in tokens]
     answers = ask(name, 6).generate_until(generations(PROMPTS, [], TOKENS), disable_tqdm=True)
     assert answers == expected
