@@ -71,6 +71,10 @@ class Score:
     template: str = "none"
     """The sha256 of the chat template around the prompts, or `none`."""
     shots: int
+    penalties: str = "none"
+    """What lowers the odds of repetition in generated text, beside the model."""
+    cut_prompts: int | None = None
+    """Prompts that lost their beginning, as the model reads fewer tokens; None where nothing may be cut."""
     prompt_hash: str | None = None
     difficulty: str = "all"
     readout: str

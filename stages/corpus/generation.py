@@ -3,8 +3,8 @@
 A pruned model is used on text that it writes itself. This text differs from its calibration text: it is
 likelier under the model, and its errors are the model's own. RESP (2512.02185) therefore calibrates on
 self-generated windows. Here the first tokens of a data set's windows are prompts, and the rest of each window
-is sampled from the model with a cache of keys, many windows at a time. Special tokens, including the end of
-text, are never sampled: a window is running text of full length, without padding.
+is sampled from the model, many windows at a time, from what it keeps of the tokens before. Special tokens,
+including the end of text, are never sampled: a window is running text of full length, without padding.
 
 A token is drawn by inverting the cumulative distribution at a uniform number. The numbers come from one
 generator on the CPU, a row per window, so neither the device nor the batch size decides which numbers are
@@ -14,7 +14,7 @@ used; as everywhere, both can change the last bits of the logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ from stages.corpus.windows import (
     text_windows,
 )
 from stages.model.blocks import check_length, embedding_rows
+from stages.model.stepping import read_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,18 +116,12 @@ def continue_prompts(
         progress: called with the number of tokens drawn at each step.
 
     Raises:
-        Refusal: the model's logits are not finite, or it returns no keys and values to continue from.
+        Refusal: the model's logits are not finite, or it keeps nothing to continue from.
     """
-    columns, cache, last = [prompts], None, prompts
+    columns, last, kept = [prompts], prompts, dict[str, Any]()
     for numbers in uniform.T:
-        step = model(input_ids=last.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = getattr(step, "past_key_values", None)
-        if cache is None:
-            raise Refusal(
-                f"{type(model).__name__} returns no cache of keys and values, which generating needs; set "
-                "tokens: text."
-            )
-        logits = step.logits[:, -1].float().cpu()
+        logits, kept = read_on(model, last.to(model.device), kept)
+        logits = logits.float().cpu()
         if not logits.isfinite().all():
             raise Refusal("the model's logits are not finite, so it cannot generate; set tokens: text.")
         last = ids[sample(logits[:, ids], numbers, temperature)]

@@ -6,12 +6,16 @@ as wrong. Where many answers are right, the response is checked against the item
 checker of its own, as in IFEval (2311.07911): no model judges another.
 
 A constraint is a kind and its argument, such as `words 4` or `without river`.
+
+Numbers are read by `stages.corpus.written_numbers`.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
+
+from stages.corpus.written_numbers import first_number
 
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 """Each opening bracket and the one that closes it."""
@@ -23,9 +27,9 @@ def words(text: str) -> list[str]:
 
 
 def _number(response: str) -> str:
-    """Return the first number."""
-    number = re.search(r"-?\d+", response)
-    return number[0] if number else ""
+    """Return the first number, in one notation: an integer or a reduced fraction."""
+    number = first_number(response)
+    return "" if number is None else str(number)
 
 
 def _word(response: str) -> str:

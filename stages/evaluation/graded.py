@@ -15,7 +15,7 @@ from stages.core.lazy import pd
 from stages.corpus.readings import is_right, read_answer
 from stages.evaluation.floors import with_floors
 from stages.evaluation.lm_tasks import load_tasks, run_tasks
-from stages.evaluation.suite import Suite, SuiteRows
+from stages.evaluation.suite import Penalties, Suite, SuiteRows
 from stages.evaluation.task_rows import rows_of
 from stages.evaluation.thinking.settings import Thinking
 from stages.sources.graded.items import GradedData
@@ -35,6 +35,8 @@ class GradedSuite(Suite):
 
     shots: Annotated[int, Field(ge=0)]
     chat_template: bool = False
+    penalties: Penalties | None = None
+    """Penalties on generated answers; null: none, whatever the checkpoint's generation_config.json says."""
     thinking: Thinking | None = None
     """Think before each answer, by generation only; see `stages.evaluation.thinking.scaling`."""
 
@@ -55,6 +57,7 @@ class GradedSuite(Suite):
                     limit=None,
                     chat_template=self.chat_template,
                     seed=seed,
+                    penalties=self.penalties.options() if self.penalties else {},
                     read=lambda _, response: read_answer(reading, response),
                 )
             result = run_tasks(lm, tasks, limit=None, chat_template=self.chat_template, seed=seed)
@@ -118,7 +121,12 @@ class GradedSuite(Suite):
         return config | {
             "output_type": "generate_until",
             "doc_to_target": "{{answer}}",
-            "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": answer["tokens"]},
+            "generation_kwargs": {
+                "until": ["\n"],
+                "do_sample": False,
+                "max_gen_toks": answer["tokens"],
+                **(self.penalties.options() if self.penalties else {}),
+            },
             "process_results": score,
         }
 

@@ -7,8 +7,10 @@ likelihoods, those of each question.
 
 The questions of a batch are reused up to the length of the shortest, so no padding lies between reused and
 new tokens; this holds for every kind of position and window. Generation needs rows that end together: there
-padding follows the common prefix, masked, and prompts that might outgrow a sliding window are computed
-whole.
+padding follows the common prefix, masked, if the model counts positions by the mask and no row may outgrow a
+sliding window; other prompts of unequal length are computed whole. A model that keeps more than keys and
+values, such as the state of Mamba, shares nothing, and generates in batches of equal lengths
+(`stages.corpus.padding`).
 
 Sums of floats are taken in another order than lm-eval's; in exact arithmetic nothing would differ.
 """
@@ -23,17 +25,23 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from stages.core.errors import Refusal
+from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows
 from stages.corpus.windows import check_token_ids
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.evaluation.kept import KeptAnswers
 
 _SHORTEST_PREFIX = 4
 """A common prefix shorter than this is not worth reusing."""
+_BLIND_TO_PADDING = {"attention_mask", "do_sample", "temperature", "top_k", "top_p", "min_p"}
+"""Options of `generate` that look at the next token alone; a penalty, for example, counts padding as text."""
 TokenIds = tuple[int, ...]
 
 
@@ -49,17 +57,50 @@ class LikelihoodRow(NamedTuple):
 
 
 class SharedPrefixLM(HFLM):
-    """HFLM without its repetition; constructed and called the same way.
+    """HFLM without its repetition, called the same way.
 
     Args:
+        options: those of HFLM.
         kept_answers: keeps the answers to finished tasks; None keeps none.
     """
 
-    def __init__(self, *args: Any, kept_answers: KeptAnswers | None = None, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        *,
+        pretrained: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        kept_answers: KeptAnswers | None = None,
+        **options: Any,
+    ) -> None:
+        _name_end(tokenizer, pretrained)  # lm-eval would pad with a token that the model has not
+        super().__init__(pretrained=pretrained, tokenizer=tokenizer, **options)
+        # A checkpoint's own settings may sample, or penalize repetition: a suite says so, or nothing does.
+        ends = self.model.generation_config.eos_token_id
+        self.model.generation_config = GenerationConfig(eos_token_id=ends)
+        self.batching = batching(self.model)
         self._prefix: TokenIds = ()
         self._prefix_cache: Cache | None = None
         self.kept_answers = kept_answers
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text.
+
+        Raises:
+            Refusal: neither the tokenizer nor the model names one.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise Refusal(
+                "neither the model's tokenizer nor its config names an end of text, so answers would have no "
+                "end; set eos_token in tokenizer_config.json, or eos_token_id in config.json."
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that nothing precedes."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood in nats, and whether greedy decoding gives it."""
@@ -125,8 +166,9 @@ class SharedPrefixLM(HFLM):
                 rows.setdefault(row, []).append(i)
         questions = {row.context for row in rows}
         self._keep_prefix(questions)
-        if self._prefix_cache is None and (
-            len(rows) == len(questions) or max(map(len, questions)) <= _SHORTEST_PREFIX
+        if self.batching != "padded" or (
+            self._prefix_cache is None
+            and (len(rows) == len(questions) or max(map(len, questions)) <= _SHORTEST_PREFIX)
         ):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         answers: dict[int, tuple[float, bool]] = {}
@@ -152,6 +194,20 @@ class SharedPrefixLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Generate after `context` `[rows, tokens]`, padded on the left; return both, padding included."""
+        blind = options.keys() <= _BLIND_TO_PADDING
+        allowed: Batching = "equal lengths" if self.batching == "padded" and not blind else self.batching
+
+        def generate(ids: Tensor, mask: Tensor, _: list[int]) -> Tensor:
+            length = max_length - context.shape[1] + ids.shape[1]
+            return self._generate_after_prefix(ids, length, stop, **options | {"attention_mask": mask})
+
+        filler = self.tokenizer.pad_token_id
+        return generate_rows(context, options["attention_mask"], filler, allowed, generate)
+
+    def _generate_after_prefix(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        """Do as `_model_generate`, for rows that may share a forward; reuse the common prefix if possible."""
         mask, size = options["attention_mask"], len(self._prefix)
         pads = (context.shape[1] - mask.sum(1)).tolist()
         prompts = [tuple(row[pad:].tolist()) for row, pad in zip(context, pads, strict=True)]
@@ -159,7 +215,8 @@ class SharedPrefixLM(HFLM):
         if (
             self._prefix_cache is None
             or several
-            or max_length > _window(self._prefix_cache)  # padding would take up part of the window
+            # Padding would take up part of the window.
+            or (any(pads) and not (counts_by_mask(self.model) and max_length <= _window(self._prefix_cache)))
             or any(len(prompt) <= size or prompt[:size] != self._prefix for prompt in prompts)
         ):
             return super()._model_generate(context, max_length, stop, **options)
@@ -184,15 +241,13 @@ class SharedPrefixLM(HFLM):
         """
         distinct = sorted(set(prompts))
         self._prefix, self._prefix_cache = (), None
-        if len(distinct) < 2:
+        if len(distinct) < 2 or self.batching != "padded":
             return
         room = min(map(len, distinct)) - 1
         # Of sorted prompts, the first and the last have the shortest prefix in common.
         common = _common(distinct[0], distinct[-1])[:room]
         if len(common) >= _SHORTEST_PREFIX:
-            cache = self._forward([common], None, keep=1).past_key_values
-            if _repeatable(cache):
-                self._prefix, self._prefix_cache = common, cache
+            self._prefix, self._prefix_cache = common, self._forward([common], None, keep=1).past_key_values
 
     def _repeated_prefix(self, rows: int) -> Cache | None:
         """Return the cache of the common prefix, repeated for `rows` rows; None without a prefix."""
@@ -227,6 +282,18 @@ class SharedPrefixLM(HFLM):
             return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
 
 
+def _name_end(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Name the model's end of text in a tokenizer that names none."""
+    if tokenizer.eos_token_id is not None:
+        return
+    for config in (model.generation_config, model.config.get_text_config()):
+        ends = getattr(config, "eos_token_id", None)
+        first = ends[0] if isinstance(ends, list) and ends else ends
+        if isinstance(first, int) and (token := tokenizer.convert_ids_to_tokens(first)) is not None:
+            tokenizer.eos_token = token
+            return
+
+
 def _common(left: TokenIds, right: TokenIds) -> TokenIds:
     """Return the longest common prefix."""
     same = [a == b for a, b in zip(left, right, strict=False)]
@@ -240,12 +307,7 @@ def _score(log_probs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]
     return float(predicted.gather(1, target[:, None]).sum()), bool((predicted.argmax(-1) == target).all())
 
 
-def _repeatable(cache: Cache | None) -> bool:
-    """Tell whether rows of the cache can be repeated: it holds only the keys and values of attention."""
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-    return cache is not None and all(type(layer) in kinds for layer in cache.layers)
-
-
 def _window(cache: Cache) -> int:
     """Return how many tokens the narrowest layer sees."""
-    return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=2**63)
+    windows = (layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer))
+    return min(windows, default=2**63)

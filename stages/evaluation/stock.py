@@ -24,7 +24,7 @@ from stages.evaluation import offline
 from stages.evaluation.floors import with_floors
 from stages.evaluation.lm_tasks import load_tasks, run_tasks
 from stages.evaluation.splits import SPLIT_KEYS, load_splits
-from stages.evaluation.suite import Suite, SuiteRows
+from stages.evaluation.suite import Penalties, Suite, SuiteRows
 from stages.evaluation.task_rows import rows_of
 from stages.evaluation.thinking.settings import Thinking
 from stages.sources.benchmark import Benchmark
@@ -51,6 +51,8 @@ class BenchmarkSuite(Suite):
     chat_template: bool = False
     allow_code_execution: bool = False
     """Run the programs that the model writes, which is how HumanEval and MBPP score them."""
+    penalties: Penalties | None = None
+    """Penalties on generated answers; null: none, whatever the checkpoint's generation_config.json says."""
     thinking: Thinking | None = None
     """Think before each generated answer; see `stages.evaluation.thinking.scaling`."""
 
@@ -67,10 +69,11 @@ class BenchmarkSuite(Suite):
         stock = dict(self.stock())
         tasks = load_tasks([self._config(task, config, folder, seed) for task, config in stock.items()])
         generating = [task for task in tasks if task.OUTPUT_TYPE == "generate_until"]
-        if self.max_gen_toks is not None and not generating:
+        options = self._generation()
+        if options and not generating:
             raise Refusal(
-                f"suites.benchmark.{name}.max_gen_toks is {self.max_gen_toks}, but {self.task} is answered "
-                "by likelihood; leave it out."
+                f"suites.benchmark.{name} sets {', '.join(options)}, but {self.task} is answered by "
+                "likelihood; leave it out."
             )
         if langdetect := sys.modules.get("langdetect"):  # IFEval asks it for the language of an answer
             langdetect.DetectorFactory.seed = seed
@@ -88,6 +91,7 @@ class BenchmarkSuite(Suite):
                     limit=self.limit,
                     chat_template=self.chat_template,
                     seed=seed,
+                    penalties=self.penalties.options() if self.penalties else {},
                     execute_code=self.allow_code_execution,
                 )
             result = run_tasks(
@@ -157,6 +161,11 @@ class BenchmarkSuite(Suite):
         else:
             yield name, config
 
+    def _generation(self) -> dict[str, float]:
+        """Return the suite's own options of generation."""
+        length = {} if self.max_gen_toks is None else {"max_gen_toks": self.max_gen_toks}
+        return length | (self.penalties.options() if self.penalties else {})
+
     def _by_size(self) -> bool:
         """Tell whether a group's items count equally, rather than its tasks, as lm-eval's config says."""
         listed = (all_tasks()[self.task].cfg or {}).get("aggregate_metric_list") or [{}]
@@ -190,11 +199,8 @@ class BenchmarkSuite(Suite):
                 f"{folder} has the splits {has}, but {task} takes its {config['num_fewshot']} examples from "
                 f"{examples or 'the items it is scored on'}; download that split, or set shots: 0."
             )
-        if self.max_gen_toks is not None:
-            config["generation_kwargs"] = {
-                **(config.get("generation_kwargs") or {}),
-                "max_gen_toks": self.max_gen_toks,
-            }
+        if options := self._generation():
+            config["generation_kwargs"] = (config.get("generation_kwargs") or {}) | options
         for structure in ("tag", "group", "task_list"):
             config.pop(structure, None)
         splits = load_splits(task, files, config, seed)

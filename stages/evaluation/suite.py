@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.core.schema import Strict
 from stages.core.tables import Sample, Score
@@ -14,6 +14,31 @@ if TYPE_CHECKING:
 
 SuiteRows: TypeAlias = tuple[list[Score], list[Sample]]
 """Score rows and sample rows."""
+
+
+class Penalties(Strict):
+    """What lowers the odds of repetition in generated text; at least one.
+
+    A checkpoint's own `generation_config.json` may name such penalties. They are not used, so that all
+    candidates of a suite answer under the same rules.
+    """
+
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Divides the odds of every token that the prompt or the answer has; see transformers."""
+    no_repeat_ngram_size: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of a sequence that may occur only once."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.options():
+            raise ValueError(
+                f"name at least one of {', '.join(type(self).model_fields)}, or leave penalties out"
+            )
+        return self
+
+    def options(self) -> dict[str, float]:
+        """Return the options of transformers' `generate`."""
+        return self.model_dump(exclude_none=True)
 
 
 class Suite(Strict):

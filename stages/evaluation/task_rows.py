@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stages.core.files import text_sha256
 from stages.core.tables import Sample, Score
 from stages.evaluation.means import mean, standard_error
+from stages.evaluation.suite import Penalties
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 _CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 """lm-eval's metrics that are 1 if the right choice is taken, else 0."""
+_SPECIAL = 8
+"""The most tokens that a tokenizer adds around a text."""
 _UNITS: dict[str, Callable[[float], float]] = {
     "word_perplexity": math.exp,
     "byte_perplexity": math.exp,
@@ -98,14 +101,16 @@ def rows_of(
         "task_version": str(result["versions"].get(tasks[0])),
         "template": _template_hash(lm) if chat_template else "none",
         "shots": result["n-shot"].get(tasks[0], config.get("num_fewshot") or 0),
+        "penalties": _penalties(config.get("generation_kwargs") or {}),
         "seed": seed,
     }
     scores: list[Score] = []
     samples: list[Sample] = []
     for answers in answers_of(result, tasks):
+        cut = [_is_cut(item, lm) for item in answers.items]
         for metric, values in _values(answers.items, metrics).items():
             columns = {"task": name, "readout": readout, "metric": metric, "filter": answers.column}
-            scores += _scores(result, tasks, answers, metric, values, by_size, columns | facts)
+            scores += _scores(result, tasks, answers, metric, values, cut, by_size, columns | facts)
             samples += _samples(answers, values, lm, columns)
     return scores, samples
 
@@ -128,6 +133,7 @@ def _scores(
     answers: FilteredAnswers,
     metric: str,
     values: Sequence[float],
+    cut: Sequence[bool],
     by_size: bool,
     columns: Mapping[str, Any],
 ) -> Iterator[Score]:
@@ -149,6 +155,7 @@ def _scores(
             )
         yield Score(
             **columns,
+            cut_prompts=sum(cut[i] for i in chosen),
             prompt_hash=text_sha256("".join(answers.items[i]["prompt_hash"] for i in chosen)),
             difficulty=level,
             value=value,
@@ -214,6 +221,33 @@ def _number(value: Any, metric: str) -> float | None:
         likelihood, length = value
         return _UNITS[metric](-likelihood / length)
     return float(value) if isinstance(value, bool | int | float) else None
+
+
+def _is_cut(item: Mapping[str, Any], lm: LM) -> bool:
+    """Tell whether lm-eval cuts the beginning off a prompt of an item, to fit what the model reads."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    from stages.evaluation.null import ANSWER_TOKENS  # imports lm-eval
+
+    reads: int = lm.max_length
+    for arguments in item["arguments"]:
+        text, *rest = arguments
+        if not rest:  # a whole text is read in windows
+            continue
+        if isinstance(rest[0], str):
+            text, room = text + rest[0], reads + 1  # the last token is only predicted
+        else:
+            room = reads - normalize_gen_kwargs(rest[0], ANSWER_TOKENS)["max_gen_toks"]
+        # A token has at least one byte, but for a few special ones.
+        if len(text.encode()) + _SPECIAL > room and len(lm.tok_encode(text)) > room:
+            return True
+    return False
+
+
+def _penalties(options: Mapping[str, Any]) -> str:
+    """Return what lowers the odds of repetition, of the options of generation."""
+    named = (name for name in Penalties.model_fields if name in options)
+    return ", ".join(f"{name} {options[name]}" for name in named) or "none"
 
 
 def _template_hash(lm: LM) -> str:

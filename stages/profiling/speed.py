@@ -22,6 +22,7 @@ from pydantic import AfterValidator, Field
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Source, Strict
+from stages.model.stepping import read_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,13 +85,13 @@ class Profile(Strict):
 def generate(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> list[float]:
     """Write `new_tokens` after `prompts` `[rows, tokens]`, greedily; return the seconds until each."""
     clock = []
-    ids, cache = prompts, None
+    ids, kept = prompts, dict[str, Any]()
     with torch.no_grad():
         _wait(prompts.device)
         start = time.perf_counter()
         for _ in range(new_tokens):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            logits, kept = read_on(model, ids, kept)
+            ids = logits.argmax(-1, keepdim=True)
             _wait(prompts.device)
             clock.append(time.perf_counter() - start)
     return clock

@@ -139,9 +139,13 @@ def _suite(rows: pd.DataFrame, label: Mapping[Measure, str]) -> dict[str, Any]:
         "source": words.source(str(rows["dataset_source"].iloc[0])),
         "items": _listed(whole["num_items"]),
         "prompts": _listed(whole["prompt_hash"].str[:12]),
-        **{name: _listed(whole[name]) for name in ("task_version", "template", "shots", "readout")},
+        **{
+            name: _listed(whole[name])
+            for name in ("task_version", "template", "penalties", "shots", "readout")
+        },
         "metrics": "; ".join(label[measure] for measure in by_measure(whole)),
         "batch_size": _listed(whole[competes(whole)]["batch_size"]),
+        "cut": int(whole["cut_prompts"].fillna(0).max()),
     }
 
 

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from stages.core.errors import Refusal
+from stages.corpus.padding import batching, generate_rows
 from stages.corpus.sampling import Sampled, Stopped
 
 
@@ -35,26 +36,32 @@ def generate_answers(
     Raises:
         Refusal: the logits are not finite.
     """
-    length = max(map(len, prompts))
+    length, columns = max(map(len, prompts)), uniform.shape[1]
     ids = torch.tensor([[ends[0]] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     model.generation_config = GenerationConfig()  # the checkpoint's may sample, or penalize repetition
-    columns = uniform.shape[1]
-    stop = Stopped(
-        length,
-        [columns] * len(prompts),
-        () if until is None else (until,),
-        lambda tokens: str(tokenizer.decode(tokens)),
-    )
-    out: Any = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=columns, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
-        ),
-        logits_processor=LogitsProcessorList([Sampled(length, list(uniform), temperature, _check_logits)]),
-        stopping_criteria=StoppingCriteriaList([stop]),
-    )
+
+    def generate(ids: Tensor, mask: Tensor, places: list[int]) -> Tensor:
+        start = ids.shape[1]
+        stop = Stopped(
+            start,
+            [columns] * len(places),
+            () if until is None else (until,),
+            lambda tokens: str(tokenizer.decode(tokens)),
+        )
+        numbers = [uniform[place] for place in places]
+        out: Any = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=columns, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
+            ),
+            logits_processor=LogitsProcessorList([Sampled(start, numbers, temperature, _check_logits)]),
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
+        return out.cpu()
+
+    out = generate_rows(ids, mask, ends[0], batching(model), generate)
     answers: list[list[int]] = out[:, length:].tolist()
     return answers
 

@@ -73,7 +73,7 @@ def test_a_low_temperature_is_greedy():
 def test_a_model_without_a_cache_is_refused_by_name():
     config = OpenAIGPTConfig(vocab_size=families.VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(Refusal, match=r"^OpenAIGPTLMHeadModel returns no cache of keys and values"):
+    with pytest.raises(Refusal, match=r"^OpenAIGPTLMHeadModel keeps nothing of the tokens it has read"):
         generated(model=model)
 
 

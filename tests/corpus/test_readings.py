@@ -27,7 +27,7 @@ def test_each_constraint_has_its_checker(constraint, good, bad):
 @pytest.mark.parametrize(
     ("reading", "answer", "good", "bad"),
     [
-        ("number", "7", [" 7", "=> 7!", "7 or 8"], ["", "70", "-7", "8 or 7", "seven"]),
+        ("number", "7", [" 7", "=> 7!", "7 or 8", "3 + 4 = 7"], ["", "70", "-7", "8 or 7", "7,000"]),
         ("word", "bavo", [" bavo", "Bavo.", '"bavo" and more'], ["", "a bavo", "bavos", "."]),
         ("words", "ash, elm", ["ash elm", "Ash, elm.", "ash, elm, x"], ["", "ash", "elm ash", "x ash elm"]),
         ("brackets", "] )", ["])", " ] )", "]) and", "] ) ."], ["", ")]", "])>", "] > )", "x ])"]),

@@ -1,12 +1,12 @@
 """Both readouts of graded suites against the same quantities written out slowly."""
 
-import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from stages.corpus.written_numbers import first_number
 from stages.job.params import Params
 from tests import families
 from tests.pipeline import do, download, load, params
@@ -48,8 +48,7 @@ def test_graded_readouts_are_the_slow_ones(shots, workspace):
         answer = tokenizer.decode(ids[0, len(context) :], skip_special_tokens=True).split("\n")[0]
         row = samples[(samples.readout == "generation") & (samples.doc_id == item.Index)].iloc[0]
         assert row.response == answer
-        numbers = re.findall(r"-?\d+", answer)
-        right["generation"].append(bool(numbers) and numbers[0] == item.answer)
+        right["generation"].append(first_number(answer) == int(item.answer))
         assert row.target == item.answer
 
     for readout in ("likelihood", "generation"):
@@ -78,6 +77,26 @@ def test_an_answer_counts_by_its_first_number_alone(workspace, monkeypatch):
     _, samples = scored(chosen, "base/tiny", "arithmetic")
     generated = samples[samples.readout == "generation"].sort_values("doc_id")
     assert generated.score.tolist() == [1, 0, 0, 0, 1, 0, 1, 0]
+
+
+def test_penalties_and_prompts_that_were_cut_are_in_every_row(workspace):
+    chosen = asking(shots=1, penalties={"repetition_penalty": 5.0, "no_repeat_ngram_size": 2})
+    test = Path("data/datasets/arithmetic/test.parquet")
+    items = pd.read_parquet(test)
+    scores, plain = scored(chosen, "base/tiny", "arithmetic")
+    assert scores.cut_prompts.tolist() == [0] * 4
+    items.loc[:2, "question"] = [f"{'0' * size}3 + 4 =" for size in (300, 234, 1)]  # of 256 positions
+    items.to_parquet(test)
+    scores, _ = scored(chosen, "base/tiny", "arithmetic")
+    for readout, cut, penalties in (
+        ("likelihood", 1, "none"),  # the choice has a token or two, the generated answer room for twelve
+        ("generation", 2, "repetition_penalty 5.0, no_repeat_ngram_size 2"),
+    ):
+        rows = scores[scores.readout == readout]
+        assert rows.cut_prompts.tolist() == [cut] * 2
+        assert set(rows.penalties) == {penalties}
+    _, free = scored(asking(shots=1), "base/tiny", "arithmetic")
+    assert set(free.response) != set(plain.response)
 
 
 def test_a_chat_template_is_named_in_every_row(workspace):

@@ -77,7 +77,7 @@ def test_answers_longer_than_what_the_model_reads_are_refused(workspace, few_sto
 
 
 def test_a_length_of_answers_is_refused_for_a_task_without_answers(workspace, few_stock_tasks):
-    with pytest.raises(Refusal, match=r"arc-easy\.max_gen_toks is 8, but arc_easy is answered by likelihood"):
+    with pytest.raises(Refusal, match=r"arc-easy sets max_gen_toks, but arc_easy is answered by likelihood"):
         scored(mirrored("arc_easy", {"max_gen_toks": 8}), "base/tiny", "arc-easy")
 
 

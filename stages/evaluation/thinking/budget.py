@@ -16,8 +16,9 @@ them: all of its thinking, across every "Wait", and its answer. Appended text do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from stages.core.errors import Refusal
 from stages.core.numbers import generator
+from stages.corpus.padding import Batching, generate_rows
 from stages.corpus.sampling import Sampled, Stopped, stopped_at
 from stages.evaluation.shared import SharedPrefixLM
 from stages.evaluation.thinking.settings import Thinking
@@ -58,12 +60,19 @@ class BudgetLM(SharedPrefixLM):
 
     Args:
         seed: seeds all draws.
+        penalties: options of `generate`.
         options: those of `SharedPrefixLM`.
     """
 
-    def __init__(self, thinking: Thinking, seed: int, **options: Any) -> None:
+    def __init__(
+        self,
+        thinking: Thinking,
+        seed: int,
+        penalties: Mapping[str, float] = MappingProxyType({}),
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
-        self.thinking = thinking
+        self.thinking, self.penalties = thinking, penalties
         self.budget = thinking.budgets[-1]
         self.draw = 0
         self.replies: dict[str, Reply] = {}
@@ -227,18 +236,27 @@ class BudgetLM(SharedPrefixLM):
                 f"{over} more than the {self.max_length} that the model reads; lower thinking.budgets, shots "
                 "or max_gen_toks."
             )
-        with torch.no_grad():
-            out = self.model.generate(
+
+        def generate(ids: Tensor, mask: Tensor, places: list[int]) -> Tensor:
+            start = ids.shape[1]
+            chosen, most = [numbers[place] for place in places], [limits[place] for place in places]
+            out: Tensor = self.model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                max_new_tokens=max(limits),
+                max_new_tokens=max(most),
                 do_sample=False,
-                logits_processor=[Sampled(start, numbers, self.thinking.temperature, _check_logits)],
-                stopping_criteria=[Stopped(start, limits, stops, self._raw)],
+                logits_processor=[Sampled(start, chosen, self.thinking.temperature, _check_logits)],
+                stopping_criteria=[Stopped(start, most, stops, self._raw)],
                 eos_token_id=self._eos(),
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
+                **self.penalties,
             )
+            return out.cpu()
+
+        allowed: Batching = "equal lengths" if self.batching == "padded" and self.penalties else self.batching
+        with torch.no_grad():
+            out = generate_rows(ids, mask, self.tokenizer.pad_token_id, allowed, generate)
         return [row[:limit] for row, limit in zip(out[:, start:].tolist(), limits, strict=True)]
 
     def _eos(self) -> list[int]:

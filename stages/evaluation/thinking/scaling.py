@@ -49,6 +49,7 @@ def score_draws(
     limit: int | None,
     chat_template: bool,
     seed: int,
+    penalties: Mapping[str, float],
     execute_code: bool = False,
     read: Reading | None = None,
 ) -> SuiteRows:
@@ -59,6 +60,7 @@ def score_draws(
             it is asked once.
         tasks: lm-eval's task, or those of a group; answered by generation, and right or wrong.
         name: the task's name in the result tables.
+        penalties: options of `generate` for thoughts and answers.
         read: the part of a filtered answer that votes are on; None: the part that the task compares.
 
     Raises:
@@ -88,7 +90,7 @@ def score_draws(
         )
         return _Draw(scores, samples, *_votes_and_replies(result, readings, reply_to))
 
-    drawn = _draw_all(lm, thinking, seed, ask)
+    drawn = _draw_all(lm, thinking, seed, penalties, ask)
     scores: list[Score] = []
     samples: list[Sample] = []
     for budget in reversed(thinking.budgets):
@@ -108,7 +110,11 @@ def score_draws(
 
 
 def _draw_all(
-    lm: LM, thinking: Thinking, seed: int, ask: Callable[[LM, Callable[[str, str], Reply]], _Draw]
+    lm: LM,
+    thinking: Thinking,
+    seed: int,
+    penalties: Mapping[str, float],
+    ask: Callable[[LM, Callable[[str, str], Reply]], _Draw],
 ) -> dict[int, list[_Draw]]:
     """Return all draws at every budget."""
     if not isinstance(lm, SharedPrefixLM):
@@ -117,6 +123,7 @@ def _draw_all(
     thinker = BudgetLM(
         thinking,
         seed,
+        penalties,
         kept_answers=lm.kept_answers,
         pretrained=lm.model,
         tokenizer=lm.tokenizer,
