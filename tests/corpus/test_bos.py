@@ -1,4 +1,4 @@
-"""BOS before every row of tokens that a model reads, wherever it is made: as the tokenizer does, or as asked."""
+"""BOS before every row of tokens that a model reads: as the tokenizer puts it, or as asked."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -94,7 +94,7 @@ def test_a_bos_that_the_tokenizer_lacks_is_refused_and_auto_adds_none(reader, ne
     assert auto == without and not begun(auto, made)
 
 
-@pytest.mark.parametrize("value", ["yes", "True", 1, None])
+@pytest.mark.parametrize("value", ["yes", "True", 2, None])
 def test_other_values_are_refused(value):
     with pytest.raises(ValidationError, match="bos"):
         Windows(dataset="news", bos=value)
