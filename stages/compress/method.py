@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stages.compress.statistics import DeadInputs, Statistic
 from stages.compress.walk import walk
 from stages.core.schema import NoData, Recipe
-from stages.corpus.bos import beginning
+from stages.corpus.bos import bos_tokens
 from stages.corpus.generation import model_windows
 from stages.corpus.windows import Calibration, Tokens
 from stages.model import checkpoint
@@ -57,7 +57,7 @@ class Compression(Recipe):
         """
         if isinstance(self.calibration, NoData):
             return {}
-        return {"bos": bool(beginning(tokenizer, self.calibration.bos))}
+        return {"bos": bool(bos_tokens(tokenizer, self.calibration.bos))}
 
     def execute(self, artifact: str, run: Run) -> None:
         """Compress the source and write it as `artifact`.

@@ -20,7 +20,7 @@ Bos = Literal["auto", True, False]
 """Whether rows begin with BOS; `auto` if the tokenizer puts it before a text by itself."""
 
 
-def beginning(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
+def bos_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
     """Return the tokens to put before a row: BOS, or none.
 
     They are whatever the tokenizer puts before a text, which in a few families is more than one token.
@@ -41,7 +41,7 @@ def beginning(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
 
 
 def begin(row: list[int], tokens: list[int]) -> list[int]:
-    """Return `row` after the tokens of `beginning`, unless it has them: a chat template may write BOS."""
+    """Return `row` after the tokens of `bos_tokens`, unless it has them: a chat template may write BOS."""
     return row if row[: len(tokens)] == tokens else tokens + row
 
 

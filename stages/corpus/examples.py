@@ -24,7 +24,7 @@ from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd, torch
 from stages.core.numbers import spaced
 from stages.core.schema import Slug, Strict
-from stages.corpus.bos import Bos, begin, beginning
+from stages.corpus.bos import Bos, begin, bos_tokens
 from stages.corpus.rows import Example, Row, example, pack
 from stages.corpus.taught import TAUGHT, GradedExample, read_lesson
 from stages.corpus.windows import (
@@ -236,7 +236,7 @@ def answer_example(question: Question, chosen: Selection, tokenizer: PreTrainedT
         whole, end = f"{before} {question.completion}", [end_of_text(tokenizer)]
     if not question.completion.strip():
         raise Refusal(f"data set {chosen.dataset}: the answer to {question.prompt[:60]!r} is empty.")
-    bos = beginning(tokenizer, chosen.bos)
+    bos = bos_tokens(tokenizer, chosen.bos)
     prompt = begin(tokenizer.encode(before, add_special_tokens=False), bos)
     tokens = begin(tokenizer.encode(whole, add_special_tokens=False), bos) + end
     # A tokenizer may merge the prompt's last letters with the answer; that token is predicted too.
@@ -315,7 +315,7 @@ def _window_examples(
         bos=chosen.bos,
     )
     learned = text_windows(tokenizer, wanted, vocab_size)
-    bos = beginning(tokenizer, chosen.bos)
+    bos = bos_tokens(tokenizer, chosen.bos)
     text = cut_windows(tokenizer, read_documents(chosen.dataset, "evaluation"), sequence_length)
     evaluation = distinct_rows(begin_windows(text, bos)[:, :sequence_length])
     held_out = take_evenly(

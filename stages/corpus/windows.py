@@ -31,7 +31,7 @@ from stages.core.files import DATASETS
 from stages.core.lazy import torch
 from stages.core.numbers import spaced
 from stages.core.schema import NoData, Seed, Slug, Strict
-from stages.corpus.bos import Bos, beginning
+from stages.corpus.bos import Bos, bos_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], sequen
 
 
 def begin_windows(windows: Tensor, tokens: list[int]) -> Tensor:
-    """Put the tokens of `stages.corpus.bos.beginning` before windows `[n, length]`, whose length grows."""
+    """Put the tokens of `stages.corpus.bos.bos_tokens` before windows `[n, length]`, whose length grows."""
     return torch.cat([torch.tensor(tokens, dtype=windows.dtype).expand(len(windows), -1), windows], 1)
 
 
@@ -185,7 +185,7 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, voc
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size: int) -> Tensor:
     """Return windows spread evenly over the text, whatever `wanted.tokens`; see `calibration_windows`."""
-    tokens = beginning(tokenizer, wanted.bos)
+    tokens = bos_tokens(tokenizer, wanted.bos)
     text = cut_windows(tokenizer, training_documents(wanted.dataset), wanted.sequence_length)
     distinct = distinct_rows(begin_windows(text, tokens)[:, : wanted.sequence_length])
     if len(distinct) < wanted.num_samples:
@@ -241,7 +241,7 @@ def _random_windows(tokenizer: PreTrainedTokenizerBase, wanted: Tokens, vocab_si
         )
     draw = torch.Generator().manual_seed(wanted.seed)
     drawn = ids[torch.randint(len(ids), (wanted.num_samples, wanted.sequence_length), generator=draw)]
-    tokens = beginning(tokenizer, wanted.bos)
+    tokens = bos_tokens(tokenizer, wanted.bos)
     rows = begin_windows(drawn, tokens)[:, : wanted.sequence_length]
     check_token_ids(rows, vocab_size, "random tokens", tokenizer)
     if len(distinct_rows(rows)) < wanted.num_samples:

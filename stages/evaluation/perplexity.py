@@ -23,7 +23,7 @@ from pydantic import Field
 from stages.core.errors import Refusal
 from stages.core.files import text_sha256
 from stages.core.tables import Sample, Score
-from stages.corpus.bos import Bos, beginning
+from stages.corpus.bos import Bos, bos_tokens
 from stages.corpus.windows import begin_windows, cut_windows, read_documents
 from stages.evaluation.emergence import Emergence
 from stages.evaluation.means import mean
@@ -59,7 +59,7 @@ class PerplexitySuite(Suite):
             Refusal: the text has too few windows, a window is longer than the model reads, or the tokenizer
                 lacks the BOS that is asked for.
         """
-        bos = beginning(lm.tokenizer, self.bos)
+        bos = bos_tokens(lm.tokenizer, self.bos)
         texts = read_documents(name, "evaluation")
         rows = self._rows(lm, texts, name, bos)
         first = len(bos) + 1

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed
-from stages.corpus.bos import begin, beginning
+from stages.corpus.bos import begin, bos_tokens
 from stages.corpus.examples import choose_questions, end_of_text, few_shot_text, prompt_text
 from stages.corpus.rows import example
 from stages.corpus.taught import GradedExample, Lesson
@@ -78,7 +78,7 @@ class Answers(Teaching):
         learned, held_out = choose_questions(self)
         questions = learned + held_out
         texts = [prompt_text(question.prompt, self.chat_template, tokenizer) for question in questions]
-        bos = beginning(tokenizer, self.bos)
+        bos = bos_tokens(tokenizer, self.bos)
         prompts = [begin(tokenizer.encode(text, add_special_tokens=False), bos) for text in texts]
         shots = few_shot_text(self.dataset, self.shots)
         shown = [begin(tokenizer.encode(shots + text, add_special_tokens=False), bos) for text in texts]

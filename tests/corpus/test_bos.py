@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from stages.core.errors import Refusal
 from stages.core.tables import subject
-from stages.corpus.bos import begin, beginning, begun
+from stages.corpus.bos import begin, begun, bos_tokens
 from stages.corpus.examples import Question, Train, answer_example, load_examples
 from stages.corpus.generation import model_windows
 from stages.corpus.windows import Calibration, Windows, calibration_windows
@@ -132,8 +132,8 @@ def test_a_template_that_writes_bos_is_not_given_another(news):
 
 
 def test_a_tokenizer_is_asked_by_encoding():
-    assert beginning(begins.tokenizer("bos", bos_token="<eos>"), "auto") == [BOS]
-    assert beginning(begins.tokenizer("end only"), "auto") == []
+    assert bos_tokens(begins.tokenizer("bos", bos_token="<eos>"), "auto") == [BOS]
+    assert bos_tokens(begins.tokenizer("end only"), "auto") == []
 
 
 def chosen(bos: Any) -> Params:

@@ -17,7 +17,7 @@ from stages.core.errors import Refusal
 from stages.core.files import DATASETS
 from stages.core.lazy import pd, torch
 from stages.core.schema import Slug, Strict
-from stages.corpus.bos import Bos, begin, beginning
+from stages.corpus.bos import Bos, begin, bos_tokens
 from stages.corpus.examples import few_shot_text
 from stages.pruning.depth.ablate import ScoredRows
 
@@ -48,7 +48,7 @@ class Items(Strict):
             raise Refusal(
                 f"data set {self.dataset} has no training items; set datasets.{self.dataset}.train above 0."
             )
-        bos = beginning(tokenizer, self.bos)
+        bos = bos_tokens(tokenizer, self.bos)
         examples = few_shot_text(self.dataset, self.shots)
         sequences: list[Tensor] = []
         prompt_lengths: list[int] = []
