@@ -284,8 +284,8 @@ def runs(branch: str | None = None) -> list[PastRun]:
     Raises:
         Refusal: there is no such branch, or no run is on it.
     """
-    names = git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/remotes").splitlines()
-    wanted = [name for name in names if branch in (None, name, name.removeprefix("origin/"))]
+    names = git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/remotes").split("\n")
+    wanted = [name for name in names if name and branch in (None, name, name.removeprefix("origin/"))]
     if branch in wanted:
         wanted = [branch]
     found = [run for name in wanted if not name.endswith("/HEAD") for run in _runs_on(name)]
@@ -306,7 +306,8 @@ def run_table(listed: list[PastRun]) -> Table:
 def _runs_on(branch: str) -> list[PastRun]:
     state, source = (f"%(trailers:key={key},valueonly,separator=)" for key in ("Run-State", "Run-Source"))
     fields = f"--format=%cI%x00{state}%x00{source}%x00%s"
-    lines = git("log", "--first-parent", fields, branch, "--").splitlines()
+    # Messages are people's: other characters that splitlines takes for the end of a line may be in one.
+    lines = git("log", "--first-parent", fields, branch, "--").split("\n")
     rows = [line.split("\0") for line in lines]
     listed = []
     for back, (when, ended, start, subject) in enumerate(rows):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stages.compress.statistics import DeadInputs, Statistic
 from stages.compress.walk import walk
 from stages.core.schema import NoData, Recipe
+from stages.corpus.bos import bos_tokens
 from stages.corpus.generation import model_windows
 from stages.corpus.windows import Calibration, Tokens
 from stages.model import checkpoint
@@ -47,6 +48,16 @@ class Compression(Recipe):
         """Return the calibration, unless it reads no data set."""
         free = isinstance(self.calibration, NoData) or getattr(self.calibration, "tokens", None) == "random"
         return {} if free else {"calibration": self.calibration}
+
+    def bos_note(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+        """Return, for the record, whether the calibration's rows begin with BOS; nothing if it reads none.
+
+        Raises:
+            Refusal: they must begin with BOS, and the tokenizer has none.
+        """
+        if isinstance(self.calibration, NoData):
+            return {}
+        return {"bos": bool(bos_tokens(tokenizer, self.calibration.bos))}
 
     def execute(self, artifact: str, run: Run) -> None:
         """Compress the source and write it as `artifact`.
@@ -102,14 +113,15 @@ class WholeModel(Compression):
         from stages.model.source import load_source
 
         self.check()
-        tokenizer = load_tokenizer(self.source)  # refused before any work
+        tokenizer = load_tokenizer(self.source)  # refused before any work, as is a BOS that it lacks
+        bos = self.bos_note(tokenizer)
         model = load_source(self.source, run)
 
         def windows() -> Tensor:
             return model_windows(tokenizer, self.calibration, embedding_rows(model), lambda: model)
 
         change = self.change(model, Context(tokenizer, windows, run.seed, artifact))
-        checkpoint.save(artifact, model, self, run, zeros=change.zeros, notes=change.notes)
+        checkpoint.save(artifact, model, self, run, zeros=change.zeros, notes={**change.notes, **bos})
 
 
 class WeightMethod(Compression):
@@ -164,6 +176,7 @@ class WeightMethod(Compression):
         from stages.model.stream import Streamed
 
         source = Streamed(artifact, self, run)
+        bos = self.bos_note(source.tokenizer)
 
         @cache
         def windows() -> Tensor:
@@ -175,7 +188,7 @@ class WeightMethod(Compression):
         # Generating windows loads the whole model, so it comes before embeddings are loaded.
         text = windows() if self.statistic else None
         self._replace_all(source, plan, text)
-        source.finish(self.notes(plan))
+        source.finish({**self.notes(plan), **bos})
 
     def _replace_all(self, source: Streamed, plan: Any, windows: Tensor | None) -> None:
         """Walk over the blocks of `source` and replace the weight of every linear."""

@@ -36,14 +36,14 @@ def _shuffled(prompt: str, draw: random.Random) -> str:
 
     Of "Sort b, a:" these are a and b: the responder knows what the task is about, but not how to do it.
     """
-    lines = [spoken for line in prompt.splitlines() if (spoken := words(line))]
+    lines = [spoken for line in prompt.split("\n") if (spoken := words(line))]
     mentioned = lines[-1][1:] if lines else []
     return " ".join(draw.sample(mentioned, len(mentioned)))
 
 
 def _previous(prompt: str, draw: random.Random) -> str:
     """Say the last word of the example before the question: the responder knows what an answer looks like."""
-    lines = [line for line in prompt.splitlines() if line.strip()]
+    lines = [line for line in prompt.split("\n") if line.strip()]
     return lines[-2].split()[-1] if len(lines) > 1 else ""
 
 

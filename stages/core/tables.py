@@ -42,7 +42,7 @@ class Subject:
     group_size: int | None = None
     finetune_method: str | None = None
     calibration: str
-    """What its recipes read, for people."""
+    """What its recipes read, and whether after BOS, for people."""
     layout: str
     num_parameters: int
     bits_per_weight: float
@@ -75,6 +75,8 @@ class Score:
     """What lowers the odds of repetition in generated text, beside the model."""
     cut_prompts: int | None = None
     """Prompts that lost their beginning, as the model reads fewer tokens; None where nothing may be cut."""
+    bos: bool | None = None
+    """Whether the model read BOS first; None for a responder without knowledge."""
     prompt_hash: str | None = None
     difficulty: str = "all"
     readout: str
@@ -176,7 +178,8 @@ def subject(record: Mapping[str, Any]) -> Subject:
             facts |= {"bits": grid["bits"], "group_size": grid["group_size"]}
         for text in recipe.values():
             if isinstance(text, dict) and "dataset" in text:
-                read += _read(stage, text, record["texts"])
+                after_bos = record.get("notes", {}).get(artifact, {}).get("bos", False)
+                read += _read(stage, text, record["texts"], after_bos)
     lineage = list(record["lineage"])
     sizes = ("sparsity", "layout", "num_parameters", "bits_per_weight", "bytes_ideal", "bytes_on_disk")
     return Subject(
@@ -192,18 +195,20 @@ def subject(record: Mapping[str, Any]) -> Subject:
     )
 
 
-def _read(stage: str, text: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
+def _read(stage: str, text: Mapping[str, Any], sources: Mapping[str, str], after_bos: bool) -> list[str]:
     """Say what a recipe reads, for people."""
-    name = text["dataset"]
+    name, end = text["dataset"], " after BOS" if after_bos else ""
     if "shots" in text:
-        return [f"{stage}: {name} ({sources[name]}) graded items"]
+        return [f"{stage}: {name} ({sources[name]}) graded items{end}"]
     if "num_samples" not in text:
         return []
     size = f"{text['num_samples']}x{text['sequence_length']}"
     kind = text.get("tokens", "text")
     if kind == "random":
-        return [f"{stage}: random tokens {size}"]
-    return [f"{stage}: {'generated from ' if kind == 'generated' else ''}{name} ({sources[name]}) {size}"]
+        return [f"{stage}: random tokens {size}{end}"]
+    return [
+        f"{stage}: {'generated from ' if kind == 'generated' else ''}{name} ({sources[name]}) {size}{end}"
+    ]
 
 
 def _grid(base: Mapping[str, Any]) -> str | None:

@@ -2,7 +2,8 @@
 
 Running text is cut into windows, and every token of a window except the first is predicted. Of a question
 with its answer only the answer is predicted, including the end of text, so that the model learns to give
-answers and not to write questions (completion-only loss). Held-out examples are never trained on: they come
+answers and not to write questions (completion-only loss). Both begin with BOS where the model expects it
+(see `stages.corpus.bos`). Held-out examples are never trained on: they come
 from the evaluation split of a text, the test items of a graded data set, or other rows of a benchmark's
 split.
 
@@ -23,10 +24,12 @@ from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd, torch
 from stages.core.numbers import spaced
 from stages.core.schema import Slug, Strict
+from stages.corpus.bos import Bos, begin, bos_tokens
 from stages.corpus.rows import Example, Row, example, pack
 from stages.corpus.taught import TAUGHT, GradedExample, read_lesson
 from stages.corpus.windows import (
     Windows,
+    begin_windows,
     check_token_ids,
     cut_windows,
     distinct_rows,
@@ -54,6 +57,8 @@ class Selection(Strict):
     chat_template: bool = False
     """Whether a question is the user's turn and its answer the assistant's. Otherwise a space separates them
     and the end of text follows. Only for data sets of questions: graded ones and benchmarks."""
+    bos: Bos = "auto"
+    """Whether BOS is put before an example; a chat template may write it all the same."""
     split: str | None = None
     """A benchmark's split, such as train; training and held-out examples are both rows of it."""
     prompt: str | None = None
@@ -66,7 +71,7 @@ class Train(Selection):
     """The examples a recipe trains on, in rows."""
 
     sequence_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens of a window, or at most of a row of questions and answers."""
+    """Tokens of a window, or at most of a row of questions and answers; BOS counts."""
     packing: bool = False
     """Whether a row holds as many questions and answers as fit; otherwise each has its own row, padded to the
     longest of its batch."""
@@ -231,8 +236,9 @@ def answer_example(question: Question, chosen: Selection, tokenizer: PreTrainedT
         whole, end = f"{before} {question.completion}", [end_of_text(tokenizer)]
     if not question.completion.strip():
         raise Refusal(f"data set {chosen.dataset}: the answer to {question.prompt[:60]!r} is empty.")
-    prompt = tokenizer.encode(before, add_special_tokens=False)
-    tokens = tokenizer.encode(whole, add_special_tokens=False) + end
+    bos = bos_tokens(tokenizer, chosen.bos)
+    prompt = begin(tokenizer.encode(before, add_special_tokens=False), bos)
+    tokens = begin(tokenizer.encode(whole, add_special_tokens=False), bos) + end
     # A tokenizer may merge the prompt's last letters with the answer; that token is predicted too.
     start = next(
         (at for at, pair in enumerate(zip(prompt, tokens, strict=False)) if len(set(pair)) > 1), len(prompt)
@@ -302,13 +308,23 @@ def _kind(dataset: str) -> str:
 def _window_examples(
     chosen: Selection, sequence_length: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> tuple[list[GradedExample], list[GradedExample]]:
-    wanted = Windows(dataset=chosen.dataset, num_samples=chosen.num_samples, sequence_length=sequence_length)
-    learned = text_windows(tokenizer, wanted, vocab_size)
-    evaluation = cut_windows(tokenizer, read_documents(chosen.dataset, "evaluation"), sequence_length)
-    held_out = take_evenly(
-        chosen, list(distinct_rows(evaluation)), "held_out", f"held-out windows of {sequence_length} tokens"
+    wanted = Windows(
+        dataset=chosen.dataset,
+        num_samples=chosen.num_samples,
+        sequence_length=sequence_length,
+        bos=chosen.bos,
     )
-    return [GradedExample(example(row)) for row in learned], [GradedExample(example(row)) for row in held_out]
+    learned = text_windows(tokenizer, wanted, vocab_size)
+    bos = bos_tokens(tokenizer, chosen.bos)
+    text = cut_windows(tokenizer, read_documents(chosen.dataset, "evaluation"), sequence_length)
+    evaluation = distinct_rows(begin_windows(text, bos)[:, :sequence_length])
+    held_out = take_evenly(
+        chosen, list(evaluation), "held_out", f"held-out windows of {sequence_length} tokens"
+    )
+    learned_examples, held_out_examples = (
+        [GradedExample(example(row, len(bos))) for row in rows] for rows in (learned, held_out)
+    )
+    return learned_examples, held_out_examples
 
 
 def _graded_questions(dataset: str, split: str) -> list[Question]:

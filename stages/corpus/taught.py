@@ -3,8 +3,8 @@
 `train.parquet` and `held_out.parquet` have a row per example: `difficulty`, `input_ids`, `start` (the first
 predicted token) and `text`, for people. `teacher.safetensors` has the teacher's distributions at the
 predicted tokens of `train`, example after example: `tokens` `[n, k]` int32 and `log_probabilities` `[n, k +
-1]` fp32 (see `rows.TopLogits`). Token ids mean nothing to another vocabulary, so its hash is stored and
-compared.
+1]` fp32 (see `rows.TopLogits`). Token ids mean nothing to another vocabulary, so its hash is stored in
+`dataset.json` and compared. `bos` there says whether all examples begin with BOS.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, read_json, source_of, text_sha256, write_json
 from stages.core.lazy import np, pd, torch
+from stages.corpus.bos import begun
 from stages.corpus.rows import Example, TopLogits, example, join_teachers
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def write_lesson(
         "made_of": made_of,
         "recipe": recipe,
         "vocabulary": vocabulary_hash(tokenizer),
+        "bos": begun((item.example.input_ids.tolist() for item in lesson.train + lesson.held_out), tokenizer),
         "items": {"train": len(lesson.train), "held_out": len(lesson.held_out)},
     }
     write_json(folder / DATASET, facts | lesson.facts)

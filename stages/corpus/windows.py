@@ -7,6 +7,10 @@ statistic. They are disjoint pieces of the text, so they are distinct unless the
 repeated windows are dropped. Evaluation reads the other split (see `stages.sources.text`), which shares no
 document and no run of 13 words with this one; the splits of a graded data set share no item.
 
+Where the model expects it, BOS is the first of a window's tokens (see `stages.corpus.bos`), and the last of
+its text gives way. So a window has `sequence_length` tokens and begins at the same place of the text, with
+BOS and without.
+
 A method may also be calibrated on the model's own continuations of those windows (`tokens: generated`, see
 `stages.corpus.generation`) or, as a control, on no text at all: token ids drawn uniformly from the vocabulary
 (`tokens: random`).
@@ -27,6 +31,7 @@ from stages.core.files import DATASETS
 from stages.core.lazy import torch
 from stages.core.numbers import spaced
 from stages.core.schema import NoData, Seed, Slug, Strict
+from stages.corpus.bos import Bos, bos_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +49,12 @@ Sequential = Literal["linear", "block", "none"]
 
 
 class Windows(Strict):
-    """`num_samples` windows of `sequence_length` tokens of a data set."""
+    """`num_samples` windows of `sequence_length` tokens of a data set, BOS included."""
 
     dataset: Slug
     num_samples: Annotated[int, Field(ge=1)] = 64
     sequence_length: Annotated[int, Field(ge=8)] = 512
+    bos: Bos = "auto"
 
 
 class Tokens(Windows):
@@ -62,7 +68,7 @@ class Tokens(Windows):
     temperature: Annotated[float, Field(ge=1e-6)] | None = None
     """Divides the logits of generated tokens; near zero the likeliest token is drawn."""
     prompt_length: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of each window that prompt the model, which generates the rest."""
+    """Tokens of each window, BOS included, that prompt the model, which generates the rest."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Windows per batch, for when memory is short; null is all of them for generating and about 4096 tokens
     for reading."""
@@ -123,11 +129,16 @@ OptionalTokens = Annotated[
 def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], sequence_length: int) -> Tensor:
     """Cut documents into `[windows, sequence_length]` int64 token ids, tail dropped.
 
-    No special tokens are added: the windows are running text, as in the pruning papers.
+    No special tokens are added: the windows are running text. `begin_windows` adds BOS.
     """
     ids = tokenizer("\n\n".join(documents), add_special_tokens=False, return_tensors="pt").input_ids[0]
     count = ids.numel() // sequence_length
     return ids[: count * sequence_length].view(count, sequence_length)
+
+
+def begin_windows(windows: Tensor, tokens: list[int]) -> Tensor:
+    """Put the tokens of `stages.corpus.bos.bos_tokens` before windows `[n, length]`, whose length grows."""
+    return torch.cat([torch.tensor(tokens, dtype=windows.dtype).expand(len(windows), -1), windows], 1)
 
 
 def read_documents(dataset: str, split: str, root: Path = DATASETS) -> list[str]:
@@ -174,9 +185,9 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, voc
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size: int) -> Tensor:
     """Return windows spread evenly over the text, whatever `wanted.tokens`; see `calibration_windows`."""
-    distinct = distinct_rows(
-        cut_windows(tokenizer, training_documents(wanted.dataset), wanted.sequence_length)
-    )
+    tokens = bos_tokens(tokenizer, wanted.bos)
+    text = cut_windows(tokenizer, training_documents(wanted.dataset), wanted.sequence_length)
+    distinct = distinct_rows(begin_windows(text, tokens)[:, : wanted.sequence_length])
     if len(distinct) < wanted.num_samples:
         raise Refusal(
             f"data set {wanted.dataset} has {len(distinct)} distinct windows of {wanted.sequence_length} "
@@ -229,7 +240,10 @@ def _random_windows(tokenizer: PreTrainedTokenizerBase, wanted: Tokens, vocab_si
             "embedding; use a checkpoint whose embedding covers its tokenizer."
         )
     draw = torch.Generator().manual_seed(wanted.seed)
-    rows = ids[torch.randint(len(ids), (wanted.num_samples, wanted.sequence_length), generator=draw)]
+    drawn = ids[torch.randint(len(ids), (wanted.num_samples, wanted.sequence_length), generator=draw)]
+    tokens = bos_tokens(tokenizer, wanted.bos)
+    rows = begin_windows(drawn, tokens)[:, : wanted.sequence_length]
+    check_token_ids(rows, vocab_size, "random tokens", tokenizer)
     if len(distinct_rows(rows)) < wanted.num_samples:
         raise Refusal(
             f"random tokens: some of {wanted.num_samples} windows of {wanted.sequence_length} tokens drawn "

@@ -3,7 +3,8 @@
 
 A block turns the state h of a token into h'. The mutual information I(h'; h) is the share of the entropy of
 h' that knowing h removes. The macro variable is the state of a window's last token, which has seen the whole
-window; the micro variable is the state of the same token fed alone. For each block, in bits,
+window; the micro variable is the state of the same token fed alone, in both after BOS where the model expects
+it. For each block, in bits,
 
     IE = I(h'; h) of the macro variable - I(h'; h) of the micro variable
 
@@ -26,9 +27,9 @@ from stages.core.lazy import torch
 from stages.core.numbers import spaced
 from stages.core.schema import Strict
 from stages.core.tables import Score
-from stages.corpus.windows import cut_windows, read_documents
+from stages.corpus.windows import begin_windows, cut_windows, read_documents
 from stages.evaluation.means import mean
-from stages.model.blocks import blocks
+from stages.model.blocks import blocks, check_length
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -41,22 +42,27 @@ class Emergence(Strict):
     windows: Annotated[int, Field(ge=64)] = 1024
     """Half of them to fit on, half to read."""
     sequence_length: Annotated[int, Field(ge=2)] = 8
-    """Tokens of a window."""
+    """Tokens of text in a window; BOS comes on top."""
     steps: Annotated[int, Field(ge=1)] = 200
     """Steps of fitting."""
     width: Annotated[int, Field(ge=1)] = 64
     """Width of the network."""
 
-    def evaluate(self, lm: HFLM, name: str, seed: int, batch_size: int) -> list[Score]:
+    def evaluate(self, lm: HFLM, name: str, seed: int, batch_size: int, bos: list[int]) -> list[Score]:
         """Score the mean over blocks, then each block, named in `difficulty`.
 
+        Args:
+            bos: the tokens to put before a window, and before a token alone.
+
         Raises:
-            Refusal: the text has too few windows.
+            Refusal: the text has too few windows, or they are longer than the model reads.
         """
         from stages.evaluation.mine import mutual_information  # imports torch
 
         rows = self._rows(lm, name, seed)
-        whole, alone = states(lm.model, rows, batch_size), states(lm.model, rows[:, -1:], batch_size)
+        whole, alone = (
+            states(lm.model, begin_windows(part, bos), batch_size) for part in (rows, rows[:, -1:])
+        )
         by_block = []
         for block in tqdm(range(len(whole) - 1)):
             macro, micro = (
@@ -73,6 +79,7 @@ class Emergence(Strict):
                 task=f"emergence-{name}",
                 task_version=f"windows of {self.sequence_length}, {self.steps} steps, width {self.width}",
                 shots=0,
+                bos=bool(bos),
                 difficulty=level,
                 readout="states",
                 metric="information_emergence",
@@ -103,6 +110,7 @@ def states(model: nn.Module, rows: Tensor, batch_size: int) -> list[Tensor]:
     Args:
         rows: `[rows, tokens]` int64.
     """
+    check_length(model, rows)
     layers = [block for _, block in blocks(model)]
     kept: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
 

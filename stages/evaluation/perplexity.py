@@ -5,6 +5,9 @@ windows; the tail is dropped. In each window every token but the first is predic
 Perplexity is exp of the mean negative log-likelihood of all predicted tokens. lm-eval's word perplexity is
 another quantity.
 
+Where the model expects it, BOS is read before each window (see `stages.corpus.bos`). The predicted tokens,
+`sequence_length` - 1 a window, are the same with it and without, so that both can be compared.
+
 Bits per byte is the same sum in bits, over the bytes of the predicted text. It compares models with different
 tokenizers, which perplexity does not.
 """
@@ -20,7 +23,8 @@ from pydantic import Field
 from stages.core.errors import Refusal
 from stages.core.files import text_sha256
 from stages.core.tables import Sample, Score
-from stages.corpus.windows import cut_windows, read_documents
+from stages.corpus.bos import Bos, bos_tokens
+from stages.corpus.windows import begin_windows, cut_windows, read_documents
 from stages.evaluation.emergence import Emergence
 from stages.evaluation.means import mean
 from stages.evaluation.suite import Suite, SuiteRows
@@ -41,6 +45,8 @@ class PerplexitySuite(Suite):
 
     windows: Annotated[int, Field(ge=2)]
     sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens of text in a window; BOS comes on top."""
+    bos: Bos = "auto"
     emergence: Emergence | None = None
     """Information Emergence of every block on the same text; null: not estimated."""
 
@@ -50,11 +56,14 @@ class PerplexitySuite(Suite):
         Without a fast tokenizer, which says which characters a token stands for, there is no `bits_per_byte`.
 
         Raises:
-            Refusal: the text has too few windows, or a window is longer than the model reads.
+            Refusal: the text has too few windows, a window is longer than the model reads, or the tokenizer
+                lacks the BOS that is asked for.
         """
+        bos = bos_tokens(lm.tokenizer, self.bos)
         texts = read_documents(name, "evaluation")
-        rows = self._rows(lm, texts, name)
-        requests = [(("", ""), row[:1], row[1:]) for row in rows]
+        rows = self._rows(lm, texts, name, bos)
+        first = len(bos) + 1
+        requests = [(("", ""), row[:first], row[first:]) for row in rows]
         likelihoods = [total for total, _ in lm._loglikelihood_tokens(requests)]
         losses = [-total / (self.sequence_length - 1) for total in likelihoods]
         hashes = [text_sha256(repr(row)) for row in rows]
@@ -63,6 +72,7 @@ class PerplexitySuite(Suite):
             task=f"perplexity-{name}",
             task_version=f"windows of {self.sequence_length}",
             shots=0,
+            bos=bool(bos),
             prompt_hash=text_sha256("".join(hashes)),
             readout="likelihood",
             metric="perplexity",
@@ -78,7 +88,7 @@ class PerplexitySuite(Suite):
             ratio, stderr = _bits_per_byte(likelihoods, sizes)
             scores.append(replace(score, metric="bits_per_byte", value=ratio, stderr=stderr))
         if self.emergence and hasattr(lm, "model"):  # a responder without knowledge has no blocks
-            scores += self.emergence.evaluate(lm, name, seed, self.batch_size)
+            scores += self.emergence.evaluate(lm, name, seed, self.batch_size, bos)
         samples = [
             Sample(
                 task=score.task,
@@ -93,12 +103,14 @@ class PerplexitySuite(Suite):
         ]
         return scores, samples
 
-    def _rows(self, lm: HFLM, texts: list[str], name: str) -> list[list[int]]:
-        """Return the token ids of the windows."""
-        if self.sequence_length > lm.max_length:
+    def _rows(self, lm: HFLM, texts: list[str], name: str, bos: list[int]) -> list[list[int]]:
+        """Return the token ids of the windows, each after `bos`."""
+        # The last token of a window is predicted and not read, which makes room for one token of BOS.
+        longest = lm.max_length - max(0, len(bos) - 1)
+        if self.sequence_length > longest:
             raise Refusal(
                 f"suites.perplexity.{name}.sequence_length is {self.sequence_length}, but the model reads "
-                f"{lm.max_length} tokens at most; set it to that or less."
+                f"{longest} tokens at most; set it to that or less."
             )
         whole = cut_windows(lm.tokenizer, texts, self.sequence_length)
         if len(whole) < self.windows:
@@ -106,7 +118,7 @@ class PerplexitySuite(Suite):
                 f"suites.perplexity.{name}.windows is {self.windows}, but the evaluation split has "
                 f"{len(whole)} windows of {self.sequence_length} tokens; ask for fewer."
             )
-        rows: list[list[int]] = whole[: self.windows].tolist()
+        rows: list[list[int]] = begin_windows(whole[: self.windows], bos).tolist()
         return rows
 
 

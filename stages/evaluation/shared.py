@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from stages.core.errors import Refusal
 from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows
+from stages.core.lazy import mock
 from stages.corpus.windows import check_token_ids
 
 if TYPE_CHECKING:
@@ -111,8 +112,12 @@ class SharedPrefixLM(HFLM):
         return [(total, greedy) for total, greedy in self._answers("loglikelihood", requests, ask)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return each whole text's log-likelihood in nats."""
+        """Return each whole text's log-likelihood in nats.
 
+        lm-eval puts BOS before a text. If the tokenizer did so too, the second would be predicted.
+        """
+
+        @mock.patch.object(self, "add_bos_token", False)
         def ask() -> list[Any]:
             return super(SharedPrefixLM, self).loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.files import text_sha256
 from stages.core.tables import Sample, Score
+from stages.corpus.bos import begun
 from stages.evaluation.means import mean, standard_error
 from stages.evaluation.suite import Penalties
 
@@ -102,6 +103,7 @@ def rows_of(
         "template": _template_hash(lm) if chat_template else "none",
         "shots": result["n-shot"].get(tasks[0], config.get("num_fewshot") or 0),
         "penalties": _penalties(config.get("generation_kwargs") or {}),
+        "bos": _reads_bos(lm, result["samples"][tasks[0]][0], config["output_type"]),
         "seed": seed,
     }
     scores: list[Score] = []
@@ -248,6 +250,14 @@ def _penalties(options: Mapping[str, Any]) -> str:
     """Return what lowers the odds of repetition, of the options of generation."""
     named = (name for name in Penalties.model_fields if name in options)
     return ", ".join(f"{name} {options[name]}" for name in named) or "none"
+
+
+def _reads_bos(lm: LM, item: Mapping[str, Any], output_type: str) -> bool | None:
+    """Tell whether the model reads BOS before a prompt; None for a responder without knowledge."""
+    if not hasattr(lm, "prefix_token_id"):
+        return None
+    prompt = "" if output_type == "loglikelihood_rolling" else item["arguments"][0][0]
+    return begun([lm.tok_encode(prompt) if prompt else [lm.prefix_token_id]], lm.tokenizer)
 
 
 def _template_hash(lm: LM) -> str:

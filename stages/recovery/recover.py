@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from stages.core.files import SCRATCH
 from stages.corpus import examples
+from stages.corpus.bos import begun
 from stages.model import artifact, checkpoint, resume
 from stages.recovery.curve import write_curve
 from stages.recovery.grids import source_grid
@@ -36,8 +37,10 @@ def recover(recipe: Tuning, run: Run, name: str) -> None:
         points = train(f"finetune {name}", recipe, arm, data, checkpoints)
         recovered = arm.finish()
         write_curve(points, name)
+        rows = [item.input_ids.tolist() for row in data.train + data.held_out for item in row]
         notes = {
             **recovered.notes,
+            "bos": begun(rows, tokenizer),
             "steps": points[-1].step,
             "tokens": points[-1].tokens,
             "trained_parameters": sum(parameter.numel() for parameter in arm.trained().values()),

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed
+from stages.corpus.bos import begin, bos_tokens
 from stages.corpus.examples import choose_questions, end_of_text, few_shot_text, prompt_text
 from stages.corpus.rows import example
 from stages.corpus.taught import GradedExample, Lesson
@@ -77,9 +78,10 @@ class Answers(Teaching):
         learned, held_out = choose_questions(self)
         questions = learned + held_out
         texts = [prompt_text(question.prompt, self.chat_template, tokenizer) for question in questions]
-        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        bos = bos_tokens(tokenizer, self.bos)
+        prompts = [begin(tokenizer.encode(text, add_special_tokens=False), bos) for text in texts]
         shots = few_shot_text(self.dataset, self.shots)
-        shown = [tokenizer.encode(shots + text, add_special_tokens=False) for text in texts]
+        shown = [begin(tokenizer.encode(shots + text, add_special_tokens=False), bos) for text in texts]
         config = model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         longest = max(map(len, shown)) + self.max_new_tokens

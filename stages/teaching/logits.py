@@ -32,7 +32,7 @@ class Logits(Teaching):
 
     method: Literal["logits"]
     sequence_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens of a window; questions and answers keep their lengths."""
+    """Tokens of a window, BOS included; questions and answers keep their lengths."""
     top: Annotated[int, Field(ge=1)] | None = 64
     """Tokens kept of each distribution, eight bytes each; null keeps the whole vocabulary."""
 

@@ -78,6 +78,9 @@ def test_what_speakers_say():
     assert {"".join(order.split()) for order in orders} == set(map("".join, itertools.permutations("xyz")))
     assert responder_lm("previous").generate_until(request("Sum 1, 1: 2\nSum 1, 2:")) == ["2"]
     assert responder_lm("previous").generate_until(request("Sum 1, 2:")) == [""]
+    separated = "Say a\x0cb: c\u2028d\nSay e\x85f:"  # lines end at line feeds only
+    assert responder_lm("previous").generate_until(request(separated)) == ["d"]
+    assert sorted(responder_lm("shuffled").generate_until(request(separated))[0].split()) == ["e", "f"]
     long = {"max_gen_toks": 10**6}
     assert responder_lm("repeat").generate_until(request("", **long)) == [" ".join(["the"] * 300)]
     words = responder_lm("random-words").generate_until(request("", **long))[0].split()

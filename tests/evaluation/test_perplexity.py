@@ -1,6 +1,8 @@
 """Perplexity and bits per byte against the same quantities written out slowly."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -10,14 +12,14 @@ from hypothesis import strategies as st
 from stages.core.errors import Refusal
 from stages.evaluation.perplexity import predicted_bytes
 from stages.job.params import Params
-from tests import families, fewrows
+from tests import begins, families, fewrows
 from tests.pipeline import do, load, params
 from tests.scoring import changed, log_likelihood, scored
 
 pytestmark = pytest.mark.numerics
 
 
-def asking(**options: int) -> Params:
+def asking(**options: Any) -> Params:
     """Params with one suite, of perplexity."""
     news = {"windows": 3, "sequence_length": 32, "batch_size": 2} | options
     suites = {"perplexity": {"news": news}, "graded": {}, "benchmark": {}}
@@ -45,6 +47,62 @@ def test_perplexity_is_the_slow_one(workspace):
     assert samples["score"].tolist() == pytest.approx(losses, rel=2e-3)
     assert row["task_version"] == f"windows of {length}"
     assert row["candidate"] == "base/tiny" and row["suite"] == "news" and row["calibration"] == "none"
+
+
+def with_tokenizer(kind: str, **options: Any) -> None:
+    begins.tokenizer(kind, **options).save_pretrained("data/models/base/tiny")
+
+
+def test_bos_is_context_and_the_same_tokens_are_scored(workspace):
+    do(params("llama", {}))
+    with_tokenizer("bos")
+    found = {bos: scored(asking(bos=bos), "base/tiny", "news") for bos in ("auto", True, False)}
+    with_tokenizer("none")
+    found["none"] = scored(asking(), "base/tiny", "news")
+    for name in ("auto", True):
+        pd.testing.assert_frame_equal(found[name][0], found["auto"][0])
+    for table in (0, 1):
+        pd.testing.assert_frame_equal(found[False][table], found["none"][table])
+    assert {name: set(scores["bos"]) for name, (scores, _) in found.items()} == {
+        "auto": {True}, True: {True}, False: {False}, "none": {False},
+    }  # fmt: skip
+
+    text = "\n\n".join(pd.read_parquet("data/datasets/news/evaluation.parquet")["text"])
+    ids, model = families.tokenizer()(text).input_ids, load("base/tiny")
+    for name, before in (("auto", [begins.BOS]), (False, [])):
+        likelihoods = [row[0] for row in found[name][1]["log_likelihoods"]]
+        expected = [
+            log_likelihood(model, before + ids[start : start + 1], ids[start + 1 : start + 32])
+            for start in (0, 32, 64)
+        ]
+        assert likelihoods == pytest.approx(expected, rel=2e-3)
+        perplexity, per_byte = found[name][0]["value"]
+        # A byte is a token, and as many are predicted with BOS as without: 31 a window.
+        assert perplexity == pytest.approx(2**per_byte, rel=1e-6)
+
+
+def test_a_window_may_be_as_long_as_the_model_reads_with_bos_too(workspace):
+    do(params("llama", {}))
+    values = []
+    for kind in ("bos", "none"):
+        with_tokenizer(kind)
+        scores, samples = scored(asking(windows=2, sequence_length=256), "base/tiny", "news")
+        values.append(scores["value"].iloc[0])
+        assert len(samples) == 2
+    assert values[0] != values[1]
+    with_tokenizer("two tokens")
+    with pytest.raises(
+        Refusal, match=r"news\.sequence_length is 256, but the model reads 255 tokens at most"
+    ):
+        scored(asking(windows=2, sequence_length=256), "base/tiny", "news")
+
+
+def test_a_bos_that_the_tokenizer_lacks_is_refused(workspace):
+    do(params("llama", {}))
+    with_tokenizer("none", bos_token=None)
+    with pytest.raises(Refusal, match="bos is true, but the model's tokenizer has no BOS token"):
+        scored(asking(bos=True), "base/tiny", "news")
+    assert not (Path("data/results") / "base/tiny/news").exists()
 
 
 def test_windows_are_not_padded_so_the_batch_size_only_changes_rounding(workspace):

@@ -10,7 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from stages.core.errors import Refusal
 from stages.evaluation import shared
-from tests import families
+from tests import begins, families
+from tests.scoring import log_likelihood
 
 pytestmark = pytest.mark.numerics
 FEWSHOT = "2 + 3 = 5\n7 - 1 = 6\n"
@@ -66,6 +67,19 @@ def test_generations_are_lm_evals(family, batch_size):
         assert sharing.generate_until(requests, disable_tqdm=True) == plain.generate_until(
             requests, disable_tqdm=True
         )
+
+
+def test_a_whole_text_is_read_after_one_bos():
+    """lm-eval puts BOS first; a tokenizer that does so too would have BOS predicted."""
+    model, request = families.model("llama").float(), Instance("loglikelihood_rolling", {}, ("4 + 4",), 0)
+    values = [
+        shared.SharedPrefixLM(
+            pretrained=model, tokenizer=begins.tokenizer(kind), batch_size=2
+        ).loglikelihood_rolling([request], disable_tqdm=True)[0]
+        for kind in ("none", "bos")
+    ]
+    expected = log_likelihood(model, [begins.BOS], families.tokenizer()("4 + 4").input_ids)
+    assert values == pytest.approx([expected, expected], abs=1e-3)
 
 
 def test_prompts_with_tokens_that_the_embedding_lacks_are_refused():

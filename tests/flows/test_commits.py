@@ -90,6 +90,8 @@ def test_each_run_is_a_commit_and_no_branch_of_a_person_moves(person, clone):
     )  # fmt: skip
     assert (first.revision, first.state, first.summary) == ("night~1", "Completed", "3 ran")
     assert "for two reasons" in git(clone, "log", "-1", "--format=%B", "night")
+    run(clone, Branch("night"), lock(a="3", b="2"), "Failed", "a: page\x0cone\u2028two")
+    assert [each.summary for each in commits.runs()] == ["a: page\x0cone\u2028two", "a: it broke", "3 ran"]
 
 
 def test_a_run_begins_with_the_last_lock_but_where_the_source_changed_its_own(person, clone):

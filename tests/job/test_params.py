@@ -92,7 +92,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "misspelt field further in": (
         "prune//wanda-50//calibration//num_sample", 4,
         "prune.wanda-50.calibration.num_sample: no such field; did you mean 'num_samples'? "
-        "allowed: batch_size, dataset, "
+        "allowed: batch_size, bos, dataset, "
         "num_samples, prompt_length, seed, sequence_length, sequential, temperature, tokens.",
     ),
     "misspelt field in a list": (

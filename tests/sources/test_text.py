@@ -72,16 +72,48 @@ def test_a_share_of_zero_keeps_all_for_evaluation():
         ("lines", "a  b\n\nc\na b\n", ["a b", "c"]),
         ("paragraphs", "a\nb\n \nc\n\n\n\nd\n", ["a b", "c", "d"]),
         ("csv", 'who,text\nx,"a, ""b""\nc"\ny,\nz,NA\n', ['a, "b" c', "NA"]),
+        ("csv", '\ntext\n\na "b"\n\n" c"\n', ['a "b"', "c"]),
+        ("csv", f"text\n{'a' * 200_000}\nb\n", ["a" * 200_000, "b"]),
     ],
 )
-def test_documents(how, text, documents):
-    assert split_documents(text.encode(), how) == documents
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_documents(how, text, documents, end, mark):
+    content = (mark + text.replace("\n", end)).encode()
+    assert split_documents(content, how, "t.txt") == documents
+
+
+SEPARATORS = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+"""What `str.splitlines` takes for the end of a line, beside line feeds and carriage returns."""
+
+
+@pytest.mark.parametrize("how", ["lines", "paragraphs", "csv"])
+def test_no_other_character_ends_a_line(how):
+    text = "text\n\n" + "\n\n".join(f"a{separator}b{ord(separator)}" for separator in SEPARATORS)
+    documents = split_documents(text.encode(), how, "t.txt")
+    assert documents[how != "csv" :] == [f"a b{ord(separator)}" for separator in SEPARATORS]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=9), max_size=9))
+def test_lines_are_the_files_lines(lines):
+    expected = dict.fromkeys(" ".join(line.split()) for line in lines)
+    documents = split_documents(("\ufeff" + "\n".join(lines)).encode(), "lines", "t.txt")
+    assert documents == [line for line in expected if line]
 
 
 def test_documents_of_a_parquet_are_its_texts(tmp_path):
     frame = pd.DataFrame({"text": ["", " = A = \n", "b  c\n", None, "b c"], "other": range(5)})
     frame.to_parquet(tmp_path / "t.parquet")
-    assert split_documents((tmp_path / "t.parquet").read_bytes(), "parquet") == ["= A =", "b c"]
+    assert split_documents((tmp_path / "t.parquet").read_bytes(), "parquet", "t") == ["= A =", "b c"]
+
+
+@pytest.mark.parametrize(
+    ("values", "kinds"), [([b"a", b"b"], "bytes"), ([1, 2], "int"), ([["a"], None], "ndarray")]
+)
+def test_a_parquet_whose_texts_are_no_strings_is_refused(values, kinds, tmp_path):
+    pd.DataFrame({"text": values}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(Refusal, match=f"^t.parquet: its column text holds {kinds}; write it as strings"):
+        split_documents((tmp_path / "t.parquet").read_bytes(), "parquet", "t.parquet")
 
 
 def dataset(folder: Path, text: bytes, **options) -> Text:
@@ -107,11 +139,52 @@ def test_both_splits_are_written(tmp_path):
     ("text", "options", "sentence"),
     [
         (b" \n\n", {}, "has no lines with text"),
-        (b"\xff\xfe", {}, "is not UTF-8 text"),
+        (b"\xef\xbb\xbf", {}, "has no lines with text"),
+        (b"\xff\xfe", {}, "is not UTF-8 text at byte 0; save it in that encoding"),
+        ("a\nb".encode("utf-16"), {}, "is not UTF-8 text at byte 0"),
         (b"a,b\n1,2\n", {"documents": "csv"}, "has no column text, only a, b"),
-        (b"a,b\n1,2\n", {"documents": "parquet"}, "is not parquet"),
+        (b"text,who,text\n1,2,3\n", {"documents": "csv"}, "has several columns text"),
+        (b"", {"documents": "csv"}, "has no column text, for it is empty"),
+        (b"\n\n", {"documents": "csv"}, "has no column text, for it is empty"),
+        (b"text\n", {"documents": "csv"}, "has no rows with text"),
+        (b'text\n"a\nb\n', {"documents": "csv"}, "no sound csv up to line 3: .*; close every double quote"),
+        (b'text\n"a"b\n', {"documents": "csv"}, "no sound csv up to line 2"),
+        (b"text\na\nb, c\n", {"documents": "csv"}, "1 fields, the row that ends in line 3 has 2; put texts"),
+        (b"text,who\n1,2,3\n4,5,6\n", {"documents": "csv"}, "2 fields, the row that ends in line 2 has 3"),
+        (b"who,text\na,b\nc\n", {"documents": "csv"}, "2 fields, the row that ends in line 3 has 1"),
+        (b"a,b\n1,2\n", {"documents": "parquet"}, "is not parquet, or damaged"),
+        (b"", {"documents": "parquet"}, "is not parquet, or damaged"),
     ],
 )
 def test_a_file_that_is_no_text_is_refused(text, options, sentence, tmp_path):
     with pytest.raises(Refusal, match=sentence):
         dataset(tmp_path, text, **options).write(tmp_path)
+
+
+BOOK = "\n\n".join(f"{words(i * 20, 12)}\n{words(i * 20 + 12, 8)}" for i in range(10))
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "advice"),
+    [
+        (BOOK.replace("\n\n", " ").replace("\n", " "), "lines", "cut it into more lines"),
+        (BOOK.replace("\n\n", "\n"), "paragraphs", "set documents to lines, of which it has 20"),
+        (words(0, 90) + "\n" + words(90, 9), "lines", "cut it into more lines"),
+        (f"text\n{words(0, 90)}\n", "csv", "cut it into more rows"),
+    ],
+)
+def test_a_book_that_is_one_document_is_refused_with_a_way_out(text, how, advice, tmp_path):
+    made = dataset(tmp_path, text.encode(), documents=how)
+    with pytest.raises(Refusal, match=rf"its first document of \d has \d+ of \d+ characters.*; {advice}, or"):
+        made.write(tmp_path)
+    assert not list(tmp_path.glob("*.parquet"))
+    split = dataset(tmp_path, text.encode(), documents=how, calibration=0).write(tmp_path)["split"]
+    assert split["calibration"] == 0 and split["evaluation"] > 0
+
+
+def test_a_text_that_repeats_its_calibration_part_is_refused(tmp_path):
+    text = f"{words(0, 40)}\nx {words(5, 20)}\ny {words(9, 20)}".encode()
+    with pytest.raises(
+        Refusal, match="each of the 2 documents after the calibration part shares a run of 13"
+    ):
+        dataset(tmp_path, text).write(tmp_path)

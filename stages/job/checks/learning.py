@@ -20,7 +20,7 @@ FIT: tuple[tuple[type[Strict], str, tuple[str, ...], tuple[str, ...]], ...] = (
     (Text, "running text", ("difficulty", "chat_template", "packing", *PAIRED), ()),
     (GradedData, "graded items", PAIRED, ()),
     (Benchmark, "a benchmark", ("difficulty",), PAIRED),
-    (Teaching, "made by a teacher, in tokens already", ("chat_template", *PAIRED), ()),
+    (Teaching, "made by a teacher, in tokens already", ("chat_template", "bos", *PAIRED), ()),
 )
 """Kinds of data sets: class, name in messages, settings of `Selection` they cannot use, those they need."""
 

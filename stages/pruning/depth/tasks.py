@@ -17,6 +17,7 @@ from stages.core.errors import Refusal
 from stages.core.files import DATASETS
 from stages.core.lazy import pd, torch
 from stages.core.schema import Slug, Strict
+from stages.corpus.bos import Bos, begin, bos_tokens
 from stages.corpus.examples import few_shot_text
 from stages.pruning.depth.ablate import ScoredRows
 
@@ -31,6 +32,8 @@ class Items(Strict):
     dataset: Slug
     shots: Annotated[int, Field(ge=0)]
     """Few-shot examples before each question."""
+    bos: Bos = "auto"
+    """Whether BOS is put before the examples."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """Choices per forward."""
 
@@ -45,6 +48,7 @@ class Items(Strict):
             raise Refusal(
                 f"data set {self.dataset} has no training items; set datasets.{self.dataset}.train above 0."
             )
+        bos = bos_tokens(tokenizer, self.bos)
         examples = few_shot_text(self.dataset, self.shots)
         sequences: list[Tensor] = []
         prompt_lengths: list[int] = []
@@ -52,9 +56,9 @@ class Items(Strict):
         for item in items:
             ranges.append(range(len(sequences), len(sequences) + len(item["choices"])))
             prompt = f"{examples}{item['question']}"
-            length = len(tokenizer.encode(prompt, add_special_tokens=False))
+            length = len(begin(tokenizer.encode(prompt, add_special_tokens=False), bos))
             for choice in item["choices"]:
-                ids = tokenizer.encode(f"{prompt} {choice}", add_special_tokens=False)
+                ids = begin(tokenizer.encode(f"{prompt} {choice}", add_special_tokens=False), bos)
                 sequences.append(torch.tensor(ids, dtype=torch.long))
                 prompt_lengths.append(length)
         # Padding at the end of a row changes nothing before it.
