@@ -29,8 +29,8 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from stages.core.errors import Refusal
-from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows
 from stages.core.lazy import mock
+from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows
 from stages.corpus.windows import check_token_ids
 
 if TYPE_CHECKING:
