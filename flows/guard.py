@@ -6,9 +6,13 @@ SIGKILL if that does not help. It does the same when it is sent SIGTERM or SIGIN
 command leaves behind. The guard also holds the flow's lock of the workspace (`flows.workspace`), so the next
 run waits until nothing of the last is alive.
 
-This file runs as a script, without the project or its libraries: `python -IS guard.py <command>`.
+`kill -9` of the guard itself spares a stage, so that DVC can still lock it. With the option `--bound` the
+command dies with the guard even then.
+
+This file runs as a script, without the project or its libraries: `python -IS guard.py [--bound] <command>`.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -18,11 +22,18 @@ import time
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
+BOUND = "--bound"
+_AT_DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def main(command: list[str]) -> int:
     """Run the command in a process group of its own and return its exit code."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    bound = command[0] == BOUND
+    kernel = ctypes.CDLL(None)
+    child = subprocess.Popen(
+        command[bound:], stdin=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=(lambda: kernel.prctl(_AT_DEATH_OF_PARENT, signal.SIGKILL)) if bound else None,
+    )  # fmt: skip
 
     def end_with_the_flow() -> None:
         while os.read(0, 1):

@@ -105,7 +105,9 @@ def _start(at_loss: Callable[[], None]) -> None:
             popen = subprocess.Popen
 
             def begin(args: list[str], **options: Any) -> subprocess.Popen[Any]:
-                return popen([*GUARD, *args], stdin=subprocess.PIPE, start_new_session=True, **options)
+                return popen(
+                    [*GUARD, guard.BOUND, *args], stdin=subprocess.PIPE, start_new_session=True, **options
+                )
 
             with mock.patch.object(subprocess, "Popen", begin):
                 process = super()._run_uvicorn_command()

@@ -8,6 +8,7 @@ import sys
 import psutil
 import pytest
 
+from flows.guard import BOUND
 from flows.process import GUARD
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
@@ -87,3 +88,21 @@ subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[held.fileno()]).wait(
         process.wait()
         fcntl.flock(file, fcntl.LOCK_EX)  # waits for the guard
         assert not alive([other for other in started if other.pid != started[0].pid])
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_bound_command_dies_even_if_its_guard_is_killed(bound):
+    process = subprocess.Popen(
+        [*GUARD, *([BOUND] if bound else []), sys.executable, "-c", SLEEP],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "up\n"
+    started = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(started, 5 if bound else 0.5)
+    assert bool(alive(left)) != bound
+    for each in left:
+        each.kill()
+    process.stdin.close()
+    process.stdout.close()

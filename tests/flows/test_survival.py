@@ -19,6 +19,8 @@ def start(folder, *command):
     return subprocess.Popen(
         command, cwd=folder, env={**sweep.environment(folder), "SWEEP_MARK": str(folder)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell's background job, which the tests may be part of, is born deaf to ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -145,7 +147,7 @@ def test_a_stage_that_began_with_other_params_than_dvc_read_is_run_again(copy):
     flow = start(copy, "prunequant", "run")
     read_until(flow, "> python -m stages.prune")
     wait_until_asleep(copy)
-    sweep.edit(copy, "prune.magnitude-50.source", "noise/tiny-batch-3")
+    sweep.edit(copy, "prune.magnitude-50.source", "prune/wanda-50")
     assert "changed" in end(flow, 1)
     sweep.prunequant(copy, "run")
     sweep.prunequant(copy, "check")
