@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from stages.core.reading import reading
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.core.run import Run
     from stages.core.schema import Recipe
@@ -108,6 +109,14 @@ def load_config(artifact: str) -> Any:
 
     with reading(f"the config of {artifact}"):
         return AutoConfig.from_pretrained(MODELS / artifact, local_files_only=True)
+
+
+def as_written(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config as whoever loads its config.json gets it: validated, special floats decoded."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        config.to_json_file(file)
+        return type(config).from_json_file(file)
 
 
 def attention(config: Any) -> str:
