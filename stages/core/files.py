@@ -42,7 +42,7 @@ SCRATCH = DATA / "scratch"
 """Unfinished work of killed stages."""
 
 NO_CONTENT = {".cache", ".git", ".huggingface", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini"}
-"""Names that tools (the hub's client, git, file managers) leave in a folder; they are no part of its content."""
+"""Names that tools (git, the hub's client, file managers) leave in a folder, no part of its content."""
 
 RECORD = "artifact.json"
 """What is known of a model artifact, in its folder."""
@@ -136,9 +136,7 @@ def text_sha256(text: str) -> str:
 
 def contents(folder: Path) -> list[Path]:
     """Return all that a folder holds, at any depth, sorted, without `NO_CONTENT`."""
-    return sorted(
-        path for path in folder.rglob("*") if NO_CONTENT.isdisjoint(path.relative_to(folder).parts)
-    )
+    return sorted(path for path in folder.rglob("*") if NO_CONTENT.isdisjoint(path.relative_to(folder).parts))
 
 
 def sha256(path: Path) -> str:

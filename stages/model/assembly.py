@@ -12,13 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stages.core.files import write_json
+from stages.model.artifact import ONE_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-ONE_FILE = 2**30
-"""Bytes below which a checkpoint is a single file."""
 CheckpointPart: TypeAlias = Path | str
 """A block's shard, or the name of a tensor outside the blocks."""
 
@@ -29,19 +28,19 @@ def write_tensors(
     parts: Sequence[CheckpointPart],
     load: Callable[[CheckpointPart], Mapping[str, Tensor]],
     size: int,
+    *,
+    packed: bool,
 ) -> None:
     """Write a checkpoint's safetensors: a single file if small, else a file per part and an index.
-
-    Tensors get the names that the family's checkpoints use, which may differ from those of its modules.
 
     Args:
         load: returns the tensors of a part by their names in the model.
         size: bytes of all parts.
+        packed: see `on_disk`.
     """
-    from transformers.core_model_loading import revert_weight_conversion
 
     def stored(part: CheckpointPart) -> dict[str, Tensor]:
-        tensors = revert_weight_conversion(model, load(part))
+        tensors = on_disk(model, load(part), packed=packed)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     if size < ONE_FILE:
@@ -59,6 +58,26 @@ def write_tensors(
             save_file(tensors, target, metadata={"format": "pt"})
     content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
     write_json(folder / "model.safetensors.index.json", content)
+
+
+def on_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor], *, packed: bool) -> dict[str, Tensor]:
+    """Return a model's tensors as its family's checkpoints store them, under other names or split in parts.
+
+    Args:
+        packed: whether linears of the checkpoint are packed. Transformers then takes each part of a split
+            tensor (a mixture's experts) for packed as well, so such tensors stay whole, under their names in
+            the model, which it loads too.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not packed:
+        return dict(revert_weight_conversion(model, dict(tensors)))
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = revert_weight_conversion(model, {name: tensor})
+        renamed = [part is tensor for part in parts.values()] == [True]
+        stored |= parts if renamed else {name: tensor}
+    return stored
 
 
 def copy_generation_config(source: Path, folder: Path) -> None:

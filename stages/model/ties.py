@@ -2,8 +2,8 @@
 
 Most small models use the embedding's matrix as output head too, and their config says so
 (`tie_word_embeddings`). A fine-tuned or converted checkpoint may have a head of its own under a config that
-still says tied. Plain `from_pretrained` compares the two and keeps both, but whoever ties a loaded model again,
-as lm-eval does, or builds it from its config, as streaming does, drops the head without a word.
+still says tied. Plain `from_pretrained` compares the two and keeps both, but whoever ties a loaded model
+again, as lm-eval does, or builds it from its config, as streaming does, drops the head without a word.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from stages.model.artifact import pretrained
 from stages.sources.base import Model, write_checkpoint
 from stages.sources.origin import InnerPath, fetched
 
-
 ADAPTER = "adapter_config.json"
 """The file by which transformers and peft know an adapter."""
 
