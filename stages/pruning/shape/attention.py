@@ -37,11 +37,24 @@ class HeadLayout:
 
 
 def layout_of(model: PreTrainedModel, part: Part) -> HeadLayout:
-    """Return the heads of every attention of a model, of which `part` is one."""
+    """Return the heads of every attention of a model, of which `part` is one.
+
+    Where the config does not name the number of key and value heads, the narrowest linear tells it.
+
+    Raises:
+        Refusal: a linear holds more than the heads of q, k or v.
+    """
     config: Any = model.config.get_text_config()
     queries: int = config.num_attention_heads
-    groups: int = getattr(config, "num_key_value_heads", None) or queries
-    return HeadLayout(queries, groups, part.width // queries)
+    size = part.width // queries
+    heads = {reader.name: reader.weight.shape[0] / size for reader in part.readers}
+    groups = getattr(config, "num_key_value_heads", None) or min(heads.values())
+    if fused := [name for name, count in heads.items() if count not in (queries, groups) or count > queries]:
+        raise Refusal(
+            f"{type(model).__name__} cannot lose heads: {', '.join(fused)} holds more than the heads of only "
+            "q, k or v, in an unknown order; remove neurons or blocks instead."
+        )
+    return HeadLayout(queries, int(groups), size)
 
 
 def head_settings(model: PreTrainedModel, layout: HeadLayout) -> dict[str, int]:
@@ -65,7 +78,7 @@ def check_heads(
         others: the layouts that a recipe could name instead.
 
     Raises:
-        Refusal: the config cannot describe the heads, or a linear holds more than the heads of q, k or v.
+        Refusal: the config cannot describe the heads.
     """
     family, name = type(model).__name__, f"{part.writer.name}.weight"
 
@@ -83,12 +96,6 @@ def check_heads(
             )
         why = next((reason for reason in reasons.values() if reason and reason.startswith(name)), why)
         raise Refusal(f"{family} cannot lose heads: {NO_FEWER} of {before.size} features, with which {why}.")
-    widths = (before.queries * before.size, before.groups * before.size)
-    if fused := [reader.name for reader in part.readers if reader.weight.shape[0] not in widths]:
-        raise Refusal(
-            f"{family} cannot lose heads: {', '.join(fused)} holds more than the heads of only q, k or v, "
-            "in an unknown order."
-        )
 
 
 def check_apart(model: PreTrainedModel, parts: Mapping[str, Part], layout: HeadLayout) -> None:
