@@ -13,6 +13,7 @@ from stages.core.schema import Sha256
 from stages.model.artifact import pretrained
 from stages.sources.base import Model, write_checkpoint
 from stages.sources.origin import InnerPath, fetched
+from stages.sources.tokenizer import original_tokenizer
 
 ADAPTER = "adapter_config.json"
 """The file by which transformers and peft know an adapter."""
@@ -31,7 +32,7 @@ class Safetensors(Model):
         Raises:
             Refusal: the checkpoint has no safetensors, is incomplete, or needs code of its own.
         """
-        from transformers import AutoTokenizer, CompressedTensorsConfig
+        from transformers import CompressedTensorsConfig
 
         with fetched(self.source, self.folder, self.sha256) as path:
             _check_adapter(path, self.source)
@@ -56,9 +57,7 @@ class Safetensors(Model):
                     f"{self.source} needs code of its own (auto_map), which is never run; use a model that "
                     "transformers has built in."
                 )
-            with reading(f"the tokenizer of {self.source}"):
-                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            tokenizer.save_pretrained(folder)
+            original_tokenizer(path, self.source).save_pretrained(folder)
             model = pretrained(
                 self.source,
                 path,
