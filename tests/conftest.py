@@ -57,6 +57,17 @@ def workspace(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
+@pytest.fixture
+def own_inputs(workspace: Path, inputs: Path) -> Path:
+    """The workspace's `inputs/` as a folder of links, to add checkpoints to."""
+    own = workspace / "inputs"
+    own.unlink()
+    own.mkdir()
+    for shared in inputs.iterdir():
+        (own / shared.name).symlink_to(shared.resolve())
+    return own
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
     """A small project that `dvc repro` has brought up to date; copy it, do not write to it."""

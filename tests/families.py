@@ -140,7 +140,7 @@ GROUPS: dict[str, list[list[str]]] = {
 def model(family: str, seed: int = 0) -> PreTrainedModel:
     """Make a tiny model of `family` in bf16 with weights drawn from `seed`."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(ALL[family], dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config({**ALL, **CONFIGS}[family], dtype=torch.bfloat16).eval()
 
 
 def wide(family: str) -> PreTrainedModel:

@@ -41,6 +41,9 @@ RUNS = DATA / "runs"
 SCRATCH = DATA / "scratch"
 """Unfinished work of killed stages."""
 
+NO_CONTENT = {".cache", ".git", ".huggingface", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini"}
+"""Names that tools (git, the hub's client, file managers) leave in a folder, no part of its content."""
+
 RECORD = "artifact.json"
 """What is known of a model artifact, in its folder."""
 DATASET = "dataset.json"
@@ -131,12 +134,17 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def contents(folder: Path) -> list[Path]:
+    """Return all that a folder holds, at any depth, sorted, without `NO_CONTENT`."""
+    return sorted(path for path in folder.rglob("*") if NO_CONTENT.isdisjoint(path.relative_to(folder).parts))
+
+
 def sha256(path: Path) -> str:
-    """Hash a file, or a folder as its sorted lines `<relative path>` NUL `<sha256>`."""
+    """Hash a file, or a folder as its sorted lines `<relative path>` NUL `<sha256>`; see `contents`."""
     if path.is_dir():
         lines = sorted(
             f"{file.relative_to(path).as_posix()}\0{sha256(file)}"
-            for file in path.rglob("*")
+            for file in contents(path)
             if file.is_file()
         )
         return text_sha256("\n".join(lines))

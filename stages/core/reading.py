@@ -26,8 +26,12 @@ def reading(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, Refusal | ImportError) or exhausted(error):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise Unreadable(
-            f"{what} cannot be loaded ({reason[:300].rstrip('.')}); check that its files exist, are "
-            "complete and are readable, or download them again."
+            f"{what} cannot be loaded ({reason(error)}); check that its files exist, are complete and are "
+            "readable, or download them again."
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return the type and the text of an error, on one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")

@@ -10,27 +10,34 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
 from stages.core.files import MODELS, RECORD, read_json, write_text
-from stages.core.lazy import exempt_imported, importing
-from stages.core.reading import reading
+from stages.core.lazy import exempt_imported, importing, torch
+from stages.core.memory import exhausted
+from stages.core.reading import reading, reason
 from stages.model.names import check_names
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.core.run import Run
     from stages.core.schema import Recipe
 
 log = logging.getLogger(__name__)
 
+ONE_FILE = 2**30
+"""Bytes below which a checkpoint is a single file."""
 RESTORE = "Download the checkpoint again or restore its config."
 """The way out of a checkpoint that does not fit its config."""
+
+
+class Unloadable(Refusal):
+    """A checkpoint that was written and does not load; it has not been put in place."""
 
 
 def load_record(artifact: str) -> dict[str, Any]:
@@ -118,6 +125,36 @@ def misshapen(label: str, tensors: Iterable[tuple[str, torch.Size, torch.Size]])
     return Refusal(f"{label}: {'; '.join(shapes[:8])}. {RESTORE}")
 
 
+def check_loads(label: str, folder: Path) -> None:
+    """Load a written checkpoint as its users will, before it counts.
+
+    Up to `ONE_FILE` bytes it also answers a few tokens, which is when packed weights are unpacked. A larger
+    one is loaded on the meta device: names, shapes and conversions are tried, and memory stays free.
+
+    Raises:
+        Unloadable: plain transformers fails on the checkpoint.
+    """
+    small = bytes_on_disk(folder) <= ONE_FILE
+    try:
+        model = pretrained(label, folder, dtype="auto", **({} if small else {"device_map": {"": "meta"}}))
+        if small:
+            with torch.no_grad():
+                model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    except Exception as error:
+        if exhausted(error):
+            raise
+        why = str(error) if isinstance(error, Refusal) else reason(error)
+        raise Unloadable(
+            f"plain transformers fails on the result, so it was not kept: {why} Leave this family's recipe "
+            "out, or use another method."
+        ) from error
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Return the size of a checkpoint's safetensors."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def load_tokenizer(artifact: str) -> PreTrainedTokenizerBase:
     """Load the artifact's tokenizer."""
     from transformers import AutoTokenizer
@@ -133,6 +170,14 @@ def load_config(artifact: str) -> Any:
 
     with reading(f"the config of {artifact}"):
         return AutoConfig.from_pretrained(MODELS / artifact, local_files_only=True)
+
+
+def as_written(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config as whoever loads its config.json gets it: validated, special floats decoded."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        config.to_json_file(file)
+        return type(config).from_json_file(file)
 
 
 def attention(config: Any) -> str:

@@ -12,14 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stages.core.files import write_json
+from stages.model.artifact import ONE_FILE
 from stages.model.names import as_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-ONE_FILE = 2**30
-"""Bytes below which a checkpoint is a single file."""
 CheckpointPart: TypeAlias = Path | str
 """A block's shard, or the name of a tensor outside the blocks."""
 
@@ -30,18 +29,20 @@ def write_tensors(
     parts: Sequence[CheckpointPart],
     load: Callable[[CheckpointPart], Mapping[str, Tensor]],
     size: int,
+    *,
+    packed: bool,
 ) -> None:
     """Write a checkpoint's safetensors: a single file if small, else a file per part and an index.
-
-    Tensors get the names that the family's checkpoints use, which may differ from those of its modules.
 
     Args:
         load: returns the tensors of a part by their names in the model.
         size: bytes of all parts.
+        packed: see `stages.model.names.as_stored`.
     """
 
     def stored(part: CheckpointPart) -> dict[str, Tensor]:
-        return {name: tensor.contiguous() for name, tensor in as_stored(model, load(part)).items()}
+        tensors = as_stored(model, load(part), packed=packed)
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     if size < ONE_FILE:
         tensors = {name: tensor for part in parts for name, tensor in stored(part).items()}

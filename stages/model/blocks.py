@@ -75,12 +75,19 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}", block) for i, block in enumerate(largest)]
 
 
-def linears(model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = False) -> list[Linear]:
+LEAVE_OUT = "To leave them uncompressed, list their block-relative names in the recipe's ignore."
+"""The way out of matrices that no method serves, for recipes that have `ignore`."""
+
+
+def linears(
+    model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = False, cure: str = LEAVE_OUT
+) -> list[Linear]:
     """Return every linear of every block, in definition order, except those in `ignore`.
 
     Args:
         ignore: block-relative module or parameter names left alone, such as `mlp.gate`.
         partial: return the linears there are, even if a block holds other matrices or none is left.
+        cure: what to do about other matrices, for the message.
 
     Raises:
         Refusal: a matrix is no linear's weight and not in `ignore`; a name in `ignore` matches nothing; no
@@ -109,8 +116,7 @@ def linears(model: nn.Module, ignore: tuple[str, ...] = (), *, partial: bool = F
     if unserved and not partial:
         raise Refusal(
             f"{type(model).__name__} has matrices that are no linear's weight and would be skipped: "
-            f"{', '.join(unserved[:6])}{' ...' if len(unserved) > 6 else ''} ({len(unserved)} in all). To "
-            "leave them uncompressed, list their block-relative names in the recipe's ignore."
+            f"{', '.join(unserved[:6])}{' ...' if len(unserved) > 6 else ''} ({len(unserved)} in all). {cure}"
         )
     if unknown := sorted(set(ignore) - matched):
         names = sorted({linear.name.removeprefix(f"{linear.block}.") for linear in kept})

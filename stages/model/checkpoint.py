@@ -19,10 +19,17 @@ from stages.core.errors import Refusal
 from stages.core.files import MODELS, source_of, writing
 from stages.core.lazy import torch
 from stages.core.numbers import check_finite
-from stages.model.artifact import load_record, load_tokenizer, pretrained, write_record
+from stages.model.artifact import (
+    bytes_on_disk,
+    check_loads,
+    load_record,
+    load_tokenizer,
+    pretrained,
+    write_record,
+)
 from stages.model.blocks import Linear, linears
 from stages.model.grid import Quantized
-from stages.model.names import naming
+from stages.model.names import as_stored, naming
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -135,7 +142,7 @@ def save(
             place of the model's weights.
 
     Raises:
-        Refusal: a parameter is NaN or infinite.
+        Refusal: a parameter is NaN or infinite, or plain transformers does not load the checkpoint.
         AssertionError: a zero or a code was lost in writing.
     """
     from safetensors.torch import load_file
@@ -151,7 +158,8 @@ def save(
         for linear, code in codes.items():
             del tensors[f"{linear}.weight"]
             tensors |= tensors_of(linear, code)
-        model.save_pretrained(folder, state_dict=tensors)
+        names = [as_stored(model, tensors, packed=packed).keys() for packed in (False, bool(codes))]
+        model.save_pretrained(folder, state_dict=tensors, save_original_format=names[0] == names[1])
         if codes:
             config_of(model, codes.keys(), scheme).save_pretrained(folder)
         load_tokenizer(recipe.source).save_pretrained(folder)
@@ -159,6 +167,7 @@ def save(
             stored = _written(folder, model, [*(zeros or {}), *codes], load_file)
             check_zeros(zeros or {}, lambda name: weight_from(stored, f"{name}.weight", scheme))
             check_codes(codes, lambda name: weight_from(stored, f"{name}.weight", scheme))
+        check_loads(artifact, folder)
         layout = scheme["format"] if scheme else "dense"
         return _finish(folder, model, {**lineage(artifact, recipe, run, notes), "layout": layout}, codes)
 
@@ -190,11 +199,6 @@ def _finish(
     record = {"layout": "dense", **record, **sizes_of(model, codes), "bytes_on_disk": bytes_on_disk(folder)}
     write_record(folder, record)
     return record
-
-
-def bytes_on_disk(folder: Path) -> int:
-    """Return the size of a checkpoint's safetensors."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def zero_masks(linears: Iterable[Linear]) -> dict[str, Tensor]:

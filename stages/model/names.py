@@ -38,11 +38,25 @@ def naming(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
     return in_model
 
 
-def as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `tensors`, named as in the model, as a checkpoint's files hold them."""
+def as_stored(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], *, packed: bool = False
+) -> dict[str, Tensor]:
+    """Return `tensors`, named as in the model, as a checkpoint's files hold them.
+
+    Args:
+        packed: whether linears of the checkpoint are packed. Transformers then takes each part of a split
+            tensor (a mixture's experts) for packed as well, so such tensors stay whole, under their names in
+            the model, which it loads too.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    stored: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    if not packed:
+        return dict(revert_weight_conversion(model, dict(tensors)))
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = revert_weight_conversion(model, {name: tensor})
+        renamed = [part is tensor for part in parts.values()] == [True]
+        stored |= parts if renamed else {name: tensor}
     return stored
 
 

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from stages.core.errors import Refusal, Unreadable
 from stages.core.files import MODELS, SCRATCH, replacing, writing
 from stages.core.numbers import check_finite
-from stages.model.artifact import write_record
+from stages.model.artifact import Unloadable, bytes_on_disk, check_loads, write_record
 from stages.model.assembly import CheckpointPart, copy_generation_config, write_tensors
 from stages.model.blocks import linears
-from stages.model.checkpoint import Sizes, bytes_on_disk, check_codes, check_zeros, lineage, zero_masks
+from stages.model.checkpoint import Sizes, check_codes, check_zeros, lineage, zero_masks
 from stages.model.grid import Quantized
 from stages.model.packed import config_of, loads_packed, packable, tensors_of, weight_from
 from stages.model.resume import place
@@ -157,9 +157,8 @@ class Streamed(Empty):
         self._drop(self.model)  # the embeddings, which are read again one at a time
         self.model.tie_weights()
         with writing(MODELS / self.artifact) as folder:
-            self._assemble(folder, rest, scheme, dequantize=fake)
             self.model.config.__dict__.pop("quantization_config", None)
-            config_of(self.model, set() if fake else quantized, scheme).save_pretrained(folder)
+            fake = self._write_loadable(folder, rest, quantized, scheme, fake=fake)
             if self.model.can_generate() and self.model.generation_config is not None:
                 copy_generation_config(MODELS / self.recipe.source, folder)
             self.tokenizer.save_pretrained(folder)
@@ -172,6 +171,39 @@ class Streamed(Empty):
             write_record(folder, record)
         self._shards.delete()
         return record
+
+    def _write_loadable(
+        self,
+        folder: Path,
+        rest: Mapping[str, int],
+        quantized: set[str],
+        scheme: Mapping[str, Any] | None,
+        *,
+        fake: bool,
+    ) -> bool:
+        """Write config and safetensors, packed if plain transformers loads that; return whether dense.
+
+        Args:
+            rest: bytes of the tensors outside blocks, by name.
+            quantized: full names of the linears on a grid.
+            fake: write these linears dense, because not every block could be packed.
+
+        Raises:
+            Refusal: plain transformers does not load the checkpoint.
+        """
+        self._assemble(folder, rest, scheme, dequantize=fake)
+        config_of(self.model, set() if fake else quantized, scheme).save_pretrained(folder)
+        try:
+            check_loads(self.artifact, folder)
+        except Unloadable as refusal:
+            # Dense linears would not have their inputs rounded.
+            if fake or scheme is None or scheme.get("input_activations"):
+                raise
+            log.warning("%s is written dense, as it does not load packed: %s", self.artifact, refusal)
+            for file in folder.iterdir():
+                file.unlink()
+            return self._write_loadable(folder, rest, quantized, scheme, fake=True)
+        return fake
 
     def _assemble(
         self, folder: Path, rest: Mapping[str, int], scheme: Mapping[str, Any] | None, *, dequantize: bool
@@ -194,7 +226,8 @@ class Streamed(Empty):
             size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         else:
             size = sum(file.stat().st_size for file in shards) + sum(rest.values())
-        write_tensors(folder, self.model, [*shards, *rest], load, size)
+        packed = scheme is not None and not dequantize
+        write_tensors(folder, self.model, [*shards, *rest], load, size, packed=packed)
 
     def _dequantized(self, stored: dict[str, Tensor], scheme: Mapping[str, Any] | None) -> dict[str, Tensor]:
         """Return a shard's tensors with packed weights dequantized."""

@@ -1,4 +1,9 @@
-"""Settings and download shared by base models of every format."""
+"""Settings and download shared by base models of every format.
+
+Whatever the files of a source claim, the downloaded copy says what is true: its config ties exactly the
+tensors that are equal, and every value is finite in `run.dtype`. So plain transformers, lm-eval (which ties
+once more what a config calls tied) and every later stage load the same model.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,15 @@ from pydantic import Field
 from stages.core.errors import Refusal
 from stages.core.files import MODELS, writing
 from stages.core.lazy import torch
+from stages.core.numbers import check_finite
 from stages.core.schema import Strict
 from stages.model.blocks import linears
+from stages.model.ties import correct_ties
 from stages.sources.origin import Origin, portable
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from stages.core.run import Run
 
 
@@ -50,3 +59,18 @@ class Model(Strict):
                     f"models.{key}.in_features is {list(self.in_features)}, but the model has "
                     f"{list(widths)}; write in_features: {list(widths)}."
                 )
+
+
+def write_checkpoint(model: PreTrainedModel, source: str, folder: Path) -> dict[str, Any]:
+    """Write a model that was loaded from `source` into `folder`; return facts for the record.
+
+    Raises:
+        Refusal: values are NaN or infinite in the model's dtype, or no config describes its ties.
+    """
+    stored = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    check_finite(f"{source} in {str(model.dtype).removeprefix('torch.')}", stored.items())
+    untied = correct_ties(model, source)
+    model.config.__dict__.pop("quantization_config", None)
+    model.config._name_or_path = ""
+    model.save_pretrained(folder)
+    return {"untied": untied} if untied else {}

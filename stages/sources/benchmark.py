@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from stages.core.errors import Refusal
+from stages.core.files import contents
 from stages.core.lazy import pd
 from stages.core.schema import Sha256, Strict
 from stages.sources.dataset import Dataset
@@ -88,7 +89,7 @@ class Benchmark(Dataset):
 
     def _write(self, path: Path, folder: Path) -> list[str]:
         """Write each split of the config at `path` as one file into `folder`; return the splits' names."""
-        files = sorted(path.rglob("*.parquet"))
+        files = [file for file in contents(path) if file.suffix == ".parquet"]
         if not files:
             raise Refusal(
                 f"{self.source} has no parquet files in {path.name}; set config to a folder that has."

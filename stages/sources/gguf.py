@@ -16,7 +16,7 @@ from stages.core.lazy import torch
 from stages.core.reading import reading
 from stages.core.schema import Sha256
 from stages.model.artifact import pretrained
-from stages.sources.base import Model
+from stages.sources.base import Model, write_checkpoint
 from stages.sources.origin import InnerPath, fetched
 
 _GROUP_SIZES = {
@@ -49,10 +49,7 @@ class Gguf(Model):
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=dtype,
             )
-            model.config.__dict__.pop("quantization_config", None)
-            model.config._name_or_path = ""
-            model.save_pretrained(folder)
-            return {"grid": count_grids(path)}
+            return {"grid": count_grids(path), **write_checkpoint(model, self.source, folder)}
 
 
 def count_grids(path: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from stages.core.errors import Refusal
-from stages.core.files import sha256
+from stages.core.files import contents, sha256
 from stages.core.reading import reading
 
 _PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
@@ -106,7 +106,7 @@ def fetched(source: str, inner: str, expected: str | None, *, data: bool = False
 def _check_links(path: Path, source: str) -> None:
     """Refuse links that leave the folder, as its hash would not cover where they may point tomorrow."""
     root = path.resolve()
-    for file in path.rglob("*"):
+    for file in contents(path):
         if file.is_symlink() and not file.resolve().is_relative_to(root):
             raise Refusal(
                 f"{source}: {file.relative_to(path)} is a link out of this folder; copy the folder with what "

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.core.errors import Refusal
-from stages.core.files import read_json
+from stages.core.files import NO_CONTENT, read_json
 from stages.core.lazy import torch
 from stages.core.reading import reading
 from stages.core.schema import Sha256
 from stages.model.artifact import pretrained
-from stages.sources.base import Model
+from stages.sources.base import Model, write_checkpoint
 from stages.sources.origin import InnerPath, fetched
+from stages.sources.tokenizer import original_tokenizer
+
+ADAPTER = "adapter_config.json"
+"""The file by which transformers and peft know an adapter."""
 
 
 class Safetensors(Model):
@@ -28,9 +32,10 @@ class Safetensors(Model):
         Raises:
             Refusal: the checkpoint has no safetensors, is incomplete, or needs code of its own.
         """
-        from transformers import AutoTokenizer, CompressedTensorsConfig
+        from transformers import CompressedTensorsConfig
 
         with fetched(self.source, self.folder, self.sha256) as path:
+            _check_adapter(path, self.source)
             if not list(path.glob("*.safetensors")):
                 raise Refusal(
                     f"{self.source} has no safetensors, and pickle formats are never loaded; use a "
@@ -52,9 +57,7 @@ class Safetensors(Model):
                     f"{self.source} needs code of its own (auto_map), which is never run; use a model that "
                     "transformers has built in."
                 )
-            with reading(f"the tokenizer of {self.source}"):
-                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            tokenizer.save_pretrained(folder)
+            original_tokenizer(path, self.source).save_pretrained(folder)
             model = pretrained(
                 self.source,
                 path,
@@ -63,12 +66,24 @@ class Safetensors(Model):
                 trust_remote_code=False,
                 **({"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantization else {}),
             )
-            model.config.__dict__.pop("quantization_config", None)
-            model.config._name_or_path = ""
-            model.save_pretrained(folder)
-        return {
-            "grid": {"format": quantization.get("quant_method"), **quantization} if quantization else None
-        }
+            facts = write_checkpoint(model, self.source, folder)
+        grid = {"format": quantization.get("quant_method"), **quantization} if quantization else None
+        return {"grid": grid, **facts}
+
+
+def _check_adapter(folder: Path, source: str) -> None:
+    """Refuse an adapter, which transformers would attach to the model beside it without a word."""
+    if not (folder / ADAPTER).exists():
+        return
+    if (folder / "config.json").exists():
+        raise Refusal(
+            f"{source} holds an adapter ({ADAPTER}) beside the model; merge it into the model (peft's "
+            f"merge_and_unload), or remove {ADAPTER} to use the model without it."
+        )
+    raise Refusal(
+        f"{source} is an adapter ({ADAPTER}) without its model; merge it into the model (peft's "
+        "merge_and_unload) and use what that saves."
+    )
 
 
 def _check_shards(folder: Path, source: str) -> None:
@@ -76,7 +91,10 @@ def _check_shards(folder: Path, source: str) -> None:
     for index in folder.glob("*.safetensors.index.json"):
         with reading(f"{index.name} of {source}"):
             shards = sorted(set(read_json(index)["weight_map"].values()))
-        outside = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
+        outside = [
+            shard for shard in shards
+            if Path(shard).name != shard or shard in NO_CONTENT or not (folder / shard).is_file()
+        ]  # fmt: skip
         if outside:
             raise Refusal(
                 f"{index.name} of {source} names {', '.join(map(repr, outside[:4]))}, which is no file of "

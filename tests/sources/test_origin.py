@@ -141,6 +141,29 @@ def test_the_hash_of_a_folder_covers_names_and_contents(tmp_path):
     assert sha256(folder) != before
 
 
+LEFT_BY_TOOLS = [
+    ".cache/huggingface/download/a.lock",
+    ".git/HEAD",
+    ".DS_Store",
+    "deep/.DS_Store",
+    "Thumbs.db",
+]
+
+
+@pytest.mark.parametrize("name", LEFT_BY_TOOLS)
+def test_what_tools_leave_in_a_folder_is_no_part_of_its_hash(name, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    before = sha256(folder)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to("/etc/hostname")
+    with fetched(f"path:{folder}", "", before) as path:
+        assert path == folder
+    (folder / ".gitattributes").write_text("1")
+    assert sha256(folder) != before
+
+
 def over_hub(folder: Path, address: str, raw: dict, name: str) -> subprocess.CompletedProcess[str]:
     """Download in a process of its own, as the library reads the hub's address on import."""
     project.write(folder, raw)

@@ -1,21 +1,28 @@
 """A checkpoint in safetensors: what is refused before a weight is read."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from stages.core.errors import Refusal
 from stages.core.files import sha256
+from stages.sources import tokenizer
 from stages.sources.safetensors import Safetensors
+from tests import families, project
 
 
-@pytest.mark.parametrize("shard", ["../other.safetensors", "missing.safetensors", "deep/a.safetensors"])
+@pytest.mark.parametrize(
+    "shard", ["../other.safetensors", "missing.safetensors", "deep/a.safetensors", ".DS_Store"]
+)
 def test_an_index_that_names_files_elsewhere_is_refused(shard, tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"")
     folder = tmp_path / "checkpoint"
     (folder / "deep").mkdir(parents=True)
-    for file in ("a.safetensors", "deep/a.safetensors"):
+    for file in ("a.safetensors", "deep/a.safetensors", ".DS_Store"):
         (folder / file).write_bytes(b"")
     (folder / "config.json").write_text("{}")
     index = {"weight_map": {"x": "a.safetensors", "y": shard}}
@@ -25,3 +32,80 @@ def test_an_index_that_names_files_elsewhere_is_refused(shard, tmp_path):
     )
     with pytest.raises(Refusal, match=f"names '{shard}', which is no file of its folder; put all shards"):
         source.write(tmp_path / "out", torch.bfloat16)
+
+
+def written(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> dict:
+    settings = {"source": f"path:{source}", "format": "safetensors", "sha256": sha256(source)}
+    return Safetensors(**settings, in_features=(32, 64)).write(out, dtype)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "sound"),
+    [
+        (1e5, "float16", False), (1e5, "bfloat16", True), (1e5, "float32", True), (6e4, "float16", True),
+        (float("nan"), "bfloat16", False), (float("-inf"), "float32", False),
+    ],
+)  # fmt: skip
+def test_values_that_are_not_finite_in_the_runs_dtype_are_refused(value, dtype, sound, tmp_path):
+    source = families.save("llama", tmp_path / "in")
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    if sound:
+        assert written(source, tmp_path / "out", getattr(torch, dtype)) == {"grid": None}
+        return
+    reason = rf"in {dtype}: NaN or infinite values in model\.layers\.1\.mlp\.up_proj\.weight; nothing"
+    with pytest.raises(Refusal, match=reason):
+        written(source, tmp_path / "out", getattr(torch, dtype))
+
+
+def test_an_adapter_is_refused_as_one(tmp_path):
+    source = families.save("llama", tmp_path / "in")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(Refusal, match=r"holds an adapter .* beside the model; merge it .* or remove"):
+        written(source, tmp_path / "out")
+    (source / "config.json").unlink()
+    with pytest.raises(Refusal, match=r"is an adapter .* without its model; merge it"):
+        written(source, tmp_path / "out")
+
+
+def only_sentencepiece(folder: Path, **settings: bool) -> Path:
+    """Write a checkpoint whose tokenizer is only a `tokenizer.model`, trained on made-up text."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    source = families.save("llama", folder / "in")
+    for file in [*source.glob("tokenizer*"), *source.glob("*.jinja")]:
+        file.unlink()
+    text = folder / "text"
+    text.write_text(project.text(1))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(source / "tokenizer"), vocab_size=280, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **settings,
+    )  # fmt: skip
+    (source / "tokenizer.vocab").unlink()
+    return source
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_read_as_sentencepiece_does(tmp_path):
+    source = only_sentencepiece(tmp_path)
+    from sentencepiece import SentencePieceProcessor
+
+    written(source, tmp_path / "out")
+    original = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in (tokenizer.SAMPLE, project.text(2)[:200].strip(), "12,000 plus 3"):
+        assert ours(text, add_special_tokens=False).input_ids == original.encode(text)
+
+
+def test_a_tokenizer_that_would_give_other_tokens_is_refused(tmp_path):
+    source = only_sentencepiece(tmp_path, treat_whitespace_as_suffix=True)
+    with pytest.raises(Refusal, match="as other tokens than SentencePiece does; add the model's"):
+        written(source, tmp_path / "out")
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    source = families.save("llama", tmp_path / "in")
+    (source / "tokenizer.json").rename(source / "tokenizer.model")
+    monkeypatch.setattr(tokenizer, "PACKAGES", {"json": "json", "nothing": "no.such.package"})
+    with pytest.raises(Refusal, match=r"tokenizer.model, and nothing must be installed .* pip install"):
+        written(source, tmp_path / "out")

@@ -10,13 +10,13 @@ instead.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
+from stages.model.artifact import as_written
 from stages.model.blocks import Linear, blocks, forward, linears
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _check(model: PreTrainedModel) -> None:
 
     family, config = type(model).__name__, model.config
     try:
-        written = type(config).from_dict(json.loads(config.to_json_string()))
+        written = as_written(config)
         with init_empty_weights(include_buffers=False):
             plain = AutoModelForCausalLM.from_config(
                 written, attn_implementation=config._attn_implementation

@@ -29,6 +29,16 @@ _TOKENS = 4
 """Tokens of the dry run."""
 _CHANGED = 1
 """The token at which the output of a linear is changed."""
+_CURE = "Neurons and heads cannot be removed beside them; use a method that has ignore, or method depth."
+
+
+def whole_linears(model: nn.Module) -> list[Linear]:
+    """Return every linear of every block; a block's other matrices would keep their size, so refuse them.
+
+    Raises:
+        Refusal: a matrix is no linear's weight.
+    """
+    return linears(model, cure=_CURE)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ def reach(model: nn.Module, parts: Mapping[str, Part], size: int) -> dict[str, i
     calls = _block_calls(model)
     reaches: dict[str, int] = {}
     for name, block in blocks(model):
-        inside = [linear for linear in linears(model) if linear.block == name]
+        inside = [linear for linear in whole_linears(model) if linear.block == name]
         outputs = _random_outputs(inside)
         writer = parts[name].writer.name
         before = _inputs(block, inside, calls[name], outputs)[writer]
@@ -102,7 +112,7 @@ def _only_parts(
     calls = _block_calls(model)
     parts: dict[str, Part] = {}
     for name, block in blocks(model):
-        inside = [linear for linear in linears(model) if linear.block == name]
+        inside = [linear for linear in whole_linears(model) if linear.block == name]
         candidates = choose(*_parts(block, inside, calls[name]))
         if len(candidates) != 1:
             raise Refusal(

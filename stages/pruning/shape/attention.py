@@ -37,11 +37,33 @@ class HeadLayout:
 
 
 def layout_of(model: PreTrainedModel, part: Part) -> HeadLayout:
-    """Return the heads of every attention of a model, of which `part` is one."""
+    """Return the heads of every attention of a model, of which `part` is one.
+
+    Where the config does not name the number of key and value heads, every query head has its own, if the
+    linears are as wide as that.
+
+    Raises:
+        Refusal: a linear holds keys and values that several query heads share, in an unknown order.
+    """
     config: Any = model.config.get_text_config()
     queries: int = config.num_attention_heads
-    groups: int = getattr(config, "num_key_value_heads", None) or queries
-    return HeadLayout(queries, groups, part.width // queries)
+    layout = HeadLayout(
+        queries, getattr(config, "num_key_value_heads", None) or queries, part.width // queries
+    )
+    own = (part.width, 3 * part.width)  # q, k or v; or all three
+    if layout.shared == 1 and any(reader.weight.shape[0] not in own for reader in part.readers):
+        raise _fused(model, part, layout)
+    return layout
+
+
+def _fused(model: PreTrainedModel, part: Part, layout: HeadLayout) -> Refusal:
+    """Return the refusal of linears that hold more than the heads of only q, k or v."""
+    widths = (layout.queries * layout.size, layout.groups * layout.size)
+    names = [reader.name for reader in part.readers if reader.weight.shape[0] not in widths]
+    return Refusal(
+        f"{type(model).__name__} cannot lose heads: {', '.join(names)} holds more than the heads of only q, "
+        "k or v, in an unknown order; remove neurons or blocks instead."
+    )
 
 
 def head_settings(model: PreTrainedModel, layout: HeadLayout) -> dict[str, int]:
@@ -84,11 +106,8 @@ def check_heads(
         why = next((reason for reason in reasons.values() if reason and reason.startswith(name)), why)
         raise Refusal(f"{family} cannot lose heads: {NO_FEWER} of {before.size} features, with which {why}.")
     widths = (before.queries * before.size, before.groups * before.size)
-    if fused := [reader.name for reader in part.readers if reader.weight.shape[0] not in widths]:
-        raise Refusal(
-            f"{family} cannot lose heads: {', '.join(fused)} holds more than the heads of only q, k or v, "
-            "in an unknown order."
-        )
+    if any(reader.weight.shape[0] not in widths for reader in part.readers):
+        raise _fused(model, part, before)
 
 
 def check_apart(model: PreTrainedModel, parts: Mapping[str, Part], layout: HeadLayout) -> None:

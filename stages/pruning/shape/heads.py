@@ -80,6 +80,8 @@ class Heads(Shrinker):
         by_group = self.unit == "groups"
         if not by_group and layout.shared == 1:
             raise Refusal("every query head has its own keys and values; remove them with unit: groups.")
+        if by_group and layout.groups == 1:
+            raise Refusal("all query heads share one key and value head; remove some with unit: queries.")
         count, step = (layout.groups, layout.shared) if by_group else (layout.shared, layout.groups)
         if self.keep is None:
             assert self.remove is not None

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stages.core.lazy import torch
+from stages.model.artifact import as_written
 from stages.model.blocks import Linear
 
 if TYPE_CHECKING:
@@ -80,13 +81,12 @@ def misfits(model: PreTrainedModel, cuts: Cuts, changes: Mapping[str, int]) -> d
 
 
 def _changed(model: PreTrainedModel, changes: Mapping[str, int]) -> PreTrainedConfig:
-    """Return a copy of the config with other numbers, validated as if it were read from a file."""
+    """Return a copy of the config with other numbers, written and read again."""
     config: Any = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     for key, value in changes.items():
         setattr(config.get_text_config(), key, value)
-    validated: PreTrainedConfig = type(config).from_dict(config.to_dict())
-    return validated
+    return as_written(config)
 
 
 def _shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:

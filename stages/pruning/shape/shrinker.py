@@ -19,8 +19,8 @@ from stages.core.errors import Refusal
 from stages.core.numbers import count_of
 from stages.core.schema import Seed
 from stages.corpus.windows import OptionalTokens, Tokens
-from stages.model.blocks import Linear, linears
-from stages.pruning.shape.anatomy import Part
+from stages.model.blocks import Linear
+from stages.pruning.shape.anatomy import Part, whole_linears
 from stages.pruning.shape.shrink import Cuts, cut, shrink
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Shrinker(WholeModel):
             windows = context.windows()
             rms = measure_inputs(model, parts, windows, self.calibration.batch_size, context.label)
         cuts, changes, notes = self.plan(model, parts, rms)
-        zeros = zero_masks(linears(model))
+        zeros = zero_masks(whole_linears(model))
         shrink(model, cuts, changes)
         return Change({name: cut(mask, f"{name}.weight", cuts) for name, mask in zeros.items()}, notes)
 
@@ -115,9 +115,14 @@ def measure_inputs(
             dead.log(linear.name, statistic.dead())
             rms[blocks[linear.name]] = statistic.norm()
 
+    def local(linear: Linear) -> str:
+        return linear.name.removeprefix(f"{linear.block}.")
+
+    writers = {local(part.writer) for part in parts.values()}
+    others = {local(linear) for linear in whole_linears(model)} - writers
     walk(
         model, look, windows=windows, statistic=ColumnNorm, sequential="none", batch_size=batch_size,
-        label=label,
+        ignore=tuple(sorted(others)), label=label,
     )  # fmt: skip
     return rms
 

@@ -1,8 +1,17 @@
 """Removal of blocks: the rest reloads and generates with a cache, or the family is refused."""
 
+import copy
+import math
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    GPTNeoConfig,
+    GraniteMoeHybridConfig,
+    Mamba2Config,
+)
 
 from stages.core.errors import Refusal
 from stages.model.blocks import blocks
@@ -45,6 +54,39 @@ def test_the_rest_reloads_and_generates_the_same_with_and_without_a_cache(family
                 cache, steps = step.past_key_values, [*steps, step.logits]
         assert torch.allclose(torch.cat(steps, 1), expected, atol=1e-3)
         assert len(set(tokens[:, 24:].flatten().tolist())) >= 4
+
+
+RECURRENT = {
+    "falcon_h1": FalconH1Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+        mamba_n_groups=1, mamba_chunk_size=8,
+    ),
+    "granitemoehybrid": GraniteMoeHybridConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, shared_intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=0, num_experts_per_tok=0, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
+        mamba_n_groups=1, mamba_chunk_size=8,
+    ),
+    "mamba2": Mamba2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_heads=8, head_dim=8, state_size=8, n_groups=1,
+        chunk_size=8, expand=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_settings_that_json_cannot_hold_are_read_as_from_a_file(family, tmp_path):
+    """Their config has an infinity, which is written as `{"__float__": "Infinity"}`."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(RECURRENT[family])).eval()
+    remove_blocks(model, {2})
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert reloaded.config.num_hidden_layers == 2 and reloaded.config.time_step_limit[1] == math.inf
+    with torch.no_grad():
+        windows = WINDOWS % 64
+        assert torch.equal(model(windows).logits, reloaded(windows).logits)
 
 
 def test_a_model_that_its_config_cannot_describe_is_refused():

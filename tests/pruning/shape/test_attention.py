@@ -5,6 +5,8 @@ from transformers import (
     AutoModelForCausalLM,
     BitNetConfig,
     DiffLlamaConfig,
+    FalconConfig,
+    LlamaConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -48,6 +50,32 @@ def test_fused_heads_are_refused_by_name():
     fused = tiny(Phi3Config, 4, 2)
     with pytest.raises(Refusal, match=r"Phi3ForCausalLM cannot lose heads: .*qkv_proj holds more than"):
         plan(heads(keep=2), fused)
+
+
+@pytest.mark.parametrize("unit", ["groups", "queries"])
+@pytest.mark.parametrize(
+    "shared", [{"multi_query": True}, {"new_decoder_architecture": True, "num_kv_heads": 2}]
+)
+def test_shared_keys_that_the_config_names_otherwise_are_refused_as_fused(shared, unit):
+    config = FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, **shared
+    )
+    reason = r"FalconForCausalLM cannot lose heads: .*query_key_value holds more than the heads of only q"
+    with pytest.raises(Refusal, match=reason):
+        plan(heads(keep=2, unit=unit), AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_a_single_group_is_refused_with_what_can_be_removed():
+    with pytest.raises(Refusal, match="share one key and value head; remove some with unit: queries"):
+        plan(heads(keep=2), tiny(LlamaConfig, 4, 1))
+
+
+def test_matrices_beside_linears_are_refused_without_advice_that_the_method_forbids():
+    with pytest.raises(
+        Refusal, match="cannot be removed beside them; use a method that has ignore"
+    ) as refused:
+        plan(heads(keep=2), families.mixture())
+    assert "recipe's ignore" not in str(refused.value)
 
 
 @pytest.mark.parametrize("unit", ["groups", "queries"])

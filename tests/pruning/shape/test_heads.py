@@ -108,7 +108,7 @@ def test_targets():
         heads(keep=16, unit="queries").target(layout)
     with pytest.raises(Refusal, match=r"remove 0\.2 of 4 groups is less than one; the smallest is 0\.25"):
         heads(remove=0.2).target(layout)
-    with pytest.raises(Refusal, match="there is only one of the groups, and it must stay"):
+    with pytest.raises(Refusal, match="all query heads share one key and value head; remove some"):
         heads(remove=0.5).target(HeadLayout(4, 1, 8))
     with pytest.raises(Refusal, match="every query head has its own keys and values"):
         heads(keep=2, unit="queries").target(HeadLayout(4, 4, 8))
