@@ -204,6 +204,7 @@ def test_a_resumed_run_notes_the_same(workspace, monkeypatch):
     whole, resumed = record("quantize/a")["notes"], record("quantize/b")["notes"]
     assert whole["quantize/a"] == resumed["quantize/b"]
     assert whole["quantize/a"] == {
+        "bos": False,
         "quantized_linears": 14,
         "unscaled_linears": [f"model.layers.{i}.self_attn.o_proj" for i in range(2)],
     }
