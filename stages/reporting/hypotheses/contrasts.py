@@ -16,19 +16,23 @@ items of both are drawn again together, so that its error is part of the interva
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
+from stages.core.lazy import np
 from stages.core.schema import Candidate, Slug, Strict
 from stages.reporting.hypotheses.readout import Readout
 from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
-    from stages.reporting.hypotheses.cells import Cells
+    from stages.reporting.hypotheses.cells import Cells, Floats, Term
     from stages.reporting.hypotheses.finding import Finding
 
+_Read: TypeAlias = "Callable[[Floats], Floats]"
+"""From the means of terms `[..., terms]` to a value `[...]`."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -103,7 +107,7 @@ class ContrastTest(Tested):
     at: Match | None = None
     expect: Literal["above", "below", "within"]
     bound: Finite = 0.0
-    """The claim is a sum above it, below it, or within it on either side. Above -0.02: at most 2 points worse."""
+    """The claim: the sum is above it, below it, or within it on either side."""
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:
@@ -135,4 +139,152 @@ class ContrastTest(Tested):
         return wanted
 
     def judge(self, cells: Cells) -> Finding:
-        raise NotImplementedError
+        from stages.reporting.hypotheses.cells import unit_of
+        from stages.reporting.hypotheses.effect import conclude, drawn, weighted_sum
+
+        names = [name for side in self.sides for name in side.names()]
+        factors = [readout.weight for readout in self.readouts]
+        guard = cells.guard(
+            self.reference,
+            names,
+            self._guarded(),
+            interaction=self.measure == "difference" and min(factors) < 0 < max(factors),
+        )
+        pairs = [(side, readout) for side in self.sides for readout in self.readouts]
+        weights = [side.weight * readout.weight for side, readout in pairs]
+        if self.measure == "difference" and self.at is None:
+            grid = cells.grid([_points(side, readout)[0] for side, readout in pairs])
+            return conclude(
+                weighted_sum(grid, np.array(weights)),
+                self.expect,
+                self.bound,
+                unit=unit_of(self.readouts[0]),
+                n=len(grid.values),
+                guard=guard,
+                noise=self._noise(cells, names[0]),
+            )
+        sheet = _Sheet(cells, self.at)
+        reads = [self._read(sheet, side, readout, guard.reference) for side, readout in pairs]
+        grid = cells.grid(sheet.terms)
+        effect = drawn(
+            grid, lambda means: sum(w * read(means) for w, read in zip(weights, reads, strict=True))
+        )
+        unit = "share of the reference" if self.measure == "retention" else unit_of(self.readouts[0])
+        finding = conclude(effect, self.expect, self.bound, unit=unit, n=len(grid.values), guard=guard)
+        return replace(finding, blocked=finding.blocked or sheet.outside(np.nanmean(grid.values, axis=0)))
+
+    def _guarded(self) -> list[Readout]:
+        """Return the readouts, at the largest budget that is read."""
+        budgets = [budget for side in self.sides for budget in side.budgets or ()]
+        update = {"budget": max(budgets)} if budgets else {}
+        return [_plain(readout, **update) for readout in self.readouts]
+
+    def _noise(self, cells: Cells, candidate: str) -> float | None:
+        """Return how far the sum moves if every readout of its heaviest side moves by its noise."""
+        if any(side.agrees_with for side in self.sides):
+            return None
+        moves = [cells.noise(candidate, _plain(readout)) for readout in self.readouts]
+        known = [move for move in moves if move is not None]
+        if len(known) < len(moves):
+            return None
+        heaviest = max(abs(side.weight) for side in self.sides)
+        return heaviest * sum(
+            abs(readout.weight) * move for readout, move in zip(self.readouts, known, strict=True)
+        )
+
+    def _read(self, sheet: _Sheet, side: Weighed, readout: WeighedReadout, reference: str) -> _Read:
+        """Return the value of a side in a readout as a function of the terms' means."""
+        from stages.reporting.hypotheses.cells import Term
+
+        value = sheet.read(_points(side, readout), curve=side.is_curve)
+        if self.measure == "difference":
+            return value
+        plain = _plain(readout, **({"budget": max(side.budgets)} if side.budgets else {}))
+        whole = sheet.read([Term(reference, plain)])
+        if self.zero is not None:
+            zero = sheet.read([Term(self.zero, plain)])
+        else:
+            zero = _constant(sheet.cells.needed_floor(reference, plain))
+        return lambda means: (value(means) - zero(means)) / (whole(means) - zero(means))
+
+
+def _constant(value: float) -> _Read:
+    return lambda means: np.full(means.shape[:-1], value)
+
+
+def _plain(readout: Readout, **update: object) -> Readout:
+    """Return a readout without its weight."""
+    return Readout(**readout.model_dump(exclude={"weight"}) | update)
+
+
+def _points(side: Weighed, readout: Readout) -> list[Term]:
+    """Return the terms of a side in a readout: one, or those of a curve."""
+    from stages.reporting.hypotheses.cells import Term
+
+    if side.budgets:
+        return [Term(str(side.candidate), _plain(readout, budget=budget)) for budget in side.budgets]
+    if side.curve:
+        return [Term(candidate, _plain(readout)) for candidate in side.curve]
+    return [Term(str(side.candidate), _plain(readout), side.agrees_with)]
+
+
+@dataclass
+class _Sheet:
+    """The terms in use, each once, and the x at which curves are read."""
+
+    cells: Cells
+    at: Match | None
+    terms: list[Term] = field(default_factory=list)
+    curves: list[tuple[list[_Read], _Read]] = field(default_factory=list)
+
+    def read(self, points: list[Term], *, curve: bool = False) -> _Read:
+        """Return the mean of a single point, or a curve's at the common x, from the means of all terms."""
+        from stages.reporting.hypotheses.effect import between
+
+        ys = [self._mean(point) for point in points]
+        if not curve or self.at is None:
+            return ys[0]
+        xs = [self._x(point.candidate, point.readout) for point in points]
+        at = self._target(points[0].readout)
+        self.curves.append((xs, at))
+
+        def value(means: Floats) -> Floats:
+            x, y = (np.stack([one(means) for one in side], axis=-1) for side in (xs, ys))
+            return between(x, y, at(means))
+
+        return value
+
+    def outside(self, means: Floats) -> str:
+        """Say that a curve does not reach the x at which it is read; empty if all do."""
+        for xs, at in self.curves:
+            x, target = [float(one(means)) for one in xs], float(at(means))
+            if not min(x) <= target <= max(x):
+                ends = " to ".join(f"{np.exp(end):.4g}" for end in (min(x), max(x)))
+                by = self.at.by if self.at else ""
+                return f"{by} {np.exp(target):.4g} lies outside the curve, which goes from {ends}"
+        return ""
+
+    def _mean(self, term: Term) -> _Read:
+        if term not in self.terms:
+            self.terms.append(term)
+        place = self.terms.index(term)
+        return lambda means: means[..., place]
+
+    def _x(self, candidate: str, readout: Readout) -> _Read:
+        """Return the logarithm of a candidate's size, perplexity or tokens."""
+        from stages.reporting.hypotheses.cells import Term
+
+        assert self.at is not None
+        if self.at.by == "perplexity":
+            return self._mean(Term(candidate, Readout(suite=str(self.at.suite), metric="perplexity")))
+        if self.at.by == "tokens":
+            spent = readout.model_copy(update={"metric": "tokens", "counted": None, "filter": None})
+            tokens = self._mean(Term(candidate, spent))
+            return lambda means: np.log(tokens(means))
+        return _constant(np.log(self.cells.column(candidate, self.at.by)))
+
+    def _target(self, readout: Readout) -> _Read:
+        assert self.at is not None
+        if self.at.candidate is not None:
+            return self._x(self.at.candidate, readout)
+        return _constant(np.log(self.at.value))

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from stages.core.lazy import np
 from stages.core.schema import Candidate
 from stages.reporting.hypotheses.readout import Readout
 from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
-    from stages.reporting.hypotheses.cells import Cells
+    from stages.reporting.hypotheses.cells import Cells, Floats
     from stages.reporting.hypotheses.finding import Finding
 
 
@@ -45,4 +46,29 @@ class CorrelationTest(Tested):
         return [self.first, self.second, *([self.given] if self.given else [])]
 
     def judge(self, cells: Cells) -> Finding:
-        raise NotImplementedError
+        from stages.reporting.hypotheses.effect import POWER, Z
+        from stages.reporting.hypotheses.finding import Finding
+        from stages.reporting.statistics.correlation import correlation
+
+        sides = [
+            np.array([cells.items(candidate, readout).mean() for candidate in self.candidates])
+            for readout in self.readouts_read()
+        ]
+        if self.given:
+            sides = [_left(side, sides[2]) for side in sides[:2]]
+        test = correlation(*sides, "spearman" if self.ranks else "pearson")
+        freedom = len(self.candidates) - 3 - (self.given is not None)
+        middle, spread = np.arctanh(np.clip(test.value, -1 + 1e-12, 1 - 1e-12)), 1 / np.sqrt(freedom)
+        return Finding(
+            effect=test.value, low=float(np.tanh(middle - Z * spread)),
+            high=float(np.tanh(middle + Z * spread)),
+            unit=f"{'rank ' if self.ranks else ''}correlation{' of the rest' if self.given else ''}",
+            p=test.p,
+            side="supported" if (test.value > 0) == (self.expect == "positive") else "contradicted",
+            n=len(self.candidates), units="candidates", smallest=float(np.tanh(POWER * spread)),
+        )  # fmt: skip
+
+
+def _left(values: Floats, given: Floats) -> Floats:
+    """Return what a straight line over `given` leaves of `values`."""
+    return np.asarray(values - np.polyval(np.polyfit(given, values, 1), given))

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from stages.core.lazy import np
 from stages.core.schema import Candidate
 from stages.reporting.hypotheses.readout import Axis, Readout
 from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
-    from stages.reporting.hypotheses.cells import Cells
+    from stages.reporting.hypotheses.cells import Cells, Floats
     from stages.reporting.hypotheses.finding import Finding
 
 
@@ -46,4 +47,39 @@ class FitTest(Tested):
         return [self.readout]
 
     def judge(self, cells: Cells) -> Finding:
-        raise NotImplementedError
+        from scipy import stats
+
+        from stages.reporting.hypotheses.effect import POWER, Z
+        from stages.reporting.hypotheses.finding import Finding
+
+        y = np.array([self._score(cells, candidate) for candidate in self.candidates])
+        axes = (self.better, self.worse)
+        ours, others = (_left_out(cells.x(axis, self.candidates), y, self.degree) ** 2 for axis in axes)
+        gains = others - ours
+        test = stats.permutation_test(
+            (gains,), lambda values, axis: values.mean(axis=axis), permutation_type="samples",
+            n_resamples=9999, vectorized=True, rng=np.random.default_rng(0),
+        )  # fmt: skip
+        whole = float(others.mean())
+        effect, spread = float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))
+        return Finding(
+            effect=effect / whole, low=(effect - Z * spread) / whole, high=(effect + Z * spread) / whole,
+            unit="share of the squared error", p=float(test.pvalue),
+            side="supported" if effect > 0 else "contradicted",
+            n=len(gains), units="candidates", smallest=POWER * spread / whole,
+        )  # fmt: skip
+
+    def _score(self, cells: Cells, candidate: str) -> float:
+        score = float(cells.items(candidate, self.readout).mean())
+        if not self.share:
+            return score
+        base = cells.base(candidate)
+        floor = cells.needed_floor(candidate, self.readout)
+        return (score - floor) / (float(cells.items(base, self.readout).mean()) - floor)
+
+
+def _left_out(x: Floats, y: Floats, degree: int) -> Floats:
+    """Return the error of each point under the polynomial through all others."""
+    columns = np.vander(x, degree + 1)
+    hat = columns @ np.linalg.pinv(columns)
+    return np.asarray((y - hat @ y) / np.maximum(1 - np.diag(hat), 1e-9))

@@ -8,10 +8,12 @@ items. It is undecided where the curve does not bend, as its end is then a guess
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from stages.core.lazy import np
 from stages.core.schema import Candidate
 from stages.reporting.hypotheses.readout import Axis, Readout
 from stages.reporting.hypotheses.tested import Tested
@@ -48,4 +50,27 @@ class SaturationTest(Tested):
         return [self.readout]
 
     def judge(self, cells: Cells) -> Finding:
-        raise NotImplementedError
+        from stages.reporting.hypotheses.cells import Term, unit_of
+        from stages.reporting.hypotheses.effect import POWER, Effect, conclude
+        from stages.reporting.statistics.saturation import saturation
+
+        guard = cells.guard(self.reference, self.candidates, [self.readout])
+        grid = cells.grid([Term(name, self.readout) for name in (*self.candidates, guard.reference)])
+        x = cells.x(self.x, self.candidates)
+        curve = saturation(x, grid.values[:, :-1], reference=grid.values[:, -1], seed=0)
+        beyond = curve.excess
+        value = curve.a - float(grid.values[:, -1].mean())
+
+        def p(bound: float) -> float:
+            below = float(((beyond < bound).sum() + (beyond == bound).sum() / 2 + 0.5) / (len(beyond) + 1))
+            return 2 * min(below, 1 - below)
+
+        low, high = (float(end) for end in np.quantile(beyond, [0.025, 0.975]))
+        effect = Effect(value, low, high, POWER * float(beyond.std(ddof=1)), p)
+        finding = conclude(
+            effect, self.expect, self.bound, unit=unit_of(self.readout), n=len(grid.values), guard=guard
+        )
+        straight = (
+            "" if curve.bends else "the curve does not bend yet, so its plateau is a guess; train longer"
+        )
+        return replace(finding, blocked=finding.blocked or straight)

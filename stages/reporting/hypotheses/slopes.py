@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stages.core.lazy import np
 from stages.core.schema import Candidate, Strict
 from stages.reporting.hypotheses.readout import Axis, Readout, repeated
 from stages.reporting.hypotheses.tested import Tested
@@ -58,6 +59,12 @@ class SlopeTest(Tested):
             raise ValueError("within needs a bound above 0")
         return self
 
+    @model_validator(mode="after")
+    def _same_scale(self) -> Self:
+        if len({line.x.log2 for line in self.lines}) > 1:
+            raise ValueError("both lines need the same log2")
+        return self
+
     def mistakes(self) -> Iterator[str]:
         yield from repeated(
             self.readout,
@@ -79,4 +86,40 @@ class SlopeTest(Tested):
         return wanted or [self.readout]
 
     def judge(self, cells: Cells) -> Finding:
-        raise NotImplementedError
+        from stages.reporting.hypotheses.cells import Term, unit_of
+        from stages.reporting.hypotheses.effect import conclude, weighted_sum
+
+        weights: dict[Term, float] = {}
+        for sign, line in zip((1.0, -1.0), self.lines, strict=False):
+            terms = [Term(candidate, readout) for candidate, readout in self._points(line)]
+            x = cells.x(line.x, line.candidates)
+            factors = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+            for term, factor in zip(terms, factors, strict=True):
+                weights[term] = weights.get(term, 0.0) + sign * float(factor)
+        grid = cells.grid(list(weights))
+        names = self.candidates_read()
+        axis = self.lines[0].x
+        step = f"{'doubling' if axis.log2 else '1'} of {axis.column or 'x'}"
+        return conclude(
+            weighted_sum(grid, np.array(list(weights.values()))),
+            self.expect,
+            self.bound,
+            unit=f"{unit_of(self.readout)} per {step}",
+            n=len(grid.values),
+            guard=cells.guard(
+                self.reference,
+                names,
+                self.readouts_read(),
+                interaction=any(line.levels for line in self.lines),
+            ),
+        )
+
+    def _points(self, line: Line) -> list[tuple[str, Readout]]:
+        """Return the candidate and readout of each point."""
+        fields = {"budget": line.budgets, "level": line.levels}
+        for name, values in fields.items():
+            if values:
+                return [
+                    (line.candidates[0], self.readout.model_copy(update={name: value})) for value in values
+                ]
+        return [(candidate, self.readout) for candidate in line.candidates]

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from stages.core.lazy import np
 from stages.core.schema import Candidate
 from stages.reporting.hypotheses.readout import Axis, Readout, repeated
 from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
-    from stages.reporting.hypotheses.cells import Cells
+    from stages.reporting.hypotheses.cells import Cells, Floats, Grid, Guard
     from stages.reporting.hypotheses.finding import Finding
 
 
@@ -67,4 +68,79 @@ class TrendTest(Tested):
         return [*levels, *budgets] or [self.readout]
 
     def judge(self, cells: Cells) -> Finding:
-        raise NotImplementedError
+        from stages.reporting.hypotheses.cells import Term
+
+        guard = cells.guard(
+            self.reference,
+            self.candidates,
+            self.readouts_read(),
+            interaction=bool(self.levels) and self.loss == "points",
+        )
+        if self.levels:
+            return self._over_levels(cells, guard)
+        points = (
+            [Term(self.candidates[0], readout) for readout in self.readouts_read()]
+            if self.budgets
+            else [Term(candidate, self.readout) for candidate in self.candidates]
+        )
+        grid = cells.grid(points)
+        return self._over_blocks(grid, cells, guard)
+
+    def _steps(self, cells: Cells, count: int) -> Floats:
+        return cells.x(self.x, self.candidates) if self.x else np.arange(1.0, count + 1)
+
+    def _over_blocks(self, grid: Grid, cells: Cells, guard: Guard) -> Finding:
+        """Test whether scores rise or fall along the conditions within items (Page)."""
+        from stages.reporting.hypotheses.cells import unit_of
+        from stages.reporting.hypotheses.effect import weighted_sum
+        from stages.reporting.hypotheses.finding import Finding
+        from stages.reporting.statistics.trend import page
+
+        x = self._steps(cells, grid.values.shape[1])
+        slope = weighted_sum(grid, (x - x.mean()) / ((x - x.mean()) ** 2).sum())
+        rise, fall = page(grid.values).p, page(grid.values[:, ::-1]).p
+        rises = rise < fall
+        return Finding(
+            effect=slope.value, low=slope.low, high=slope.high,
+            unit=f"{unit_of(self.readout)} per {self._step()}",
+            p=min(1.0, 2 * min(rise, fall)),
+            side="supported" if rises == (self.expect == "rises") else "contradicted",
+            n=len(grid.values), smallest=slope.smallest, floors=guard.floors, blocked=guard.blocked,
+        )  # fmt: skip
+
+    def _over_levels(self, cells: Cells, guard: Guard) -> Finding:
+        """Test whether the loss against the reference grows along levels, by permuting items among them."""
+        from stages.reporting.hypotheses.cells import Term
+        from stages.reporting.hypotheses.effect import POWER, Z, permuted
+        from stages.reporting.hypotheses.finding import Finding
+
+        names = [guard.reference, *self.candidates]
+        parts = [
+            cells.grid([Term(name, readout) for name in names]).values for readout in self.readouts_read()
+        ]
+        whole, ours = (np.concatenate(side) for side in zip(*(self._sides(p) for p in parts), strict=True))
+        if self.loss == "share":
+            floors = [cells.needed_floor(guard.reference, readout) for readout in self.readouts_read()]
+            floor = np.repeat(floors, [len(part) for part in parts])
+            whole, ours = whole - floor, ours - floor
+        strata = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        x = self._steps(cells, len(parts))
+        factors = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+        # A loss grows as fast as what is kept shrinks.
+        test = permuted(whole - ours, factors, strata, whole if self.loss == "share" else None)
+        return Finding(
+            effect=test.value, low=test.value - Z * test.stderr, high=test.value + Z * test.stderr,
+            unit=f"{'share' if self.loss == 'share' else 'points'} lost per {self._step()}",
+            p=test.p,
+            side="supported" if (test.value > 0) == (self.expect == "rises") else "contradicted",
+            n=len(whole), smallest=POWER * test.stderr, floors=guard.floors, blocked=guard.blocked,
+        )  # fmt: skip
+
+    def _sides(self, values: Floats) -> tuple[Floats, Floats]:
+        """Return the reference's scores and the mean of the others."""
+        return values[:, 0], values[:, 1:].mean(axis=1)
+
+    def _step(self) -> str:
+        if self.x is None:
+            return "step"
+        return f"{'doubling' if self.x.log2 else '1'} of {self.x.column or 'x'}"
