@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from stages.core.errors import Refusal
 from stages.reporting.collect import Results
@@ -73,14 +73,14 @@ def _verdict(
 ) -> Verdict:
     held = f"{control.hypothesis}: {control.verdict}" if control else None
     p = None if math.isnan(p_holm) else p_holm
+    verdict: Literal["supported", "contradicted", "undecided"] = "undecided"
     if finding.blocked:
-        verdict, why = "undecided", f"{finding.blocked}."
+        why = f"{finding.blocked}."
     elif p is None or finding.side is None:
-        verdict, why = "undecided", "nothing could be tested."
+        why = "nothing could be tested."
     elif control and control.verdict != "supported":
-        verdict, why = "undecided", f"its control {control.hypothesis} is {control.verdict}."
+        why = f"its control {control.hypothesis} is {control.verdict}."
     elif p > LEVEL:
-        verdict = "undecided"
         why = f"{p_value(p)} after correction; {finding.n} {finding.units} show {_shown(finding)}."
     else:
         verdict = finding.side

@@ -9,11 +9,11 @@ import pytest
 
 from stages.core import tables
 from stages.reporting.collect import Results, competes, records
-from stages.reporting.comparison import compare_candidates, compare_revisions
+from stages.reporting.comparison import compare_revisions
 from stages.reporting.statistics.holm import holm
 from stages.reporting.words import share
 from tests import results
-from tests.results import of_items, together
+from tests.results import compared, of_items, together
 
 TAG = re.compile(r"<[^>]+>")
 
@@ -24,7 +24,7 @@ def by_candidate(comparison) -> pd.DataFrame:
 
 def test_noise_is_the_distance_of_noise_candidates_from_their_source():
     base = [1.0] * 60 + [0.0] * 40
-    comparison = compare_candidates(of_items({
+    comparison = compared(of_items({
         "base/m": base,
         "noise/a": [0.0, *base[1:]],         # 0.59, 0.01 away
         "noise/b": [1.0] * 63 + [0.0] * 37,  # 0.63, 0.03 away: the largest counts
@@ -57,16 +57,16 @@ def test_a_difference_within_the_noise_is_noise_however_sure():
     base = [2.0, 2.1, 2.2, 2.3]
     surely = [x + 0.01 for x in base]
     items = {"base/m": base, "noise/n": [x + 0.02 for x in base], "prune/p": surely}
-    row = by_candidate(compare_candidates(of_items(items, metric="perplexity"))).loc["prune/p"]
+    row = by_candidate(compared(of_items(items, metric="perplexity"))).loc["prune/p"]
     assert row["p"] < 1e-6
     assert row["verdict"] == "within noise"
-    without = compare_candidates(of_items({"base/m": base, "prune/p": surely}, metric="perplexity"))
+    without = compared(of_items({"base/m": base, "prune/p": surely}, metric="perplexity"))
     assert by_candidate(without).loc["prune/p", "verdict"] == "worse"
 
 
 def test_p_values_are_corrected_within_a_family_of_overall_scores_and_one_of_levels(whole):
     wanted, folder = whole
-    rows = compare_candidates(results.read(wanted, folder / "data/results")).rows
+    rows = compared(results.read(wanted, folder / "data/results")).rows
     judged = rows[competes(rows) & rows["p"].notna()]
     overall = judged["difficulty"] == "all"
     assert judged["p_corrected"].notna().all()
@@ -81,7 +81,7 @@ def test_p_values_are_corrected_within_a_family_of_overall_scores_and_one_of_lev
 
 def test_the_share_kept_above_the_floor_is_shown_where_it_is_defined(whole):
     wanted, folder = whole
-    rows = compare_candidates(results.read(wanted, folder / "data/results")).rows
+    rows = compared(results.read(wanted, folder / "data/results")).rows
     text = (folder / "data/report/index.html").read_text()
     kept = rows[rows["retention"].notna()]
     assert len(kept)
@@ -99,16 +99,16 @@ def test_a_dense_model_at_the_floor_has_nothing_to_keep():
     table = of_items({"base/m": [1.0] * 30 + [0.0] * 70, "prune/p": [1.0] * 10 + [0.0] * 90})
     for floor, defined in ((0.25, False), (0.0, True), (math.nan, False)):
         table.scores["floor"] = floor
-        row = compare_candidates(table).rows.iloc[1]
+        row = compared(table).rows.iloc[1]
         assert (not math.isnan(row["retention"])) == defined
     table.scores.loc[1, "value"] = 0.12  # not the mean of the items' scores
     table.scores["floor"] = 0.0
-    assert math.isnan(compare_candidates(table).rows.iloc[1]["retention"])
+    assert math.isnan(compared(table).rows.iloc[1]["retention"])
 
 
 def test_responders_without_knowledge_do_not_compete():
     base = [1.0] * 60 + [0.0] * 40
-    comparison = compare_candidates(
+    comparison = compared(
         of_items({"base/m": base, "floor/dot": [0.0] * 100, "prune/p": base[10:] + [0.0] * 10})
     )
     assert set(comparison.competitors["candidate"]) == {"base/m", "prune/p"}
@@ -119,7 +119,7 @@ def test_responders_without_knowledge_do_not_compete():
 
 def test_a_higher_perplexity_is_a_loss_and_its_error_is_paired():
     base, ours = [2.0, 3.0, 4.0], [2.3, 2.9, 4.4]
-    row = compare_candidates(of_items({"base/m": base, "prune/p": ours}, metric="perplexity")).rows.iloc[1]
+    row = compared(of_items({"base/m": base, "prune/p": ours}, metric="perplexity")).rows.iloc[1]
     assert (row["lost"], row["won"]) == (2, 1)
     assert row["delta"] == pytest.approx(math.exp(3.2) - math.exp(3.0))
     # d ppl = ppl_ours * d nats_ours - ppl_base * d nats_base, item by item.
@@ -132,7 +132,7 @@ def test_only_the_same_prompts_are_paired():
     table = of_items({"base/m": [1, 0, 1, 0], "prune/p": [0, 0, 1, 1]})
     other = table.samples["candidate"].eq("prune/p") & table.samples["doc_id"].eq(0)
     table.samples.loc[other, "prompt_hash"] = "another prompt"
-    row = compare_candidates(table).rows.iloc[1]
+    row = compared(table).rows.iloc[1]
     assert (row["pairs"], row["lost"], row["won"]) == (3, 0, 1)
 
 
@@ -163,7 +163,7 @@ def test_budgets_are_compared_each_with_itself(stored, tmp_path):
     if stored:
         tables.write_tables(tmp_path, table.scores, table.samples)
         table = Results(*(pd.read_parquet(tmp_path / name) for name in (tables.SCORES, tables.SAMPLES)))
-    comparison = compare_candidates(table)
+    comparison = compared(table)
     rows = comparison.competitors.set_index(["candidate", "budget"])
     long, short = rows.loc[("prune/p", 64)], rows.loc[("prune/p", 8)]
     assert (long["delta"], long["pairs"], long["lost"], long["noise"]) == (-1, 40, 40, 0)
@@ -174,7 +174,7 @@ def test_budgets_are_compared_each_with_itself(stored, tmp_path):
 
 
 def test_filters_are_compared_each_with_itself():
-    comparison = compare_candidates(filtered())
+    comparison = compared(filtered())
     rows = comparison.rows[comparison.rows["candidate"] == "prune/p"]
     assert rows["filter"].fillna("none").tolist() == ["strict", "loose", "none"]
     assert rows["verdict"].tolist() == ["worse", "identical", "better"]
@@ -186,7 +186,7 @@ def test_draws_are_no_items():
     table = thinking()
     drawn = table.samples.assign(draw=0, score=0.5)
     both = Results(table.scores, pd.concat([table.samples, drawn.astype(table.samples.dtypes)]))
-    pd.testing.assert_frame_equal(compare_candidates(both).rows, compare_candidates(table).rows)
+    pd.testing.assert_frame_equal(compared(both).rows, compared(table).rows)
 
 
 def test_revisions_are_compared_measure_by_measure():
@@ -196,7 +196,7 @@ def test_revisions_are_compared_measure_by_measure():
     new = together(
         of_items({"base/m": RIGHT}, **THINKING, budget=64), of_items({"base/m": WRONG}, **THINKING, budget=8)
     )
-    rows = compare_revisions(old, new)
+    rows = compare_revisions(old, new, 0.02)
     assert rows["verdict"].tolist() == ["identical", "worse"]
     assert rows["family"].tolist() == [2, 2]
 
@@ -218,5 +218,5 @@ def test_revisions_are_compared_measure_by_measure():
 )
 def test_a_benchmark_has_a_single_headline(measures, chosen):
     parts = [of_items({"base/m": [1.0, 0.5]}, metric=metric, filter=kept) for metric, kept in measures]
-    headlines = compare_candidates(together(*parts)).headlines()
+    headlines = compared(together(*parts)).headlines()
     assert headlines == [("s", "t", "likelihood", chosen[0], None, chosen[1], None)]

@@ -224,7 +224,7 @@ class Cells:
                 if not any(self._above(other, readout, floor) for readout, floor in floors.items())
             ]
             if lost:
-                blocked = f"{', '.join(lost)} is at the floor on every readout, so its losses are the reference's scores"
+                blocked = f"{', '.join(lost)} is at the floor on every readout, so its losses say nothing"
         return Guard(name, {readout.label(): floor for readout, floor in floors.items()}, blocked)
 
     def _above(self, candidate: str, readout: Readout, floor: float) -> bool:

@@ -167,7 +167,8 @@ class ContrastTest(Tested):
         reads = [self._read(sheet, side, readout, guard.reference) for side, readout in pairs]
         grid = cells.grid(sheet.terms)
         effect = drawn(
-            grid, lambda means: sum(w * read(means) for w, read in zip(weights, reads, strict=True))
+            grid,
+            lambda means: np.asarray(sum(w * read(means) for w, read in zip(weights, reads, strict=True))),
         )
         unit = "share of the reference" if self.measure == "retention" else unit_of(self.readouts[0])
         finding = conclude(effect, self.expect, self.bound, unit=unit, n=len(grid.values), guard=guard)
@@ -287,4 +288,4 @@ class _Sheet:
         assert self.at is not None
         if self.at.candidate is not None:
             return self._x(self.at.candidate, readout)
-        return _constant(np.log(self.at.value))
+        return _constant(np.log(float(self.at.value or 0)))

@@ -46,9 +46,9 @@ class CorrelationTest(Tested):
         return [self.first, self.second, *([self.given] if self.given else [])]
 
     def judge(self, cells: Cells) -> Finding:
-        from stages.reporting.hypotheses.effect import POWER, Z
         from stages.reporting.hypotheses.finding import Finding
         from stages.reporting.statistics.correlation import correlation
+        from stages.reporting.statistics.paired import POWER, Z
 
         sides = [
             np.array([cells.items(candidate, readout).mean() for candidate in self.candidates])
@@ -56,7 +56,7 @@ class CorrelationTest(Tested):
         ]
         if self.given:
             sides = [_left(side, sides[2]) for side in sides[:2]]
-        test = correlation(*sides, "spearman" if self.ranks else "pearson")
+        test = correlation(sides[0], sides[1], "spearman" if self.ranks else "pearson")
         freedom = len(self.candidates) - 3 - (self.given is not None)
         middle, spread = np.arctanh(np.clip(test.value, -1 + 1e-12, 1 - 1e-12)), 1 / np.sqrt(freedom)
         return Finding(

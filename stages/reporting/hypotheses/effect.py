@@ -25,12 +25,9 @@ from stages.core.errors import Refusal
 from stages.reporting.hypotheses.cells import Floats, Grid, Guard
 from stages.reporting.hypotheses.finding import Finding, Side
 from stages.reporting.statistics.bootstrap import bootstrap
-from stages.reporting.statistics.paired import LEVEL, discordant, mcnemar
+from stages.reporting.statistics.paired import LEVEL, POWER, discordant, mcnemar
 
 Expect = Literal["above", "below", "within"]
-Z = float(stats.norm.ppf(1 - LEVEL / 2))
-POWER = Z + float(stats.norm.ppf(0.8))
-"""Standard errors that an effect must measure to be seen in four of five studies."""
 _PERMUTATIONS = 9999
 _TINY = 1e-12
 
@@ -99,7 +96,7 @@ def weighted_sum(grid: Grid, weights: Floats, *, seed: int = 0) -> Effect:
 
 
 def _compared(member: NDArray[np.bool_], weights: Floats, grid: Grid) -> tuple[Floats, Floats] | None:
-    """Return per-item numbers and the factor of each stratum, where the sum compares that number between strata.
+    """Return per-item numbers and each stratum's factor, where the sum compares these between strata.
 
     None where it does not: its factors do not add up to 0, or strata weigh their terms differently.
     """
@@ -201,7 +198,7 @@ def drawn(grid: Grid, statistic: Callable[[Floats], Floats], *, seed: int = 0) -
 
 
 def between(x: Floats, y: Floats, at: Floats) -> Floats:
-    """Read `y` at `at` `[...]` on straight lines between points `(x, y)`, both `[..., points]`, in any order."""
+    """Read `y` at `at` `[...]` on straight lines between points `(x, y)`, both `[..., points]`, unsorted."""
     order = np.argsort(x, axis=-1)
     x, y = np.take_along_axis(x, order, -1), np.take_along_axis(y, order, -1)
     left = np.clip((x <= at[..., None]).sum(axis=-1) - 1, 0, x.shape[-1] - 2)[..., None]
@@ -228,7 +225,7 @@ def conclude(
     blocked = guard.blocked
     distance = abs(effect.value - bound)
     if not blocked and expect != "within" and noise is not None and distance <= noise:
-        blocked = f"the effect is {distance:.3g} from its bound, no more than numerical noise moves it ({noise:.3g})"
+        blocked = f"the effect is {distance:.3g} from its bound, within numerical noise ({noise:.3g})"
     return Finding(
         effect=effect.value, low=effect.low, high=effect.high, unit=unit, p=p, side=side, n=n,
         smallest=effect.smallest, floors=guard.floors, noise=noise, blocked=blocked,

@@ -49,8 +49,8 @@ class FitTest(Tested):
     def judge(self, cells: Cells) -> Finding:
         from scipy import stats
 
-        from stages.reporting.hypotheses.effect import POWER, Z
         from stages.reporting.hypotheses.finding import Finding
+        from stages.reporting.statistics.paired import POWER, Z
 
         y = np.array([self._score(cells, candidate) for candidate in self.candidates])
         axes = (self.better, self.worse)

@@ -51,7 +51,8 @@ class SaturationTest(Tested):
 
     def judge(self, cells: Cells) -> Finding:
         from stages.reporting.hypotheses.cells import Term, unit_of
-        from stages.reporting.hypotheses.effect import POWER, Effect, conclude
+        from stages.reporting.hypotheses.effect import Effect, conclude
+        from stages.reporting.statistics.paired import POWER
         from stages.reporting.statistics.saturation import saturation
 
         guard = cells.guard(self.reference, self.candidates, [self.readout])
@@ -70,7 +71,5 @@ class SaturationTest(Tested):
         finding = conclude(
             effect, self.expect, self.bound, unit=unit_of(self.readout), n=len(grid.values), guard=guard
         )
-        straight = (
-            "" if curve.bends else "the curve does not bend yet, so its plateau is a guess; train longer"
-        )
+        straight = "" if curve.bends else "the curve does not bend, so its plateau is a guess; train longer"
         return replace(finding, blocked=finding.blocked or straight)

@@ -49,7 +49,7 @@ class TrendTest(Tested):
             return
         axis = axes[0] if axes else self.candidates
         if len(axis) < 3:
-            yield f"a trend needs three or more conditions, not {len(axis)}; add candidates, levels or budgets."
+            yield f"a trend needs three conditions or more, not {len(axis)}; add some."
         if len(set(axis)) < len(axis):
             yield "a condition is listed twice; list it once."
         if self.budgets and len(self.candidates) > 1:
@@ -111,8 +111,9 @@ class TrendTest(Tested):
     def _over_levels(self, cells: Cells, guard: Guard) -> Finding:
         """Test whether the loss against the reference grows along levels, by permuting items among them."""
         from stages.reporting.hypotheses.cells import Term
-        from stages.reporting.hypotheses.effect import POWER, Z, permuted
+        from stages.reporting.hypotheses.effect import permuted
         from stages.reporting.hypotheses.finding import Finding
+        from stages.reporting.statistics.paired import POWER, Z
 
         names = [guard.reference, *self.candidates]
         parts = [

@@ -128,5 +128,5 @@ def saturation(
     if reference is not None:
         refuse_missing("scores", reference)
         excess = ends - times @ np.asarray(reference, np.float64) / count
-    intervals = (middle(ends), middle(scales)) if bends else (None, None)
-    return Saturation(a, b, c, bends, *intervals, excess)
+    of_a, of_c = (middle(ends), middle(scales)) if bends else (None, None)
+    return Saturation(a, b, c, bends, of_a, of_c, excess)
