@@ -279,6 +279,8 @@ def _of_changes(changes: list[float], margin: float, higher_is_better: bool = Tr
     interval = paired.interval(changes)
     same = paired.equivalence(changes, -margin, margin)
     binary = {abs(change) for change in changes} <= {0.0, 1.0}
+    if binary and not lost + won:  # how likely none of these differs if a share as large as the margin would
+        same = (1 - margin) ** len(changes)
     return {
         "pairs": len(changes),
         "lost": lost,

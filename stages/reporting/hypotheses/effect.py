@@ -83,8 +83,9 @@ def weighted_sum(grid: Grid, weights: Floats, *, seed: int = 0) -> Effect:
             return permuted(*compared, grid.strata, seed=seed).p
         if bound == 0 and same:
             return mcnemar(*discordant([0.0] * len(parts), parts.tolist()))
-        if stderr == 0:
-            return 1.0 if value == bound else 0.0
+        if stderr == 0:  # how likely no item differs from the others if a share large enough would
+            share = min(1.0, abs(value - bound) / float(np.abs(weights).max()))
+            return min(1.0, 2 * (1 - share) ** len(parts))
         return float(2 * stats.t.sf(abs(value - bound) / stderr, freedom))
 
     # A sum of right and wrong answers: rho / n, the share of items that differ over their number.
