@@ -234,7 +234,7 @@ def a_trend(**changes):
 @pytest.mark.parametrize(
     ("hypothesis", "message"),
     [
-        (a_trend(candidates=["base/tiny", "prune/wanda-5", "prune/magnitude-50"]), "did you mean 'prune/wanda-50'?"),
+        (a_trend(candidates=["base/tiny", "noise/x", "prune/wanda-5"]), "did you mean 'prune/wanda-50'?"),
         (a_trend(candidates=["base/tiny"]), "a trend needs three conditions or more, not 1"),
         (a_trend(readout=EXACT | {"suite": "sums"}), "there is no suite 'sums'; allowed: arithmetic, news."),
         (a_trend(readout=EXACT | {"level": "sub"}), "arithmetic has no level 'sub'; allowed: add, all."),

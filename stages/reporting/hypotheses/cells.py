@@ -20,6 +20,7 @@ from stages.reporting.collect import Results, is_noise, records
 from stages.reporting.comparison import PER_ITEM
 from stages.reporting.hypotheses.readout import Axis, Readout
 from stages.reporting.statistics.paired import LEVEL
+from stages.reporting.words import SHARES
 
 _KEY = ["suite", "doc_id", "prompt_hash"]
 _OPEN = ("task", "readout", "counted", "filter", "budget")
@@ -255,4 +256,5 @@ class Guard:
 
 def unit_of(readout: Readout) -> str:
     """Return the unit of a readout's item scores."""
-    return {"perplexity": "nats a token", "entropy": "bits", "tokens": "tokens"}.get(readout.metric, "points")
+    known = {"perplexity": "nats a token", "entropy": "bits", "tokens": "tokens"}
+    return known.get(readout.metric, "share right" if readout.metric in SHARES else readout.metric)

@@ -1,7 +1,8 @@
 """Correlation: whether two scores of the same candidates go together.
 
 Judged by all pairings of the candidates' values (`stages.reporting.statistics.correlation`). Given a third
-score, what it explains is taken off both first, and the rest is paired (Freedman and Lane 1983).
+score, the straight line that it explains is taken off both first, and the correlation of the rest is judged
+by Student's t with one degree of freedom less (Fisher 1924): pairing residuals errs too often on few models.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from stages.core.errors import Refusal
 from stages.core.lazy import np
 from stages.core.schema import Candidate
 from stages.reporting.hypotheses.readout import Readout
@@ -46,6 +48,8 @@ class CorrelationTest(Tested):
         return [self.first, self.second, *([self.given] if self.given else [])]
 
     def judge(self, cells: Cells) -> Finding:
+        from scipy import stats
+
         from stages.reporting.hypotheses.finding import Finding
         from stages.reporting.statistics.correlation import correlation
         from stages.reporting.statistics.paired import POWER, Z
@@ -54,21 +58,33 @@ class CorrelationTest(Tested):
             np.array([cells.items(candidate, readout).mean() for candidate in self.candidates])
             for readout in self.readouts_read()
         ]
-        if self.given:
-            sides = [_left(side, sides[2]) for side in sides[:2]]
-        test = correlation(sides[0], sides[1], "spearman" if self.ranks else "pearson")
         freedom = len(self.candidates) - 3 - (self.given is not None)
-        middle, spread = np.arctanh(np.clip(test.value, -1 + 1e-12, 1 - 1e-12)), 1 / np.sqrt(freedom)
+        if self.given is None:
+            test = correlation(sides[0], sides[1], "spearman" if self.ranks else "pearson")
+            value, p = test.value, test.p
+        else:
+            value = partial(*(stats.rankdata(side) if self.ranks else side for side in sides))
+            p = float(2 * stats.t.sf(abs(value) * np.sqrt((freedom + 1) / (1 - value**2)), freedom + 1))
+        middle, spread = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)), 1 / np.sqrt(freedom)
         return Finding(
-            effect=test.value, low=float(np.tanh(middle - Z * spread)),
+            effect=value, low=float(np.tanh(middle - Z * spread)),
             high=float(np.tanh(middle + Z * spread)),
             unit=f"{'rank ' if self.ranks else ''}correlation{' of the rest' if self.given else ''}",
-            p=test.p,
-            side="supported" if (test.value > 0) == (self.expect == "positive") else "contradicted",
+            p=p,
+            side="supported" if (value > 0) == (self.expect == "positive") else "contradicted",
             n=len(self.candidates), units="candidates", smallest=float(np.tanh(POWER * spread)),
         )  # fmt: skip
 
 
-def _left(values: Floats, given: Floats) -> Floats:
-    """Return what a straight line over `given` leaves of `values`."""
-    return np.asarray(values - np.polyval(np.polyfit(given, values, 1), given))
+def partial(first: Floats, second: Floats, given: Floats) -> float:
+    """Correlate what a straight line over `given` leaves of two sides, all `[candidates]`.
+
+    Raises:
+        Refusal: it leaves nothing of a side, or `given` does not vary.
+    """
+    if np.ptp(given) == 0:
+        raise Refusal("the given score is the same for all candidates, so it explains nothing.")
+    left = [side - np.polyval(np.polyfit(given, side, 1), given) for side in (first, second)]
+    if any(map(np.allclose, left, (0.0, 0.0))):
+        raise Refusal("the given score explains a side whole, so nothing is left to correlate.")
+    return float(np.corrcoef(*left)[0, 1])

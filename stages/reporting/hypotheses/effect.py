@@ -103,14 +103,14 @@ def _compared(member: NDArray[np.bool_], weights: Floats, grid: Grid) -> tuple[F
     """
     places: list[NDArray[np.int64]] = []
     for stratum in range(grid.strata.max() + 1):
-        terms = np.flatnonzero(member[grid.strata == stratum][0] & (weights != 0))
+        terms = np.flatnonzero(member[grid.strata == stratum][0])
         places.append(terms)
     if len({len(terms) for terms in places}) > 1 or not len(places[0]):
         return None
     if len(np.concatenate(places)) != len(np.unique(np.concatenate(places))):
         return None  # a term spans strata
-    pattern = weights[places[0]]
-    factors = [float(weights[terms][0] / pattern[0]) for terms in places]
+    pattern = weights[max(places, key=lambda terms: float(np.abs(weights[terms]).max()))]
+    factors = [float(weights[terms] @ pattern / (pattern @ pattern)) for terms in places]
     if any(
         not np.allclose(weights[terms], factor * pattern)
         for terms, factor in zip(places, factors, strict=True)

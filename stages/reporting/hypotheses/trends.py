@@ -129,9 +129,10 @@ class TrendTest(Tested):
         factors = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
         # A loss grows as fast as what is kept shrinks.
         test = permuted(whole - ours, factors, strata, whole if self.loss == "share" else None)
+        lost = "share of the reference" if self.loss == "share" else "share right"
         return Finding(
             effect=test.value, low=test.value - Z * test.stderr, high=test.value + Z * test.stderr,
-            unit=f"{'share' if self.loss == 'share' else 'points'} lost per {self._step()}",
+            unit=f"{lost} lost per {self._step()}",
             p=test.p,
             side="supported" if (test.value > 0) == (self.expect == "rises") else "contradicted",
             n=len(whole), smallest=POWER * test.stderr, floors=guard.floors, blocked=guard.blocked,

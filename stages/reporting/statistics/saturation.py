@@ -12,7 +12,7 @@ fits more than 2.5 % of the draws best, or where fewer than 97.5 % of them have 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -39,7 +39,7 @@ class Saturation:
     bends: bool
     a_interval: tuple[float, float] | None
     c_interval: tuple[float, float] | None
-    excess: _Floats
+    excess: _Floats = field(compare=False)
     """`[draws]`: a minus the reference's mean, over the same drawn items; empty without a reference."""
 
     def at(self, x: ArrayLike) -> _Floats:

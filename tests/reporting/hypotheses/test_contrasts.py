@@ -18,7 +18,7 @@ FEW = [1.0] * 6 + [0.0] * 54
 def test_a_difference_has_its_effect_side_and_floor():
     table = leveled({"all-of-it": {"base/m": RIGHT, "prune/p": HALF}}, floor=0.25)
     found = judged(table, **difference("prune/p"))
-    assert (found.effect, found.side, found.n, found.unit) == (-0.5, "supported", 60, "points")
+    assert (found.effect, found.side, found.n, found.unit) == (-0.5, "supported", 60, "share right")
     assert found.floors == {"s acc": 0.25}
     assert found.p == pytest.approx(2 * 0.5**30 - 0.5**30)
     assert judged(table, **difference("prune/p", expect="above")).side == "contradicted"

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from stages.core.errors import Refusal
 from stages.reporting.collect import Results
 from stages.reporting.hypotheses.cells import Unknown
+from stages.reporting.hypotheses.correlations import partial
 from stages.reporting.hypotheses.fits import _left_out
 from stages.reporting.statistics.correlation import correlation
 from stages.reporting.statistics.paired import LEVEL
@@ -36,7 +38,7 @@ def test_a_trend_over_candidates_is_pages_with_a_slope():
     shared = {"test": "trend", "readout": ACC, "candidates": NAMES, "x": {"column": "sparsity"}}
     found = judged(table, **shared, expect="falls")
     assert found.effect == pytest.approx(-1.0)  # .2 lost per .2 of sparsity
-    assert found.unit == "points per 1 of sparsity" and found.side == "supported"
+    assert found.unit == "share right per 1 of sparsity" and found.side == "supported"
     assert found.p == pytest.approx(2 * page(np.array(list(FALLING.values()))[::-1].T).p)
     assert judged(table, **shared, expect="rises").side == "contradicted"
 
@@ -66,7 +68,7 @@ def test_a_loss_over_levels_is_a_share_or_points():
     }
     found = judged(table, **shared, expect="rises")
     assert found.effect == pytest.approx((0.5 - 49 / 54 * 0 - (1 - 49 / 54)) / 2, abs=0.01)
-    assert (found.side, found.n, found.unit) == ("supported", 180, "share lost per step")
+    assert (found.side, found.n, found.unit) == ("supported", 180, "share of the reference lost per step")
     assert found.p < 0.01
     points = judged(table, **shared, loss="points", expect="rises")
     assert points.effect == pytest.approx((0.3 - 5 / 60) / 2, abs=0.01)
@@ -169,8 +171,6 @@ def test_the_better_fit_is_that_of_leave_one_out():
 
 def fit_p(random, apart):
     """Return p of two numbers that both stand for what decides 14 scores, the second `apart` worse."""
-    from scipy import stats
-
     hidden = random.normal(size=14)
     y = hidden + random.normal(0, 0.3, 14)
     errors = [_left_out(hidden + random.normal(0, 0.4 + more, 14), y, 1) ** 2 for more in (0, apart)]
@@ -180,13 +180,12 @@ def fit_p(random, apart):
     ).pvalue  # fmt: skip
 
 
-def rest_p(random, link, count=12):
-    """Return p of a correlation given a third number."""
+def rest_p(random, link, count=8):
+    """Return p of a correlation given a third number, all drawn for `count` candidates."""
     third = random.normal(size=count)
     first = third + random.normal(size=count)
-    sides = [first, third + link * (first - third) + random.normal(size=count)]
-    left = [side - np.polyval(np.polyfit(third, side, 1), third) for side in sides]
-    return correlation(*left, "pearson", seed=int(random.integers(2**31))).p
+    value = partial(first, third + link * (first - third) + random.normal(size=count), third)
+    return 2 * stats.t.sf(abs(value) * np.sqrt((count - 3) / (1 - value**2)), count - 3)
 
 
 def plateau_p(random, below):
@@ -201,12 +200,11 @@ def plateau_p(random, below):
 
 
 @pytest.mark.drill
-def test_tests_of_few_candidates_err_at_their_level(monkeypatch):
-    monkeypatch.setattr("stages.reporting.statistics.correlation._DRAWS", 499)
+def test_tests_of_few_candidates_err_at_their_level():
     random = np.random.default_rng(11)
     fits = [fit_p(random, 0.0) <= LEVEL for _ in range(800)]
     assert is_nominal(fits, LEVEL) and rate(fit_p(random, 2.0) <= LEVEL for _ in range(150))[0] > 0.5
     rest = [rest_p(random, 0.0) <= LEVEL for _ in range(800)]
-    assert is_nominal(rest, LEVEL) and rate(rest_p(random, 2.0) <= LEVEL for _ in range(150))[0] > 0.6
+    assert is_nominal(rest, LEVEL) and rate(rest_p(random, 2.0, 12) <= LEVEL for _ in range(150))[0] > 0.6
     ends = [plateau_p(random, 0.0) <= LEVEL for _ in range(300)]
     assert is_at_most(ends, 0.06) and rate(plateau_p(random, 0.15) <= LEVEL for _ in range(60))[0] > 0.6
