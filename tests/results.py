@@ -16,7 +16,7 @@ from stages.job.load import checked_params
 from stages.job.params import Params
 from stages.reporting.collect import Results, collect
 from stages.reporting.comparison import Comparison, compare_candidates
-from stages.reporting.study import Report
+from stages.reporting.judging import Report
 
 ROOT = Path(__file__).parents[1]
 # By how much a recipe is worse than the dense base, in nats a token; and its size in MB, on disk and ideally.

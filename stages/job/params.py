@@ -40,7 +40,8 @@ from stages.recovery.eco import ECO
 from stages.recovery.full import Full
 from stages.recovery.lora import LoRA
 from stages.recovery.qat import QAT
-from stages.reporting.study import Report, Study
+from stages.reporting.judging import Report
+from stages.reporting.study import Study
 from stages.sources.benchmark import Benchmark
 from stages.sources.gguf import Gguf
 from stages.sources.graded.arithmetic import Arithmetic

@@ -26,10 +26,10 @@ from stages.reporting.collect import (
     noise_by_measure,
     records,
 )
+from stages.reporting.judging import Report
 from stages.reporting.margins import margin_of, with_verdicts
 from stages.reporting.statistics import paired
 from stages.reporting.statistics.retention import Retention, retention
-from stages.reporting.study import Report
 
 HEADLINES = ("perplexity", "acc", "exact_match", "prompt_level_strict_acc", "pass@1")
 """Metrics that stand for their suite and readout, the best first; without any, the first metric does."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.corpus.taught import downloaded
-from stages.reporting.study import Report, Study
+from stages.reporting.judging import Report
+from stages.reporting.study import Study
 
 
 @dataclass(frozen=True)

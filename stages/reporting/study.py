@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.core.schema import Candidate, Slug, Strict
+from stages.core.schema import Slug, Strict
 from stages.reporting.hypotheses.contrasts import ContrastTest
 from stages.reporting.hypotheses.correlations import CorrelationTest
 from stages.reporting.hypotheses.fits import FitTest
@@ -28,12 +28,3 @@ class Study(Strict):
     profile: Literal["laptop", "paper"]
     """The size of the sweep that tests it: what a laptop can do, or the publication's own."""
     hypotheses: Annotated[dict[Slug, Hypothesis], Field(min_length=1)]
-
-
-class Report(Strict):
-    """Section `report`: what a plain comparison counts as the same, and whom it compares with."""
-
-    margin: Annotated[float, Field(gt=0, lt=1)]
-    """The largest loss that does not matter: 0.02 is two points of a share, or 2 % of a perplexity."""
-    reference: Candidate | None = None
-    """The candidate that all others are compared with; null: the dense base of each."""

@@ -14,9 +14,9 @@ import yaml
 from stages.reporting import words
 from stages.reporting.agreement import agreement
 from stages.reporting.collect import records
+from stages.reporting.judging import Report
 from stages.reporting.page import render
 from stages.reporting.scope import Scope
-from stages.reporting.study import Report
 from tests import results
 from tests.pipeline import report
 from tests.reporting.conftest import HOSTILE

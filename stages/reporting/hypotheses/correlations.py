@@ -87,4 +87,4 @@ def partial(first: Floats, second: Floats, given: Floats) -> float:
     left = [side - np.polyval(np.polyfit(given, side, 1), given) for side in (first, second)]
     if any(map(np.allclose, left, (0.0, 0.0))):
         raise Refusal("the given score explains a side whole, so nothing is left to correlate.")
-    return float(np.corrcoef(*left)[0, 1])
+    return float(np.corrcoef(left[0], left[1])[0, 1])
