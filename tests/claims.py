@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from stages.job.load import _tuples
 from stages.reporting.collect import Results
 from stages.reporting.hypotheses.cells import Cells
-from stages.reporting.hypotheses.finding import Finding
+from stages.reporting.hypotheses.evidence import Evidence
 from stages.reporting.hypotheses.tested import Tested
 from stages.reporting.study import Hypothesis, Study
 from tests.results import of_items, together
@@ -47,7 +47,7 @@ def hypothesis(**settings: Any) -> Tested:
     return tested
 
 
-def judged(results: Results, **settings: Any) -> Finding:
+def judged(results: Results, **settings: Any) -> Evidence:
     """Judge a hypothesis given as settings."""
     return hypothesis(**settings).judge(Cells(results))
 

@@ -288,7 +288,7 @@ def _of_changes(changes: list[float], margin: float, higher_is_better: bool = Tr
         "change": interval.mean if interval else math.nan,
         "low": interval.low if interval else math.nan,
         "high": interval.high if interval else math.nan,
-        "smallest": paired.smallest(changes),
+        "smallest": paired.smallest_shown(changes),
         "p": paired.mcnemar(lost, won) if binary else interval.p if interval else math.nan,
         "p_same": math.nan if same is None else same,
     }

@@ -10,7 +10,7 @@ import pandas as pd
 from stages.core.tables import MEASURE
 from stages.reporting.collect import Results, by_measure, measure_of, records
 from stages.reporting.comparison import Comparison
-from stages.reporting.hypotheses.finding import Verdict
+from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.verdicts import nested_verdicts
 from stages.reporting.words import family, labels
 

@@ -15,7 +15,7 @@ from stages.core.tables import MEASURE
 from stages.reporting import words
 from stages.reporting.collect import Measure, Results, by_measure, competes, measure_of, records
 from stages.reporting.comparison import Comparison
-from stages.reporting.hypotheses.finding import Verdict
+from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.scope import Scope
 
 _FLIPS_SHOWN = 8

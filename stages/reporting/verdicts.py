@@ -7,7 +7,7 @@ from typing import Any, Literal
 from stages.core.errors import Refusal
 from stages.reporting.collect import Results
 from stages.reporting.hypotheses.cells import Cells, Unknown
-from stages.reporting.hypotheses.finding import Finding, Verdict
+from stages.reporting.hypotheses.evidence import Evidence, Verdict
 from stages.reporting.hypotheses.tested import Tested
 from stages.reporting.statistics.holm import holm
 from stages.reporting.statistics.paired import LEVEL
@@ -25,12 +25,12 @@ def judge_studies(results: Results, studies: Mapping[str, Study]) -> list[Verdic
         return []
     cells = Cells(results)
     mistakes: list[str] = []
-    findings: dict[str, dict[str, Finding]] = {}
+    findings: dict[str, dict[str, Evidence]] = {}
     for name, study in studies.items():
         findings[name] = {}
         for key, hypothesis in study.hypotheses.items():
             try:
-                findings[name][key] = _finding(hypothesis, cells)
+                findings[name][key] = _evidence(hypothesis, cells)
             except Unknown as unknown:
                 mistakes.append(f"studies.{name}.hypotheses.{key}: {unknown}")
     if mistakes:
@@ -43,17 +43,17 @@ def judge_studies(results: Results, studies: Mapping[str, Study]) -> list[Verdic
     ]
 
 
-def _finding(hypothesis: Tested, cells: Cells) -> Finding:
+def _evidence(hypothesis: Tested, cells: Cells) -> Evidence:
     """Test a hypothesis; data that cannot be tested, such as too few items, block it."""
     try:
         return hypothesis.judge(cells)
     except Unknown:
         raise
     except Refusal as refusal:
-        return Finding(effect=None, unit="", p=None, side=None, n=0, blocked=str(refusal).rstrip("."))
+        return Evidence(effect=None, unit="", p=None, side=None, n=0, blocked=str(refusal).rstrip("."))
 
 
-def _judged(name: str, study: Study, findings: Mapping[str, Finding]) -> dict[str, Verdict]:
+def _judged(name: str, study: Study, findings: Mapping[str, Evidence]) -> dict[str, Verdict]:
     p_values = [math.nan if finding.p is None else finding.p for finding in findings.values()]
     corrected = dict(zip(findings, holm(p_values), strict=True))
     verdicts: dict[str, Verdict] = {}
@@ -69,7 +69,7 @@ def _judged(name: str, study: Study, findings: Mapping[str, Finding]) -> dict[st
 
 
 def _verdict(
-    study: str, key: str, hypothesis: Any, finding: Finding, p_holm: float, control: Verdict | None
+    study: str, key: str, hypothesis: Any, finding: Evidence, p_holm: float, control: Verdict | None
 ) -> Verdict:
     held = f"{control.hypothesis}: {control.verdict}" if control else None
     p = None if math.isnan(p_holm) else p_holm
@@ -91,7 +91,7 @@ def _verdict(
     )  # fmt: skip
 
 
-def _shown(finding: Finding) -> str:
+def _shown(finding: Evidence) -> str:
     if finding.smallest is None:
         return "no effect of known size"
     return f"{finding.smallest:.3g} {finding.unit} at best"

@@ -12,7 +12,7 @@ what it expects. A test reads the tidy tables and nothing else, so editing a cla
 | `saturation` | where does a score level off with training, and is that below a reference |
 | `fit` | which of two numbers explains scores better |
 
-Each ends in a `Finding` (`stages.reporting.hypotheses.finding`): an effect with its interval, and a p-value
+Each ends in a `Evidence` (`stages.reporting.hypotheses.evidence`): an effect with its interval, and a p-value
 of the side that the effect lies on. `stages.reporting.verdicts` corrects p over the study (Holm) and says
 `supported`, `contradicted` or `undecided`. It is undecided if p is too large, if the reference is not
 clearly above its floor, if the effect is no larger than the noise, or if the control is not supported.

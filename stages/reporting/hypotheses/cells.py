@@ -42,7 +42,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ItemGrid:
     """Scores of items under several terms."""
 
     values: Floats
@@ -61,7 +61,7 @@ class Cells:
         noisy = results.scores[is_noise(results.scores)].drop_duplicates("candidate")
         self._noise = list(zip(noisy["candidate"], noisy["base"], noisy["source"], strict=True))
 
-    def grid(self, terms: Sequence[Term]) -> Grid:
+    def grid(self, terms: Sequence[Term]) -> ItemGrid:
         """Return the items that all candidates of a readout answered, by term.
 
         Raises:
@@ -85,7 +85,7 @@ class Cells:
         ).sort_index()
         values = frame.to_numpy(np.float64)
         _, strata = np.unique(~np.isnan(values), axis=0, return_inverse=True)
-        return Grid(values, strata.reshape(-1).astype(np.int64))
+        return ItemGrid(values, strata.reshape(-1).astype(np.int64))
 
     def items(self, candidate: str, readout: Readout) -> "pd.Series[float]":
         """Return a candidate's scores by item.

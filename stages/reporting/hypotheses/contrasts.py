@@ -29,7 +29,7 @@ from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
     from stages.reporting.hypotheses.cells import Cells, Floats, Term
-    from stages.reporting.hypotheses.finding import Finding
+    from stages.reporting.hypotheses.evidence import Evidence
 
 _Read: TypeAlias = "Callable[[Floats], Floats]"
 """From the means of terms `[..., terms]` to a value `[...]`."""
@@ -138,9 +138,9 @@ class ContrastTest(Tested):
             wanted.append(Readout(suite=self.at.suite, metric="perplexity"))
         return wanted
 
-    def judge(self, cells: Cells) -> Finding:
+    def judge(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import unit_of
-        from stages.reporting.hypotheses.effect import conclude, drawn, weighted_sum
+        from stages.reporting.hypotheses.effect import drawn, evidence_of, weighted_sum
 
         names = [name for side in self.sides for name in side.names()]
         factors = [readout.weight for readout in self.readouts]
@@ -154,7 +154,7 @@ class ContrastTest(Tested):
         weights = [side.weight * readout.weight for side, readout in pairs]
         if self.measure == "difference" and self.at is None:
             grid = cells.grid([_points(side, readout)[0] for side, readout in pairs])
-            return conclude(
+            return evidence_of(
                 weighted_sum(grid, np.array(weights)),
                 self.expect,
                 self.bound,
@@ -171,7 +171,7 @@ class ContrastTest(Tested):
             lambda means: np.asarray(sum(w * read(means) for w, read in zip(weights, reads, strict=True))),
         )
         unit = "share of the reference" if self.measure == "retention" else unit_of(self.readouts[0])
-        finding = conclude(effect, self.expect, self.bound, unit=unit, n=len(grid.values), guard=guard)
+        finding = evidence_of(effect, self.expect, self.bound, unit=unit, n=len(grid.values), guard=guard)
         return replace(finding, blocked=finding.blocked or sheet.outside(np.nanmean(grid.values, axis=0)))
 
     def _guarded(self) -> list[Readout]:
@@ -240,7 +240,7 @@ class _Sheet:
 
     def read(self, points: list[Term], *, curve: bool = False) -> _Read:
         """Return the mean of a single point, or a curve's at the common x, from the means of all terms."""
-        from stages.reporting.hypotheses.effect import between
+        from stages.reporting.hypotheses.effect import read_between
 
         ys = [self._mean(point) for point in points]
         if not curve or self.at is None:
@@ -251,7 +251,7 @@ class _Sheet:
 
         def value(means: Floats) -> Floats:
             x, y = (np.stack([one(means) for one in side], axis=-1) for side in (xs, ys))
-            return between(x, y, at(means))
+            return read_between(x, y, at(means))
 
         return value
 

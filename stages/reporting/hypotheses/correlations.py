@@ -20,7 +20,7 @@ from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
     from stages.reporting.hypotheses.cells import Cells, Floats
-    from stages.reporting.hypotheses.finding import Finding
+    from stages.reporting.hypotheses.evidence import Evidence
 
 
 class CorrelationTest(Tested):
@@ -47,10 +47,10 @@ class CorrelationTest(Tested):
     def readouts_read(self) -> Sequence[Readout]:
         return [self.first, self.second, *([self.given] if self.given else [])]
 
-    def judge(self, cells: Cells) -> Finding:
+    def judge(self, cells: Cells) -> Evidence:
         from scipy import stats
 
-        from stages.reporting.hypotheses.finding import Finding
+        from stages.reporting.hypotheses.evidence import Evidence
         from stages.reporting.statistics.correlation import correlation
         from stages.reporting.statistics.paired import POWER, Z
 
@@ -66,7 +66,7 @@ class CorrelationTest(Tested):
             value = partial(*(stats.rankdata(side) if self.ranks else side for side in sides))
             p = float(2 * stats.t.sf(abs(value) * np.sqrt((freedom + 1) / (1 - value**2)), freedom + 1))
         middle, spread = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)), 1 / np.sqrt(freedom)
-        return Finding(
+        return Evidence(
             effect=value, low=float(np.tanh(middle - Z * spread)),
             high=float(np.tanh(middle + Z * spread)),
             unit=f"{'rank ' if self.ranks else ''}correlation{' of the rest' if self.given else ''}",

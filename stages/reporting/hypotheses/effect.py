@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from stages.core.errors import Refusal
-from stages.reporting.hypotheses.cells import Floats, Grid, Guard
-from stages.reporting.hypotheses.finding import Finding, Side
+from stages.reporting.hypotheses.cells import Floats, Guard, ItemGrid
+from stages.reporting.hypotheses.evidence import Evidence, Side
 from stages.reporting.statistics.bootstrap import bootstrap
 from stages.reporting.statistics.paired import LEVEL, POWER, discordant, mcnemar
 
@@ -56,7 +56,7 @@ def decide(effect: Effect, expect: Expect, bound: float) -> tuple[float, Side]:
     return effect.p(bound), "supported" if beyond else "contradicted"
 
 
-def weighted_sum(grid: Grid, weights: Floats, *, seed: int = 0) -> Effect:
+def weighted_sum(grid: ItemGrid, weights: Floats, *, seed: int = 0) -> Effect:
     """Return the sum over terms of `weights` `[terms]` times the mean of each.
 
     Raises:
@@ -96,7 +96,7 @@ def weighted_sum(grid: Grid, weights: Floats, *, seed: int = 0) -> Effect:
     return Effect(value, value - reach, value + reach, POWER * (seen or least), p)
 
 
-def _compared(member: NDArray[np.bool_], weights: Floats, grid: Grid) -> tuple[Floats, Floats] | None:
+def _compared(member: NDArray[np.bool_], weights: Floats, grid: ItemGrid) -> tuple[Floats, Floats] | None:
     """Return per-item numbers and each stratum's factor, where the sum compares these between strata.
 
     None where it does not: its factors do not add up to 0, or strata weigh their terms differently.
@@ -174,7 +174,7 @@ def permuted(
     return Permuted(float(value), math.sqrt(float(variance)), float(test.pvalue))
 
 
-def drawn(grid: Grid, statistic: Callable[[Floats], Floats], *, seed: int = 0) -> Effect:
+def drawn(grid: ItemGrid, statistic: Callable[[Floats], Floats], *, seed: int = 0) -> Effect:
     """Return a statistic of the terms' means `[..., terms]`, with items drawn again.
 
     Raises:
@@ -198,7 +198,7 @@ def drawn(grid: Grid, statistic: Callable[[Floats], Floats], *, seed: int = 0) -
     return Effect(estimate.value, estimate.low, estimate.high, POWER * estimate.stderr, p)
 
 
-def between(x: Floats, y: Floats, at: Floats) -> Floats:
+def read_between(x: Floats, y: Floats, at: Floats) -> Floats:
     """Read `y` at `at` `[...]` on straight lines between points `(x, y)`, both `[..., points]`, unsorted."""
     order = np.argsort(x, axis=-1)
     x, y = np.take_along_axis(x, order, -1), np.take_along_axis(y, order, -1)
@@ -211,7 +211,7 @@ def between(x: Floats, y: Floats, at: Floats) -> Floats:
     return np.asarray(y0 + part * (y1 - y0))
 
 
-def conclude(
+def evidence_of(
     effect: Effect,
     expect: Expect,
     bound: float,
@@ -220,14 +220,14 @@ def conclude(
     n: int,
     guard: Guard,
     noise: float | None = None,
-) -> Finding:
+) -> Evidence:
     """Return the finding of an effect against a bound; an effect within the noise of its bound is blocked."""
     p, side = decide(effect, expect, bound)
     blocked = guard.blocked
     distance = abs(effect.value - bound)
     if not blocked and expect != "within" and noise is not None and distance <= noise:
         blocked = f"the effect is {distance:.3g} from its bound, within numerical noise ({noise:.3g})"
-    return Finding(
+    return Evidence(
         effect=effect.value, low=effect.low, high=effect.high, unit=unit, p=p, side=side, n=n,
         smallest=effect.smallest, floors=guard.floors, noise=noise, blocked=blocked,
     )  # fmt: skip

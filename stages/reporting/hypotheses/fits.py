@@ -18,7 +18,7 @@ from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
     from stages.reporting.hypotheses.cells import Cells, Floats
-    from stages.reporting.hypotheses.finding import Finding
+    from stages.reporting.hypotheses.evidence import Evidence
 
 
 class FitTest(Tested):
@@ -46,10 +46,10 @@ class FitTest(Tested):
     def readouts_read(self) -> Sequence[Readout]:
         return [self.readout]
 
-    def judge(self, cells: Cells) -> Finding:
+    def judge(self, cells: Cells) -> Evidence:
         from scipy import stats
 
-        from stages.reporting.hypotheses.finding import Finding
+        from stages.reporting.hypotheses.evidence import Evidence
         from stages.reporting.statistics.paired import POWER, Z
 
         y = np.array([self._score(cells, candidate) for candidate in self.candidates])
@@ -62,7 +62,7 @@ class FitTest(Tested):
         )  # fmt: skip
         whole = float(others.mean())
         effect, spread = float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))
-        return Finding(
+        return Evidence(
             effect=effect / whole, low=(effect - Z * spread) / whole, high=(effect + Z * spread) / whole,
             unit="share of the squared error", p=float(test.pvalue),
             side="supported" if effect > 0 else "contradicted",

@@ -20,7 +20,7 @@ from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
     from stages.reporting.hypotheses.cells import Cells
-    from stages.reporting.hypotheses.finding import Finding
+    from stages.reporting.hypotheses.evidence import Evidence
 
 
 class SaturationTest(Tested):
@@ -49,9 +49,9 @@ class SaturationTest(Tested):
     def readouts_read(self) -> Sequence[Readout]:
         return [self.readout]
 
-    def judge(self, cells: Cells) -> Finding:
+    def judge(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import Term, unit_of
-        from stages.reporting.hypotheses.effect import Effect, conclude
+        from stages.reporting.hypotheses.effect import Effect, evidence_of
         from stages.reporting.statistics.paired import POWER
         from stages.reporting.statistics.saturation import saturation
 
@@ -68,7 +68,7 @@ class SaturationTest(Tested):
 
         low, high = (float(end) for end in np.quantile(beyond, [0.025, 0.975]))
         effect = Effect(value, low, high, POWER * float(beyond.std(ddof=1)), p)
-        finding = conclude(
+        finding = evidence_of(
             effect, self.expect, self.bound, unit=unit_of(self.readout), n=len(grid.values), guard=guard
         )
         straight = "" if curve.bends else "the curve does not bend, so its plateau is a guess; train longer"

@@ -18,7 +18,7 @@ from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
     from stages.reporting.hypotheses.cells import Cells
-    from stages.reporting.hypotheses.finding import Finding
+    from stages.reporting.hypotheses.evidence import Evidence
 
 
 class Line(Strict):
@@ -85,9 +85,9 @@ class SlopeTest(Tested):
             wanted += [self.readout.model_copy(update={"level": level}) for level in line.levels]
         return wanted or [self.readout]
 
-    def judge(self, cells: Cells) -> Finding:
+    def judge(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import Term, unit_of
-        from stages.reporting.hypotheses.effect import conclude, weighted_sum
+        from stages.reporting.hypotheses.effect import evidence_of, weighted_sum
 
         weights: dict[Term, float] = {}
         for sign, line in zip((1.0, -1.0), self.lines, strict=False):
@@ -100,7 +100,7 @@ class SlopeTest(Tested):
         names = self.candidates_read()
         axis = self.lines[0].x
         step = f"{'doubling' if axis.log2 else '1'} of {axis.column or 'x'}"
-        return conclude(
+        return evidence_of(
             weighted_sum(grid, np.array(list(weights.values()))),
             self.expect,
             self.bound,

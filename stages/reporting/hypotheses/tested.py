@@ -12,7 +12,7 @@ from stages.reporting.hypotheses.readout import Readout
 
 if TYPE_CHECKING:
     from stages.reporting.hypotheses.cells import Cells
-    from stages.reporting.hypotheses.finding import Finding
+    from stages.reporting.hypotheses.evidence import Evidence
 
 
 class Tested(Strict):
@@ -37,6 +37,6 @@ class Tested(Strict):
         """Yield what is wrong with the settings beside each other, starting with the field's name."""
         yield from ()
 
-    def judge(self, cells: Cells) -> Finding:
+    def judge(self, cells: Cells) -> Evidence:
         """Test the claim; pure, the same tables give the same finding."""
         raise NotImplementedError

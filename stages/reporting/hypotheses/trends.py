@@ -20,8 +20,8 @@ from stages.reporting.hypotheses.readout import Axis, Readout, repeated
 from stages.reporting.hypotheses.tested import Tested
 
 if TYPE_CHECKING:
-    from stages.reporting.hypotheses.cells import Cells, Floats, Grid, Guard
-    from stages.reporting.hypotheses.finding import Finding
+    from stages.reporting.hypotheses.cells import Cells, Floats, Guard, ItemGrid
+    from stages.reporting.hypotheses.evidence import Evidence
 
 
 class TrendTest(Tested):
@@ -67,7 +67,7 @@ class TrendTest(Tested):
         budgets = [self.readout.model_copy(update={"budget": budget}) for budget in self.budgets]
         return [*levels, *budgets] or [self.readout]
 
-    def judge(self, cells: Cells) -> Finding:
+    def judge(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import Term
 
         guard = cells.guard(
@@ -89,18 +89,18 @@ class TrendTest(Tested):
     def _steps(self, cells: Cells, count: int) -> Floats:
         return cells.x(self.x, self.candidates) if self.x else np.arange(1.0, count + 1)
 
-    def _over_blocks(self, grid: Grid, cells: Cells, guard: Guard) -> Finding:
+    def _over_blocks(self, grid: ItemGrid, cells: Cells, guard: Guard) -> Evidence:
         """Test whether scores rise or fall along the conditions within items (Page)."""
         from stages.reporting.hypotheses.cells import unit_of
         from stages.reporting.hypotheses.effect import weighted_sum
-        from stages.reporting.hypotheses.finding import Finding
+        from stages.reporting.hypotheses.evidence import Evidence
         from stages.reporting.statistics.trend import page
 
         x = self._steps(cells, grid.values.shape[1])
         slope = weighted_sum(grid, (x - x.mean()) / ((x - x.mean()) ** 2).sum())
         rise, fall = page(grid.values).p, page(grid.values[:, ::-1]).p
         rises = rise < fall
-        return Finding(
+        return Evidence(
             effect=slope.value, low=slope.low, high=slope.high,
             unit=f"{unit_of(self.readout)} per {self._step()}",
             p=min(1.0, 2 * min(rise, fall)),
@@ -108,11 +108,11 @@ class TrendTest(Tested):
             n=len(grid.values), smallest=slope.smallest, floors=guard.floors, blocked=guard.blocked,
         )  # fmt: skip
 
-    def _over_levels(self, cells: Cells, guard: Guard) -> Finding:
+    def _over_levels(self, cells: Cells, guard: Guard) -> Evidence:
         """Test whether the loss against the reference grows along levels, by permuting items among them."""
         from stages.reporting.hypotheses.cells import Term
         from stages.reporting.hypotheses.effect import permuted
-        from stages.reporting.hypotheses.finding import Finding
+        from stages.reporting.hypotheses.evidence import Evidence
         from stages.reporting.statistics.paired import POWER, Z
 
         names = [guard.reference, *self.candidates]
@@ -130,7 +130,7 @@ class TrendTest(Tested):
         # A loss grows as fast as what is kept shrinks.
         test = permuted(whole - ours, factors, strata, whole if self.loss == "share" else None)
         lost = "share of the reference" if self.loss == "share" else "share right"
-        return Finding(
+        return Evidence(
             effect=test.value, low=test.value - Z * test.stderr, high=test.value + Z * test.stderr,
             unit=f"{lost} lost per {self._step()}",
             p=test.p,

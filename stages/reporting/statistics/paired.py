@@ -109,7 +109,7 @@ def equivalence(differences: Sequence[float], low: float, high: float) -> float 
     return float(max(stats.t.sf(t, len(differences) - 1) for t in ts))
 
 
-def smallest(differences: Sequence[float]) -> float:
+def smallest_shown(differences: Sequence[float]) -> float:
     """Return the smallest mean difference that these items show in four of five evaluations, at 5 %.
 
     It is (z.975 + z.8) sqrt(rho / n) for right and wrong answers, rho the share of items that differ. Where

@@ -7,13 +7,13 @@ from scipy.special import expit, logit
 
 from stages.core.errors import Refusal
 from stages.reporting.hypotheses import effect
-from stages.reporting.hypotheses.cells import Grid
-from stages.reporting.hypotheses.effect import between, decide, drawn, permuted, weighted_sum
+from stages.reporting.hypotheses.cells import ItemGrid
+from stages.reporting.hypotheses.effect import decide, drawn, permuted, read_between, weighted_sum
 from stages.reporting.statistics.paired import LEVEL, equivalence, mcnemar
 from tests.chance import is_nominal, rate
 
 
-def grid(*parts) -> Grid:
+def grid(*parts) -> ItemGrid:
     """Return a grid of strata `[items, terms]`, each with terms of its own."""
     columns = [part.shape[1] for part in parts]
     values = np.full((sum(map(len, parts)), sum(columns)), np.nan)
@@ -21,7 +21,7 @@ def grid(*parts) -> Grid:
     for part in parts:
         values[row : row + len(part), column : column + part.shape[1]] = part
         row, column = row + len(part), column + part.shape[1]
-    return Grid(values, np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
+    return ItemGrid(values, np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
 
 
 def answers(random, count, shares):
@@ -88,9 +88,9 @@ def test_a_share_is_permuted_with_what_it_is_taken_of():
 def test_curves_are_read_on_straight_lines_in_any_order():
     x = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
     y = np.array([[30.0, 10.0, 20.0], [10.0, 20.0, 40.0]])
-    assert between(x, y, np.array([1.5, 2.5])).tolist() == [15, 30]
-    assert between(x[0], y[0], np.array(3.0)) == 30
-    assert between(np.array([1.0, 1.0]), np.array([2.0, 4.0]), np.array(1.0)) == 3  # two points at one x
+    assert read_between(x, y, np.array([1.5, 2.5])).tolist() == [15, 30]
+    assert read_between(x[0], y[0], np.array(3.0)) == 30
+    assert read_between(np.array([1.0, 1.0]), np.array([2.0, 4.0]), np.array(1.0)) == 3  # two points at one x
 
 
 def shares_of_levels(random, dense, ours, count=60):
@@ -124,7 +124,7 @@ def matched(random, shift):
 
     def apart(means):
         at = np.full(means.shape[:-1], 3.5)
-        curves = [between(means[..., k : k + 3], means[..., k + 6 : k + 9], at) for k in (0, 3)]
+        curves = [read_between(means[..., k : k + 3], means[..., k + 6 : k + 9], at) for k in (0, 3)]
         return curves[1] - curves[0]
 
     return drawn(table, apart).p(0)

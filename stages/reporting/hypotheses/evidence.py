@@ -7,7 +7,7 @@ Side: TypeAlias = Literal["supported", "contradicted"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Evidence:
     """An effect and how surely it lies on its side of the claim."""
 
     effect: float | None
@@ -41,7 +41,7 @@ class Verdict:
     test: str
     claim: str
     verdict: Literal["supported", "contradicted", "undecided"]
-    finding: Finding
+    finding: Evidence
     p_holm: float | None
     """p after Holm's correction over the study's hypotheses."""
     control: str | None
