@@ -70,9 +70,8 @@ def test_only_headlines_have_verdicts_and_are_corrected_for(whole):
     wanted, folder = whole
     comparison = compared(results.read(wanted, folder / "data/results"))
     rows = comparison.rows
-    headline = (rows["difficulty"] == "all") & [
-        measure_of(r) in comparison.headlines() for r in records(rows)
-    ]
+    known = [measure_of(row) in comparison.headlines() for row in records(rows)]
+    headline = (rows["difficulty"] == "all") & pd.Series(known, index=rows.index)
     family = rows[headline & competes(rows) & rows["p"].notna()]
     assert set(family["family"]) == {len(family)}
     assert family["p_corrected"].tolist() == holm(family["p"].tolist())
@@ -131,6 +130,7 @@ def test_answers_are_pooled_over_suites_and_readouts_by_item():
     other = Results(*(frame.assign(suite="t") for frame in (parts[1].scores, parts[1].samples)))
     written = of_items({"base/m": right(80), "noise/n": right(80), "prune/p": right(74)}, **said)
     text = of_items({"base/m": [2.0] * 4, "noise/n": [2.0] * 4, "prune/p": [9.0] * 4}, metric="perplexity")
+    text = Results(*(frame.assign(suite="u") for frame in (text.scores, text.samples)))
     (row,) = records(compared(together(parts[0], other, written, text)).pooled)
     assert (row["candidate"], row["suites"], row["pairs"], row["lost"]) == ("prune/p", 2, 200, 12)
     assert row["change"] == pytest.approx(-0.06)
