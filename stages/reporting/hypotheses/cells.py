@@ -152,7 +152,13 @@ class Cells:
         return records(level)
 
     def base(self, candidate: str) -> str:
-        """Return the dense base of a candidate."""
+        """Return the dense base of a candidate.
+
+        Raises:
+            Unknown: the tables lack the candidate.
+        """
+        if candidate not in self._scores:
+            raise Unknown(f"{candidate} has no scores.")
         return f"base/{self._scores[candidate]['base'].iloc[0]}"
 
     def floor(self, candidate: str, readout: Readout) -> float | None:
