@@ -60,7 +60,7 @@ class Depth(WholeModel):
     blocks: Annotated[int, Field(ge=1)]
     target: Literal["block", "attention"] = "block"
     keep: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Numbers of blocks that are never removed. greedy also keeps block 0, reverse also the last one."""
+    """Numbers of blocks that are never removed. greedy also keeps block 0."""
     samples: Annotated[int, Field(ge=1)] | None = None
     """Random orders for shapley; each costs as many forwards as there are blocks."""
     seed: Seed | None = None
@@ -125,21 +125,21 @@ class Depth(WholeModel):
                 f"keep names {', '.join(unknown)}, but {self.source} has only blocks 0 to {depth - 1}."
             )
         # At least one block must remain.
-        most = depth - max(len(self._always_kept(depth)), 1 if self.target == "block" else 0)
+        most = depth - max(len(self._always_kept()), 1 if self.target == "block" else 0)
         if self.blocks > most:
             raise Refusal(
                 f"blocks is {self.blocks}, but only {most} of the {depth} blocks of {self.source} can be "
                 "removed; remove or keep fewer."
             )
 
-    def _always_kept(self, depth: int) -> set[int]:
+    def _always_kept(self) -> set[int]:
         """Return the blocks that stay whatever their score."""
-        return set(self.keep) | {"greedy": {0}, "reverse": {depth - 1}}.get(self.metric, set())
+        return set(self.keep) | ({0} if self.metric == "greedy" else set())
 
     def _removable(self, model: PreTrainedModel) -> list[int]:
         """Return the blocks that may be removed, in ascending order."""
         depth = len(blocks(model))
-        excluded = self._always_kept(depth)
+        excluded = self._always_kept()
         if self.target == "attention":  # an attention that is already zero does not count again
             projections = enumerate(output_projections(model))
             excluded |= {number for number, linear in projections if not linear.weight.count_nonzero()}

@@ -48,7 +48,7 @@ def _named(scores: dict[int, float]) -> dict[str, float]:
 
 
 def reverse(removable: list[int], count: int) -> Ranking:
-    """Remove the last removable blocks: the simple strategy of 2403.17887 if the very last block is kept."""
+    """Remove the last removable blocks (2602.01997); 2403.17887 does so but keeps the very last."""
     return Ranking(tuple(removable[-count:]))
 
 
