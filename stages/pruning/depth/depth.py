@@ -113,9 +113,12 @@ class Depth(WholeModel):
         if self.replace_by_mean:
             assert isinstance(self.calibration, Batches) and isinstance(data, torch.Tensor)
             means = mean_updates(model, data, self.calibration.batch_size, self.target)
+        remaining = set(range(len(blocks(model))))
+        if self.target == "block":
+            remaining -= set(ranking.removed)
         facts = self._remove(model, ranking.removed, means)
         notes = {"removed": list(ranking.removed), **ranking.notes, **setting, **facts}
-        return Change(zero_masks(linears(model, partial=True)), notes)
+        return Change(zero_masks(linears(model, partial=True)), notes, sorted(remaining))
 
     def check(self) -> None:
         """Refuse to remove more blocks than the source has, or to keep blocks that it does not have."""

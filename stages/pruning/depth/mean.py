@@ -83,8 +83,8 @@ def _check_nothing_follows(model: PreTrainedModel) -> None:
         forward(model, torch.zeros(1, 2, dtype=torch.long))
     if readers:
         raise Refusal(
-            f"replace_by_mean: {type(model).__name__} passes the output of an attention through "
-            f"{readers[0]}, so it has no bias in {name} that adds its mean; leave replace_by_mean out."
+            f"replace_by_mean: {type(model).__name__} has no bias in {name} that adds the mean of an "
+            f"attention, as {readers[0]} follows it; leave replace_by_mean out."
         )
 
 
@@ -100,7 +100,7 @@ def _add_biases(model: PreTrainedModel, key: str) -> list[nn.Module]:
     setattr(config.get_text_config(), key, True)
     with init_empty_weights():
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
-    new = shapes.keys() - dict(model.named_parameters())
+    new = shapes.keys() - model.state_dict().keys()
     biases = {f"{linear.name}.bias": linear.module for linear in linears(model, partial=True)}
     if not new <= biases.keys():
         return []

@@ -108,43 +108,9 @@ class Heads(Shrinker):
         notes = {"heads": {"before": before.queries, "after": after.queries}}
         if after == before:
             return {}, {}, notes
-        check_heads(model, first, before, after, self._smaller(before))
-        check_apart(model, parts, before)
-        cuts: Cuts = {}
-        kept: dict[str, list[int]] = {}
-        for name, part in parts.items():
-            heads, groups = self._choose(part, rms.get(name), before, after, name)
-            by_count = {before.queries: heads, before.groups: groups}
-            for reader in part.readers:
-                chosen = by_count[reader.weight.shape[0] // before.size]
-                cuts |= keep_outputs(reader, before.features(chosen))
-            cuts |= keep_inputs(part.writer, before.features(heads))
-            kept[name] = heads.tolist()
-        settings = head_settings(model, after)
-        if problems := misfits(model, cuts, settings):
-            raise Refusal(f"{type(model).__name__} cannot lose heads: {next(iter(problems.values()))}.")
-        return cuts, settings, {"heads": {**notes["heads"], "kept": kept}}
-
-    def _smaller(self, layout: HeadLayout) -> list[HeadLayout]:
-        """Return every layout with fewer heads that a recipe could name."""
-        if self.unit == "groups":
-            return [HeadLayout(n * layout.shared, n, layout.size) for n in range(1, layout.groups)]
-        return [HeadLayout(n * layout.groups, layout.groups, layout.size) for n in range(1, layout.shared)]
-
-    def _choose(
-        self, part: Part, rms: Tensor | None, before: HeadLayout, after: HeadLayout, name: str
-    ) -> tuple[Tensor, Tensor]:
-        """Return the query heads that remain in a block, and its key and value heads, both ascending."""
-        scores = self.scores(part, rms, before, name)
-        if self.unit == "groups":
-            groups = most_important(scores, after.groups)
-            inside = torch.arange(before.shared, device=groups.device)
-            return (groups[:, None] * before.shared + inside).flatten(), groups
-        heads = [
-            most_important(of_group, after.shared) + number * before.shared
-            for number, of_group in enumerate(scores.view(before.groups, before.shared))
-        ]
-        return torch.cat(heads), torch.arange(before.groups, device=scores.device)
+        scores = {name: self.scores(part, rms.get(name), before, name) for name, part in parts.items()}
+        cuts, kept = cut_heads(model, parts, scores, before, after, self.unit)
+        return cuts, head_settings(model, after), {"heads": {**notes["heads"], "kept": kept}}
 
     def scores(self, part: Part, rms: Tensor | None, layout: HeadLayout, name: str) -> Tensor:
         """Return the importance of the units of a block, `[groups]` or `[queries]` fp32.
@@ -169,3 +135,61 @@ class Heads(Shrinker):
         if self.importance == "activation":
             return rms.square().view(count, -1).sum(1).sqrt()
         return change_bound(writer, rms).view(count, -1).sum(1)
+
+
+Unit = Literal["groups", "queries"]
+"""See `Heads.unit`."""
+
+
+def cut_heads(
+    model: PreTrainedModel,
+    parts: Mapping[str, Part],
+    scores: Mapping[str, Tensor],
+    before: HeadLayout,
+    after: HeadLayout,
+    unit: Unit,
+) -> tuple[Cuts, dict[str, list[int]]]:
+    """Return the cuts that leave the units with the highest scores in every attention, and the heads kept.
+
+    Args:
+        parts: the attentions, by the full name of their block.
+        scores: `[groups]` or `[queries]`, by the same names.
+
+    Raises:
+        Refusal: the config cannot describe the heads, or heads depend on each other before o.
+    """
+    check_heads(model, next(iter(parts.values())), before, after, _smaller(before, unit))
+    check_apart(model, parts, before)
+    cuts: Cuts = {}
+    kept: dict[str, list[int]] = {}
+    for name, part in parts.items():
+        heads, groups = _choose(scores[name], before, after, unit)
+        by_count = {before.queries: heads, before.groups: groups}
+        for reader in part.readers:
+            chosen = by_count[reader.weight.shape[0] // before.size]
+            cuts |= keep_outputs(reader, before.features(chosen))
+        cuts |= keep_inputs(part.writer, before.features(heads))
+        kept[name] = heads.tolist()
+    if problems := misfits(model, cuts, head_settings(model, after)):
+        raise Refusal(f"{type(model).__name__} cannot lose heads: {next(iter(problems.values()))}.")
+    return cuts, kept
+
+
+def _smaller(layout: HeadLayout, unit: Unit) -> list[HeadLayout]:
+    """Return every layout with fewer heads that a recipe could name."""
+    if unit == "groups":
+        return [HeadLayout(n * layout.shared, n, layout.size) for n in range(1, layout.groups)]
+    return [HeadLayout(n * layout.groups, layout.groups, layout.size) for n in range(1, layout.shared)]
+
+
+def _choose(scores: Tensor, before: HeadLayout, after: HeadLayout, unit: Unit) -> tuple[Tensor, Tensor]:
+    """Return the query heads that remain in a block, and its key and value heads, both ascending."""
+    if unit == "groups":
+        groups = most_important(scores, after.groups)
+        inside = torch.arange(before.shared, device=groups.device)
+        return (groups[:, None] * before.shared + inside).flatten(), groups
+    heads = [
+        most_important(of_group, after.shared) + number * before.shared
+        for number, of_group in enumerate(scores.view(before.groups, before.shared))
+    ]
+    return torch.cat(heads), torch.arange(before.groups, device=scores.device)

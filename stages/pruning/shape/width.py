@@ -105,14 +105,26 @@ class Width(Shrinker):
         """Choose the neurons that remain in every block."""
         hidden, width = next(iter(parts.values())).writer.weight.shape
         count = self.target(width, hidden)
-        cuts: Cuts = {}
-        for name, part in parts.items():
-            indices = most_important(self.scores(part, rms.get(name), name), count)
-            for reader in part.readers:
-                cuts |= keep_outputs(reader, indices)
-            cuts |= keep_inputs(part.writer, indices)
+        scores = {name: self.scores(part, rms.get(name), name) for name, part in parts.items()}
+        cuts = cut_neurons(parts, scores, count)
         notes = {"width": {"before": width, "after": count}, "expansion": count / hidden}
         return cuts, width_setting(model, cuts, width, count), notes
+
+
+def cut_neurons(parts: Mapping[str, Part], scores: Mapping[str, Tensor], count: int) -> Cuts:
+    """Return the cuts that leave the `count` neurons with the highest scores in every MLP.
+
+    Args:
+        parts: the MLPs, by the full name of their block.
+        scores: `[width]`, by the same names.
+    """
+    cuts: Cuts = {}
+    for name, part in parts.items():
+        indices = most_important(scores[name], count)
+        for reader in part.readers:
+            cuts |= keep_outputs(reader, indices)
+        cuts |= keep_inputs(part.writer, indices)
+    return cuts
 
 
 def peak_to_peak(weights: list[Tensor]) -> Tensor:

@@ -5,8 +5,8 @@ nothing else does (2310.02277). A level fixes the settings that generate its ite
 back from an item, so two levels that ask differently share none. Every item has two readouts, free generation
 and likelihood among choices (four unless a level says otherwise), so that the readout is not confounded with
 the task. Wrong choices are near misses, and the right one is equally likely in each place. Few-shot examples,
-training items and test items are disjoint by a key of the item, such as its terms in order. Every draw follows
-from the seed.
+training items and test items are disjoint by a key of the item, such as its terms in order. Every draw
+follows from the seed.
 
 A task has a second kind of difficulty, that of its presentation: irrelevant sentences before the question
 (`context`), or solved examples in the item itself (`shots`). Levels that differ in nothing else ask the same
