@@ -1,9 +1,9 @@
 """Error by block: how far a compressed model's blocks are from those of its source, on calibration text.
 
-A perplexity says that a model lost something, not where. So some calibration windows run through the source and
-through the result, each with its own blocks from the first to the last, and the outputs h and h' of every block
-are compared: the error is the mean over tokens of |h' - h| / |h|. It is taken token by token because a few
-tokens have outputs a thousand times larger than the rest.
+A perplexity says that a model lost something, not where. So some calibration windows run through the source
+and through the result, each with its own blocks from the first to the last, and the outputs h and h' of every
+block are compared: the error is the mean over tokens of |h' - h| / |h|. It is taken token by token because a
+few tokens have outputs a thousand times larger than the rest.
 
 The error is that of the weights: a format that rounds inputs too is run without doing so. The method has read
 this text; other text may lose more.

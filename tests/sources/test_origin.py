@@ -19,7 +19,7 @@ from stages.code import code
 from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.job.pieces import identified
-from stages.sources.origin import fetched, joined
+from stages.sources.origin import assembled, fetched
 from tests import hub, project
 
 ZEROS = "0" * 64
@@ -107,10 +107,10 @@ def parts(index: Path, *contents: str) -> list[tuple[str, str]]:
 
 def test_a_file_in_parts_is_joined_in_the_order_given(index):
     pieces = parts(index, "one", "two", "three")
-    with joined(pieces, hashlib.sha256(b"onetwothree").hexdigest()) as path:
+    with assembled(pieces, hashlib.sha256(b"onetwothree").hexdigest()) as path:
         assert path.read_bytes() == b"onetwothree"
     assert not path.exists()
-    with joined(pieces[::-1], hashlib.sha256(b"threetwoone").hexdigest()) as path:
+    with assembled(pieces[::-1], hashlib.sha256(b"threetwoone").hexdigest()) as path:
         assert path.read_bytes() == b"threetwoone"
 
 
@@ -126,7 +126,7 @@ def test_parts_that_differ_from_params_are_refused(order, second, message, index
     pieces = parts(index, "one", "two")
     pieces[1] = (pieces[1][0], f"part1/data/{second}")
     whole = hashlib.sha256(b"onetwo").hexdigest()
-    with pytest.raises(Refusal, match=message), joined([pieces[place] for place in order], whole):
+    with pytest.raises(Refusal, match=message), assembled([pieces[place] for place in order], whole):
         pass
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
+from stages.corpus import decoding
 from stages.corpus.examples import few_shot_text
 from stages.job.load import checked_params
 from stages.teaching.answers import cut_answer

@@ -28,11 +28,10 @@ from stages.corpus.windows import Tokens, text_windows
 from stages.model.blocks import embedding_rows, linears
 from stages.pruning.gradients import loss_gradients
 from stages.pruning.shape.anatomy import Part, attentions, mlps
-from stages.pruning.shape.attention import NO_FEWER, HeadLayout, head_settings, layout_of
-from stages.pruning.shape.heads import cut_heads
+from stages.pruning.shape.attention import NO_FEWER, HeadLayout, cut_heads, head_settings, layout_of
+from stages.pruning.shape.neurons import cut_neurons, width_setting
 from stages.pruning.shape.shrink import Cuts, cut, shrink
 from stages.pruning.shape.shrinker import count_left
-from stages.pruning.shape.width import cut_neurons, width_setting
 
 if TYPE_CHECKING:
     from torch import Tensor
