@@ -71,7 +71,7 @@ def test_a_quantized_and_a_shorter_model_are_compared_with_their_own_source(work
             "source": "base/tiny", "method": "rtn", "bits": 4, "group_size": 32, "calibration": NONE,
         },
     }  # fmt: skip
-    do(params("qwen3", recipes))
+    do(params("qwen3", recipes), list(recipes))
     facts = record("prune/shorter")["notes"]
     first, second = (facts[name]["block_errors"]["errors"] for name in ("quantize/gptq", "prune/shorter"))
     assert first == pytest.approx(errors("base/tiny", "quantize/gptq"), rel=0.01)

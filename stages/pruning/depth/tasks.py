@@ -97,9 +97,8 @@ class Items(Strict):
         Raises:
             Refusal: there are none.
         """
-        items: list[dict[str, Any]] = pd.read_parquet(DATASETS / self.dataset / "train.parquet").to_dict(
-            "records"
-        )
+        rows = pd.read_parquet(DATASETS / self.dataset / "train.parquet").to_dict("records")
+        items = [{str(column): value for column, value in row.items()} for row in rows]
         if not items:
             raise Refusal(
                 f"data set {self.dataset} has no training items; set datasets.{self.dataset}.train above 0."

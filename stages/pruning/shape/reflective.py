@@ -190,7 +190,7 @@ class ReflectiveStructures(WholeModel):
                 prompt_length=self.calibration.prompt_length,
                 label=f"resp-structures step {step}",
             )
-            left = {}
+            left: dict[str, int] = {}
             for each in structures:
                 each.measure(gradients)
                 gone = count_of((each.count - each.left) * step / self.steps / each.count, each.count)

@@ -1,5 +1,6 @@
 """Graded items as a measure: scored as lm-eval scores them, and greedy by them."""
 
+import hashlib
 from pathlib import Path
 
 import pandas as pd
@@ -61,19 +62,19 @@ def test_greedy_by_graded_items(graded, prune):
 
 @pytest.mark.parametrize("target", ["block", "attention"])
 def test_greedy_by_generated_answers(target, graded, prune, monkeypatch):
-    """Each model without a block answers as the written one does. Any answer with an even letter is right."""
+    """A model without a block answers as the written one does. Which answers are right is drawn."""
     asked: list[str] = []
 
     def right(reading, response, item):
         asked.append(response)
-        return bool(response) and ord(response[0]) % 2 == 0
+        return hashlib.sha256(f"{item['question']}{response}".encode()).digest()[0] % 2 == 0
 
     monkeypatch.setattr("stages.pruning.depth.tasks.is_right", right)
     items = {"dataset": "arithmetic", "shots": 1, "readout": "generation"}
     settings = {"metric": "greedy", "blocks": 1, "target": target, "calibration": items}
     facts = prune(**settings)
     (step,) = facts["notes"]["prune/made"]["steps"]
-    assert len(asked) == 6 * (1 + len(step["scores"])) and len(set(asked)) > 6
+    assert len(asked) == 6 * (1 + len(step["scores"])) and len(set(asked)) > 1
     expected = {}
     for number in (1, 2, 3):
         keep = tuple({0, 1, 2, 3} - {number})
@@ -81,7 +82,7 @@ def test_greedy_by_generated_answers(target, graded, prune, monkeypatch):
         prune(artifact=f"prune/without-{number}", **only)
         accuracies = Items(**items).accuracies(load(f"prune/without-{number}"), families.tokenizer())
         expected[str(number)] = retained(accuracies, facts["notes"]["prune/made"]["dense_accuracy"])
-    assert step["scores"] == expected
+    assert step["scores"] == expected and (len(set(expected.values())) > 1 or target == "attention")
     assert expected[str(step["removed"])] == max(expected.values())
     assert Path("data/models/prune/made/generation_config.json").read_bytes() == (
         Path("data/models/base/deep/generation_config.json").read_bytes()
