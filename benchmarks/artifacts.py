@@ -118,6 +118,7 @@ def prune_recipes() -> Recipes:
     recipes["stepwise"] = recipe("stepwise", sparsity=0.3, **rules, calibration=TEXT)
     for scope in ("row", "matrix"):
         recipes[f"resp-{scope}"] = recipe("resp", sparsity=0.5, scope=scope, steps=2, calibration=GENERATED)
+    recipes["resp-structures"] = recipe("resp-structures", sparsity=0.5, steps=2, calibration=GENERATED)
     return recipes
 
 

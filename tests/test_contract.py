@@ -42,6 +42,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "resp": {"sparsity": 0.5, "scope": "row", "steps": 2, "calibration": TEXT | {
             "tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 8,
         }},
+        "resp-structures": {"sparsity": 0.5, "steps": 2, "calibration": TEXT | {
+            "tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 8,
+        }},
     },
     "quantize": {
         "rtn": {"bits": 4, "group_size": 32, "calibration": NONE},

@@ -11,13 +11,14 @@ Neither kind handles devices or files; `execute` does that for both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from stages.compress import drift
 from stages.compress.statistics import DeadInputs, Statistic
-from stages.compress.walk import walk
+from stages.compress.walk import InMemory, walk
 from stages.core.schema import NoData, Recipe
 from stages.corpus.bos import bos_tokens
 from stages.corpus.generation import model_windows
@@ -76,6 +77,8 @@ class Change:
     """Positions that must be zero in the file, bool, shaped as stored, by the linear's full name."""
     notes: Mapping[str, Any]
     """Facts for the artifact's record, constant from run to run."""
+    remaining: Sequence[int] | None = None
+    """The numbers of the source's blocks that remain, in order; None is all."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,16 @@ class WholeModel(Compression):
         def windows() -> Tensor:
             return model_windows(tokenizer, self.calibration, embedding_rows(model), lambda: model)
 
+        sample = drift.sample_windows(self.calibration, tokenizer, embedding_rows(model))
+        before = [] if sample is None else drift.block_outputs(model, sample, InMemory())
         change = self.change(model, Context(tokenizer, windows, run.seed, artifact))
-        checkpoint.save(artifact, model, self, run, zeros=change.zeros, notes={**change.notes, **bos})
+        notes = {**change.notes, **bos}
+        if sample is not None:
+            plain = drift.rebuilt(model) if self.reshapes else model
+            after = drift.block_outputs(plain, sample, InMemory())
+            kept = before if change.remaining is None else [before[number] for number in change.remaining]
+            notes |= drift.error_note(kept, after)
+        checkpoint.save(artifact, model, self, run, zeros=change.zeros, notes=notes)
 
 
 class WeightMethod(Compression):
@@ -188,7 +199,17 @@ class WeightMethod(Compression):
         # Generating windows loads the whole model, so it comes before embeddings are loaded.
         text = windows() if self.statistic else None
         self._replace_all(source, plan, text)
-        source.finish({**self.notes(plan), **bos})
+        source.finish({**self.notes(plan), **bos, **self._block_errors(source)})
+
+    def _block_errors(self, source: Streamed) -> dict[str, Any]:
+        """Return the record's note on the error of every finished block; empty if no text is read."""
+        sample = drift.sample_windows(self.calibration, source.tokenizer, embedding_rows(source.model))
+        if sample is None:
+            return {}
+        if not self.statistic:
+            source.bring_rest()
+        before = drift.block_outputs(source.model, sample, source, dense=True)
+        return drift.error_note(before, drift.block_outputs(source.model, sample, source))
 
     def _replace_all(self, source: Streamed, plan: Any, windows: Tensor | None) -> None:
         """Walk over the blocks of `source` and replace the weight of every linear."""

@@ -23,6 +23,7 @@ from stages.pruning.magnitude import Magnitude
 from stages.pruning.random import Random
 from stages.pruning.resp import RESP
 from stages.pruning.shape.heads import Heads
+from stages.pruning.shape.reflective import ReflectiveStructures
 from stages.pruning.shape.width import Width
 from stages.pruning.sparsegpt import SparseGPT
 from stages.pruning.stepwise import Stepwise
@@ -62,7 +63,7 @@ AnyDataset = Annotated[
     Field(discriminator="kind"),
 ]
 Prune = Annotated[
-    Magnitude | Wanda | SparseGPT | Random | Width | Heads | Depth | Stepwise | RESP,
+    Magnitude | Wanda | SparseGPT | Random | Width | Heads | Depth | Stepwise | RESP | ReflectiveStructures,
     Field(discriminator="method"),
 ]
 Quantize = Annotated[

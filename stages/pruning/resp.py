@@ -5,8 +5,9 @@ continues the beginnings of calibration windows, and the importance of a weight 
 on the generated tokens only; prompts are read but not predicted. Pruning changes what the model writes, so it
 goes in steps, and each step generates again with the model as pruned so far. A pruned weight stays zero.
 
-The paper prunes coupled structures; here the same importance ranks single weights, within each output row
-or each matrix. The whole model is in memory, and the sums of its gradients in fp32.
+The paper prunes coupled structures (`stages.pruning.shape.reflective`); here the same importance ranks single
+weights, within each output row or each matrix. The whole model is in memory, and the sums of its gradients in
+fp32.
 """
 
 from __future__ import annotations

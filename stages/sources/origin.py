@@ -1,4 +1,4 @@
-"""Sources of models and data: a pinned PyPI package, a pinned hub revision, or a hashed folder.
+"""Sources of models and data: pinned PyPI packages, a pinned hub revision, or a hashed folder.
 
 Every source is checked against a hash in params.yaml before it is used: `pypi:` and `path:` against the
 sha256 of the file or folder taken from them, `hub:` by the commit that its revision names. Nothing fetched is
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -74,7 +74,7 @@ def fetched(source: str, inner: str, expected: str | None, *, data: bool = False
 
     Args:
         inner: path inside the package, repository or folder; "" or "." is all of it.
-        expected: sha256 of `inner`; None only for the hub, where the commit pins it.
+        expected: sha256 of `inner`; None for the hub, where the commit pins it, and for a part of a file.
         data: whether a hub repository holds a data set rather than a model.
 
     Raises:
@@ -93,14 +93,42 @@ def fetched(source: str, inner: str, expected: str | None, *, data: bool = False
             raise Refusal(f"{source} {problem}.")
         _check_links(path, source)
         if expected is not None:
-            with reading(source):
-                actual = sha256(path)
-            if actual != expected:
-                raise Refusal(
-                    f"{source} {inner}: its sha256 is {actual}, but params.yaml has {expected}; if you want "
-                    "this content, write its hash, and everything made from it will run again."
-                )
+            _check_hash(path, f"{source} {inner}", expected)
         yield path
+
+
+@contextmanager
+def assembled(parts: Sequence[tuple[str, str]], expected: str) -> Iterator[Path]:
+    """Yield the local path of a file that packages hold in parts, which is deleted when the context ends.
+
+    Args:
+        parts: (source, path of a file inside it), in the order in which they are joined.
+        expected: sha256 of the whole.
+
+    Raises:
+        Refusal: a part cannot be fetched or is no file, or the whole has another hash than expected.
+    """
+    with tempfile.TemporaryDirectory(prefix="prunequant-") as scratch:
+        whole = Path(scratch) / "joined"
+        with whole.open("wb") as file:
+            for source, inner in parts:
+                with fetched(source, inner, None) as path:
+                    if not path.is_file():
+                        raise Refusal(f"{source} {inner or '.'} is no file; correct the path in params.yaml.")
+                    with path.open("rb") as content:
+                        shutil.copyfileobj(content, file)
+        _check_hash(whole, " + ".join(source for source, _ in parts), expected)
+        yield whole
+
+
+def _check_hash(path: Path, what: str, expected: str) -> None:
+    with reading(what):
+        actual = sha256(path)
+    if actual != expected:
+        raise Refusal(
+            f"{what}: its sha256 is {actual}, but params.yaml has {expected}; if you want "
+            "this content, write its hash, and everything made from it will run again."
+        )
 
 
 def _check_links(path: Path, source: str) -> None:

@@ -11,7 +11,7 @@ question, which a model without instruction tuning needs; its students see the q
 
 At a temperature above 0, a token is the first at which the cumulative probability exceeds a uniform number.
 The numbers are drawn on the CPU, a row per question, so neither the device nor the batch size decides which
-are used.
+are used. `top_p` leaves out the unlikely tokens (nucleus sampling, 1904.09751).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed
 from stages.corpus.bos import begin, bos_tokens
-from stages.corpus.examples import choose_questions, end_of_text, few_shot_text, prompt_text
+from stages.corpus.examples import choose_questions, few_shot_text, prompt_text
 from stages.corpus.rows import example
 from stages.corpus.taught import GradedExample, Lesson
 from stages.corpus.windows import check_token_ids
@@ -45,6 +45,8 @@ class Answers(Teaching):
     max_new_tokens: Annotated[int, Field(ge=1)]
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Divides the logits before a token is drawn; 0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the likeliest tokens whose probabilities together reach this share; 1 draws among all."""
     until: Annotated[str, Field(min_length=1)] | None = None
     """Text before which an answer ends, such as a line break for answers of one line."""
     shots: Annotated[int, Field(ge=0)] = 0
@@ -56,6 +58,11 @@ class Answers(Teaching):
         if 0 < self.temperature < _LOWEST_TEMPERATURE:
             raise ValueError(
                 f"temperature must be 0, which takes the likeliest token, or at least {_LOWEST_TEMPERATURE:f}"
+            )
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError(
+                f"top_p {self.top_p:g} needs a temperature above 0, as temperature 0 draws nothing; give one "
+                "or remove top_p"
             )
         if self.shots and self.chat_template:
             raise ValueError(
@@ -73,7 +80,7 @@ class Answers(Teaching):
                 a token has no row in its embedding, its logits are not finite, or all its answers are empty.
         """
         # This module needs base classes of transformers.
-        from stages.teaching.decoding import generate_answers
+        from stages.corpus.decoding import end_ids, generate_answers
 
         learned, held_out = choose_questions(self)
         questions = learned + held_out
@@ -91,7 +98,7 @@ class Answers(Teaching):
                 f"{self.source} reads at most {limit}; lower max_new_tokens"
                 f"{' or shots' if self.shots else ''}."
             )
-        ends = _end_ids(model, tokenizer)
+        ends = end_ids(model, tokenizer)
         ids = torch.tensor([token for prompt in [*shown, ends[:1]] for token in prompt])
         check_token_ids(ids, config.vocab_size, f"data set {self.dataset}", tokenizer)
         draw = torch.Generator().manual_seed(self.seed)
@@ -100,7 +107,7 @@ class Answers(Teaching):
         for at in tqdm(range(0, len(prompts), self.batch_size), desc="answering", unit="batch"):
             part = slice(at, at + self.batch_size)
             generated += generate_answers(
-                model, shown[part], uniform[part], self.temperature, ends, self.until, tokenizer
+                model, shown[part], uniform[part], self.temperature, ends, self.until, tokenizer, self.top_p
             )
         answers = [cut_answer(tokens, ends, self.until, tokenizer) for tokens in generated]
         if not any(tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers):
@@ -127,10 +134,3 @@ def cut_answer(
             whole = max(size for size in range(count + 1) if len(tokenizer.decode(tokens[:size])) <= at)
             return [*tokens[:whole], ends[0]]
     return tokens
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokenizer's end of text, then the checkpoint's stop tokens, such as a chat's end of turn."""
-    config = model.generation_config
-    stops = (config.eos_token_id if config is not None else None) or []
-    return list(dict.fromkeys([end_of_text(tokenizer), *([stops] if isinstance(stops, int) else stops)]))

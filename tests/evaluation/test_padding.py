@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from stages.corpus.decoding import generate_answers
 from transformers import PreTrainedModel
 
 from stages.core.errors import Refusal
@@ -12,7 +13,6 @@ from stages.corpus.generation import continue_prompts
 from stages.evaluation import shared
 from stages.evaluation.thinking.budget import BudgetLM
 from stages.evaluation.thinking.settings import Thinking
-from stages.teaching.decoding import generate_answers
 from tests import families, generators
 from tests.evaluation.test_shared import generations
 

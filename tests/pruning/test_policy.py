@@ -9,6 +9,7 @@ import pytest
 
 from stages.core.errors import Refusal
 from stages.pruning.policy import ALLOW, Answer, Block, Command, Rules, State, Step, ask
+from tests import project
 from tests.pipeline import TEXT, do, params, record
 
 NAMES = ("model.layers.0", "model.layers.1")
@@ -132,3 +133,22 @@ def test_answers_that_do_not_fit_the_model_are_refused(answer, sentence):
     policy = SimpleNamespace(kind="scripted", decide=lambda _: answer)
     with pytest.raises(Refusal, match=sentence):
         ask(policy, state(sparsities=(0.5, 0.0)))
+
+
+@pytest.mark.drill
+def test_a_language_model_is_a_policy(workspace, monkeypatch):
+    """The example asks the tiny source itself, block by block, until the target is reached."""
+    monkeypatch.setenv(ALLOW, "1")
+    asking = str(project.ROOT / "sweeps" / "ask_model.py")
+    recipe = {
+        "source": "base/tiny", "method": "stepwise", "sparsity": 0.2, "max_rise": 10.0, "held_out": 1,
+        "policy": {"kind": "command", "command": [sys.executable, asking, "data/models/base/tiny"],
+                   "timeout": 600.0},
+        "calibration": TEXT,
+    }  # fmt: skip
+    do(params("llama", {"prune/made": recipe}))
+    facts = record("prune/made")
+    assert facts["sparsity"] == pytest.approx(0.2, abs=1e-4)
+    steps = facts["notes"]["prune/made"]["steps"]
+    assert [len(step["prune"]) for step in steps] == [1] * 4  # of two blocks the half it prefers
+    assert all(share == pytest.approx(0.1, abs=1e-3) for step in steps for share in step["prune"].values())

@@ -19,6 +19,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "sparsity": 0.5, "steps": 2, "scope": "row",
         "calibration": TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 4},
     },
+    "resp-structures": {
+        "sparsity": 0.5, "steps": 2,
+        "calibration": TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 4},
+    },
 }  # fmt: skip
 """Methods that load the whole source."""
 

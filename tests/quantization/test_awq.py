@@ -203,6 +203,7 @@ def test_a_resumed_run_notes_the_same(workspace, monkeypatch):
     assert len(calls) == 7
     whole, resumed = record("quantize/a")["notes"], record("quantize/b")["notes"]
     assert whole["quantize/a"] == resumed["quantize/b"]
+    assert len(whole["quantize/a"].pop("block_errors")["errors"]) == 2
     assert whole["quantize/a"] == {
         "bos": False,
         "quantized_linears": 14,

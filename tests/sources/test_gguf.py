@@ -4,8 +4,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
+from pydantic import ValidationError
 
-from stages.sources.gguf import count_grids
+from stages.sources.gguf import Gguf, count_grids
 
 
 def written(path: Path, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]) -> Path:
@@ -36,3 +38,18 @@ def test_the_grids_of_a_file_are_counted(tmp_path):
 def test_a_file_of_floats_has_no_grid(tmp_path):
     floats = {"a": (np.ones((2, 32), dtype=np.float16), None)}
     assert count_grids(written(tmp_path / "m.gguf", floats)) is None
+
+
+def test_parts_come_from_packages():
+    settings = {
+        "format": "gguf",
+        "source": "pypi:a==1",
+        "file": "a",
+        "sha256": "0" * 64,
+        "in_features": (32,),
+    }
+    part = {"source": "pypi:b==1", "file": "b"}
+    assert Gguf(**settings, parts=(part,)).parts[0].file == "b"
+    for wrong in ({"source": "path:inputs"}, {"parts": ({**part, "source": "path:inputs"},)}):
+        with pytest.raises(ValidationError, match="path:inputs is none; give one file instead"):
+            Gguf(**settings | {"parts": (part,)} | wrong)

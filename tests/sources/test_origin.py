@@ -19,7 +19,7 @@ from stages.code import code
 from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.job.pieces import identified
-from stages.sources.origin import fetched
+from stages.sources.origin import assembled, fetched
 from tests import hub, project
 
 ZEROS = "0" * 64
@@ -96,6 +96,38 @@ def test_a_damaged_package_is_refused(index):
         fetched("pypi:prose==1.0", "prose/data.txt", ZEROS),
     ):
         raise AssertionError
+
+
+def parts(index: Path, *contents: str) -> list[tuple[str, str]]:
+    """Write a package for each part of a file."""
+    for number, content in enumerate(contents):
+        wheel(index, f"part{number}", "1.0", {f"part{number}/data/m.part0{number}": content})
+    return [(f"pypi:part{n}==1.0", f"part{n}/data/m.part0{n}") for n in range(len(contents))]
+
+
+def test_a_file_in_parts_is_joined_in_the_order_given(index):
+    pieces = parts(index, "one", "two", "three")
+    with assembled(pieces, hashlib.sha256(b"onetwothree").hexdigest()) as path:
+        assert path.read_bytes() == b"onetwothree"
+    assert not path.exists()
+    with assembled(pieces[::-1], hashlib.sha256(b"threetwoone").hexdigest()) as path:
+        assert path.read_bytes() == b"threetwoone"
+
+
+@pytest.mark.parametrize(
+    ("order", "second", "message"),
+    [
+        ((1, 0), "m.part01", r"part1==1\.0 \+ pypi:part0==1\.0: its sha256 is [0-9a-f]{64}, but"),
+        ((0, 1), "other", r"pypi:part1==1\.0 has no part1/data/other; correct the path"),
+        ((0, 1), "", r"pypi:part1==1\.0 part1/data/ is no file; correct the path"),
+    ],
+)
+def test_parts_that_differ_from_params_are_refused(order, second, message, index):
+    pieces = parts(index, "one", "two")
+    pieces[1] = (pieces[1][0], f"part1/data/{second}")
+    whole = hashlib.sha256(b"onetwo").hexdigest()
+    with pytest.raises(Refusal, match=message), assembled([pieces[place] for place in order], whole):
+        pass
 
 
 def test_links_out_of_a_folder_are_refused(tmp_path):

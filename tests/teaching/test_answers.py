@@ -7,9 +7,9 @@ import pytest
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
+from stages.corpus import decoding
 from stages.corpus.examples import few_shot_text
 from stages.job.load import checked_params
-from stages.teaching import decoding
 from stages.teaching.answers import cut_answer
 from tests import families, lessons, pipeline
 from tests.lessons import ANSWERS, answer, greedy, make_lesson, prompt

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from stages.core.errors import Refusal
 from stages.core.lazy import mock, torch
 from stages.model.blocks import blocks, check_length, forward
-from stages.pruning.depth.observe import Target, stream_in, stream_out
-from stages.pruning.depth.remove import output_projections
+from stages.pruning.depth.observe import stream_in, stream_out
+from stages.pruning.depth.remove import Target, output_projections
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -22,14 +22,14 @@ from stages.model.artifact import load_config
 from stages.model.blocks import blocks, embedding_rows, linears
 from stages.pruning.depth import rank
 from stages.pruning.depth.ablate import Ablation, ScoredRows
-from stages.pruning.depth.mean import add_to_biases, check_biases, mean_updates
+from stages.pruning.depth.mean import add_to_biases, make_biases, mean_updates
 from stages.pruning.depth.rank import Ranking
-from stages.pruning.depth.remove import output_projections, remove_blocks, zero_linear
+from stages.pruning.depth.remove import output_projections, remove_blocks, without, zero_linear
 from stages.pruning.depth.tasks import Choices, Items
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Batches(Tokens):
@@ -60,13 +60,14 @@ class Depth(WholeModel):
     blocks: Annotated[int, Field(ge=1)]
     target: Literal["block", "attention"] = "block"
     keep: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Numbers of blocks that are never removed. greedy also keeps block 0, reverse also the last one."""
+    """Numbers of blocks that are never removed. greedy also keeps block 0."""
     samples: Annotated[int, Field(ge=1)] | None = None
     """Random orders for shapley; each costs as many forwards as there are blocks."""
     seed: Seed | None = None
     """Seed of the random orders; null uses `run.seed`."""
     replace_by_mean: bool = False
-    """Leave the mean update of a removed block behind, in families with a bias that can hold it."""
+    """Leave the mean update of a removed block behind, in families with a bias, or a setting for one, to hold
+    it."""
     calibration: Judged
 
     @model_validator(mode="after")
@@ -106,16 +107,18 @@ class Depth(WholeModel):
             data = self.calibration.choices(context.tokenizer)
             source = f"data set {self.calibration.dataset}"
             check_token_ids(data.rows.tokens, embedding_rows(model), source, context.tokenizer)
-        if self.replace_by_mean:
-            check_biases(model, self.target)
-        ranking = self.rank(model, data, context.seed)
+        setting = make_biases(model, self.target) if self.replace_by_mean else {}
+        ranking = self.rank(model, data, context.seed, context.tokenizer)
         means: dict[int, Tensor] = {}
         if self.replace_by_mean:
             assert isinstance(self.calibration, Batches) and isinstance(data, torch.Tensor)
             means = mean_updates(model, data, self.calibration.batch_size, self.target)
+        remaining = set(range(len(blocks(model))))
+        if self.target == "block":
+            remaining -= set(ranking.removed)
         facts = self._remove(model, ranking.removed, means)
-        notes = {"removed": list(ranking.removed), **ranking.notes, **facts}
-        return Change(zero_masks(linears(model, partial=True)), notes)
+        notes = {"removed": list(ranking.removed), **ranking.notes, **setting, **facts}
+        return Change(zero_masks(linears(model, partial=True)), notes, sorted(remaining))
 
     def check(self) -> None:
         """Refuse to remove more blocks than the source has, or to keep blocks that it does not have."""
@@ -125,21 +128,21 @@ class Depth(WholeModel):
                 f"keep names {', '.join(unknown)}, but {self.source} has only blocks 0 to {depth - 1}."
             )
         # At least one block must remain.
-        most = depth - max(len(self._always_kept(depth)), 1 if self.target == "block" else 0)
+        most = depth - max(len(self._always_kept()), 1 if self.target == "block" else 0)
         if self.blocks > most:
             raise Refusal(
                 f"blocks is {self.blocks}, but only {most} of the {depth} blocks of {self.source} can be "
                 "removed; remove or keep fewer."
             )
 
-    def _always_kept(self, depth: int) -> set[int]:
+    def _always_kept(self) -> set[int]:
         """Return the blocks that stay whatever their score."""
-        return set(self.keep) | {"greedy": {0}, "reverse": {depth - 1}}.get(self.metric, set())
+        return set(self.keep) | ({0} if self.metric == "greedy" else set())
 
     def _removable(self, model: PreTrainedModel) -> list[int]:
         """Return the blocks that may be removed, in ascending order."""
         depth = len(blocks(model))
-        excluded = self._always_kept(depth)
+        excluded = self._always_kept()
         if self.target == "attention":  # an attention that is already zero does not count again
             projections = enumerate(output_projections(model))
             excluded |= {number for number, linear in projections if not linear.weight.count_nonzero()}
@@ -151,7 +154,13 @@ class Depth(WholeModel):
             )
         return removable
 
-    def rank(self, model: PreTrainedModel, data: Tensor | Choices | None, seed: int) -> Ranking:
+    def rank(
+        self,
+        model: PreTrainedModel,
+        data: Tensor | Choices | None,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Ranking:
         """Choose the blocks of `model` to remove.
 
         Args:
@@ -165,7 +174,15 @@ class Depth(WholeModel):
         batch_size = self.calibration.batch_size
         if isinstance(data, Choices):
             ablation = Ablation(model, data.rows, batch_size, self.target, "greedy")
-            return rank.greedy(ablation, removable, self.blocks, data)
+            items = self.calibration
+            assert isinstance(items, Items)
+
+            def write(omitted: frozenset[int]) -> dict[str, float]:
+                with without(model, omitted, self.target) as rest:
+                    return items.accuracies(rest, tokenizer)
+
+            generated = items.readout == "generation"
+            return rank.greedy(ablation, removable, self.blocks, data, write if generated else None)
         if self.metric == "angular":
             starts = rank.removable_runs(removable, self.blocks)
             return rank.closest_run(rank.angular(model, data, batch_size, self.blocks), starts, self.blocks)

@@ -3,40 +3,121 @@
 x -> x + f(x) becomes x -> x + E f(x), with the mean over all calibration tokens of the dense model. That
 mean is a constant, so it is added to a bias that ends in the residual stream: of the last block that remains
 before the removed one or, for a removed attention, of its own output projection. Which linear of a block has
-such a bias is found by changing it.
+such a bias is found by changing it. A family without biases may have a setting for them, as Llama has
+`mlp_bias` and `attention_bias`: it is switched on, and the biases that it adds are zero but for the means.
 """
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.model.blocks import blocks, forward, linears
-from stages.pruning.depth.observe import Target, observe, stream_out
-from stages.pruning.depth.remove import output_projections
+from stages.pruning.depth.observe import observe, stream_out
+from stages.pruning.depth.remove import Target, attention_of, output_projections
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
-def check_biases(model: PreTrainedModel, target: Target) -> None:
-    """Refuse a family without a bias that can hold a mean.
+def make_biases(model: PreTrainedModel, target: Target) -> dict[str, str]:
+    """Make sure that biases can hold a mean: the model's own, or zeros that a setting of its config adds.
+
+    Returns:
+        For the record, the setting that was switched on; empty if the model has such biases.
 
     Raises:
-        Refusal: it has none.
+        Refusal: the family has no such bias.
     """
+    if target == "attention":
+        _check_nothing_follows(model)
+    refusal = _lacks_bias(model, target)
+    if refusal is None:
+        return {}
+    settings = vars(model.config.get_text_config())
+    for key in [key for key, value in settings.items() if "bias" in key and value is False]:
+        added = _add_biases(model, key)
+        if added and _lacks_bias(model, target) is None:
+            return {"bias_setting": key}
+        _drop_biases(model, key, added)
+    raise refusal
+
+
+def _lacks_bias(model: PreTrainedModel, target: Target) -> Refusal | None:
+    """Return the refusal of a model without a bias that can hold a mean, None if it has one."""
     if target == "block":
-        stream_bias(model, 0)
-        return
-    projections = output_projections(model)
-    if lacking := [linear.name for linear in projections if linear.module.bias is None]:
-        raise Refusal(
+        try:
+            stream_bias(model, 0)
+        except Refusal as refusal:
+            return refusal
+        return None
+    if lacking := [linear.name for linear in output_projections(model) if linear.module.bias is None]:
+        return Refusal(
             f"replace_by_mean: {type(model).__name__} has no bias in {lacking[0]} to hold the mean of an "
-            "attention; leave replace_by_mean out."
+            "attention, and no setting of its config adds one; leave replace_by_mean out."
         )
+    return None
+
+
+def _check_nothing_follows(model: PreTrainedModel) -> None:
+    """Refuse a family that passes the output of its attention through a norm."""
+    name, block = blocks(model)[0]
+    attention = attention_of(name, block)
+    outputs: list[Tensor] = []
+    readers: list[str] = []
+
+    def look(module: nn.Module, args: Any) -> None:
+        if outputs and args and args[0] is outputs[0] and not isinstance(module, torch.nn.Dropout):
+            readers.append(type(module).__name__)
+
+    with ExitStack() as hooks:
+        hooks.enter_context(
+            attention.register_forward_hook(lambda _, __, output: outputs.append(stream_out(output)))
+        )
+        for child in block.children():
+            hooks.enter_context(child.register_forward_pre_hook(look))
+        forward(model, torch.zeros(1, 2, dtype=torch.long))
+    if readers:
+        raise Refusal(
+            f"replace_by_mean: {type(model).__name__} has no bias in {name} that adds the mean of an "
+            f"attention, as {readers[0]} follows it; leave replace_by_mean out."
+        )
+
+
+def _add_biases(model: PreTrainedModel, key: str) -> list[nn.Module]:
+    """Set the config's `key` and give the linears the zero biases that it adds; return these linears.
+
+    Nothing is changed, and none returned, if the setting adds anything else.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM
+
+    config: Any = copy.deepcopy(model.config)
+    setattr(config.get_text_config(), key, True)
+    with init_empty_weights():
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    new = shapes.keys() - model.state_dict().keys()
+    biases = {f"{linear.name}.bias": linear.module for linear in linears(model, partial=True)}
+    if not new <= biases.keys():
+        return []
+    for name in new:
+        weight: Any = biases[name].weight
+        zeros = torch.zeros(shapes[name], dtype=weight.dtype, device=weight.device)
+        biases[name].register_parameter("bias", torch.nn.Parameter(zeros, requires_grad=False))
+    model.config = config  # the old one may be shared with another model
+    return [biases[name] for name in new]
+
+
+def _drop_biases(model: PreTrainedModel, key: str, added: list[nn.Module]) -> None:
+    """Undo `_add_biases`."""
+    for module in added:
+        module.register_parameter("bias", None)
+    if added:
+        setattr(model.config.get_text_config(), key, False)
 
 
 def mean_updates(
@@ -99,7 +180,7 @@ def stream_bias(model: PreTrainedModel, number: int) -> Tensor:
             return bias
     raise Refusal(
         f"replace_by_mean: {type(model).__name__} has no bias in {name} that adds to the residual stream and "
-        "could hold a mean update; leave replace_by_mean out."
+        "could hold a mean update, and no setting of its config adds one; leave replace_by_mean out."
     )
 
 

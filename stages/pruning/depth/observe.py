@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tqdm import tqdm
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.model.blocks import blocks, check_length, forward
-from stages.pruning.depth.remove import attention_of
+from stages.pruning.depth.remove import Target, attention_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-Target = Literal["block", "attention"]
-"""What is removed: whole blocks, or their attention."""
 Observer: TypeAlias = "Callable[[int, Tensor, Tensor], None]"
 """(block number, the stream before it, the stream after it), both `[windows, tokens, hidden]`."""
 

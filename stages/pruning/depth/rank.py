@@ -8,8 +8,9 @@ blocks), three measure how much worse the model predicts without a block (perple
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tqdm import tqdm
 
@@ -17,8 +18,9 @@ from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.model.blocks import blocks
 from stages.pruning.depth.ablate import Ablation
-from stages.pruning.depth.observe import Target, observe
-from stages.pruning.depth.tasks import Choices
+from stages.pruning.depth.observe import observe
+from stages.pruning.depth.remove import Target
+from stages.pruning.depth.tasks import Choices, retained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +50,7 @@ def _named(scores: dict[int, float]) -> dict[str, float]:
 
 
 def reverse(removable: list[int], count: int) -> Ranking:
-    """Remove the last removable blocks: the simple strategy of 2403.17887 if the very last block is kept."""
+    """Remove the last removable blocks (2602.01997); 2403.17887 does so but keeps the very last."""
     return Ranking(tuple(removable[-count:]))
 
 
@@ -136,26 +138,47 @@ def shapley(ablation: Ablation, removable: list[int], samples: int, seed: int) -
     return values
 
 
-def greedy(ablation: Ablation, removable: list[int], count: int, items: Choices | None) -> Ranking:
+Answering: TypeAlias = "Callable[[frozenset[int]], dict[str, float]]"
+"""Omitted blocks -> the share of right answers that the model without them writes, by level."""
+
+
+def greedy(
+    ablation: Ablation,
+    removable: list[int],
+    count: int,
+    items: Choices | None,
+    write: Answering | None = None,
+) -> Ranking:
     """Remove one block at a time: at each step the one without which the model is best.
 
     The model is judged by the calibration loss, or on graded items by the mean of accuracy / dense accuracy
     (2602.01997), with ties to the block without which the right choices are likelier.
 
+    Args:
+        write: judges by generated answers to the items; None by the likeliest choices.
+
     Raises:
         Refusal: the dense model answers no item right.
     """
-    dense = items.accuracies(ablation.likelihoods([frozenset()])[frozenset()]) if items else {}
-    removed: frozenset[int] = frozenset()
+
+    def accuracies(omitted: frozenset[int], likelihoods: Tensor) -> dict[str, float]:
+        assert items is not None
+        return write(omitted) if write else items.accuracies(likelihoods)
+
+    nothing: frozenset[int] = frozenset()
+    dense = accuracies(nothing, ablation.likelihoods([nothing])[nothing]) if items else {}
+    removed = nothing
     steps = []
     for _ in tqdm(range(count), desc="greedy", unit="block"):
         candidates = [number for number in removable if number not in removed]
         likelihoods = ablation.likelihoods(removed | {number} for number in candidates)
         scores = {}
         for number in candidates:
-            values = likelihoods[removed | {number}]
+            omitted = removed | {number}
+            values = likelihoods[omitted]
             if items:
-                scores[number] = -items.retained(values, dense), -items.right_likelihood(values)
+                kept = retained(accuracies(omitted, values), dense)
+                scores[number] = -kept, -items.right_likelihood(values)
             else:
                 scores[number] = ablation.loss(values), 0.0
         best = min(candidates, key=lambda number: (scores[number], number))

@@ -10,9 +10,10 @@ instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+Target = Literal["block", "attention"]
+"""What is removed: whole blocks, or their attention."""
 _SETTINGS = (bool, int, float, str, type(None))
 """The types of a module's settings, which must be equal in the model built from the config."""
 
@@ -97,6 +100,29 @@ def _differences(ours: nn.Module, theirs: nn.Module) -> list[str]:
             and settings.get(key) != value
         ]
     return sorted(differences)
+
+
+@contextmanager
+def without(model: PreTrainedModel, removed: Iterable[int], target: Target) -> Iterator[PreTrainedModel]:
+    """Yield a model without these blocks, or with the outputs of their attention zero; it shares all weights.
+
+    Raises:
+        Refusal: see `remove_blocks`.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared = copy.deepcopy(model, memo=tensors)
+    with ExitStack() as hooks:
+        if target == "attention":
+            projections = output_projections(shared)
+            for number in removed:
+                hooks.enter_context(
+                    projections[number].module.register_forward_hook(
+                        lambda _, __, output: torch.zeros_like(output)
+                    )
+                )
+        else:
+            remove_blocks(shared, removed)
+        yield shared
 
 
 def output_projections(model: PreTrainedModel) -> list[Linear]:

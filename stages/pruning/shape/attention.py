@@ -1,21 +1,24 @@
-"""The heads of an attention: how many, how they share keys and values, and whether there can be fewer."""
+"""The heads of an attention: how many, how they share keys and values, and a model with fewer of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.pruning.shape.anatomy import Part, reach
-from stages.pruning.shape.shrink import CONFIG, keep_inputs, misfits
+from stages.pruning.shape.shrink import CONFIG, Cuts, keep_inputs, keep_outputs, misfits
+from stages.pruning.shape.shrinker import most_important
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 NO_FEWER = "its config cannot describe fewer heads"
+Unit = Literal["groups", "queries"]
+"""What is removed: key and value heads with their query heads, or as many query heads of each group."""
 
 
 @dataclass(frozen=True)
@@ -128,3 +131,57 @@ def check_apart(model: PreTrainedModel, parts: Mapping[str, Part], layout: HeadL
                 "reaches others, as under a norm over all heads or with heads in pairs; remove neurons or "
                 "blocks instead."
             )
+
+
+def cut_heads(
+    model: PreTrainedModel,
+    parts: Mapping[str, Part],
+    scores: Mapping[str, Tensor],
+    before: HeadLayout,
+    after: HeadLayout,
+    unit: Unit,
+) -> tuple[Cuts, dict[str, list[int]]]:
+    """Return the cuts that leave the units with the highest scores in every attention, and the heads kept.
+
+    Args:
+        parts: the attentions, by the full name of their block.
+        scores: `[groups]` or `[queries]`, by the same names.
+
+    Raises:
+        Refusal: the config cannot describe the heads, or heads depend on each other before o.
+    """
+    check_heads(model, next(iter(parts.values())), before, after, _smaller(before, unit))
+    check_apart(model, parts, before)
+    cuts: Cuts = {}
+    kept: dict[str, list[int]] = {}
+    for name, part in parts.items():
+        heads, groups = _choose(scores[name], before, after, unit)
+        by_count = {before.queries: heads, before.groups: groups}
+        for reader in part.readers:
+            chosen = by_count[reader.weight.shape[0] // before.size]
+            cuts |= keep_outputs(reader, before.features(chosen))
+        cuts |= keep_inputs(part.writer, before.features(heads))
+        kept[name] = heads.tolist()
+    if problems := misfits(model, cuts, head_settings(model, after)):
+        raise Refusal(f"{type(model).__name__} cannot lose heads: {next(iter(problems.values()))}.")
+    return cuts, kept
+
+
+def _smaller(layout: HeadLayout, unit: Unit) -> list[HeadLayout]:
+    """Return every layout with fewer heads that a recipe could name."""
+    if unit == "groups":
+        return [HeadLayout(n * layout.shared, n, layout.size) for n in range(1, layout.groups)]
+    return [HeadLayout(n * layout.groups, layout.groups, layout.size) for n in range(1, layout.shared)]
+
+
+def _choose(scores: Tensor, before: HeadLayout, after: HeadLayout, unit: Unit) -> tuple[Tensor, Tensor]:
+    """Return the query heads that remain in a block, and its key and value heads, both ascending."""
+    if unit == "groups":
+        groups = most_important(scores, after.groups)
+        inside = torch.arange(before.shared, device=groups.device)
+        return (groups[:, None] * before.shared + inside).flatten(), groups
+    heads = [
+        most_important(of_group, after.shared) + number * before.shared
+        for number, of_group in enumerate(scores.view(before.groups, before.shared))
+    ]
+    return torch.cat(heads), torch.arange(before.groups, device=scores.device)

@@ -26,19 +26,11 @@ from pydantic import Field, model_validator
 
 from stages.compress.select import random_scores
 from stages.core.errors import Refusal
-from stages.core.lazy import torch
 from stages.core.schema import Seed
 from stages.pruning.shape.anatomy import Part, attentions
-from stages.pruning.shape.attention import (
-    NO_FEWER,
-    HeadLayout,
-    check_apart,
-    check_heads,
-    head_settings,
-    layout_of,
-)
-from stages.pruning.shape.shrink import Cuts, keep_inputs, keep_outputs, misfits
-from stages.pruning.shape.shrinker import Shrinker, change_bound, count_left, most_important
+from stages.pruning.shape.attention import NO_FEWER, HeadLayout, Unit, cut_heads, head_settings, layout_of
+from stages.pruning.shape.shrink import Cuts
+from stages.pruning.shape.shrinker import Shrinker, change_bound, count_left
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +42,7 @@ class Heads(Shrinker):
 
     method: Literal["heads"]
     importance: Literal["magnitude", "activation", "llm-bip", "random"]
-    unit: Literal["groups", "queries"] = "groups"
+    unit: Unit = "groups"
     """What is removed: key and value heads with their query heads, or as many query heads of each group."""
     remove: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The share of units to remove (of each group's query heads for `unit: queries`); the number kept is
@@ -110,43 +102,9 @@ class Heads(Shrinker):
         notes = {"heads": {"before": before.queries, "after": after.queries}}
         if after == before:
             return {}, {}, notes
-        check_heads(model, first, before, after, self._smaller(before))
-        check_apart(model, parts, before)
-        cuts: Cuts = {}
-        kept: dict[str, list[int]] = {}
-        for name, part in parts.items():
-            heads, groups = self._choose(part, rms.get(name), before, after, name)
-            by_count = {before.queries: heads, before.groups: groups}
-            for reader in part.readers:
-                chosen = by_count[reader.weight.shape[0] // before.size]
-                cuts |= keep_outputs(reader, before.features(chosen))
-            cuts |= keep_inputs(part.writer, before.features(heads))
-            kept[name] = heads.tolist()
-        settings = head_settings(model, after)
-        if problems := misfits(model, cuts, settings):
-            raise Refusal(f"{type(model).__name__} cannot lose heads: {next(iter(problems.values()))}.")
-        return cuts, settings, {"heads": {**notes["heads"], "kept": kept}}
-
-    def _smaller(self, layout: HeadLayout) -> list[HeadLayout]:
-        """Return every layout with fewer heads that a recipe could name."""
-        if self.unit == "groups":
-            return [HeadLayout(n * layout.shared, n, layout.size) for n in range(1, layout.groups)]
-        return [HeadLayout(n * layout.groups, layout.groups, layout.size) for n in range(1, layout.shared)]
-
-    def _choose(
-        self, part: Part, rms: Tensor | None, before: HeadLayout, after: HeadLayout, name: str
-    ) -> tuple[Tensor, Tensor]:
-        """Return the query heads that remain in a block, and its key and value heads, both ascending."""
-        scores = self.scores(part, rms, before, name)
-        if self.unit == "groups":
-            groups = most_important(scores, after.groups)
-            inside = torch.arange(before.shared, device=groups.device)
-            return (groups[:, None] * before.shared + inside).flatten(), groups
-        heads = [
-            most_important(of_group, after.shared) + number * before.shared
-            for number, of_group in enumerate(scores.view(before.groups, before.shared))
-        ]
-        return torch.cat(heads), torch.arange(before.groups, device=scores.device)
+        scores = {name: self.scores(part, rms.get(name), before, name) for name, part in parts.items()}
+        cuts, kept = cut_heads(model, parts, scores, before, after, self.unit)
+        return cuts, head_settings(model, after), {"heads": {**notes["heads"], "kept": kept}}
 
     def scores(self, part: Part, rms: Tensor | None, layout: HeadLayout, name: str) -> Tensor:
         """Return the importance of the units of a block, `[groups]` or `[queries]` fp32.

@@ -17,8 +17,7 @@ of down. Every block keeps the same number, so the checkpoint stays plain. With 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -29,8 +28,9 @@ from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed
 from stages.pruning.shape.anatomy import Part, mlps
-from stages.pruning.shape.shrink import Cuts, keep_inputs, keep_outputs, misfits
-from stages.pruning.shape.shrinker import Shrinker, change_bound, count_left, most_important
+from stages.pruning.shape.neurons import cut_neurons, width_setting
+from stages.pruning.shape.shrink import Cuts
+from stages.pruning.shape.shrinker import Shrinker, change_bound, count_left
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,12 +105,8 @@ class Width(Shrinker):
         """Choose the neurons that remain in every block."""
         hidden, width = next(iter(parts.values())).writer.weight.shape
         count = self.target(width, hidden)
-        cuts: Cuts = {}
-        for name, part in parts.items():
-            indices = most_important(self.scores(part, rms.get(name), name), count)
-            for reader in part.readers:
-                cuts |= keep_outputs(reader, indices)
-            cuts |= keep_inputs(part.writer, indices)
+        scores = {name: self.scores(part, rms.get(name), name) for name, part in parts.items()}
+        cuts = cut_neurons(parts, scores, count)
         notes = {"width": {"before": width, "after": count}, "expansion": count / hidden}
         return cuts, width_setting(model, cuts, width, count), notes
 
@@ -139,30 +135,3 @@ BY_WEIGHT: dict[str, Callable[[list[Tensor]], Tensor]] = {
     "ppm": peak_to_peak, "vow": variance, "pon": norm_product, "l2": l2_norm,
 }  # fmt: skip
 """The importances that are computed from the weights of gate and up, or of the only first linear."""
-
-
-def width_setting(model: PreTrainedModel, cuts: Cuts, width: int, count: int) -> dict[str, int]:
-    """Return the config's key for the width of the MLPs with `count`; nothing if the width does not change.
-
-    It is found by trying the settings that are `width` now and then those that are unset, which a family
-    derives.
-
-    Raises:
-        Refusal: no setting describes the cuts.
-    """
-    if count == width:
-        return {}
-    for key in _candidates(model.config.get_text_config(), width):
-        if not misfits(model, cuts, {key: count}):
-            return {key: count}
-    raise Refusal(
-        f"{type(model).__name__} cannot lose neurons: its config has no setting for the width of its MLPs "
-        f"({width}) that affects nothing else."
-    )
-
-
-def _candidates(config: Any, width: int) -> Iterator[str]:
-    values = {field.name: getattr(config, field.name, None) for field in fields(config)}
-    yield from (key for key, value in values.items() if type(value) is int and value == width)
-    integers = {field.name for field in fields(config) if "int" in str(field.type)}
-    yield from (key for key, value in values.items() if value is None and key in integers)

@@ -2,15 +2,16 @@
 
 Each rule labels a thing with an unrelated word. The label asked for is in one rule, or at the end of a chain
 of rules, which stand in a drawn order. A level fixes the number of chains and of rules per chain. A wrong
-choice is the label of another chain, so each choice occurs equally often in the question.
+choice is the label of another chain, so each choice occurs equally often in the question. `options` sets the
+number of choices; chance then differs from level to level, and a generated answer is not affected.
 """
 
 import random
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.sources.graded.items import CHOICES, MAX_DRAWS, NOUNS, GradedData, Level, choice_item
 
@@ -22,6 +23,21 @@ class ClassificationLevel(Level):
     """Things to label; no two have the same label."""
     rules: Annotated[int, Field(ge=1, le=4)] = 1
     """Rules from a thing to its label."""
+    options: Annotated[int, Field(ge=2, le=16)] | None = None
+    """Choices per item. Levels that differ in it ask the same items; null is four, on items of their own."""
+
+    @model_validator(mode="after")
+    def _enough_chains(self) -> Self:
+        if self.options and self.options > self.chains:
+            raise ValueError(
+                f"{self.options} options cannot be labels of {self.chains} chains; lower options or raise "
+                "chains"
+            )
+        return self
+
+    def asked(self) -> Level:
+        """Return the level without its presentation, in which the number of options is the least."""
+        return super().asked().model_copy(update={"options": self.options and 2})
 
 
 class Classification(GradedData):
@@ -45,4 +61,9 @@ class Classification(GradedData):
             question = f"{', '.join(rules)}, so {chosen[0]} is"
             # The same rules in another order are the same item.
             key = f"{sorted(rules)} {chosen[0]}"
-            yield key, choice_item(level.name, question, chosen[-1], [chain[-1] for chain in others], draw)
+            labels = [chain[-1] for chain in others]
+            if level.options:  # drawn apart, so that the next item does not depend on their number
+                apart, count = random.Random(key), level.options
+                yield key, choice_item(level.name, question, chosen[-1], labels, apart, count)
+            else:
+                yield key, choice_item(level.name, question, chosen[-1], labels, draw)

@@ -2,10 +2,15 @@
 
 Whether compression hurts hard tasks more than easy ones can be measured only where difficulty changes and
 nothing else does (2310.02277). A level fixes the settings that generate its items. These settings can be read
-back from an item, so two levels share none. Every item has two readouts, free generation and likelihood among
-four choices, so that the readout is not confounded with the task. Wrong choices are near misses, and the
-right one is equally likely in each place. Few-shot examples, training items and test items are disjoint by a
-key of the item, such as its terms in order. Every draw follows from the seed.
+back from an item, so two levels that ask differently share none. Every item has two readouts, free generation
+and likelihood among choices (four unless a level says otherwise), so that the readout is not confounded with
+the task. Wrong choices are near misses, and the right one is equally likely in each place. Few-shot examples,
+training items and test items are disjoint by a key of the item, such as its terms in order. Every draw
+follows from the seed.
+
+A task has a second kind of difficulty, that of its presentation: irrelevant sentences before the question
+(`context`), or solved examples in the item itself (`shots`). Levels that differ in nothing else ask the same
+items, so that they can be compared item by item.
 """
 
 from __future__ import annotations
@@ -13,9 +18,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.core.errors import Refusal
 from stages.core.lazy import pd
@@ -41,10 +46,31 @@ NOUNS = """
 """Common words, for tasks in which their meaning plays no part."""
 
 
+_SENTENCES = (
+    "bright brisk calm cold dark fair gentle grey mild pale quiet warm",
+    "baker captain clerk doctor driver farmer guest neighbour painter sailor teacher writer",
+    "arrived departed hesitated laughed listened nodded paused rested sang smiled waited waved",
+    "again alone briefly early gladly late often slowly soon twice warmly yesterday",
+)
+"""The words of irrelevant sentences, by their place."""
+
+
 class Level(Strict):
     """A level of difficulty; each kind of task adds its own settings."""
 
+    presentation: ClassVar[tuple[str, ...]] = ("context", "shots")
+    """The settings that change how an item is shown and not what is asked."""
     name: Slug
+    context: Annotated[int, Field(ge=0, le=256)] = 0
+    """Irrelevant sentences of five words before the question."""
+    shots: Annotated[int, Field(ge=0)] = 0
+    """Examples of the level in front of each item, beside those that a suite shows."""
+
+    def asked(self) -> Level:
+        """Return the level without name and presentation: levels that are then equal ask the same items."""
+        fields = type(self).model_fields
+        plain = {key: fields[key].default for key in self.presentation}
+        return self.model_copy(update={"name": "any", **plain})
 
 
 class GradedData(Dataset):
@@ -88,6 +114,16 @@ class GradedData(Dataset):
                     raise ValueError(f"{other.name} and {level.name} have the same settings; remove one")
         return levels
 
+    @model_validator(mode="after")
+    def _enough_examples(self) -> Self:
+        for level in self.levels:
+            if level.shots > self.fewshot:
+                raise ValueError(
+                    f"level {level.name} shows {level.shots} shots, but a level has fewshot {self.fewshot} "
+                    "examples; lower shots or raise fewshot"
+                )
+        return self
+
     def draw_items(self, level: Any, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield at most `MAX_DRAWS` items of a level, each after its key; the same at each call.
 
@@ -102,10 +138,15 @@ class GradedData(Dataset):
             Refusal: a level has too few distinct items.
         """
         splits: dict[str, list[dict[str, Any]]] = {split: [] for split in GRADED_SPLITS}
-        for number, level in enumerate(self.levels):
-            items = iter(self.items(level, self.fewshot + self.test + self.train, self.seed + number))
-            for split in GRADED_SPLITS:
-                splits[split] += [next(items) for _ in range(getattr(self, split))]
+        asked = [level.asked() for level in self.levels]
+        for level, plain in zip(self.levels, asked, strict=True):
+            seed = self.seed + asked.index(plain)
+            items = self.items(level, self.fewshot + self.test + self.train, seed)
+            examples = [shown(item, level, ()) for item in items[: self.fewshot]]
+            rest = iter(shown(item, level, examples[: level.shots]) for item in items[self.fewshot :])
+            splits["fewshot"] += examples
+            for split in ("test", "train"):
+                splits[split] += [next(rest) for _ in range(getattr(self, split))]
         for split, rows in splits.items():
             pd.DataFrame(rows, columns=list(self.columns)).to_parquet(folder / f"{split}.parquet")
         return {
@@ -132,15 +173,31 @@ class GradedData(Dataset):
         return []
 
 
+def shown(item: dict[str, Any], level: Level, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return an item as its level presents it: after `examples`, a line each, and irrelevant sentences."""
+    draw = random.Random(item["question"])
+    sentences = [
+        " ".join(["The", *(draw.choice(words.split()) for words in _SENTENCES)]) for _ in range(level.context)
+    ]
+    lines = [f"{example['question']} {example['answer']}\n" for example in examples]
+    context = "".join(f"{sentence}. " for sentence in sentences)
+    return item | {"question": f"{''.join(lines)}{context}{item['question']}"}
+
+
 def choice_item(
-    difficulty: str, question: str, answer: str, wrong: Sequence[str], draw: random.Random
+    difficulty: str,
+    question: str,
+    answer: str,
+    wrong: Sequence[str],
+    draw: random.Random,
+    count: int = CHOICES,
 ) -> dict[str, Any]:
-    """Return an item whose choices are the answer and three drawn from `wrong`, in a drawn order.
+    """Return an item with `count` choices: the answer and some drawn from `wrong`, in a drawn order.
 
     Args:
-        wrong: distinct near misses, at least three.
+        wrong: distinct near misses, at least `count` - 1.
     """
-    choices = [answer, *draw.sample(wrong, CHOICES - 1)]
+    choices = [answer, *draw.sample(wrong, count - 1)]
     draw.shuffle(choices)
     return {
         "difficulty": difficulty,

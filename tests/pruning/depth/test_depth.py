@@ -18,10 +18,12 @@ from tests.pipeline import NONE, TEXT, dense, do, load, params, record
 READS = {"metric": "perplexity", "calibration": TEXT}
 
 
-def test_reverse_takes_the_last_blocks_but_not_the_very_last(source, prune):
-    source(deep("llama"))
-    assert prune(blocks=3)["notes"]["prune/made"] == {"removed": [2, 3, 4]}
-    assert prune(blocks=3, keep=(3,))["notes"]["prune/made"] == {"removed": [1, 2, 4]}
+def test_reverse_takes_the_last_blocks(source, prune):
+    model = source(deep("llama"))
+    assert prune(blocks=3)["notes"]["prune/made"] == {"removed": [3, 4, 5]}
+    assert torch.equal(logits(load("prune/made")), logits(without(model, {3, 4, 5})))
+    assert prune(blocks=3, keep=(5,))["notes"]["prune/made"] == {"removed": [2, 3, 4]}
+    assert prune(blocks=5)["notes"]["prune/made"] == {"removed": [1, 2, 3, 4, 5]}
 
 
 @pytest.mark.parametrize("metric", ["block-influence", "angular", "perplexity", "shapley", "greedy"])
