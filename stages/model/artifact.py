@@ -100,7 +100,8 @@ def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
     config = options.get("config")
     if config is None:
         with reading(f"the config of {label}"):
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            place = {name: options[name] for name in ("gguf_file",) if name in options}
+            config = AutoConfig.from_pretrained(path, local_files_only=True, **place)
     check_text_model(label, config)
     with reading(label):
         model, info = AutoModelForCausalLM.from_pretrained(
