@@ -135,7 +135,12 @@ class _Walk:
         return compress_and_run
 
     def compress_block(
-        self, name: str, block: nn.Module, original: Callable[..., Any], batches: BatchedCall, first: BatchedCall
+        self,
+        name: str,
+        block: nn.Module,
+        original: Callable[..., Any],
+        batches: BatchedCall,
+        first: BatchedCall,
     ) -> None:
         """Take the statistics, running every batch, and compress the linears.
 
