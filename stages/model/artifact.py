@@ -75,7 +75,8 @@ def check_text_model(label: str, config: Any) -> None:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     text = config.get_text_config()
-    inner = f" It wraps {text.model_type}: use a checkpoint of that alone." if text is not config else ""
+    served = text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    inner = f" It wraps {text.model_type}: use a checkpoint of that alone." if served else ""
     raise Refusal(
         f"{label} is {config.model_type}, which transformers does not load as a causal language model; use a "
         f"model that AutoModelForCausalLM loads.{inner}"
