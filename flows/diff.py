@@ -3,8 +3,8 @@
 It is read from git and DVC's cache alone: changed params, artifacts whose hash differs (models tensor by
 tensor), scores that differ, and items whose answer turned from right to wrong or back. Beside each changed
 score stand its noise, how far the same measure moves when only batch size or dtype changes (`noise/`
-candidates), and the verdict of the report: a difference within the noise, or one that is luck over these
-items, says nothing about the recipes.
+candidates), and the word of the report for the difference: same, worse, below noise, or not settled over
+these items. Hypotheses whose verdict turned come first.
 """
 
 import shlex
@@ -16,12 +16,15 @@ import pandas as pd
 
 from flows.revisions import WORKSPACE, Revision, read_revision
 from flows.tensors import compare_tensors
-from stages.core.files import MODELS, RECORD, RESULTS, read_json
+from stages.core.files import MODELS, RECORD, REPORT, RESULTS, read_json
 from stages.core.tables import MEASURE, SAMPLE_COLUMNS, SAMPLES, SCORE_COLUMNS, SCORES, table
 from stages.reporting.collect import KEY, Results, measure_of, noise_by_measure, records
 from stages.reporting.comparison import compare_revisions
+from stages.reporting.export import VERDICTS
 from stages.reporting.words import labels
 
+_MARGIN = 0.02
+"""The margin of a revision whose params.yaml sets none."""
 _ITEM = ["candidate", *MEASURE, "doc_id", "draw", "prompt_hash"]
 
 
@@ -34,11 +37,13 @@ def diff_revisions(old_name: str, new_name: str | None) -> dict[str, Any]:
     old, new = read_revision(old_name), read_revision(new_name)
     outs = results_to_read(old, new)
     results = [read_results(revision, outs) for revision in (old, new)]
+    margin = new.params.get("report", {}).get("margin", _MARGIN)
     changes = {
         "revisions": [old.name, new.name],
         "params": list(param_changes(old.params, new.params)),
         "artifacts": list(artifact_changes(old, new)),
-        "scores": score_changes(*results),
+        "verdicts": verdict_changes(*(read_verdicts(revision) for revision in (old, new))),
+        "scores": score_changes(results[0], results[1], margin),
         "flipped": flipped_items(*(side.samples for side in results)),
         "warnings": [*machine_changes(old, new), *run_changes(*(side.scores for side in results))],
     }
@@ -110,11 +115,34 @@ def read_results(revision: Revision, outs: list[str]) -> Results:
     return Results(*tables)
 
 
-def score_changes(old: Results, new: Results) -> list[dict[str, Any]]:
+def read_verdicts(revision: Revision) -> dict[str, Any]:
+    """Return the verdicts of a revision by study and hypothesis; empty if its report has none."""
+    file = revision.file(str(REPORT), VERDICTS) if revision.params.get("studies") else None
+    verdicts: dict[str, Any] = read_json(file) if file else {}
+    return verdicts
+
+
+def verdict_changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return hypotheses whose verdict turned, or that a side lacks (None), with the new reason."""
+    changes: list[dict[str, Any]] = []
+    for study in dict.fromkeys([*old, *new]):
+        was, now = old.get(study, {}), new.get(study, {})
+        for key in dict.fromkeys([*was, *now]):
+            before, after = was.get(key, {}), now.get(key, {})
+            if before.get("verdict") != after.get("verdict"):
+                sides = {"old": before.get("verdict"), "new": after.get("verdict")}
+                changes.append({"study": study, "hypothesis": key, **sides, "why": after.get("why")})
+    return changes
+
+
+def score_changes(old: Results, new: Results, margin: float = _MARGIN) -> list[dict[str, Any]]:
     """Return scores that differ or that a side lacks, with `label`, `noise`, `p` and `verdict`.
 
-    The verdict is that of `stages.reporting.comparison`, missing where there is nothing to compare with; it
-    goes by `p_corrected`, over a `family` of that many comparisons.
+    The verdict is that of `stages.reporting.margins`, missing where there is nothing to compare with or
+    nobody asks; it goes by `p_corrected`, over a `family` of that many comparisons.
+
+    Args:
+        margin: the largest change that does not matter.
     """
     if old.scores.empty and new.scores.empty:
         return []
@@ -123,8 +151,8 @@ def score_changes(old: Results, new: Results) -> list[dict[str, Any]]:
     both = sides[0].merge(sides[1], on=key, how="outer", suffixes=("_old", "_new"))
     same = (both["value_old"] == both["value_new"]) | both[["value_old", "value_new"]].isna().all(axis=1)
     both = both[~same].merge(noise_by_measure(old.scores, new.scores), on=["base", *KEY], how="left")
-    judged = ["p", "p_corrected", "family", "verdict"]
-    both = both.merge(compare_revisions(old, new)[[*key, *judged]], on=key, how="left")
+    judged = ["p", "p_corrected", "family", "verdict", "pairs", "smallest"]
+    both = both.merge(compare_revisions(old, new, margin)[[*key, *judged]], on=key, how="left")
     both["difference"] = both["value_new"] - both["value_old"]
     label = labels(pd.concat([old.scores, new.scores]))
     rows = records(both.rename(columns={"value_old": "old", "value_new": "new"}))

@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from stages.reporting.margins import OPEN
+from stages.reporting.words import fewest
+
 _ITEMS = 20
 """Flipped items shown; `--json` has all."""
 
@@ -15,9 +18,15 @@ _ITEMS = 20
 def show_diff(diff: dict[str, Any], console: Console) -> None:
     """Print every part of a diff that is not empty, warnings last."""
     old, new = diff["revisions"]
-    changed = [part for part in ("params", "artifacts", "scores", "flipped") if diff[part]]
+    changed = [part for part in ("verdicts", "params", "artifacts", "scores", "flipped") if diff[part]]
     if not changed:
         console.print(f"{old} and {new}: the same params, artifacts and scores.", markup=False)
+    if diff["verdicts"]:
+        turned = [
+            (f"{v['study']}: {v['hypothesis']}", v["old"] or "–", v["new"] or "–", v["why"] or "")
+            for v in diff["verdicts"]
+        ]
+        _table(console, "Verdicts", ("hypothesis", old, new, "why"), turned)
     if diff["params"]:
         _table(console, "Params", ("key", old, new), [(p["key"], p["old"], p["new"]) for p in diff["params"]])
     if diff["artifacts"]:
@@ -66,21 +75,24 @@ def _score(row: dict[str, Any]) -> tuple[Any, ...]:
         row["candidate"],
         f"{row['suite']}{level} {row['readout']} {row['label']}",
         *(row[name] for name in ("old", "new", "difference", "noise")),
-        row["verdict"] or "",
+        _word(row),
     )
+
+
+def _word(row: dict[str, Any]) -> str:
+    """Return the verdict; where it is not settled, with the smallest change that the items show."""
+    verdict = row["verdict"] or ""
+    if verdict != OPEN or row["smallest"] is None:
+        return verdict
+    return f"{verdict} ({row['pairs']:.0f} items show {fewest(row)})"
 
 
 def _families(scores: list[dict[str, Any]]) -> str:
     """Say over how many comparisons the verdicts' p-values are corrected; empty without comparisons."""
-    kinds = {"overall scores": True, "single levels": False}
-    sizes = {
-        kind: max((row["family"] or 0 for row in scores if (row["difficulty"] == "all") == whole), default=0)
-        for kind, whole in kinds.items()
-    }
-    families = " and of ".join(f"{size} {kind}" for kind, size in sizes.items() if size)
-    if not families:
+    size = max((row["family"] or 0 for row in scores), default=0)
+    if not size:
         return ""
-    return f"verdicts: p <= 0.05 after Holm's correction within the family of {families} compared"
+    return f"verdicts: p <= 0.05 after Holm's correction over the {size:.0f} headline scores compared"
 
 
 def _flipped(console: Console, items: list[dict[str, Any]], old: str, new: str) -> None:

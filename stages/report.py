@@ -2,23 +2,25 @@
 
 from stages.core.files import REPORT, write_text, writing
 from stages.job.entry import entry
-from stages.reporting import agreement, collect, comparison, export, figures, page
+from stages.reporting import agreement, collect, comparison, export, figures, page, verdicts
 from stages.reporting.scope import Scope
 
 
 def report(scope: Scope) -> None:
     """Write data/report: tables, metrics, data for plots, figures, and index.html."""
     results = collect.collect(scope.evaluations, scope.candidates, scope.suites)
-    compared, agreements = comparison.compare_candidates(results), agreement.agreement(results)
+    compared = comparison.compare_candidates(results, scope.report)
+    agreements = agreement.agreement(results, scope.report.reference)
+    judged = verdicts.judge_studies(results, scope.studies)
     drawn = {"quality": figures.draw_quality(compared), "difficulty": figures.draw_difficulty(compared)}
     with writing(REPORT) as folder:
-        export.write_data(folder, results, compared, agreements)
+        export.write_data(folder, results, compared, agreements, judged)
         pictures = {
             stem: figures.save_figure(figure, folder / stem)
             for stem, figure in drawn.items()
             if figure is not None
         }
-        write_text(folder / "index.html", page.render(scope, results, compared, agreements, pictures))
+        write_text(folder / "index.html", page.render(scope, results, compared, agreements, pictures, judged))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ def params(folder: Path) -> dict[str, Any]:
             "candidates": [], "batch_sizes": [1, 2], "prompt_tokens": 8, "new_tokens": 4, "warmup": 1,
             "repeats": 3, "threads": 1,
         },
+        "report": {"margin": 0.02, "reference": None},
+        "studies": {},
     }  # fmt: skip
 
 

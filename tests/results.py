@@ -15,6 +15,8 @@ from stages.core.tables import Sample, Score, Setting, Subject
 from stages.job.load import checked_params
 from stages.job.params import Params
 from stages.reporting.collect import Results, collect
+from stages.reporting.comparison import Comparison, compare_candidates
+from stages.reporting.judging import Report
 
 ROOT = Path(__file__).parents[1]
 # By how much a recipe is worse than the dense base, in nats a token; and its size in MB, on disk and ideally.
@@ -216,3 +218,8 @@ def together(*parts: Results) -> Results:
         pd.concat([part.scores for part in parts], ignore_index=True),
         pd.concat([part.samples for part in parts], ignore_index=True),
     )
+
+
+def compared(results: Results, **settings: Any) -> Comparison:
+    """Compare candidates as a plain report does, with a margin of two points."""
+    return compare_candidates(results, Report(**{"margin": 0.02} | settings))

@@ -219,6 +219,23 @@ def test_a_suite_more_makes_only_itself_stale(copy):
     assert sweep.status(copy) == {"validate", "dataset@sums", "tidy", "report", *added}
 
 
+def test_editing_a_hypothesis_makes_the_report_alone_stale(copy):
+    values = project.read(copy)
+    sides = [{"weight": 1.0, "candidate": "prune/wanda-50"}, {"weight": -1.0, "candidate": "base/tiny"}]
+    worse = {
+        "test": "contrast", "claim": "Pruning loses.", "sides": sides, "expect": "above", "bound": 0.0,
+        "readouts": [{"suite": "news", "metric": "perplexity"}],
+    }  # fmt: skip
+    values["studies"] = {
+        "small": {"claim": "c", "source": "s", "profile": "laptop", "hypotheses": {"worse": worse}}
+    }
+    project.write(copy, values)
+    assert sweep.status(copy) == {"validate", "report"}
+    worse["bound"] = 0.1
+    project.write(copy, values)
+    assert sweep.status(copy) == {"validate", "report"}
+
+
 def test_the_lock_file_makes_everything_stale(copy):
     with (copy / "requirements.lock").open("a") as file:
         file.write("# changed\n")

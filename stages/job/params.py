@@ -40,6 +40,8 @@ from stages.recovery.eco import ECO
 from stages.recovery.full import Full
 from stages.recovery.lora import LoRA
 from stages.recovery.qat import QAT
+from stages.reporting.judging import Report
+from stages.reporting.study import Study
 from stages.sources.benchmark import Benchmark
 from stages.sources.gguf import Gguf
 from stages.sources.graded.arithmetic import Arithmetic
@@ -116,6 +118,8 @@ class Params(Strict):
     suites: Suites
     evaluate: Evaluate
     profile: Profile
+    report: Report
+    studies: dict[Slug, Study]
 
     def recipes(self) -> dict[str, Recipe | Noise | Floor | Teaching]:
         """Return every recipe that has a source, by `<stage>/<recipe>`."""

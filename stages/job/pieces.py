@@ -123,7 +123,7 @@ STAGES: dict[str, Pieces] = {
     ),
     "report": Pieces(
         arguments=lambda params, name: (scope(params),),
-        keys=lambda params, name: ["evaluate", "models", "suites", *RECIPES],
+        keys=lambda params, name: ["evaluate", "models", "report", "studies", "suites", *RECIPES],
     ),
 }  # fmt: skip
 """By the stage's name, which is that of its file in `stages/`."""
@@ -148,6 +148,8 @@ def scope(params: Params) -> Scope:
         suites=tuple(params.suites.by_name()),
         models=params.models,
         recipes=params.recipes(),
+        report=params.report,
+        studies=params.studies,
     )
 
 

@@ -32,10 +32,9 @@ def allowed(known: Iterable[str], value: str | None = None) -> str:
 
 
 def tag(config: type[Strict]) -> str:
-    """Return the word that picks a class of a union: its `method`, `kind` or `format`."""
-    field = next(
-        config.model_fields[key] for key in ("method", "kind", "format") if key in config.model_fields
-    )
+    """Return the word that picks a class of a union: its `method`, `kind`, `format` or `test`."""
+    keys = ("method", "kind", "format", "test")
+    field = next(config.model_fields[key] for key in keys if key in config.model_fields)
     return str(get_args(field.annotation)[0])
 
 

@@ -30,8 +30,11 @@ _ANSWER = [*_QUESTIONS, "draw", "doc_id", "prompt_hash"]
 _KINDS = {"base": "str", **{name: SAMPLE_COLUMNS[name] for name in _QUESTIONS}}
 
 
-def agreement(results: Results) -> pd.DataFrame:
-    """Compare the answers of every competing candidate with its dense base's, in the order of the candidates.
+def agreement(results: Results, reference: str | None = None) -> pd.DataFrame:
+    """Compare the answers of every competing candidate with its reference's, in the order of the candidates.
+
+    Args:
+        reference: the candidate that all are compared with; None: the dense base of each.
 
     Returns:
         A row for each suite, task, readout and budget of each candidate whose base answered the same
@@ -64,7 +67,8 @@ def agreement(results: Results) -> pd.DataFrame:
     furthest = noise.groupby(["base", *_QUESTIONS], dropna=False, as_index=False).agg(
         noise_same=("same", "min"), noise_flips=("flips", "max"), noise_kl=("kl", "max")
     )
-    rows = compared(competing, "base/" + competing["base"])
+    references = pd.Series(reference or "base/" + competing["base"], index=competing.index)
+    rows = compared(competing, references)
     return rows.merge(furthest, on=["base", *_QUESTIONS], how="left")
 
 

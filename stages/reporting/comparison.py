@@ -1,10 +1,10 @@
-"""Compare every score with that of its dense base, and judge whether the difference means anything.
+"""Compare every score with that of its reference, and judge whether the difference means anything.
 
-A difference counts only if it passes two tests. It must exceed the noise: how far the score of the same
-weights moves when only batch size or dtype changes (the `noise` candidates). And it must be more than luck
-over these items (see `stages.reporting.statistics.paired`) although many comparisons are made at once: its
-p-value is corrected over its whole family (see `stages.reporting.statistics.holm`). The overall scores of
-all candidates that compete are one family, their scores at single levels of difficulty another.
+The reference is the dense base of each candidate, or the one candidate that params.yaml names. A difference
+is judged item by item (see `stages.reporting.statistics.paired`), beside the noise: how far the score of the
+same weights moves when only batch size or dtype changes (the `noise` candidates). The words are those of
+`stages.reporting.margins`. Beside single scores, all right or wrong answers of the headline metrics are
+pooled over suites into one decision a candidate: is this model worse (2602.10144)?
 """
 
 import math
@@ -26,11 +26,12 @@ from stages.reporting.collect import (
     noise_by_measure,
     records,
 )
+from stages.reporting.judging import Report
+from stages.reporting.margins import margin_of, with_verdicts
 from stages.reporting.statistics import paired
-from stages.reporting.statistics.holm import holm
 from stages.reporting.statistics.retention import Retention, retention
 
-HEADLINES = ("perplexity", "acc", "exact_match", "prompt_level_strict_acc")
+HEADLINES = ("perplexity", "acc", "exact_match", "prompt_level_strict_acc", "pass@1")
 """Metrics that stand for their suite and readout, the best first; without any, the first metric does."""
 PER_ITEM = {"perplexity": "nats_per_token"}
 """The metric of the sample rows behind a score, where it is not the score's own."""
@@ -45,6 +46,8 @@ class Comparison:
     """All score rows, with the columns of `compare_candidates`."""
     noise: pd.DataFrame
     """The rows of noise candidates, compared with their source."""
+    pooled: pd.DataFrame
+    """A row a competing candidate: its answers in all suites, with the columns of `compare_pooled`."""
 
     @property
     def competitors(self) -> pd.DataFrame:
@@ -61,15 +64,25 @@ class Comparison:
 
     def headlines(self) -> list[Measure]:
         """Return the measures that stand for each suite, one a readout, in the order of the suites."""
-        whole = self.rows[self.rows["difficulty"] == "all"]
-        measures: dict[tuple[str, str], list[Measure]] = {}
-        for measure in by_measure(whole):
-            named = dict(zip(MEASURE, measure, strict=True))
-            measures.setdefault((named["suite"], named["readout"]), []).append(measure)
-        suites = list(dict.fromkeys(whole["suite"]))
-        return [
-            min(measures[key], key=_rank) for key in sorted(measures, key=lambda key: suites.index(key[0]))
-        ]
+        return headline_measures(self.rows)
+
+
+def headline_measures(rows: pd.DataFrame) -> list[Measure]:
+    """Return the measures that stand for each suite, one a readout, in the order of the suites."""
+    whole = rows[rows["difficulty"] == "all"]
+    measures: dict[tuple[str, str], list[Measure]] = {}
+    for measure in by_measure(whole):
+        named = dict(zip(MEASURE, measure, strict=True))
+        measures.setdefault((named["suite"], named["readout"]), []).append(measure)
+    suites = list(dict.fromkeys(whole["suite"]))
+    return [min(measures[key], key=_rank) for key in sorted(measures, key=lambda key: suites.index(key[0]))]
+
+
+def _is_headline(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Mark overall scores of headline metrics, at every budget."""
+    chosen = {measure[:-1] for measure in headline_measures(rows)}
+    known = [measure_of(row)[:-1] in chosen for row in records(rows)]
+    return (rows["difficulty"] == "all") & pd.Series(known, index=rows.index, dtype=bool)
 
 
 def _rank(measure: Measure) -> int:
@@ -77,8 +90,8 @@ def _rank(measure: Measure) -> int:
     return HEADLINES.index(metric) if metric in HEADLINES else len(HEADLINES)
 
 
-def compare_candidates(results: Results) -> Comparison:
-    """Compare every candidate with its dense base, `base/<base>`, and noise candidates with their source.
+def compare_candidates(results: Results, report: Report) -> Comparison:
+    """Compare every candidate with its reference, and noise candidates with their source.
 
     The added columns are missing where there is nothing to compare with:
 
@@ -86,32 +99,92 @@ def compare_candidates(results: Results) -> Comparison:
       score's unit.
     - `pairs`: items that both answered; `lost`, `won`: those with a worse and a better score;
       `answers_changed`.
-    - `low`, `high`: the 95 % interval of the mean difference an item; `p`.
+    - `change`: the mean difference an item; `low`, `high`: its 95 % interval; `p`; `p_same`: that of a
+      difference as large as the margin, corrected; `smallest`: the smallest change that the items show.
     - `noise`: the largest |delta| of the base's noise candidates on this measure.
-    - `p_corrected`: p over the family; `family`: its size, 0 for candidates that do not compete.
+    - `p_corrected`: p over the family; `family`: its size, 0 for scores that nobody asks about.
     - `retention`, `retention_low`, `retention_high`: the share kept above the score's floor.
-    - `verdict`: see `_verdict`.
+    - `verdict`: see `stages.reporting.margins`.
     """
     items = _Items(results)
     scores = results.scores
     noisy = scores[is_noise(scores)]
-    rows = _with_noise(_against(scores, "base/" + scores["base"], items), scores)
+    references = "base/" + scores["base"] if report.reference is None else report.reference
+    of = pd.Series(references, index=scores.index)
+    rows = _with_noise(_against(scores, of, items, report.margin), scores)
     kept = [_kept(row, items) for row in records(rows)]
     for column, end in (("retention", "value"), ("retention_low", "low"), ("retention_high", "high")):
         rows[column] = [getattr(share, end, math.nan) for share in kept]
-    return Comparison(_judged(rows, competes(rows)), _against(noisy, noisy["source"], items))
+    headline = _is_headline(rows)
+    return Comparison(
+        with_verdicts(rows, headline & competes(rows), report.margin),
+        _against(noisy, noisy["source"], items, report.margin),
+        compare_pooled(rows[headline], items, report.margin),
+    )
 
 
-def compare_revisions(old: Results, new: Results) -> pd.DataFrame:
+def compare_pooled(rows: pd.DataFrame, items: "_Items", margin: float) -> pd.DataFrame:
+    """Pool the answers of every candidate over suites and compare them with its reference's, by item.
+
+    An item counts once: the change of an item asked in both readouts is the mean of both.
+
+    Args:
+        rows: headline scores, with their references.
+
+    Returns:
+        A row a competing candidate: `candidate`, `reference`, `suites` and the columns of a comparison.
+    """
+    shares = rows[rows["higher_is_better"].astype(bool) & rows["reference"].notna()]
+    entries: list[dict[str, Any]] = []
+    noise: dict[str, float] = {}
+    for candidate, group in shares.groupby("candidate", sort=False):
+        noisy = str(candidate).startswith("noise/")
+        reference = str(group["source" if noisy else "reference"].iloc[0])
+        found = [
+            (row["suite"], pairs)
+            for row in records(group)
+            if (pairs := items.pairs(str(candidate), reference, row)) is not None
+            and pairs[["score_ours", "score_base"]].isin([0.0, 1.0]).all(axis=None)
+        ]
+        if not found:
+            continue
+        changes = pd.concat(
+            pairs.assign(suite=suite, change=pairs["score_ours"] - pairs["score_base"])
+            for suite, pairs in found
+        ).groupby(["suite", "doc_id", "prompt_hash"])["change"]
+        means = changes.mean().tolist()
+        base = str(group["base"].iloc[0])
+        if noisy:
+            noise[base] = max(noise.get(base, 0.0), abs(math.fsum(means) / len(means)))
+            continue
+        entries.append(
+            {
+                "candidate": candidate,
+                "reference": reference,
+                "base": base,
+                "suites": len({s for s, _ in found}),
+            }
+            | {"metric": "answers", "higher_is_better": True}
+            | _of_changes(means, margin)
+        )
+    columns = ["candidate", "reference", "base", "suites", "metric", "higher_is_better", *_CHANGES]
+    pooled = pd.DataFrame(entries, columns=columns)
+    pooled = pooled[competes(pooled)].reset_index(drop=True)
+    pooled["noise"] = pooled["base"].map(noise).astype("float64")
+    pooled["delta"] = pooled["change"]
+    return with_verdicts(pooled, pd.Series(True, index=pooled.index), margin)
+
+
+def compare_revisions(old: Results, new: Results, margin: float) -> pd.DataFrame:
     """Compare each score in `new` with the same candidate's in `old`; columns as in `compare_candidates`.
 
-    Families are formed as there, over all scores that both have, unchanged ones included.
+    The family is the headline scores that both have, unchanged ones included.
     """
     renamed = [table.assign(candidate=_BEFORE + table["candidate"]) for table in (old.scores, old.samples)]
     both = Results(pd.concat([renamed[0], new.scores]), pd.concat([renamed[1], new.samples]))
-    rows = _against(new.scores, _BEFORE + new.scores["candidate"], _Items(both))
+    rows = _against(new.scores, _BEFORE + new.scores["candidate"], _Items(both), margin)
     rows = _with_noise(rows, old.scores, new.scores)
-    return _judged(rows, pd.Series(True, index=rows.index))
+    return with_verdicts(rows, _is_headline(rows), margin)
 
 
 class _Items:
@@ -151,16 +224,6 @@ def _with_noise(rows: pd.DataFrame, *tables: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(noise_by_measure(*tables), on=["base", *KEY], how="left")
 
 
-def _judged(rows: pd.DataFrame, judged: "pd.Series[bool]") -> pd.DataFrame:
-    """Add `p_corrected`, `family` and `verdict`; only rows marked in `judged` are in a family."""
-    rows = rows.assign(p_corrected=math.nan, family=0)
-    tested, whole = judged & rows["p"].notna(), rows["difficulty"] == "all"
-    for family in (tested & whole, tested & ~whole):
-        rows.loc[family, "p_corrected"] = holm(rows.loc[family, "p"].tolist())
-        rows.loc[family, "family"] = int(family.sum())
-    return rows.assign(verdict=[_verdict(row) for row in records(rows)])
-
-
 def _kept(row: dict[str, Any], items: _Items) -> Retention | None:
     """Return the share kept above the floor of a score that is its items' mean; None where undefined."""
     if row["floor"] is None or row["pairs"] != row["num_items"] or not row["higher_is_better"]:
@@ -171,7 +234,9 @@ def _kept(row: dict[str, Any], items: _Items) -> Retention | None:
     return retention(pairs["score_base"].tolist(), pairs["score_ours"].tolist(), row["floor"])
 
 
-def _against(scores: pd.DataFrame, references: "pd.Series[str]", items: _Items) -> pd.DataFrame:
+def _against(
+    scores: pd.DataFrame, references: "pd.Series[str]", items: _Items, margin: float
+) -> pd.DataFrame:
     """Add the columns that compare each row with the same measure of its candidate in `references`."""
     added: list[dict[str, Any]] = []
     for row, reference in zip(records(scores), references, strict=True):
@@ -181,47 +246,49 @@ def _against(scores: pd.DataFrame, references: "pd.Series[str]", items: _Items) 
             continue
         entry = {"reference": reference, "reference_value": value, "delta": row["value"] - value}
         pairs = items.pairs(row["candidate"], reference, row)
-        added.append(entry | (_statistics(row, value, pairs) if pairs is not None and len(pairs) else {}))
-    columns = [
-        "reference", "reference_value", "delta", "delta_stderr", "pairs", "lost", "won", "answers_changed",
-        "low", "high", "p",
-    ]  # fmt: skip
+        added.append(
+            entry | (_statistics(row, value, pairs, margin) if pairs is not None and len(pairs) else {})
+        )
+    columns = ["reference", "reference_value", "delta", "delta_stderr", "answers_changed", *_CHANGES]
     extra = pd.DataFrame(added, columns=columns, index=scores.index)
     return pd.concat([scores, extra.astype(dict.fromkeys(columns[1:], "float64"))], axis=1)
 
 
-def _statistics(row: dict[str, Any], reference_value: float, pairs: pd.DataFrame) -> dict[str, Any]:
+_CHANGES = ("pairs", "lost", "won", "change", "low", "high", "smallest", "p", "p_same")
+
+
+def _statistics(
+    row: dict[str, Any], reference_value: float, pairs: pd.DataFrame, margin: float
+) -> dict[str, Any]:
     old, new = pairs["score_base"].tolist(), pairs["score_ours"].tolist()
-    both = list(zip(old, new, strict=True))
-    lost, won = paired.discordant(old, new, bool(row["higher_is_better"]))
-    per_item = paired.interval([b - a for a, b in both])
     # By the delta method a perplexity's error is the perplexity times the error of its mean nats.
     slopes = (row["value"], reference_value) if row["metric"] in PER_ITEM else (1.0, 1.0)
-    of_score = paired.interval([slopes[0] * b - slopes[1] * a for a, b in both])
-    binary = {*old, *new} <= {0.0, 1.0} and row["metric"] not in PER_ITEM
+    of_score = paired.interval([slopes[0] * b - slopes[1] * a for a, b in zip(old, new, strict=True)])
     answers = pairs[["response_ours", "response_base"]].fillna("")
+    changes = [b - a for a, b in zip(old, new, strict=True)]
     return {
-        "pairs": len(pairs),
-        "lost": lost,
-        "won": won,
         "answers_changed": int((answers["response_ours"] != answers["response_base"]).sum()),
         "delta_stderr": of_score.stderr if of_score else math.nan,
-        "low": per_item.low if per_item else math.nan,
-        "high": per_item.high if per_item else math.nan,
-        "p": paired.mcnemar(lost, won) if binary else per_item.p if per_item else math.nan,
+        **_of_changes(changes, margin_of(row["metric"], margin), bool(row["higher_is_better"])),
     }
 
 
-def _verdict(row: dict[str, Any]) -> str:
-    """Return "" (nothing to compare with), identical, within noise, untested, better or worse."""
-    if row["delta"] is None:
-        return ""
-    if row["delta"] == 0 and row["lost"] == row["won"] == 0:
-        return "identical"
-    if row["noise"] is not None and abs(row["delta"]) <= row["noise"]:
-        return "within noise"
-    if row["p_corrected"] is None:
-        return "untested"
-    if row["p_corrected"] > paired.LEVEL:
-        return "within noise"
-    return "better" if (row["delta"] > 0) == bool(row["higher_is_better"]) else "worse"
+def _of_changes(changes: list[float], margin: float, higher_is_better: bool = True) -> dict[str, Any]:
+    """Return the statistics `_CHANGES` of per-item changes, in their unit."""
+    lost, won = paired.discordant([0.0] * len(changes), changes, higher_is_better)
+    interval = paired.interval(changes)
+    same = paired.equivalence(changes, -margin, margin)
+    binary = {abs(change) for change in changes} <= {0.0, 1.0}
+    if binary and not lost + won:  # how likely none of these differs if a share as large as the margin would
+        same = (1 - margin) ** len(changes)
+    return {
+        "pairs": len(changes),
+        "lost": lost,
+        "won": won,
+        "change": interval.mean if interval else math.nan,
+        "low": interval.low if interval else math.nan,
+        "high": interval.high if interval else math.nan,
+        "smallest": paired.smallest_shown(changes),
+        "p": paired.mcnemar(lost, won) if binary else interval.p if interval else math.nan,
+        "p_same": math.nan if same is None else same,
+    }

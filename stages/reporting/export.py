@@ -10,21 +10,32 @@ import pandas as pd
 from stages.core.tables import MEASURE
 from stages.reporting.collect import Results, by_measure, measure_of, records
 from stages.reporting.comparison import Comparison
+from stages.reporting.hypotheses.evidence import Verdict
+from stages.reporting.verdicts import nested_verdicts
 from stages.reporting.words import family, labels
 
+VERDICTS = "verdicts.json"
 _SIZES = ["sparsity", "bits", "bits_per_weight", "bytes_ideal", "bytes_on_disk"]
 
 
-def write_data(folder: Path, results: Results, comparison: Comparison, agreements: pd.DataFrame) -> None:
-    """Write results.parquet, samples.parquet, three summaries and the two CSV files of `dvc plots`.
+def write_data(
+    folder: Path,
+    results: Results,
+    comparison: Comparison,
+    agreements: pd.DataFrame,
+    verdicts: list[Verdict],
+) -> None:
+    """Write results.parquet, samples.parquet, the summaries and the two CSV files of `dvc plots`.
 
     results.parquet has the score rows with the columns that the comparison adds; the summaries are
-    summary.csv, metrics.json and agreement.csv, which is `agreements`.
+    summary.csv, pooled.csv, metrics.json, verdicts.json and agreement.csv, which is `agreements`.
     """
     comparison.rows.to_parquet(folder / "results.parquet", index=False)
     results.samples.to_parquet(folder / "samples.parquet", index=False)
     summarize(comparison).to_csv(folder / "summary.csv", index=False)
     agreements.to_csv(folder / "agreement.csv", index=False)
+    comparison.pooled.to_csv(folder / "pooled.csv", index=False)
+    (folder / VERDICTS).write_text(json.dumps(nested_verdicts(verdicts), indent=2) + "\n")
     (folder / "metrics.json").write_text(json.dumps(nested_metrics(results.scores), indent=2) + "\n")
     for axis in ("on_disk", "ideal"):
         plotted_perplexities(comparison, f"bytes_{axis}").to_csv(folder / f"quality_{axis}.csv", index=False)

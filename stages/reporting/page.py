@@ -3,7 +3,7 @@
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,6 +15,7 @@ from stages.core.tables import MEASURE
 from stages.reporting import words
 from stages.reporting.collect import Measure, Results, by_measure, competes, measure_of, records
 from stages.reporting.comparison import Comparison
+from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.scope import Scope
 
 _FLIPS_SHOWN = 8
@@ -29,12 +30,14 @@ def render(
     comparison: Comparison,
     agreements: pd.DataFrame,
     pictures: Mapping[str, str],
+    verdicts: Sequence[Verdict] = (),
 ) -> str:
     """Return the page's HTML; every number comes from the rows, and text written by models is escaped.
 
     Args:
         agreements: the table of `stages.reporting.agreement`.
         pictures: the figures as SVG, by name.
+        verdicts: those of all studies.
     """
     environment = Environment(
         loader=FileSystemLoader(beside(__file__, "page.html").parent),
@@ -45,7 +48,7 @@ def render(
     )
     environment.filters |= {
         name: getattr(words, name)
-        for name in ("number", "score", "signed", "p_value", "size", "short", "share")
+        for name in ("number", "score", "signed", "p_value", "size", "short", "share", "compact", "fewest")
     }
     rows, competing, noise = comparison.rows, comparison.competitors, comparison.noise
     label = words.labels(rows)
@@ -73,11 +76,18 @@ def render(
         ],
         agreement=records(agreements),
         flips=_flips(results, comparison),
-        compared=[
-            int(competing[part]["family"].max())
-            for part in (competing["difficulty"] == "all", competing["difficulty"] != "all")
-            if part.any()
+        compared=int(competing["family"].max()) if len(competing) else 0,
+        studies=[
+            {
+                "name": name,
+                "study": study,
+                "verdicts": [verdict for verdict in verdicts if verdict.study == name],
+            }
+            for name, study in scope.studies.items()
         ],
+        pooled=records(comparison.pooled),
+        margin=scope.report.margin,
+        reference=scope.report.reference,
         undrawn=records(comparison.perplexities[1]),
         figures={stem: _inline(picture) for stem, picture in pictures.items()},
         facts={

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.corpus.taught import downloaded
+from stages.reporting.judging import Report
+from stages.reporting.study import Study
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Scope:
     """The settings of each base model, by name."""
     recipes: Mapping[str, Any]
     """The settings of each recipe, by `<stage>/<recipe>`."""
+    report: Report
+    """What counts as the same, and whom candidates are compared with."""
+    studies: Mapping[str, Study]
+    """The hypotheses to judge, by study."""
 
     def learned_from(self, candidate: str) -> list[str]:
         """Return every data set that a candidate's lineage learned from, and the sources of taught ones."""

@@ -1,5 +1,6 @@
 """Put rows into words: labels of measures, families of methods, short names, and numbers."""
 
+import math
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -10,6 +11,8 @@ from stages.core.tables import MEASURE
 from stages.reporting.collect import Measure, measure_of, records
 
 FAMILIES = ("dense", "pruned", "quantized", "pruned and quantized", "recovered")
+SHARES = ("acc", "exact_match", "prompt_level_strict_acc", "pass@1", "answers")
+"""Metrics that are shares of items, read in points."""
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -81,6 +84,21 @@ def signed(value: float, metric: str = "") -> str:
 def p_value(p: float) -> str:
     """Format a p-value."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def compact(value: float | None) -> str:
+    """Format an effect of any unit to three digits, a dash if missing."""
+    return "–" if value is None or pd.isna(value) else f"{value:.3g}".replace("-", MINUS)
+
+
+def fewest(row: Mapping[str, Any]) -> str:
+    """Return the smallest loss that a row's items show, in its unit: points, per cent of a perplexity."""
+    smallest = row["smallest"]
+    if smallest is None or pd.isna(smallest):
+        return ""
+    if row["metric"] == "perplexity":
+        return f"{100 * math.expm1(min(smallest, 50.0)):.3g} %"
+    return f"{100 * smallest:.3g} points" if row["metric"] in SHARES else f"{smallest:.3g}"
 
 
 def share(value: float) -> str:

@@ -1,5 +1,6 @@
 """`prunequant diff` between two revisions, with and without the cache."""
 
+import io
 import json
 
 import pandas as pd
@@ -68,8 +69,8 @@ def test_params_are_compared_by_key():
 @pytest.mark.parametrize(
     ("new", "right", "verdict"),
     [
-        (0.58, [1.0] * 58 + [0.0] * 42, "within noise"),  # no more than noise
-        (0.7, [0.0, 1.0] * 10, "within noise"),  # outside, and as many items lost as won
+        (0.58, [1.0] * 58 + [0.0] * 42, "below noise"),
+        (0.7, [0.0, 1.0] * 10, "not settled"),  # outside, and as many items lost as won
         (0.9, [1.0] * 90 + [0.0] * 10, "better"),
         (0.1, [0.0] * 90 + [1.0] * 10, "worse"),
     ],
@@ -92,9 +93,9 @@ def test_p_values_are_corrected_over_all_scores_compared(capsys):
     (row,) = diff.score_changes(old, new)
     assert (row["p"], row["p_corrected"]) == pytest.approx((1 / 64, 1 / 32))
     assert (row["family"], row["verdict"]) == (2, "worse")  # the unchanged score was compared as well
-    empty = {"params": [], "artifacts": [], "flipped": [], "warnings": [], "missing": []}
+    empty = {"verdicts": [], "params": [], "artifacts": [], "flipped": [], "warnings": [], "missing": []}
     show_diff(empty | {"revisions": ["a", "b"], "scores": [row]}, Console(width=200))
-    assert "Holm's correction within the family of 2 overall scores compared" in capsys.readouterr().out
+    assert "Holm's correction over the 2 headline scores compared" in capsys.readouterr().out
 
 
 def test_without_items_a_change_is_untested():
@@ -124,11 +125,31 @@ def test_measures_of_one_metric_are_kept_apart():
 
     rows = diff.score_changes(at(1.0, 1.0), at(1.0, 0.0))
     assert {row["label"]: (row["old"], row["new"], row["verdict"]) for row in rows} == {
-        "pass@1, budget 8": (1, 0, "worse"), "exact_match, loose": (1, 0, "worse"),
+        "pass@1, budget 8": (1, 0, ""), "exact_match, loose": (1, 0, ""),  # exact_match, strict is headline
     }  # fmt: skip
-    assert {row["family"] for row in rows} == {4}
+    assert {row["family"] for row in rows} == {0}
     flipped = diff.flipped_items(at(1.0, 1.0).samples, at(1.0, 0.0).samples)
     assert [(item["filter"], item["budget"]) for item in flipped] == [(None, 8)] * 9 + [("loose", None)] * 9
+
+
+def test_turned_verdicts_come_with_the_reason():
+    old = {
+        "s": {"a": {"verdict": "undecided", "why": "w"}, "b": {"verdict": "supported"}, "c": {"verdict": "x"}}
+    }
+    new = {"s": {"a": {"verdict": "supported", "why": "now"}, "b": {"verdict": "supported", "p": 1}}}
+    new["t"] = {"d": {"verdict": "contradicted", "why": "new"}}
+    turned = diff.verdict_changes(old, new)
+    assert turned == [
+        {"study": "s", "hypothesis": "a", "old": "undecided", "new": "supported", "why": "now"},
+        {"study": "s", "hypothesis": "c", "old": "x", "new": None, "why": None},
+        {"study": "t", "hypothesis": "d", "old": None, "new": "contradicted", "why": "new"},
+    ]
+    parts = {"params": [], "artifacts": [], "scores": [], "flipped": [], "warnings": [], "missing": []}
+    console = Console(width=120, record=True, file=io.StringIO())
+    show_diff(parts | {"revisions": ["a", "b"], "verdicts": turned}, console)
+    shown = console.export_text()
+    assert "s: a" in shown and "undecided" in shown and "now" in shown
+    assert "the same params" not in shown
 
 
 def test_flips_are_items_that_crossed():
@@ -169,7 +190,7 @@ def test_tables_of_older_revisions_lack_columns(tmp_path):
     sides = [diff.read_results(revision, [out]) for revision in (old, new)]
     assert sides[0].scores.dtypes.equals(sides[1].scores.dtypes)
     (row,) = diff.score_changes(*sides)
-    assert (row["candidate"], row["old"], row["new"], row["verdict"]) == ("base/m", 0, 1, "within noise")
+    assert (row["candidate"], row["old"], row["new"], row["verdict"]) == ("base/m", 0, 1, "below noise")
     assert len(diff.flipped_items(*(side.samples for side in sides))) == 9
 
 

@@ -215,3 +215,69 @@ def test_a_program_runs_only_where_the_environment_allows_it(raw, monkeypatch):
     assert said in refusal(raw)
     monkeypatch.setenv(ALLOW, "1")
     assert checked_params(raw).prune["steps"].policy.command == ("decide", "--fast")
+
+
+EXACT = {"suite": "arithmetic", "metric": "exact_match"}
+
+
+def of_study(raw, **hypotheses):
+    raw["studies"] = {"s": {"claim": "c", "source": "s", "profile": "laptop", "hypotheses": hypotheses}}
+    return raw
+
+
+def a_trend(**changes):
+    candidates = ["base/tiny", "prune/wanda-50", "prune/magnitude-50"]
+    settings = {"test": "trend", "claim": "c", "readout": EXACT, "candidates": candidates, "expect": "falls"}
+    return settings | changes
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "message"),
+    [
+        (a_trend(candidates=["base/tiny", "noise/x", "prune/wanda-5"]), "did you mean 'prune/wanda-50'?"),
+        (a_trend(candidates=["base/tiny"]), "a trend needs three conditions or more, not 1"),
+        (a_trend(readout=EXACT | {"suite": "sums"}), "there is no suite 'sums'; allowed: arithmetic, news."),
+        (a_trend(readout=EXACT | {"level": "sub"}), "arithmetic has no level 'sub'; allowed: add, all."),
+        (a_trend(readout=EXACT | {"budget": 8}), "arithmetic has no budget 8; allowed: none"),
+        (a_trend(readout=EXACT | {"metric": "accuracy"}), "arithmetic has no metric 'accuracy'"),
+        (a_trend(readout={"suite": "news", "metric": "acc"}), "news has no metric 'acc'"),
+        (a_trend(x={"column": "sparsty"}), "x.column: 'sparsty' given; allowed: sparsity, bits"),
+        (a_trend(x={"values": [1.0]}), "x.values: 1 given for 3 conditions"),
+        (a_trend(x={}), "give either column or values"),
+        (a_trend(control="b"), "there is no hypothesis 'b' in this study"),
+        (a_trend(control="a"), "a cycle, a <- a"),
+        (a_trend(reference="base/small"), "'base/small' is not among evaluate.candidates"),
+        (a_trend(test="trends"), "'trends' given; did you mean 'trend'? allowed: contrast, correlation"),
+        (a_trend(budgets=[1, 2, 3], levels=["add"]), "a trend runs along one of them"),
+        (a_trend(weight=1.0), "no such field"),
+    ],
+)  # fmt: skip
+def test_a_hypothesis_names_what_exists(raw, hypothesis, message):
+    assert checked_params(of_study(raw, a=a_trend())).studies["s"].hypotheses["a"].test == "trend"
+    said = refusal(of_study(raw, a=hypothesis))
+    assert message in said and "studies.s.hypotheses.a" in said
+
+
+def test_all_mistakes_of_studies_are_said_at_once(raw):
+    raw["report"]["reference"] = "base/none"
+    said = refusal(of_study(raw, a=a_trend(expect="sinks"), b=a_trend(readout=EXACT | {"metric": "x"})))
+    assert "3 problem(s)" in said
+    for part in ("report.reference: 'base/none'", "hypotheses.a.expect: 'sinks' given", "no metric 'x'"):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sides": [{"weight": 1.0}]}, "give either candidate or curve"),
+        ({"at": {"by": "tokens", "value": 3.0}}, "at goes with a curve or budgets"),
+        ({"expect": "within"}, "within needs a bound above 0"),
+        ({"zero": "base/tiny"}, "zero goes with measure retention"),
+        ({"sides": [{"weight": 1.0, "curve": ["base/tiny"]}]}, "must"),
+    ],
+)
+def test_a_contrast_that_contradicts_itself_is_refused(raw, changes, message):
+    sides = [{"weight": 1.0, "candidate": "prune/wanda-50"}, {"weight": -1.0, "candidate": "base/tiny"}]
+    contrast = {"test": "contrast", "claim": "c", "sides": sides, "readouts": [EXACT], "expect": "below"}
+    assert "a" in checked_params(of_study(raw, a=contrast)).studies["s"].hypotheses
+    assert message in refusal(of_study(raw, a=contrast | changes))

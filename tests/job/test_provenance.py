@@ -77,6 +77,7 @@ def test_an_input_that_changes_is_named(edit, changed, wanda):
         set_param("magnitude-50", "magnitude-40"),
         set_param("device: cpu", "device: auto"),
         set_param("windows: 3", "windows: 4"),
+        set_param("studies: {}", "studies: {a: {}}"),
         append("params.yaml", "# a remark\n"),
         append("data/datasets/speeches", ""),
     ],

@@ -9,11 +9,10 @@ import yaml
 
 from stages.core import tables
 from stages.reporting.collect import measure_of, records
-from stages.reporting.comparison import compare_candidates
 from stages.reporting.export import nested_metrics, summarize
 from stages.reporting.words import labels
 from tests import results
-from tests.results import of_items, together
+from tests.results import compared, of_items, together
 
 
 def test_every_row_is_in_the_tables(whole):
@@ -59,7 +58,7 @@ def test_no_measure_hides_another():
     assert len(values) == len(MEASURES)
     for row in records(table.scores[table.scores["candidate"] == "base/m"]):
         assert values[label[measure_of(row)]] == row["value"]
-    summary = summarize(compare_candidates(table)).set_index("candidate")
+    summary = summarize(compared(table)).set_index("candidate")
     headlines = [column for column in summary if column.startswith("s.")]
     assert headlines == ["s.exact_match, strict, generation", "s.exact_match, likelihood"]
     assert summary.loc["base/m", headlines].tolist() == pytest.approx([2 / 9, 4 / 9])

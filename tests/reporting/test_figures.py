@@ -6,16 +6,16 @@ import math
 import pandas as pd
 import pytest
 
-from stages.reporting.comparison import Comparison, compare_candidates
+from stages.reporting.comparison import Comparison
 from stages.reporting.figures import COLOURS, draw_difficulty, draw_quality, save_figure
 from tests import project, results
-from tests.results import of_items
+from tests.results import compared, of_items
 
 
 @pytest.fixture(scope="module")
 def comparison(whole) -> Comparison:
     wanted, folder = whole
-    return compare_candidates(results.read(wanted, folder / "data/results"))
+    return compared(results.read(wanted, folder / "data/results"))
 
 
 def test_dvc_plots_has_the_figures_families_and_colours():
@@ -49,7 +49,7 @@ def test_difficulty_is_drawn_of_headlines_by_likelihood_and_generation(compariso
 
 
 def test_nothing_to_draw_is_no_figure():
-    comparison = compare_candidates(of_items({"base/m": [1.0, 0.0]}))
+    comparison = compared(of_items({"base/m": [1.0, 0.0]}))
     assert draw_quality(comparison) is draw_difficulty(comparison) is None
-    infinite = compare_candidates(of_items({"base/m": [math.inf, 2.0]}, metric="perplexity"))
+    infinite = compared(of_items({"base/m": [math.inf, 2.0]}, metric="perplexity"))
     assert draw_quality(infinite) is None

@@ -3,7 +3,7 @@
 A field is wrong by itself (`stages.job.sentences`) or beside the others: a source that does not exist, a
 cycle, a group_size that does not divide. Both kinds are reported at once. Lineage is read from the raw file
 (`entries`), the rest from its sound entries: what recipes read (`recipes`), what they learn from
-(`learning`), what suites score (`suites`), and the remaining sections here.
+(`learning`), what suites score (`suites`), what studies name (`studies`), and the remaining sections here.
 """
 
 import logging
@@ -16,6 +16,7 @@ from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.job.checks.learning import of_teaching
 from stages.job.checks.recipes import of_recipes
+from stages.job.checks.studies import of_studies
 from stages.job.checks.suites import of_suites
 from stages.job.params import Params
 from stages.sources.benchmark import Benchmark
@@ -36,6 +37,7 @@ def between(params: Params, broken: set[str], device: bool) -> Iterator[str]:
     yield from of_suites(params, broken)
     yield from _of_noise(params)
     yield from of_teaching(params)
+    yield from of_studies(params, broken)
     for section in ("datasets", "teach"):
         if "none" in getattr(params, section):
             yield f"{section}.none: the name none stands for no data; rename this data set."

@@ -14,6 +14,7 @@ PLACEHOLDERS: dict[str, dict[str, Any]] = {
         "candidates": (), "batch_sizes": (1,), "prompt_tokens": 1, "new_tokens": 2, "warmup": 1, "repeats": 3,
         "threads": 1,
     },
+    "report": {"margin": 0.02},
 }  # fmt: skip
 """Sound sections in place of broken ones, so that the rest of the file can be checked."""
 
@@ -39,10 +40,12 @@ def sound(raw: Mapping[str, Any], locations: Iterable[tuple[Any, ...]]) -> tuple
         elif section == "suites":
             if len(rest) > 1 and rest[0] in SUITES:
                 kept["suites"][rest[0]] = _without(kept["suites"][rest[0]], rest[1])
+        elif section == "studies" and rest[1:2] == ["hypotheses"] and len(rest) > 2:
+            kept["studies"] = _without_hypothesis(kept["studies"], rest[0], rest[2])
         elif rest and isinstance(kept.get(section), dict):
             kept[section] = _without(kept[section], rest[0])
             broken |= {str(rest[0])} if section in ("datasets", "teach") else set()
-        elif section in (*RECIPES, "models", "datasets"):
+        elif section in (*RECIPES, "models", "datasets", "studies"):
             kept[section] = {}
         else:
             kept.pop(section, None)
@@ -51,6 +54,15 @@ def sound(raw: Mapping[str, Any], locations: Iterable[tuple[Any, ...]]) -> tuple
 
 def _without(entries: dict[Any, Any], name: Any) -> dict[Any, Any]:
     return {key: value for key, value in entries.items() if str(key) != str(name)}
+
+
+def _without_hypothesis(studies: dict[Any, Any], study: Any, name: Any) -> dict[Any, Any]:
+    """Return the studies without a hypothesis, and without its study if none is left."""
+    if str(study) not in studies:
+        return studies
+    entry = studies[study]
+    left = _without(entry["hypotheses"], name)
+    return {**studies, study: {**entry, "hypotheses": left}} if left else _without(studies, study)
 
 
 def of_lineage(raw: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ fits more than 2.5 % of the draws best, or where fewer than 97.5 % of them have 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -39,6 +39,8 @@ class Saturation:
     bends: bool
     a_interval: tuple[float, float] | None
     c_interval: tuple[float, float] | None
+    excess: _Floats = field(compare=False)
+    """`[draws]`: a minus the reference's mean, over the same drawn items; empty without a reference."""
 
     def at(self, x: ArrayLike) -> _Floats:
         """Return the curve at `x`; beyond the data it is a guess unless `bends`."""
@@ -90,8 +92,13 @@ def fit(x: ArrayLike, y: ArrayLike, weights: ArrayLike | None = None) -> tuple[_
     return a, b * np.exp(points.min() / c), c
 
 
-def saturation(x: ArrayLike, scores: ArrayLike, *, seed: int, draws: int = _DRAWS) -> Saturation:
+def saturation(
+    x: ArrayLike, scores: ArrayLike, *, reference: ArrayLike | None = None, seed: int, draws: int = _DRAWS
+) -> Saturation:
     """Fit the curve to the means of per-item `scores` `[items, points]` over `x` `[points]`.
+
+    Args:
+        reference: `[items]`, scores that the plateau is compared with.
 
     Raises:
         Refusal: there are fewer than four distinct x or two items, or a score is not finite.
@@ -102,7 +109,8 @@ def saturation(x: ArrayLike, scores: ArrayLike, *, seed: int, draws: int = _DRAW
     refuse_missing("scores", items)
     count = len(items)
     random = np.random.default_rng(seed)
-    drawn = random.multinomial(count, np.full(count, 1 / count), draws) @ items / count
+    times = random.multinomial(count, np.full(count, 1 / count), draws)
+    drawn = times @ items / count
     a, b, c = (float(parameter) for parameter in fit(x, items.mean(axis=0)))
     ends, rises, scales = fit(x, drawn)
     straight = scales > 0.99 * STRAIGHT * np.ptp(np.asarray(x, np.float64))
@@ -116,4 +124,9 @@ def saturation(x: ArrayLike, scores: ArrayLike, *, seed: int, draws: int = _DRAW
         low, high = np.quantile(values, [tail, 1 - tail])
         return float(low), float(high)
 
-    return Saturation(a, b, c, bends, middle(ends) if bends else None, middle(scales) if bends else None)
+    excess = np.empty(0)
+    if reference is not None:
+        refuse_missing("scores", reference)
+        excess = ends - times @ np.asarray(reference, np.float64) / count
+    of_a, of_c = (middle(ends), middle(scales)) if bends else (None, None)
+    return Saturation(a, b, c, bends, of_a, of_c, excess)

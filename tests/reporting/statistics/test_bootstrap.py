@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from stages.core.errors import Refusal
-from stages.reporting.statistics.bootstrap import bootstrap, difference_in_differences, mean_difference
+from stages.reporting.statistics.bootstrap import bootstrap
 from stages.reporting.statistics.paired import LEVEL, interval
 from tests.chance import is_nominal, rate
 
@@ -14,6 +14,14 @@ SPATIAL = np.array([
     48, 36, 20, 29, 42, 42, 20, 42, 22, 41, 45, 14, 6,
     0, 33, 28, 34, 4, 32, 24, 47, 41, 24, 26, 30, 41,
 ], dtype=float)  # fmt: skip
+
+
+def mean_difference(base, ours, strata=None, *, seed, draws=9999):
+    """Estimate the mean of `ours` minus `base`."""
+    kinds = np.zeros(len(base)) if strata is None else np.asarray(strata)
+    shares = np.unique(kinds, return_counts=True)[1] / max(1, len(base))
+    scores = np.stack([base, ours], axis=1).astype(float)
+    return bootstrap(scores, lambda m: (m[..., 1] - m[..., 0]) @ shares, kinds, seed=seed, draws=draws)
 
 
 def variance(means):
@@ -85,27 +93,9 @@ def test_equal_scores_have_no_spread():
     assert (estimate.value, estimate.stderr, estimate.low, estimate.high, estimate.p) == (0, 0, 0, 0, 1)
 
 
-def test_difference_in_differences_matches_card_and_krueger():
-    # Full-time employment in the balanced sample, change of means and standard errors (Card and Krueger
-    # 1994, table 3, row 4): New Jersey .47 (.48), Pennsylvania -2.28 (1.25), difference 2.75 (1.34).
-    def stores(count, change, stderr):
-        shape = np.linspace(-1, 1, count)
-        return change + shape / shape.std(ddof=1) * stderr * np.sqrt(count)
-
-    jersey, other = stores(290, 0.47, 0.48), stores(70, -2.28, 1.25)
-    before = np.random.default_rng(0).normal(21, 9, 360)
-    after = before + np.concatenate([jersey, other])
-    estimate = difference_in_differences(before, after, np.arange(360) < 290, seed=1)
-    assert estimate.value == pytest.approx(2.75)
-    assert estimate.stderr == pytest.approx(1.34, abs=0.03)
-    assert 0.02 < estimate.p < 0.07
-
-
 def test_too_few_items_are_refused():
     with pytest.raises(Refusal, match="single item"):
         mean_difference([1.0, 0.0, 1.0], [1.0, 1.0, 1.0], ["a", "a", "b"], seed=0)
-    with pytest.raises(Refusal, match="1 hard and 2 easy"):
-        difference_in_differences([1, 0, 1], [1, 0, 1], [True, False, False], seed=0)
 
 
 def test_missing_scores_are_refused():
@@ -113,18 +103,6 @@ def test_missing_scores_are_refused():
         mean_difference([], [], seed=0)
     with pytest.raises(Refusal, match="1 of 8 scores are NaN or infinite"):
         mean_difference([1, 0, np.nan, 1], [0, 1, 1, 0], seed=0)
-    with pytest.raises(Refusal, match="2 of 8 scores are NaN or infinite"):
-        difference_in_differences([1, np.nan, 0, 1], [0, 0, np.inf, 1], [1, 1, 0, 0], seed=0)
-
-
-def lossy(hard_loss, easy_loss, random, count):
-    """Yield whether tests detect a difference between 60 hard and 60 easy items that lose these shares."""
-    hard = np.repeat([True, False], 60)
-    right = np.where(hard, 0.5, 0.8)
-    for _ in range(count):
-        dense = random.random(120) < right
-        kept = random.random(120) >= np.where(hard, hard_loss, easy_loss) / right
-        yield difference_in_differences(dense, dense & kept, hard, seed=0, draws=399).p <= LEVEL
 
 
 def test_tests_err_at_their_level_and_find_an_effect():
@@ -136,5 +114,3 @@ def test_tests_err_at_their_level_and_find_an_effect():
     assert rate(mean_difference(a, b - 0.2, seed=1, draws=399).p <= LEVEL for a, b in pairs[:100])[1] > 0.8
     student = [interval(list(b - a)).p <= LEVEL for a, b in pairs]
     assert np.mean(np.equal(equal, student)) > 0.97
-    assert is_nominal(lossy(0.2, 0.2, random, 500), LEVEL)
-    assert rate(lossy(0.4, 0.1, random, 100))[1] > 0.8

@@ -1,0 +1,99 @@
+"""Names in studies: candidates, suites, levels, budgets, metrics and controls must exist."""
+
+from collections.abc import Iterator, Sequence
+
+from stages.evaluation.graded import GradedSuite
+from stages.evaluation.perplexity import PerplexitySuite
+from stages.evaluation.suite import Suite
+from stages.job.params import Params
+from stages.job.sentences import allowed
+from stages.reporting.hypotheses.readout import Readout
+from stages.reporting.hypotheses.tested import Tested
+from stages.reporting.study import Study
+from stages.sources.graded.items import GradedData
+
+ENTROPY = "entropy"
+
+
+def of_studies(params: Params, broken: set[str]) -> Iterator[str]:
+    """Yield the mistakes of every study, and of the report's reference.
+
+    Args:
+        broken: data sets with mistakes of their own, whose levels are not known.
+    """
+    known = list(params.evaluate.candidates)
+    if params.report.reference not in (None, *known):
+        yield f"report.reference: {_unknown(params.report.reference, known)}"
+    for name, study in params.studies.items():
+        at = f"studies.{name}.hypotheses"
+        yield from _of_controls(at, study)
+        for key, hypothesis in study.hypotheses.items():
+            for mistake in _of_hypothesis(hypothesis, params, broken):
+                yield f"{at}.{key}: {mistake}"
+
+
+def _unknown(name: str | None, known: Sequence[str]) -> str:
+    return f"{name!r} is not among evaluate.candidates; {allowed(known, name)}."
+
+
+def _of_controls(at: str, study: Study) -> Iterator[str]:
+    for key, hypothesis in study.hypotheses.items():
+        trail, control = [key], hypothesis.control
+        while control in study.hypotheses and control not in trail:
+            trail.append(control)
+            control = study.hypotheses[control].control
+        if control == key:
+            yield f"{at}.{key}.control: a cycle, {' <- '.join([*trail, key])}; leave a control out."
+        elif hypothesis.control not in (None, *study.hypotheses):
+            others = [other for other in study.hypotheses if other != key]
+            yield (
+                f"{at}.{key}.control: there is no hypothesis {hypothesis.control!r} in this study; "
+                f"{allowed(others, hypothesis.control)}."
+            )
+
+
+def _of_hypothesis(hypothesis: Tested, params: Params, broken: set[str]) -> Iterator[str]:
+    yield from hypothesis.mistakes()
+    known = list(params.evaluate.candidates)
+    for name in dict.fromkeys([*hypothesis.candidates_read(), *filter(None, [hypothesis.reference])]):
+        if name not in known:
+            yield _unknown(name, known)
+    for readout in hypothesis.readouts_read():
+        yield from _of_readout(readout, params, broken)
+
+
+def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[str]:
+    suites = params.suites.by_name()
+    suite = suites.get(readout.suite)
+    if suite is None:
+        yield f"there is no suite {readout.suite!r}; {allowed(suites, readout.suite)}."
+        return
+    dataset = params.datasets.get(readout.suite)
+    levels = [level.name for level in dataset.levels] if isinstance(dataset, GradedData) else []
+    if readout.level not in ("all", *levels) and readout.suite not in broken:
+        yield f"{readout.suite} has no level {readout.level!r}; {allowed(['all', *levels], readout.level)}."
+    thinking = getattr(suite, "thinking", None)
+    budgets = list(thinking.budgets) if thinking else []
+    if readout.budget is not None and readout.budget not in budgets:
+        listed = ", ".join(map(str, budgets)) or "none, as the suite does not think"
+        yield f"{readout.suite} has no budget {readout.budget}; allowed: {listed}."
+    elif readout.budget is None and len(budgets) > 1:
+        yield f"{readout.suite} thinks under several budgets; add budget: {', '.join(map(str, budgets))}."
+    if (metrics := _metrics(suite)) and readout.metric not in metrics:
+        yield f"{readout.suite} has no metric {readout.metric!r}; {allowed(metrics, readout.metric)}."
+
+
+def _metrics(suite: Suite) -> list[str]:
+    """Return the metrics of a suite; none if only lm-eval knows them, so that the report must check."""
+    if isinstance(suite, PerplexitySuite):
+        return ["perplexity"]
+    if not isinstance(suite, GradedSuite):
+        return []
+    if suite.thinking is None:
+        return ["acc", "exact_match", ENTROPY]
+    draws = suite.thinking.draws
+    powers = {2**power for power in range(draws.bit_length())} | {draws}
+    return [
+        *(f"pass@{k}" for k in sorted(powers)), *([f"maj@{draws}", "self_bleu"] if draws > 1 else []),
+        "tokens", "ended", "repetition",
+    ]  # fmt: skip

@@ -1,0 +1,30 @@
+"""A study: a published claim, its source, and the hypotheses that put it to the test."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.core.schema import Slug, Strict
+from stages.reporting.hypotheses.contrasts import ContrastTest
+from stages.reporting.hypotheses.correlations import CorrelationTest
+from stages.reporting.hypotheses.fits import FitTest
+from stages.reporting.hypotheses.saturations import SaturationTest
+from stages.reporting.hypotheses.slopes import SlopeTest
+from stages.reporting.hypotheses.trends import TrendTest
+
+Hypothesis = Annotated[
+    TrendTest | ContrastTest | SlopeTest | CorrelationTest | SaturationTest | FitTest,
+    Field(discriminator="test"),
+]
+
+
+class Study(Strict):
+    """Hypotheses that are judged, and corrected for their number, together."""
+
+    claim: Annotated[str, Field(min_length=1)]
+    """The published claim, in one sentence."""
+    source: Annotated[str, Field(min_length=1)]
+    """Where it was published, such as `arXiv:2310.02277`."""
+    profile: Literal["laptop", "paper"]
+    """The size of the sweep that tests it: what a laptop can do, or the publication's own."""
+    hypotheses: Annotated[dict[Slug, Hypothesis], Field(min_length=1)]

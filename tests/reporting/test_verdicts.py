@@ -1,0 +1,90 @@
+"""Verdicts of a study: correction, controls, blocks, and what is written."""
+
+import json
+import math
+
+import pytest
+
+from stages.core.errors import Refusal
+from stages.reporting.statistics.holm import holm
+from stages.reporting.verdicts import judge_studies, nested_verdicts
+from tests.claims import ACC, difference, judged, study
+from tests.results import of_items
+
+RIGHT = [1.0] * 60
+
+
+def right(count: int) -> list[float]:
+    return [1.0] * count + [0.0] * (60 - count)
+
+
+TABLE = of_items({"base/m": RIGHT, "prune/a": right(54), "prune/b": right(20), "prune/c": right(59)})
+
+
+def test_p_is_corrected_within_the_study_alone():
+    one = {name: difference(f"prune/{name}") for name in ("a", "b", "c")}
+    studies = {"first": study(**one), "second": study(a=one["a"])}
+    verdicts = judge_studies(TABLE, studies)
+    assert [(v.study, v.hypothesis) for v in verdicts] == [
+        ("first", "a"), ("first", "b"), ("first", "c"), ("second", "a"),
+    ]  # fmt: skip
+    raw = [v.finding.p for v in verdicts[:3]]
+    assert [v.p_holm for v in verdicts[:3]] == holm(raw)
+    assert verdicts[3].p_holm == verdicts[3].finding.p == judged(TABLE, **one["a"]).p
+    assert [v.verdict for v in verdicts] == ["supported", "supported", "undecided", "supported"]
+    assert "60 items show" in verdicts[2].why
+    opposite = judge_studies(TABLE, {"s": study(b=difference("prune/b", expect="above"))})
+    assert opposite[0].verdict == "contradicted"
+
+
+def test_a_hypothesis_needs_its_control():
+    settings = {
+        "a": difference("prune/b", control="b"),
+        "b": difference("prune/c", control="c"),
+        "c": difference("prune/a"),
+    }
+    verdicts = {v.hypothesis: v for v in judge_studies(TABLE, {"s": study(**settings)})}
+    assert {name: v.verdict for name, v in verdicts.items()} == {
+        "a": "undecided", "b": "undecided", "c": "supported",
+    }  # fmt: skip
+    assert verdicts["a"].control == "b: undecided"
+    assert verdicts["a"].why == "its control b is undecided."
+    assert verdicts["b"].control == "c: supported"
+
+
+def test_what_blocks_is_the_reason_whatever_p_is():
+    floored = TABLE.__class__(TABLE.scores.assign(floor=1.0), TABLE.samples)
+    (verdict,) = judge_studies(floored, {"s": study(b=difference("prune/b"))})
+    assert verdict.finding.p < 1e-6
+    assert (verdict.verdict, verdict.why) == ("undecided", "base/m is not clearly above the floor on s acc.")
+
+
+def test_every_missing_score_is_named_at_once():
+    wrong = {"a": difference("prune/a", "base/m", {"suite": "s", "metric": "x"}), "b": difference("prune/zz")}
+    with pytest.raises(Refusal) as caught:
+        judge_studies(TABLE, {"s": study(**wrong, c=difference("prune/c"))})
+    assert "2 hypotheses name scores" in str(caught.value)
+    assert "studies.s.hypotheses.a: s has no metric 'x'; allowed: acc." in str(caught.value)
+    assert "studies.s.hypotheses.b: prune/zz has no scores." in str(caught.value)
+
+
+def test_the_metrics_file_holds_numbers_and_texts_only():
+    assert nested_verdicts([]) == {}
+    nested = nested_verdicts(judge_studies(TABLE, {"s": study(b=difference("prune/b"))}))
+    entry = nested["s"]["b"]
+    assert (entry["verdict"], entry["effect"], entry["items"]) == ("supported", pytest.approx(-2 / 3), 60)
+    assert json.loads(json.dumps(nested, allow_nan=False)) == nested
+    assert all(
+        value is None or not isinstance(value, float) or math.isfinite(value) for value in entry.values()
+    )
+
+
+def test_the_same_tables_give_the_same_verdicts():
+    settings = {"k": difference("prune/b", "base/m", ACC, measure="retention")}
+    assert judge_studies(with_floor(), {"s": study(**settings)}) == judge_studies(
+        with_floor(), {"s": study(**settings)}
+    )
+
+
+def with_floor():
+    return TABLE.__class__(TABLE.scores.assign(floor=0.25), TABLE.samples)
