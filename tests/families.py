@@ -75,7 +75,7 @@ RARE: dict[str, PreTrainedConfig] = {
     ),
     # positions have a row per head, or per window and head
     "mpt": MptConfig(
-        vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=256, **_IDS
+        vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, **_IDS
     ),
     "bloom": BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, **_IDS),
 }  # fmt: skip
@@ -96,7 +96,7 @@ RECURRENT: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 """Families with convolutions in their blocks, which methods refuse unless `ignore` names these."""
 ALL = {**CONFIGS, **RARE, **RECURRENT}
-IN_FEATURES = {name: [32, 128] if name in ("gpt2", "bloom") else [32, 64] for name in ALL}
+IN_FEATURES = {name: [32, 128] if name in ("gpt2", "bloom", "mpt") else [32, 64] for name in ALL}
 _FIXED = {"width": "cannot lose neurons: its config has no setting", "heads": "cannot describe fewer heads"}
 REFUSALS: dict[str, dict[str, str]] = {
     "gemma4": {

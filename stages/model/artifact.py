@@ -75,7 +75,8 @@ def check_text_model(label: str, config: Any) -> None:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     text = config.get_text_config()
-    inner = f" It wraps {text.model_type}: use a checkpoint of that alone." if text is not config else ""
+    served = text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    inner = f" It wraps {text.model_type}: use a checkpoint of that alone." if served else ""
     raise Refusal(
         f"{label} is {config.model_type}, which transformers does not load as a causal language model; use a "
         f"model that AutoModelForCausalLM loads.{inner}"
@@ -100,7 +101,8 @@ def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
     config = options.get("config")
     if config is None:
         with reading(f"the config of {label}"):
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            place = {name: options[name] for name in ("gguf_file",) if name in options}
+            config = AutoConfig.from_pretrained(path, local_files_only=True, **place)
     check_text_model(label, config)
     with reading(label):
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -5,8 +5,9 @@ import torch
 
 from flows import costs
 from stages.core.errors import Refusal
+from stages.evaluation import emergence
 from stages.evaluation.emergence import states
-from tests import families
+from tests import begins, families
 from tests.pipeline import do, params
 from tests.scoring import changed, scored
 
@@ -41,6 +42,25 @@ def test_every_block_has_a_row_and_the_same_again(workspace):
     assert rows.difficulty.tolist() == ["all", "block-0", "block-1"]
     assert rows.value.iloc[0] == pytest.approx(rows.value.iloc[1:].mean())
     assert (rows.num_items == 32).all() and rows.prompt_hash.isna().all()
+    assert not first.bos.any()
+
+
+def test_both_variables_are_read_after_bos(workspace, monkeypatch):
+    chosen = changed(params("llama", {}), suites=emergent(steps=1))
+    do(chosen)
+    begins.tokenizer("bos").save_pretrained("data/models/base/tiny")
+    seen = []
+    monkeypatch.setattr(emergence, "states", lambda _, rows, __: seen.append(rows) or states(_, rows, __))
+    assert scored(chosen, "base/tiny", "news")[0].bos.all()
+    whole, alone = seen
+    assert whole.shape == (64, 9) and alone.shape == (64, 2)
+    assert (whole[:, 0] == begins.BOS).all() and (alone[:, 0] == begins.BOS).all()
+    assert torch.equal(whole[:, -1], alone[:, -1])
+
+
+def test_windows_longer_than_the_model_reads_are_refused():
+    with pytest.raises(Refusal, match="sequence_length 257 is more than the 256 tokens the model reads"):
+        states(families.model("opt"), torch.zeros(1, 257, dtype=torch.int64), 1)
 
 
 def test_a_responder_without_knowledge_has_no_blocks(workspace):

@@ -8,7 +8,7 @@ import torch
 
 from stages.corpus.written_numbers import first_number
 from stages.job.params import Params
-from tests import families
+from tests import begins, families
 from tests.pipeline import do, download, load, params
 from tests.scoring import changed, log_likelihood, scored
 
@@ -22,6 +22,14 @@ def asking(**options: object) -> Params:
     do(chosen)
     download(chosen, "datasets/arithmetic")
     return chosen
+
+
+def test_every_score_says_whether_bos_was_read(workspace):
+    chosen = asking(shots=1)
+    for kind, read in (("none", False), ("bos", True)):
+        begins.tokenizer(kind).save_pretrained("data/models/base/tiny")
+        scores, _ = scored(chosen, "base/tiny", "arithmetic")
+        assert len(scores) == 4 and set(scores["bos"]) == {read}
 
 
 @pytest.mark.parametrize("shots", [0, 1])

@@ -206,6 +206,7 @@ def test_whole_texts_are_scored_in_words_and_bytes(workspace, few_stock_tasks):
     assert values["bits_per_byte"] == pytest.approx(nats / size / math.log(2))
     assert values["byte_perplexity"] == pytest.approx(math.exp(nats / size))
     assert values["word_perplexity"] == pytest.approx(math.exp(nats / words))
+    assert scores["bos"].all()  # lm-eval reads BOS before a whole text
 
 
 @pytest.mark.parametrize("task", ["humaneval", "mbpp"])
