@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 import torch
-from stages.corpus.decoding import generate_answers
 from transformers import PreTrainedModel
 
 from stages.core.errors import Refusal
+from stages.corpus.decoding import generate_answers
 from stages.corpus.generation import continue_prompts
 from stages.evaluation import shared
 from stages.evaluation.thinking.budget import BudgetLM
