@@ -90,6 +90,26 @@ def check_call(name: str, call: Any) -> None:
         )
 
 
+def check_rows(name: str, call: Any, single: Any) -> None:
+    """Refuse a call with tensors whose windows are not their rows.
+
+    Args:
+        name: of the block.
+        call: (args, kwargs).
+        single: the same block's call on one window.
+
+    Raises:
+        Refusal: some tensor has its windows in another dimension than the first (Gemma 3n's stream).
+    """
+    for value, one in zip(_tensors(list(call)), _tensors(list(single)), strict=True):
+        if value.shape[1:] != one.shape[1:]:
+            raise Refusal(
+                f"{name} is handed a tensor {list(value.shape)} that is {list(one.shape)} for one window, so "
+                "its windows are not its rows and it cannot be divided into batches; use a method that reads "
+                "no text, such as magnitude or rtn."
+            )
+
+
 def _plain(value: Any) -> bool:
     if isinstance(value, _CONTAINERS):
         return all(map(_plain, _entries(value).values()))

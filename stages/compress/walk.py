@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from tqdm import tqdm
 
-from stages.compress.batches import BatchedCall, check_call
+from stages.compress.batches import BatchedCall, check_call, check_rows
 from stages.compress.capture import Group, call_of, input_groups
 from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
@@ -119,6 +119,8 @@ class _Walk:
 
         def compress_and_run(*args: Any, **kwargs: Any) -> Any:
             check_call(name, (args, kwargs))
+            if not self.reached:
+                check_rows(name, (args, kwargs), single)
             if name in self.reached:
                 raise Refusal(f"the model passes more than once through {name}; use a data-free method.")
             self.reached.add(name)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.compress.batches import BatchedCall, check_call
+from stages.compress.batches import BatchedCall, check_call, check_rows
 from stages.compress.capture import call_of
 from stages.core.errors import Refusal
 from stages.model.blocks import blocks, forward
@@ -117,3 +117,12 @@ def test_an_argument_of_another_kind_is_refused_by_name(inside):
     with pytest.raises(Refusal, match=r"^layers\.3 is handed past \(\w+\), which cannot be divided"):
         check_call("layers.3", call)
     check_call("layers.3", (call[0], {}))
+
+
+def test_a_stream_with_its_windows_in_another_dimension_is_refused():
+    def call(count: int) -> Any:
+        return (torch.ones(2, count, 8, 4),), {"mask": torch.ones(count, 1), "cos": (torch.ones(1, 8),)}
+
+    with pytest.raises(Refusal, match=r"^layers\.0 is handed a tensor \[2, 3, 8, 4\] that is \[2, 1, 8, 4\]"):
+        check_rows("layers.0", call(3), call(1))
+    check_rows("layers.0", ((), call(3)[1]), ((), call(1)[1]))

@@ -103,7 +103,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "misspelt section": (
         "prun", {}, "prun: no such field; did you mean 'prune'? allowed: datasets, evaluate, finetune, floor, models, "
-        "noise, profile, prune, quantize, run, suites, teach.",
+        "noise, profile, prune, quantize, report, run, studies, suites, teach.",
     ),
     "missing field": (
         "prune//wanda-50//sparsity", ...,
@@ -193,7 +193,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "missing section": (
         "quantize", ..., "quantize: this field is missing; needed: run, models, datasets, prune, quantize, teach, finetune, "
-        "noise, floor, suites, evaluate, profile.",
+        "noise, floor, suites, evaluate, profile, report, studies.",
     ),
     "null section": (
         "noise", None, "noise: null given; it must be a mapping from names, {} for none.",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -40,7 +41,7 @@ def test_difficulty_is_drawn_of_headlines_by_likelihood_and_generation(compariso
         generated.assign(metric="tokens", value=100.0),
         generated.assign(readout="states", suite="elsewhere"),
     ]
-    more = Comparison(pd.concat([rows, *others], ignore_index=True), comparison.noise)
+    more = replace(comparison, rows=pd.concat([rows, *others], ignore_index=True))
     first, second = (
         save_figure(draw_difficulty(each), tmp_path / name)
         for each, name in ((comparison, "plain"), (more, "more"))
