@@ -27,7 +27,6 @@ from stages.model.artifact import (
     pretrained,
     write_record,
 )
-from stages.model.assembly import on_disk
 from stages.model.blocks import Linear, linears
 from stages.model.grid import Quantized
 
@@ -147,6 +146,7 @@ def save(
     """
     from safetensors.torch import load_file
 
+    from stages.model.assembly import on_disk
     from stages.model.packed import config_of, tensors_of, weight_from
 
     codes = quantized or {}

@@ -38,7 +38,7 @@ def original_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
             f"{source} has its tokenizer only as tokenizer.model, and {' and '.join(missing)} must be "
             f"installed to read it; run pip install {' '.join(missing)}, or add the model's tokenizer.json."
         )
-    from sentencepiece import SentencePieceProcessor  # type: ignore[import-not-found]
+    from sentencepiece import SentencePieceProcessor
 
     with reading(f"the tokenizer of {source}"):
         expected = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(SAMPLE)
