@@ -158,9 +158,13 @@ def check_length(model: nn.Module, windows: Tensor) -> None:
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """Return the number of rows of the embedding: every token id must be below it."""
+    """Return the number of rows of the embedding, the shortest if there are several.
+
+    Every token id must be below it.
+    """
     config: Any = model.config
-    rows: int = config.get_text_config().vocab_size
+    text = config.get_text_config()
+    rows: int = min(text.vocab_size, getattr(text, "vocab_size_per_layer_input", None) or text.vocab_size)
     return rows
 
 

@@ -1,8 +1,8 @@
 """Settings and download shared by base models of every format.
 
 Whatever the files of a source claim, the downloaded copy says what is true: its config ties exactly the
-tensors that are equal, and every value is finite in `run.dtype`. So plain transformers, lm-eval (which ties
-once more what a config calls tied) and every later stage load the same model.
+tensors that are equal, and every parameter is finite in `run.dtype`. So plain transformers, lm-eval (which
+ties once more what a config calls tied) and every later stage load the same model.
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ def write_checkpoint(model: PreTrainedModel, source: str, folder: Path) -> dict[
     Raises:
         Refusal: values are NaN or infinite in the model's dtype, or no config describes its ties.
     """
-    stored = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    check_finite(f"{source} in {str(model.dtype).removeprefix('torch.')}", stored.items())
+    check_finite(f"{source} in {str(model.dtype).removeprefix('torch.')}", model.named_parameters())
     untied = correct_ties(model, source)
     model.config.__dict__.pop("quantization_config", None)
     model.config._name_or_path = ""
