@@ -1,6 +1,5 @@
 """The work of a run, apart from its scheduling: find the stale stages, advance each, note how each ended."""
 
-import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -136,8 +135,7 @@ class Plan:
         """End all stages at work, and bring back the results that DVC had removed for them."""
         self.children.stop()
         for name in list(self._begun):
-            with contextlib.suppress(OSError):  # a full disk; the next run restores it
-                mend.restore(self.lock.entries.get(name, {}))
+            mend.restore(self.lock.entries.get(name, {}))
 
     def _edited(self) -> str:
         return f"params.yaml changed since {self._planned}; what was finished is kept, run again."

@@ -1,12 +1,11 @@
 """How a run ends: nothing that kept a stage from running is lost."""
 
-import errno
 import subprocess
 import sys
 
 import pytest
 
-from flows import plan, update
+from flows import update
 from flows.plan import Plan
 from flows.resources import Pool
 from stages.core.errors import Refusal
@@ -71,13 +70,3 @@ def test_an_unforeseen_error_fails_the_run_and_a_picture_does_not(tmp_path, stag
     assert done.returncode == (stage == "a"), done.stdout + done.stderr
     assert words in done.stdout
     assert (tmp_path / "b.txt").exists()
-
-
-def test_a_full_disk_does_not_keep_a_run_from_stopping(run, monkeypatch):
-    def full(entry):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(plan.mend, "restore", full)
-    run._begun.add("a")
-    run.stop()
-    assert run.children.stopped.is_set()
