@@ -79,9 +79,11 @@ def advance_on_a_server(run: Plan) -> None:
             f"Prefect's temporary server has died; finished stages are kept. Run again, {WITHOUT}.",
             soft_wrap=True,
         )
-        run.stop()
-        run.lock.sort()
-        os._exit(1)  # the flow would wait for the server for minutes
+        try:
+            run.stop()
+            run.lock.sort()
+        finally:  # a full disk, for example
+            os._exit(1)  # the flow would wait for the server for minutes
 
     server.start(end)
     planned(return_state=True).result()

@@ -55,6 +55,7 @@ def restore(entry: Mapping[str, Any]) -> None:
     """Bring back the outputs of a dvc.lock entry that DVC has removed before its stage ended badly.
 
     They come straight from DVC's cache: `dvc checkout` reads params.yaml, which may be what broke the stage.
+    An output that the cache lacks, or the disk has no room for, stays away; the next run makes it.
     """
     missing = [out for out in entry.get("outs", ()) if "md5" in out and not Path(out["path"]).exists()]
     if not missing:
@@ -67,7 +68,7 @@ def restore(entry: Mapping[str, Any]) -> None:
 
     cache = Repo().cache.local
     for out in missing:
-        with contextlib.suppress(FileNotFoundError, CheckoutError):  # the cache lacks it
+        with contextlib.suppress(OSError, CheckoutError):
             result = load(cache, HashInfo("md5", out["md5"]))
             checkout(str(Path(out["path"]).absolute()), LocalFileSystem(), result, cache, force=True)
 

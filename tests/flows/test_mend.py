@@ -1,9 +1,12 @@
 """What kills and full disks leave behind is cleared away."""
 
+import errno
 import shutil
 from pathlib import Path
 
 from flows import mend
+from flows.plan import Plan
+from flows.resources import Pool
 from stages.job.locked import locked_stages
 from tests import toy
 
@@ -43,3 +46,22 @@ def test_a_result_comes_back_even_if_dvc_cannot_read_the_graph(tmp_path, monkeyp
     Path("a.txt").unlink()
     mend.restore(stages["a"])  # nothing to bring back
     assert not Path("a.txt").exists()
+
+
+def test_a_full_disk_keeps_no_run_from_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy.make(tmp_path)
+    assert toy.dvc("repro", "a").returncode == 0
+    run = Plan(toy.GRAPH, Pool(1))
+    run.lock.begin()
+    run._begun.add("a")
+    Path("a.txt").unlink()
+    tried = []
+
+    def full(*arguments, **options):
+        tried.append(arguments[0])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dvc_data.hashfile.checkout.checkout", full)
+    run.stop()
+    assert tried == [str(tmp_path / "a.txt")] and run.children.stopped.is_set()

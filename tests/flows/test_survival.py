@@ -51,6 +51,15 @@ def read_until(process, words):
     raise AssertionError("".join(read))
 
 
+def asleep_in_prune(folder, seconds=20):
+    """Start a flow; return it when the stage prune sleeps, before it has read its params."""
+    slow(folder, "stages.prune", seconds)
+    flow = start(folder, "prunequant", "run")
+    read_until(flow, "> python -m stages.prune")
+    wait_until_asleep(folder)
+    return flow
+
+
 def end(process, code=0):
     """Wait for a process; return the rest of what it printed."""
     with process.stdout:
@@ -64,10 +73,7 @@ def is_whole(folder):
 
 
 def test_a_killed_flow_takes_its_stages_along(copy):
-    slow(copy, "stages.prune")
-    flow = start(copy, "prunequant", "run")
-    read_until(flow, "> python -m stages.prune")
-    wait_until_asleep(copy)
+    flow = asleep_in_prune(copy)
     flow.send_signal(signal.SIGKILL)
     flow.wait()
     again = start(copy, "prunequant", "run")  # at once
@@ -125,10 +131,7 @@ def test_the_stage_of_a_killed_dvc_is_ended(copy):
 @pytest.mark.parametrize("broken", ["broken: [", ""])
 def test_a_result_is_back_when_its_params_broke_before_its_stage_began(copy, broken):
     """They do not parse, or do not have the recipe any more."""
-    slow(copy, "stages.prune", 6)
-    flow = start(copy, "prunequant", "run")
-    read_until(flow, "> python -m stages.prune")
-    wait_until_asleep(copy)
+    flow = asleep_in_prune(copy, 6)
     params = (copy / "params.yaml").read_text()
     values = project.read(copy)
     del values["prune"]["magnitude-50"]
@@ -143,10 +146,7 @@ def test_a_result_is_back_when_its_params_broke_before_its_stage_began(copy, bro
 
 
 def test_a_stage_that_began_with_other_params_than_dvc_read_is_run_again(copy):
-    slow(copy, "stages.prune", 6)
-    flow = start(copy, "prunequant", "run")
-    read_until(flow, "> python -m stages.prune")
-    wait_until_asleep(copy)
+    flow = asleep_in_prune(copy, 6)
     sweep.edit(copy, "prune.magnitude-50.source", "prune/wanda-50")
     assert "changed" in end(flow, 1)
     sweep.prunequant(copy, "run")
@@ -155,10 +155,7 @@ def test_a_stage_that_began_with_other_params_than_dvc_read_is_run_again(copy):
 
 
 def test_a_stopped_run_leaves_the_last_result_in_the_folder(copy):
-    slow(copy, "stages.prune", 60)
-    flow = start(copy, "prunequant", "run")
-    read_until(flow, "> python -m stages.prune")
-    wait_until_asleep(copy)
+    flow = asleep_in_prune(copy, 60)
     flow.send_signal(signal.SIGINT)
     end(flow, 130)
     assert (copy / "data/models/prune/magnitude-50/model.safetensors").exists()
