@@ -147,7 +147,6 @@ def save(
     """
     from safetensors.torch import load_file
 
-    from stages.model.assembly import on_disk
     from stages.model.packed import config_of, tensors_of, weight_from
 
     codes = quantized or {}
