@@ -308,7 +308,7 @@ def whole_project(device: str, folder: Path, inputs: Path) -> dict[str, str]:
     """Run every stage once in `folder`, each recipe after its source, and hash all files."""
     folder.mkdir()
     (folder / "inputs").symlink_to(inputs)
-    with chdir(folder), mock.patch.object(project, "DEVICE", device):
+    with chdir(folder), mock.patch.object(families, "DEVICE", device):
         raw = project.params(Path("inputs"))
         raw["teach"]["taught"] = {
             "source": "base/tiny", "method": "logits", "dataset": "news", "num_samples": 4,

@@ -23,7 +23,7 @@ collect_ignore = [] if find_spec("prefect") and find_spec("dvc") else ["flows"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let tests compute elsewhere than on the CPU."""
-    parser.addoption("--device", default=project.DEVICE, help="where the tests compute, such as cuda")
+    parser.addoption("--device", default=families.DEVICE, help="where the tests compute, such as cuda")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,11 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     Raises:
         pytest.UsageError: this machine lacks it.
     """
-    project.DEVICE = config.getoption("device")
+    families.DEVICE = config.getoption("device")
     try:
         _run().resolved_device()
     except (Refusal, ValueError) as error:
-        raise pytest.UsageError(f"--device {project.DEVICE}: {error}") from None
+        raise pytest.UsageError(f"--device {families.DEVICE}: {error}") from None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,18 +47,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: item.path not in longest)
     for item in items:
-        if project.DEVICE != "cpu" and (mark := item.get_closest_marker("cpu")):
+        if families.DEVICE != "cpu" and (mark := item.get_closest_marker("cpu")):
             item.add_marker(pytest.mark.skip(reason=f"only on the CPU: {mark.args[0]}"))
 
 
 def _run() -> Run:
-    return Run(device=project.DEVICE, dtype="bfloat16", threads=1, seed=0)
+    return Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0)
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where to put the tensors of a test; on a card every switch is set as in a stage."""
-    return _run().start() if project.DEVICE != "cpu" else torch.device("cpu")
+    return _run().start() if families.DEVICE != "cpu" else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

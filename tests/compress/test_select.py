@@ -19,7 +19,7 @@ from stages.compress.select import (
     smallest_overall,
     wanda_scores,
 )
-from tests import project
+from tests import families
 from tests.pruners import SPARSITY, slow_mask, weights
 
 pytestmark = pytest.mark.device
@@ -71,7 +71,7 @@ def test_n_of_m_is_the_exhaustive_choice(data, pattern, rows, groups):
     keep, size = pattern
     length = rows * groups * size
     values = data.draw(st.lists(st.integers(0, 6), min_size=length, max_size=length))
-    scores = torch.tensor(values, dtype=torch.float32, device=project.DEVICE).view(rows, groups * size)
+    scores = torch.tensor(values, dtype=torch.float32, device=families.DEVICE).view(rows, groups * size)
     gone = smallest_in_groups(scores, keep, size)
     for row in range(rows):
         for start in range(0, groups * size, size):
@@ -87,8 +87,8 @@ def test_n_of_m_is_the_exhaustive_choice(data, pattern, rows, groups):
 def test_a_mask_grows_by_the_lowest_scores_to_an_exact_count(data):
     rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
     values = st.lists(st.integers(0, 4), min_size=rows * columns, max_size=rows * columns)
-    scores = torch.tensor(data.draw(values), device=project.DEVICE).view(rows, columns).float()
-    gone = torch.tensor(data.draw(values), device=project.DEVICE).view(rows, columns) == 0
+    scores = torch.tensor(data.draw(values), device=families.DEVICE).view(rows, columns).float()
+    gone = torch.tensor(data.draw(values), device=families.DEVICE).view(rows, columns) == 0
     count = data.draw(st.integers(0, rows * columns))
     for by_row in (True, False):
         mask = extend_mask(scores.__getitem__, gone, count, by_row=by_row)

@@ -9,7 +9,7 @@ from stages.compress import statistics
 from stages.compress.statistics import ColumnNorm, DeadInputs, Hessian
 from stages.core.errors import Refusal
 from stages.core.numbers import finite
-from tests import project
+from tests import families
 from tests.hessians import ChosenHessian
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
@@ -19,7 +19,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 def tokens(dtype: torch.dtype, count: int = 200, features: int = 24) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(features, features, generator=generator) / features**0.5
-    return (torch.randn(count, features, generator=generator) @ mixed).to(project.DEVICE, dtype)
+    return (torch.randn(count, features, generator=generator) @ mixed).to(families.DEVICE, dtype)
 
 
 def taken(kind, inputs: torch.Tensor, pieces: int = 1):

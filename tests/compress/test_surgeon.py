@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from stages.compress.statistics import Hessian
 from stages.compress.surgeon import COLUMNS, sweep
 from stages.core.errors import Refusal
-from tests import project
+from tests import families
 from tests.hessians import ChosenHessian
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
@@ -18,9 +18,9 @@ def problem(columns: int, rows: int = 4) -> tuple[torch.Tensor, Hessian]:
     """Draw a weight `[in, out]` and the Hessian of correlated inputs."""
     draw = torch.Generator().manual_seed(columns)
     mixed = torch.randn(columns, columns, generator=draw) / columns**0.5
-    statistic = Hessian(columns, torch.device(project.DEVICE))
-    statistic.add((torch.randn(4 * columns, columns, generator=draw) @ mixed).to(project.DEVICE))
-    return torch.randn(columns, rows, generator=draw).to(project.DEVICE), statistic
+    statistic = Hessian(columns, torch.device(families.DEVICE))
+    statistic.add((torch.randn(4 * columns, columns, generator=draw) @ mixed).to(families.DEVICE))
+    return torch.randn(columns, rows, generator=draw).to(families.DEVICE), statistic
 
 
 def half(j: int, values: torch.Tensor) -> torch.Tensor:

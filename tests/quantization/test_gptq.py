@@ -10,7 +10,7 @@ from stages.compress.statistics import Hessian
 from stages.core.errors import Refusal
 from stages.model.grid import Codes, Integers, bounds
 from stages.quantization.gptq import GPTQ
-from tests import project
+from tests import families
 from tests.hessians import ChosenHessian
 from tests.replay import MISTAKES, certify_gptq, let_err
 
@@ -43,7 +43,7 @@ def problem(
     inputs = torch.randn(tokens, columns, generator=generator) @ mixed
     inputs *= torch.rand(columns, generator=generator) + 0.1
     weight = torch.randn(rows, columns, generator=generator)
-    return weight.to(project.DEVICE), inputs.to(project.DEVICE)
+    return weight.to(families.DEVICE), inputs.to(families.DEVICE)
 
 
 def hessian(inputs: torch.Tensor) -> Hessian:
