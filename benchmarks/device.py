@@ -22,6 +22,7 @@ Each line is a JSON object; a plain table follows. The exit code is 1 if a bound
 """
 
 import argparse
+import gc
 import json
 import logging
 import math
@@ -473,6 +474,8 @@ def timed(options: argparse.Namespace, name: str, work: BlockWork, limits: Limit
     settings = row.settings | ({"group_size": options.group} if row.stage == "quantize" else {})
     artifact, device = f"{row.stage}/{name}", run.resolved_device()
     recipe = recipe_of(row.stage, row.method, settings, BIG, windows)
+    gc.collect()  # what a row that failed has left
+    torch.cuda.empty_cache()
     with block_times() as begun, Peak(device) as peak:
         meter, start = Meter(device), time.perf_counter()
         make(artifact, recipe, run)

@@ -74,4 +74,4 @@ def loss(model: nn.Module, windows: torch.Tensor = WINDOWS) -> float:
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=WINDOWS, use_cache=False).logits
+        return model(input_ids=WINDOWS.to(model.device), use_cache=False).logits.cpu()

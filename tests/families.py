@@ -185,6 +185,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:
     """Write the family's checkpoint and tokenizer into `folder`."""
-    model(family, seed).save_pretrained(folder)
+    model(family, seed).cpu().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -168,12 +168,13 @@ def test_distillation_is_added_by_weight_and_squared_temperature():
     batch = collate(pack(taught, 40))
     plain, _ = batch_loss(model, batch, None)
     total = sum(
-        divergence(predictions(model, collate([(item,)]))[0], item.teacher, 2.0)
+        divergence(predictions(model, collate([(item,)]))[0].cpu(), item.teacher, 2.0)
         * (item.labels != IGNORED).sum()
         for item in taught
     )
     loss, _ = batch_loss(model, batch, Distillation(weight=0.5, temperature=2.0))
-    torch.testing.assert_close(loss, plain + 0.5 * 4 * total / batch.predicted, rtol=1e-5, atol=1e-5)
+    expected = plain.cpu() + 0.5 * 4 * total / batch.predicted
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_distillation_needs_a_teacher():
