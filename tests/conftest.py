@@ -1,6 +1,8 @@
 """Shared inputs: tiny checkpoints of every family and made-up text, written once a session."""
 
 import logging
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,8 +19,9 @@ hypothesis.settings.register_profile("tests", deadline=None)  # a slow or busy m
 hypothesis.settings.load_profile("tests")
 
 
-collect_ignore = [] if find_spec("prefect") and find_spec("dvc") else ["flows"]
-"""A machine that only computes may have neither Prefect nor DVC."""
+LACKING = [name for name in ("prefect", "dvc", "reasoning_gym") if find_spec(name) is None]
+"""Libraries that a machine which only computes may lack; tests that need one are skipped there."""
+collect_ignore = ["flows"] if {"prefect", "dvc"} & {*LACKING} else []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,6 +52,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if families.DEVICE != "cpu" and (mark := item.get_closest_marker("cpu")):
             item.add_marker(pytest.mark.skip(reason=f"only on the CPU: {mark.args[0]}"))
+
+
+@contextmanager
+def _skipping() -> Iterator[None]:
+    """Skip a test that needs a library of `LACKING`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name in LACKING:
+            pytest.skip(f"this machine lacks {error.name}")
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    """Skip a test whose fixture needs a library that this machine lacks."""
+    with _skipping():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """Skip a test that needs a library that this machine lacks."""
+    with _skipping():
+        return (yield)
 
 
 def _run() -> Run:

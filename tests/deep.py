@@ -68,7 +68,8 @@ def without_attention(model: nn.Module, gone) -> nn.Module:
 def loss(model: nn.Module, windows: torch.Tensor = WINDOWS) -> float:
     with torch.no_grad():
         return sum(
-            float(model(input_ids=row[None], labels=row[None], use_cache=False).loss) for row in windows
+            float(model(input_ids=row[None], labels=row[None], use_cache=False).loss)
+            for row in windows.to(model.device)
         ) / len(windows)
 
 

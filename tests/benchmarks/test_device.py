@@ -14,7 +14,7 @@ from benchmarks.device import METHODS, Report, block_times, compared, llama
 from benchmarks.limits import BlockWork, Limits
 from stages.compress.method import WeightMethod
 from stages.job.params import methods
-from tests import project
+from tests import families, project
 
 ROOT = project.ROOT
 
@@ -94,7 +94,7 @@ def test_a_broken_bound_is_not_sound(capsys):
 @pytest.mark.parametrize("name", ["wanda", "gptq", "nf4"])
 def test_parity_counts_the_entries_and_codes_that_differ(name, workspace, monkeypatch):
     """The device is the CPU, with one weight in ten moved on its way."""
-    device.write_random(Path("data/models/base/small"), llama(64, 2, 256), device.families.tokenizer())
+    device.write_random(Path("data/models/base/small"), llama(64, 2, 256), families.tokenizer())
     windows = {"num_samples": 4, "sequence_length": 32}
     same = compared("cpu", "base/small", name, windows)
     assert same["share"] == 0 and same["perplexity"] == 0 and same["ok"]
@@ -116,12 +116,25 @@ def test_parity_counts_the_entries_and_codes_that_differ(name, workspace, monkey
 
 
 def test_blocks_are_timed_in_the_stages_own_walk(workspace):
-    device.write_random(Path("data/models/base/small"), llama(64, 3, 256), device.families.tokenizer())
+    device.write_random(Path("data/models/base/small"), llama(64, 3, 256), families.tokenizer())
     windows = {"num_samples": 4, "sequence_length": 32}
     recipe = METHODS["wanda"].recipe("wanda", "base/small", windows)
     with block_times() as begun:
         device.make("prune/timed", recipe, device.run_on("cpu"))
     assert begun == sorted(begun) and len(begun) >= 3
+
+
+@pytest.mark.drill
+@pytest.mark.device
+def test_every_stage_gives_the_same_bytes_twice(tmp_path, inputs):
+    runs = [device.whole_project(families.DEVICE, tmp_path / name, inputs) for name in ("first", "second")]
+    assert device.same(*runs) == {"differ": [], "ok": True}
+    folders = {str(Path(name).parent) for name in runs[0]}
+    assert folders >= {
+        "models/base/tiny", "models/prune/wanda-50", "models/quantize/wanda-50-gptq-w4g32",
+        "models/finetune/wanda-50-lora", "models/noise/tiny-batch-3", "models/floor/dot", "datasets/taught",
+        "results/finetune/wanda-50-lora/news", "results/base/tiny/brackets", "results/floor/dot/news",
+    }  # fmt: skip
 
 
 @pytest.mark.drill

@@ -47,7 +47,7 @@ def test_generated_windows_are_the_models_own(family):
     for row, numbers in zip(rows, uniform, strict=True):
         for place, number in enumerate(numbers, start=8):
             with torch.no_grad():
-                logits = model(input_ids=row[None, :place], use_cache=False).logits[0, -1]
+                logits = model(input_ids=row[None, :place].to(model.device), use_cache=False).logits[0, -1]
             probabilities = logits.double()[:256].softmax(0)
             token = int(row[place])
             below = float(probabilities[:token].sum())

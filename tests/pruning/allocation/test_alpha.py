@@ -15,7 +15,7 @@ from stages.pruning.allocation.alpha import hill, spectrum_of
 from tests.allocations import by_block, shares
 from tests.families import DEVICE
 
-pytestmark = [pytest.mark.numerics, pytest.mark.device]
+pytestmark = pytest.mark.numerics
 
 
 def slow_hill(eigenvalues: list[float]) -> float:

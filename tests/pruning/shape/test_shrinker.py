@@ -14,7 +14,7 @@ from tests.families import DEVICE
 from tests.pipeline import TEXT
 from tests.shapes import WINDOWS, full, grouped, logits, width
 
-pytestmark = [pytest.mark.numerics, pytest.mark.device]
+pytestmark = pytest.mark.numerics
 
 
 def test_measured_inputs_are_those_of_the_dense_model():
