@@ -328,7 +328,7 @@ def whole_project(device: str, folder: Path, inputs: Path) -> dict[str, str]:
         raw["floor"]["dot"] = {"source": "base/tiny", "responder": "dot"}
         raw["evaluate"]["candidates"].append("floor/dot")
         params = pipeline.checked(raw)
-        pipeline.validate(params)
+        pipeline.validate(params, "all")
         for name in (*(f"datasets/{key}" for key in params.datasets), "base/tiny"):
             pipeline.download(params, name)
         for artifact in params.recipes():
@@ -337,7 +337,7 @@ def whole_project(device: str, folder: Path, inputs: Path) -> dict[str, str]:
         for name in params.evaluations():
             pipeline.evaluate(params, name)
         if find_spec("matplotlib"):
-            pipeline.report(params)
+            pipeline.report(params, "all")
         return files_of(Path("data"))
 
 

@@ -10,7 +10,7 @@ from stages.model.blocks import blocks
 from stages.pruning.depth.remove import output_projections
 from tests import families
 
-WINDOWS = families.windows(5, 24, seed=7)
+WINDOWS = families.windows(5, 24, seed=7).cpu()  # a conftest imports this before the device is known
 
 
 def deep(family: str, layers: int = 6, **more: object) -> nn.Module:

@@ -74,12 +74,12 @@ def streams(model: nn.Module) -> list[torch.Tensor]:
     bare = copy.deepcopy(model)
     bare.model.norm = nn.Identity()
     with torch.no_grad():
-        return list(bare(input_ids=WINDOWS, output_hidden_states=True).hidden_states)
+        return list(bare(input_ids=WINDOWS.to(model.device), output_hidden_states=True).hidden_states)
 
 
 def test_block_influence_and_angles_are_the_papers_formulas():
     model = deep("llama", 5)
-    states = [stream.double().numpy() for stream in streams(model)]
+    states = [stream.double().cpu().numpy() for stream in streams(model)]
 
     def cosine(a, b):
         return (a * b).sum(-1) / ((a * a).sum(-1) * (b * b).sum(-1)) ** 0.5

@@ -23,8 +23,9 @@ pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def generated(model: torch.nn.Module, *, cache: bool) -> torch.Tensor:
+    prompts = WINDOWS.to(model.device)
     return model.generate(
-        WINDOWS, attention_mask=torch.ones_like(WINDOWS), use_cache=cache, do_sample=False,
+        prompts, attention_mask=torch.ones_like(prompts), use_cache=cache, do_sample=False,
         min_new_tokens=20, max_new_tokens=20,
     )  # fmt: skip
 
@@ -36,7 +37,7 @@ def test_the_rest_reloads_and_generates_the_same_with_and_without_a_cache(family
     remove_blocks(model, {1, 3})
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(model.device)
     assert torch.equal(logits(reloaded), expected)
     assert reloaded.config.num_hidden_layers == 4
     for number, (_, block) in enumerate(blocks(reloaded)):
@@ -49,10 +50,10 @@ def test_the_rest_reloads_and_generates_the_same_with_and_without_a_cache(family
         assert torch.equal(tokens, generated(candidate, cache=False))
         with torch.no_grad():
             cache, steps = None, []
-            for column in WINDOWS.split(1, dim=1):
+            for column in WINDOWS.to(model.device).split(1, dim=1):
                 step = candidate(input_ids=column, past_key_values=cache, use_cache=True)
                 cache, steps = step.past_key_values, [*steps, step.logits]
-        assert torch.allclose(torch.cat(steps, 1), expected, atol=1e-3)
+        assert torch.allclose(torch.cat(steps, 1).cpu(), expected, atol=1e-3)
         assert len(set(tokens[:, 24:].flatten().tolist())) >= 4
 
 
@@ -85,7 +86,7 @@ def test_settings_that_json_cannot_hold_are_read_as_from_a_file(family, tmp_path
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert reloaded.config.num_hidden_layers == 2 and reloaded.config.time_step_limit[1] == math.inf
     with torch.no_grad():
-        windows = WINDOWS.cpu() % 64
+        windows = WINDOWS % 64
         assert torch.equal(model(windows).logits, reloaded(windows).logits)
 
 
