@@ -130,7 +130,7 @@ def damped(statistic: Hessian, damping: float) -> Tensor:
     """Return H + damping * mean(diag H) * I in fp64, the diagonal of dead features set to 1."""
     hessian = statistic.matrix().double()
     hessian.diagonal()[statistic.dead()] = 1
-    return hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    return hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
 
 
 def first_rows(hessian: Tensor, order: Sequence[int]) -> list[Tensor]:
