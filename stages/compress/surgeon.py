@@ -166,31 +166,28 @@ def _settle(
         errors: `[columns of the block, out]` fp32, to be filled.
     """
     here = work[block]
-    inner = moves[block, block]
+    # Errors that are still zero let every column take the product with all of them.
+    pulls = moves[block, block].triu(1).neg_().T.contiguous()
+    past = errors.zero_().T
     if rounding is None:
         leaves = gone[block].float()
-        for j, (column, error) in enumerate(zip(here, errors, strict=True)):
-            if j:
-                column.addmv_(errors[:j].T, inner[:j, j], alpha=-1)
-            torch.mul(column, leaves[j], out=error)
+        for column, pull, leave, error in zip(here, pulls, leaves, errors, strict=True):
+            torch.mul(column.addmv_(past, pull), leave, out=error)
         here.masked_fill_(gone[block], 0)
         return
-    keep = (~gone[block]).float()
-    codes, values = torch.empty_like(here), torch.empty_like(here)
+    keeps, codes, values = (~gone[block]).float(), torch.empty_like(here), torch.empty_like(here)
+    stored = torch.empty_like(here[0], dtype=rounding.dtype)
     low, high = bounds(rounding.grid.bits)
     groups = rounding.groups[block].tolist()
-    stored = torch.empty_like(here[0], dtype=rounding.dtype)
-    for j, (column, code, value, error) in enumerate(zip(here, codes, values, errors, strict=True)):
-        if j:
-            column.addmv_(errors[:j].T, inner[:j, j], alpha=-1)
-        group = groups[j]
+    rows = zip(groups, here, pulls, keeps, codes, values, errors, strict=True)
+    for group, column, pull, keep, code, value, error in rows:
         scale = rounding.scale[group]
-        zero = None if rounding.zero is None else rounding.zero[group]
-        torch.mul(column, keep[j], out=code).div_(scale).round_()
-        if zero is not None:
-            code.add_(zero)
-        code.clamp_(low, high)
-        torch.mul(code if zero is None else code - zero, scale, out=value)
+        torch.mul(column.addmv_(past, pull), keep, out=code).div_(scale).round_()
+        if rounding.zero is None:
+            torch.mul(code.clamp_(low, high), scale, out=value)
+        else:
+            zero = rounding.zero[group]
+            torch.sub(code.add_(zero).clamp_(low, high), zero, out=value).mul_(scale)
         if rounding.dtype != torch.float32:
             value.copy_(stored.copy_(value))
         torch.sub(column, value, out=error)
