@@ -166,30 +166,31 @@ def _settle(
         errors: `[columns of the block, out]` fp32, to be filled.
     """
     here = work[block]
+    multiply, subtract = torch.mul, torch.sub
     # Errors that are still zero let every column take the product with all of them.
     pulls = moves[block, block].triu(1).neg_().T.contiguous()
     past = errors.zero_().T
     if rounding is None:
         leaves = gone[block].float()
         for column, pull, leave, error in zip(here, pulls, leaves, errors, strict=True):
-            torch.mul(column.addmv_(past, pull), leave, out=error)
-        here.masked_fill_(gone[block], 0)
+            multiply(column.addmv_(past, pull), leave, out=error)
+        here.sub_(errors)
         return
-    keeps, codes, values = (~gone[block]).float(), torch.empty_like(here), torch.empty_like(here)
-    stored = torch.empty_like(here[0], dtype=rounding.dtype)
     low, high = bounds(rounding.grid.bits)
-    groups = rounding.groups[block].tolist()
-    rows = zip(groups, here, pulls, keeps, codes, values, errors, strict=True)
-    for group, column, pull, keep, code, value, error in rows:
-        scale = rounding.scale[group]
-        torch.mul(column.addmv_(past, pull), keep, out=code).div_(scale).round_()
-        if rounding.zero is None:
-            torch.mul(code.clamp_(low, high), scale, out=value)
+    groups = rounding.groups[block]
+    scales = rounding.scale[groups]
+    zeros = None if rounding.zero is None else rounding.zero[groups]
+    keeps, codes, values = (~gone[block]).float(), torch.empty_like(here), torch.empty_like(here)
+    stored = None if rounding.dtype == torch.float32 else torch.empty_like(here[0], dtype=rounding.dtype)
+    rows = zip(here, pulls, keeps, scales, codes, values, errors, strict=True)
+    for j, (column, pull, keep, scale, code, value, error) in enumerate(rows):
+        multiply(column.addmv_(past, pull), keep, out=code).div_(scale).round_()
+        if zeros is None:
+            multiply(code.clamp_(low, high), scale, out=value)
         else:
-            zero = rounding.zero[group]
-            torch.sub(code.add_(zero).clamp_(low, high), zero, out=value).mul_(scale)
-        if rounding.dtype != torch.float32:
+            subtract(code.add_(zeros[j]).clamp_(low, high), zeros[j], out=value).mul_(scale)
+        if stored is not None:
             value.copy_(stored.copy_(value))
-        torch.sub(column, value, out=error)
+        subtract(column, value, out=error)
     rounding.codes[block] = codes.to(torch.int8)
     here.copy_(values)
