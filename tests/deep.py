@@ -10,7 +10,7 @@ from stages.model.blocks import blocks
 from stages.pruning.depth.remove import output_projections
 from tests import families
 
-WINDOWS = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(7))
+WINDOWS = families.windows(5, 24, seed=7)
 
 
 def deep(family: str, layers: int = 6, **more: object) -> nn.Module:
@@ -31,7 +31,7 @@ def deep(family: str, layers: int = 6, **more: object) -> nn.Module:
                 parameter.mul_(5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return model.eval().to(families.DEVICE)
 
 
 class Skip(nn.Module):

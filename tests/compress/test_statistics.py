@@ -9,16 +9,17 @@ from stages.compress import statistics
 from stages.compress.statistics import ColumnNorm, DeadInputs, Hessian
 from stages.core.errors import Refusal
 from stages.core.numbers import finite
+from tests import families
 from tests.hessians import ChosenHessian
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 DTYPES = [torch.bfloat16, torch.float32]
 
 
 def tokens(dtype: torch.dtype, count: int = 200, features: int = 24) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(features, features, generator=generator) / features**0.5
-    return (torch.randn(count, features, generator=generator) @ mixed).to(dtype)
+    return (torch.randn(count, features, generator=generator) @ mixed).to(families.DEVICE, dtype)
 
 
 def taken(kind, inputs: torch.Tensor, pieces: int = 1):
@@ -67,7 +68,7 @@ def test_the_factor_is_that_of_the_damped_inverse(dtype):
     statistic = taken(Hessian, inputs)
     upper = statistic.inverse_factor(0.01)
     damped = statistic.matrix().double()
-    damped += 0.01 * damped.diagonal().mean() * torch.eye(len(damped))
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(len(damped)).to(damped)
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close((upper.T @ upper).double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
     assert statistic.inverse_factor(0.01) is upper
@@ -87,11 +88,11 @@ def test_damping_serves_fewer_tokens_than_features():
     assert taken(Hessian, tokens(torch.float32, count=3)).inverse_factor(0.01).isfinite().all()
 
 
-def test_a_hessian_that_is_not_positive_definite_is_refused():
+def test_a_hessian_that_is_not_positive_definite_is_refused(device):
     with pytest.raises(
         Refusal, match=r"Hessian of 2 features .* not positive definite with damping 0.01; raise"
     ):
-        ChosenHessian(torch.tensor([[1.0, 3.0], [3.0, 1.0]])).inverse_factor(0.01)
+        ChosenHessian(torch.tensor([[1.0, 3.0], [3.0, 1.0]], device=device)).inverse_factor(0.01)
 
 
 @pytest.mark.parametrize("features", [1, 5, 24, 40])
@@ -103,16 +104,18 @@ def test_stripes_do_not_change_a_hessian_or_its_factor(features, monkeypatch):
     assert torch.equal(striped.matrix(), striped.matrix().T)
     torch.testing.assert_close(striped.matrix(), whole.matrix(), rtol=1e-5, atol=1e-6)
     damped = striped.matrix().double()
-    damped += 0.01 * damped.diagonal().mean() * torch.eye(features)
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(features).to(damped)
     upper = striped.inverse_factor(0.01)
     assert torch.equal(upper, upper.triu()) and (upper.diagonal() > 0).all()
     torch.testing.assert_close((upper.T @ upper).double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
 
 
-def test_bf16_products_are_exact_and_the_precision_is_restored():
+def test_bf16_products_are_exact_and_the_precision_is_restored(device):
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    inputs = torch.randint(-200, 200, (500, 16), generator=torch.Generator().manual_seed(0)).bfloat16()
+    inputs = (
+        torch.randint(-200, 200, (500, 16), generator=torch.Generator().manual_seed(0)).to(device).bfloat16()
+    )
     exact = inputs.double().T @ inputs.double() * 2 / 500
     torch.testing.assert_close(taken(Hessian, inputs).matrix().double(), exact, rtol=1e-6, atol=0)
     assert matmul.fp32_precision == before
@@ -149,8 +152,8 @@ def test_squares_that_overflow_are_refused(kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_broken_value_among_many_is_found(value, dtype):
-    values = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_one_broken_value_among_many_is_found(value, dtype, device):
+    values = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     assert finite(values) and finite(values[:0]) and finite(values.T)
     for position in (0, 700, 37 * 41 - 1):
         broken = values.clone()

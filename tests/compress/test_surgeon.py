@@ -8,18 +8,19 @@ from hypothesis import strategies as st
 from stages.compress.statistics import Hessian
 from stages.compress.surgeon import COLUMNS, sweep
 from stages.core.errors import Refusal
+from tests import families
 from tests.hessians import ChosenHessian
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def problem(columns: int, rows: int = 4) -> tuple[torch.Tensor, Hessian]:
     """Draw a weight `[in, out]` and the Hessian of correlated inputs."""
     draw = torch.Generator().manual_seed(columns)
     mixed = torch.randn(columns, columns, generator=draw) / columns**0.5
-    statistic = Hessian(columns, torch.device("cpu"))
-    statistic.add(torch.randn(4 * columns, columns, generator=draw) @ mixed)
-    return torch.randn(columns, rows, generator=draw), statistic
+    statistic = Hessian(columns, torch.device(families.DEVICE))
+    statistic.add((torch.randn(4 * columns, columns, generator=draw) @ mixed).to(families.DEVICE))
+    return torch.randn(columns, rows, generator=draw).to(families.DEVICE), statistic
 
 
 def half(j: int, values: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,7 @@ def half(j: int, values: torch.Tensor) -> torch.Tensor:
 def slow(weight: torch.Tensor, statistic: Hessian) -> torch.Tensor:
     """Settle a column, then solve for the later columns that minimize the output error: slow."""
     hessian = statistic.matrix().double()
-    hessian += 0.5 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    hessian += 0.5 * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
     work = weight.double().clone()
     for j in range(len(work)):
         value = half(j, work[j].float()).double()
@@ -93,5 +94,5 @@ def test_columns_that_do_not_change_leave_nothing_to_compensate():
 def test_with_an_identity_hessian_nothing_is_compensated():
     weight, _ = problem(200)
     swept = weight.clone()
-    sweep(swept, ChosenHessian(torch.eye(200)).inverse_factor(0.01), half)
+    sweep(swept, ChosenHessian(torch.eye(200, device=weight.device)).inverse_factor(0.01), half)
     assert torch.equal(swept, torch.stack([half(j, row) for j, row in enumerate(weight)]))

@@ -12,13 +12,13 @@ from stages.model.blocks import Linear, blocks, linears
 from stages.pruning.sparsegpt import SparseGPT
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 FAMILIES = list(families.CONFIGS)
 MODES = [("linear", None), ("block", None), ("block", 1), ("block", 2), ("none", None), ("none", 2)]
 
 
 def windows(count: int = 3, length: int = 24) -> torch.Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
+    return families.windows(count, length)
 
 
 def coarse(weight: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,8 @@ class Twice(torch.nn.Module):
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
-        self.norm, self.spare = norm, torch.nn.Linear(32, 32, dtype=torch.bfloat16)
+        self.norm = norm
+        self.spare = torch.nn.Linear(32, 32, dtype=torch.bfloat16, device=families.DEVICE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(x) + self.spare(self.spare(x))
@@ -213,7 +214,8 @@ class Routed(torch.nn.Module):
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
-        self.norm, self.expert = norm, torch.nn.Linear(32, 32, dtype=torch.bfloat16)
+        self.norm = norm
+        self.expert = torch.nn.Linear(32, 32, dtype=torch.bfloat16, device=families.DEVICE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.expert(x.reshape(-1, 32)[:0])
@@ -333,7 +335,7 @@ def test_every_tensor_is_on_the_device_of_the_weights(sequential, family):
     model, tokens = families.model(family), windows()
     with torch.device("meta"):
         walk(model, halve, windows=tokens, statistic=Hessian, sequential=sequential)
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert {p.device.type for p in model.parameters()} == {torch.device(families.DEVICE).type}
 
 
 @pytest.mark.parametrize("sequential", ["linear", "block", "none"])

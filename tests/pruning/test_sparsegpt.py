@@ -16,7 +16,7 @@ from tests.hessians import ChosenHessian
 from tests.pruners import InMemorySource, hessian, magnitude, problem, sparsegpt, wanda, zeros_of
 from tests.replay import MISTAKES, certify_sparsegpt, let_err
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 @pytest.mark.parametrize("columns", [16, 48, 128, 200])
@@ -133,7 +133,7 @@ def test_small_mistakes_are_not_certified(structure, bits, mistake, monkeypatch)
 def test_sparsegpt_loses_less_of_the_output_than_wanda_and_wanda_less_than_magnitude():
     generator = torch.Generator().manual_seed(0)
     weight, inputs = problem(seed=0, rows=32, columns=96, tokens=2000)
-    inputs = inputs * torch.linspace(0.2, 3, 96)[torch.randperm(96, generator=generator)]
+    inputs = inputs * torch.linspace(0.2, 3, 96)[torch.randperm(96, generator=generator)].to(inputs.device)
     norm = ColumnNorm(96, inputs.device)
     norm.add(inputs)
     best, middle, worst = (
@@ -174,6 +174,6 @@ def test_an_indefinite_hessian_is_refused_and_a_singular_one_damped(dead):
     inputs[:, :dead] = 0
     result = sparsegpt(0.5).weights(weight, hessian(inputs), 64)
     assert result.isfinite().all() and int((result == 0).sum()) == 64
-    indefinite = ChosenHessian(torch.full((32, 32), 3.0) - 2 * torch.eye(32))
+    indefinite = ChosenHessian((torch.full((32, 32), 3.0) - 2 * torch.eye(32)).to(weight.device))
     with pytest.raises(Refusal, match=r"not positive definite with damping 0\.01; raise damping"):
         sparsegpt(0.5).weights(weight, indefinite, 64)
