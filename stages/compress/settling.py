@@ -57,22 +57,22 @@ def settle(
         out,
         low,
         high,
-        ROUNDS=rounding is not None,
-        SHIFTS=zero is not None,
-        STORED=_STORED[rounding.dtype] if rounding else tl.float32,
-        WIDTH=triton.next_power_of_2(count),
-        ROWS=rows,
+        rounds=rounding is not None,
+        shifts=zero is not None,
+        stored=_STORED[rounding.dtype] if rounding else tl.float32,
+        width=triton.next_power_of_2(count),
+        rows=rows,
         num_warps=warps,
     )
 
 
 @triton.jit
-def rounded(value, STORED: tl.constexpr):
+def rounded(value, stored: tl.constexpr):
     """Round fp32 values to nearest, ties to even, in another dtype."""
-    if STORED == tl.bfloat16:  # in whole numbers, as Triton's interpreter would cut bits off
+    if stored == tl.bfloat16:  # in whole numbers, as Triton's interpreter would cut bits off
         bits = value.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return value.to(STORED).to(tl.float32)
+    return value.to(stored).to(tl.float32)
 
 
 @triton.jit
@@ -90,14 +90,14 @@ def _settle(
     out,
     low,
     high,
-    ROUNDS: tl.constexpr,
-    SHIFTS: tl.constexpr,
-    STORED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
+    rounds: tl.constexpr,
+    shifts: tl.constexpr,
+    stored: tl.constexpr,
+    width: tl.constexpr,
+    rows: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    column = tl.arange(0, width)
     inside = row < out
     spots = column[:, None] * out + row[None, :]
     here = (column < count)[:, None] & inside[None, :]
@@ -107,17 +107,17 @@ def _settle(
         value = tl.sum(tl.where(chosen, tile, 0.0), axis=0)
         leaves = tl.load(gone + j * out + row, mask=inside, other=1) != 0
         kept = tl.where(leaves, 0.0, value)
-        if ROUNDS:
+        if rounds:
             group = tl.load(groups + j) * out + row
             scale = tl.load(scales + group, mask=inside, other=1.0)
             zero = tl.zeros_like(scale)
-            if SHIFTS:
+            if shifts:
                 zero = tl.load(zeros + group, mask=inside, other=0.0)
             # Bounds are whole, so clamping before rounding gives the same; adding and subtracting 1.5 * 2^23
             # rounds small numbers, ties to even.
             code = tl.minimum(tl.maximum(tl.div_rn(kept, scale), low - zero), high - zero)
             code = (code + 12582912.0) - 12582912.0
-            kept = rounded(code * scale, STORED)
+            kept = rounded(code * scale, stored)
             tl.store(codes + j * out + row, (code + zero).to(tl.int8), mask=inside)
         error = value - kept
         tl.store(errors + j * out + row, error, mask=inside)

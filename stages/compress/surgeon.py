@@ -7,8 +7,8 @@ leaves an error e = w_j - q_j, and the later columns compensate for it by subtra
 
 Columns wait for their updates, so that most of the work is products of matrices. A block of columns is
 settled by a loop, or on a GPU by one kernel; then the rest of its panel is updated, and at the end of the
-panel all later columns. A decision about several columns, such as the scale of a group, is made when the first
-of them is reached. Rows do not touch each other, so weights with one Hessian are swept side by side.
+panel all later columns. A decision about several columns, such as the scale of a group, is made when the
+first of them is reached. Rows do not touch each other, so weights with one Hessian are swept side by side.
 """
 
 from __future__ import annotations
