@@ -19,7 +19,7 @@ from stages.model.grid import bounds
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.compress.surgeon import Rounding
+    from stages.compress.rounding import Rounding
 
 ROWS = 32
 """Rows of the weight a program owns."""

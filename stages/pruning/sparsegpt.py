@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from stages.compress.rounding import Rounding
 from stages.compress.select import extend_overall, smallest_in_groups, smallest_overall
 from stages.compress.statistics import Hessian
-from stages.compress.surgeon import COLUMNS, Rounding, check_errors, side_by_side, sweep
+from stages.compress.surgeon import COLUMNS, check_errors, side_by_side, sweep
 from stages.core.lazy import torch
 from stages.core.schema import Strict
 from stages.corpus.windows import Calibration

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stages.compress.rounding import Rounding
 from stages.compress.statistics import Hessian
-from stages.compress.surgeon import COLUMNS, Rounding, check_errors, side_by_side, sweep
+from stages.compress.surgeon import COLUMNS, check_errors, side_by_side, sweep
 from stages.corpus.windows import Calibration
 from stages.model.grid import Codes
 from stages.quantization.quantizer import IntegerQuantizer

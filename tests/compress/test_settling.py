@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stages.compress import surgeon
+from stages.compress.rounding import Rounding
 from stages.compress.statistics import Hessian
-from stages.compress.surgeon import Rounding
 from stages.model.grid import Integers
 from stages.quantization.gptq import GPTQ
 from tests.pruners import hessian, problem, sparsegpt

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from stages.compress.rounding import Rounding
 from stages.compress.statistics import Hessian
-from stages.compress.surgeon import COLUMNS, Rounding, check_errors, side_by_side, sweep
+from stages.compress.surgeon import COLUMNS, check_errors, side_by_side, sweep
 from stages.core.errors import Refusal
 from stages.model.grid import Integers
 from tests import families
