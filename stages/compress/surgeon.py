@@ -13,8 +13,10 @@ first of them is reached. Rows do not touch each other, so weights with one Hess
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import logging
+from functools import cache
 from itertools import accumulate, pairwise
+from subprocess import CalledProcessError
 from typing import TYPE_CHECKING
 
 from stages.compress.rounding import Rounding
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 COLUMNS = 128
 """Columns between two updates of all later columns."""
@@ -107,8 +111,26 @@ def check_errors(worst: Tensor) -> None:
 
 
 def fused(work: Tensor) -> bool:
-    """Tell whether a kernel settles the columns of `work`: on a GPU where Triton is installed."""
-    return work.is_cuda and find_spec("triton") is not None
+    """Tell whether a kernel settles the columns of `work`: on a GPU where Triton can compile it."""
+    return work.is_cuda and compiles(work.device)
+
+
+@cache
+def compiles(device: torch.device) -> bool:
+    """Try the kernel on a single column, and log why the loop takes its place if it cannot be compiled."""
+    try:
+        one = torch.ones(1, 1, device=device)
+        _settle_fused(one, one, one.bool(), None, torch.empty_like(one), slice(0, 1))
+    except (ImportError, CalledProcessError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+            raise
+        log.warning(
+            "%s: Triton cannot compile a kernel, so SparseGPT and GPTQ use a slower loop. Install gcc and "
+            "the headers of C and Python (%s).",
+            device, error,
+        )  # fmt: skip
+        return False
+    return True
 
 
 def _settle_fused(

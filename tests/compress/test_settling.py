@@ -3,7 +3,10 @@
 On a CPU it runs in Triton's interpreter.
 """
 
+import logging
 from functools import partial
+from subprocess import CalledProcessError
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,11 +32,26 @@ def fused(device, monkeypatch):
     monkeypatch.setattr(surgeon, "fused", lambda work: True)
 
 
-def test_it_settles_columns_on_a_gpu_only(device, monkeypatch):
-    work = torch.zeros(1, device=device)
-    assert surgeon.fused(work) == (device.type == "cuda")
-    monkeypatch.setattr(surgeon, "find_spec", lambda name: None)
-    assert not surgeon.fused(work)
+def test_it_settles_columns_on_a_gpu_only(device):
+    assert surgeon.fused(torch.zeros(1, device=device)) == (device.type == "cuda")
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("No module named 'triton'"), RuntimeError("Failed to find C compiler."),
+              CalledProcessError(1, "gcc")],
+)  # fmt: skip
+def test_the_loop_takes_its_place_where_it_cannot_be_compiled(error, device, fused, monkeypatch, caplog):
+    surgeon.compiles.cache_clear()
+    assert surgeon.compiles(device)
+    surgeon.compiles.cache_clear()
+    monkeypatch.setattr(settling, "settle", Mock(side_effect=error))
+    logging.disable(logging.NOTSET)
+    assert not surgeon.compiles(device)
+    assert "use a slower loop. Install gcc" in caplog.text and str(error) in caplog.text
+    surgeon.compiles.cache_clear()
+    monkeypatch.setattr(settling, "settle", Mock(side_effect=RuntimeError("Triton Error: out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        surgeon.compiles(device)
 
 
 @pytest.mark.parametrize("grid", [None, Integers(4, 8), Integers(3, None), Integers(8, 8, symmetric=False)])
