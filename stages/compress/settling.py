@@ -67,7 +67,7 @@ def settle(
 
 
 @triton.jit
-def rounded(value, stored: tl.constexpr):
+def rounded(value, stored: tl.constexpr):  # type: ignore[no-untyped-def]
     """Round fp32 values to nearest, ties to even, in another dtype."""
     if stored == tl.bfloat16:  # in whole numbers, as Triton's interpreter would cut bits off
         bits = value.to(tl.int32, bitcast=True)
@@ -76,7 +76,7 @@ def rounded(value, stored: tl.constexpr):
 
 
 @triton.jit
-def _settle(
+def _settle(  # type: ignore[no-untyped-def]
     work,
     moves,
     gone,
