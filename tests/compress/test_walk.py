@@ -1,6 +1,7 @@
 """The walk: each statistic has seen what its mode promises, and mistakes are refused by name."""
 
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -367,3 +368,26 @@ def test_blocks_that_text_reaches_never_or_twice_are_refused(order):
     with pytest.raises(Refusal, match=message):
         walk(model, lambda *_: None, windows=windows(), statistic=ColumnNorm)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
+def test_linears_that_share_a_statistic_come_together(sequential):
+    model, seen = families.model("llama"), []
+
+    def halve_all(linears: list[Linear], statistic: Statistic | None) -> Iterator[torch.Tensor]:
+        seen.append([linear.name.removeprefix(f"{linear.block}.") for linear in linears])
+        return (halve(linear, statistic) for linear in linears)
+
+    walk(model, halve_all, by_group=True, windows=windows(), statistic=ColumnNorm, sequential=sequential)
+    assert seen == families.GROUPS["llama"] * 2
+    for linear in linears(model):
+        assert torch.equal(linear.weight, coarse(linear.weight))
+
+
+def test_a_refusal_names_the_linear_of_a_group_it_is_about():
+    def refuse_second(linears: list[Linear], statistic: Statistic | None) -> Iterator[torch.Tensor]:
+        yield linears[0].weight
+        raise Refusal("no such thing.")
+
+    with pytest.raises(Refusal, match=r"^model\.layers\.0\.self_attn\.k_proj: no such thing\."):
+        walk(families.model("llama"), refuse_second, by_group=True, windows=windows(), statistic=ColumnNorm)

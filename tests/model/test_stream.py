@@ -43,7 +43,8 @@ def test_the_bytes_are_those_of_a_model_in_memory(method, family, workspace):
         windows = calibration_windows(load_tokenizer("base/tiny"), recipe.calibration, families.VOCAB)
     walk(
         model,
-        lambda linear, statistic: recipe.replace(linear, statistic, plan),
+        lambda linears, statistic: recipe.replace_group(linears, statistic, plan),
+        by_group=True,
         windows=windows,
         statistic=recipe.statistic,
     )
