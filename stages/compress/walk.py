@@ -17,9 +17,14 @@ passes:
     is compressed and run again. Two forwards.
   - `none`: every linear sees the dense model's inputs. One forward.
 
-With `block` and `none` a block takes `batch_size` windows at a time, by default about `TOKENS` tokens, and
-only what flows between blocks is held for all tokens (0.07 GiB for 64 x 512 tokens of SmolLM2). With `linear`
-it takes all windows at once, as a group's statistic needs every token before any of its linears computes.
+A block takes `batch_size` windows at a time, by default about `TOKENS` tokens, or on a card `CARD_TOKENS`. The
+size does not follow free memory, as results differ by it in their last bits. What flows between blocks is held
+for all tokens, on the device (0.07 GiB for 64 x 512 tokens of SmolLM2). With `linear` a group's statistic needs
+every token before any of its linears computes. So each batch pauses before a group until all have reached it,
+and meanwhile what it computed of the block is held as well; on a CPU all windows are one batch by default.
+
+On a card nothing waits for a result within a block, except where a matrix is compressed: to read a number, the
+program would have to wait for all work before it. So inputs are checked once, when their statistic is complete.
 
 A `Home` says where a block's weights come from and go to, so one code serves models in memory and models
 larger than memory.
@@ -33,6 +38,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from greenlet import getcurrent, greenlet
 from tqdm import tqdm
 
 from stages.compress.batches import BatchedCall, check_call, check_rows
@@ -41,15 +47,15 @@ from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
 from stages.core.lazy import mock, torch
 from stages.core.numbers import check_finite, finite
-from stages.model.blocks import Linear, blocks, check_length, forward, linears
+from stages.model.blocks import Linear, blocks, check_length, device_of, forward, linears
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stages.corpus.windows import Sequential
 
-TOKENS = 4096
-"""Tokens that pass through a block at a time unless a batch size is set."""
+TOKENS, CARD_TOKENS = 4096, 2**14
+"""Tokens that pass through a block at a time unless a batch size is set, on a CPU and on CUDA."""
 
 
 Compress: TypeAlias = "Callable[[Linear, Statistic | None], Tensor | None]"
@@ -124,8 +130,7 @@ class _Walk:
             if name in self.reached:
                 raise Refusal(f"the model passes more than once through {name}; use a data-free method.")
             self.reached.add(name)
-            size = count if self.sequential == "linear" else self.batch_size
-            batches = BatchedCall((args, kwargs), count, size, single)
+            batches = BatchedCall((args, kwargs), count, self.batch_size, single)
             with self.weights(name, block) as done:
                 if not done:
                     first = batches if self.reuses_first else BatchedCall((args, kwargs), count, 1, single)
@@ -161,7 +166,10 @@ class _Walk:
             for group in groups
         ]
         try:
-            _run(original, batches, start=1 if self.reuses_first else 0)
+            if self.sequential == "linear":
+                self.run_in_step(name, original, batches)
+            else:
+                _run(original, batches, start=1 if self.reuses_first else 0)
         finally:
             for handle in handles:
                 handle.remove()
@@ -170,16 +178,32 @@ class _Walk:
         if self.prepare:
             self.prepare(groups, lambda: first.effects(original, 0))
         for group in groups:
-            self.compress_group(group)
+            self.finish(group)
+
+    def run_in_step(self, name: str, original: Callable[..., Any], batches: BatchedCall) -> None:
+        """Run all batches from group to group, and compress each group when every batch stands before it.
+
+        Each batch is a greenlet, a call that can pause and continue. `on_inputs` pauses it.
+        """
+        running = [greenlet(partial(batches.run, original, number)) for number in range(len(batches))]
+        while True:
+            reached = [batch.switch() for batch in running]
+            if all(batch.dead for batch in running):
+                return
+            if any(batch.dead for batch in running) or any(group is not reached[0] for group in reached):
+                raise Refusal(
+                    f"{name} runs its linears in another order for some windows; set sequential: block or none."
+                )
+            self.finish(reached[0])
 
     def on_inputs(self, group: Group, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Add one call's inputs to the group's statistic, as a hook before the group's first linear.
+        """Add one batch's inputs to the group's statistic, as a hook before the group's first linear.
 
-        With `linear` this call has all windows, so the group is compressed before it computes.
+        With `linear` the batch then pauses, as the group is compressed before it computes.
         """
         self.add(group, args[0])
         if self.sequential == "linear":
-            self.compress_group(group)
+            getcurrent().parent.switch(group)
 
     def add(self, group: Group, inputs: Tensor) -> None:
         """Add `inputs`, `[..., in]`, to the group's statistic."""
@@ -188,12 +212,16 @@ class _Walk:
         if group.statistic is None:
             group.statistic = self.statistic(rows.shape[-1], rows.device)
         group.statistic.add(rows)
+
+    def finish(self, group: Group) -> None:
+        """Check the group's statistic, which has seen every token, and compress the group."""
         with _about(group.linears[0].name):
-            if not group.statistic.finite() and not finite(rows):
+            if group.statistic is not None and not group.statistic.finite():
                 raise Refusal(
-                    "its inputs are NaN or infinite; nothing was written. Set run.dtype to bfloat16 or "
-                    "float32, or check the source."
+                    "its inputs are NaN or infinite, or their squares overflow fp32; nothing was written. Set "
+                    "run.dtype to bfloat16 or float32, or check the source for broken activations."
                 )
+        self.compress_group(group)
 
     def compress_group(self, group: Group) -> None:
         """Compress the linears of a group and free its statistic."""
@@ -236,7 +264,7 @@ def walk(
         windows: `[num_samples, sequence_length]` token ids; needed with `statistic`.
         statistic: taken of each linear's inputs; None is data-free and runs no forward.
         sequential: what the statistics have seen, see the module's docstring.
-        batch_size: windows a block takes at a time; None is as many as have `TOKENS` tokens.
+        batch_size: windows a block takes at a time; None chooses, see `default_batch_size`.
         prepare: called once per block, see `Prepare`; not with `linear`.
         ignore: block-relative names left alone.
         label: shown on the progress bar.
@@ -247,7 +275,7 @@ def walk(
             NaN or infinite; new weights leave the range of the dtype; the forward never reaches a linear or
             a block, or reaches it twice.
     """
-    size = batch_size or max(1, TOKENS // (1 if windows is None else windows.shape[1]))
+    size = batch_size or (1 if windows is None else default_batch_size(model, windows, sequential))
     targets, decoder = linears(model, ignore), blocks(model)
     by_block = {name: [linear for linear in targets if linear.block == name] for name, _ in decoder}
     with torch.no_grad(), tqdm(total=len(decoder), desc=label, unit="block") as bar:
@@ -276,6 +304,16 @@ def walk(
                 f"text never reaches {', '.join(missed[:4])} of {type(model).__name__}; use a data-free "
                 "method."
             )
+
+
+def default_batch_size(model: nn.Module, windows: Tensor, sequential: Sequential) -> int:
+    """Return how many of the windows `[n, tokens]` a block takes at a time where a recipe does not say.
+
+    It depends on the kind of device, which is recorded, and not on free memory.
+    """
+    if device_of(model).type == "cuda":
+        return max(1, CARD_TOKENS // windows.shape[1])
+    return len(windows) if sequential == "linear" else max(1, TOKENS // windows.shape[1])
 
 
 @contextmanager
