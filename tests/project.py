@@ -23,7 +23,7 @@ ENV = {
 
 
 DEVICE = "cpu"
-"""Where the stages compute; `pytest --device cuda` sets it."""
+"""Where stages and tests compute; `pytest --device cuda` sets it."""
 
 
 def text(seed: int, documents: int = 60) -> str:

@@ -12,7 +12,7 @@ from stages.core.errors import Refusal
 from stages.model.blocks import blocks, forward
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 Pair = namedtuple("Pair", "left right")
 
 

@@ -7,7 +7,7 @@ from stages.compress.capture import call_of, input_groups
 from stages.model.blocks import blocks, forward, linears
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 EVERY = [*families.CONFIGS, *families.RARE]
 
 

@@ -3,6 +3,7 @@
 from itertools import combinations
 from math import floor
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,8 @@ from stages.compress.select import (
     wanda_scores,
 )
 from tests.pruners import SPARSITY, slow_mask, weights
+
+pytestmark = pytest.mark.device
 
 PATTERNS = [(2, 4), (4, 8), (1, 4), (1, 2), (3, 4)]
 

@@ -11,7 +11,7 @@ from stages.core.errors import Refusal
 from stages.core.numbers import finite
 from tests.hessians import ChosenHessian
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 DTYPES = [torch.bfloat16, torch.float32]
 
 

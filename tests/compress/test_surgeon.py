@@ -10,7 +10,7 @@ from stages.compress.surgeon import COLUMNS, sweep
 from stages.core.errors import Refusal
 from tests.hessians import ChosenHessian
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def problem(columns: int, rows: int = 4) -> tuple[torch.Tensor, Hessian]:

@@ -12,7 +12,7 @@ from stages.model.blocks import Linear, blocks, linears
 from stages.pruning.sparsegpt import SparseGPT
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 FAMILIES = list(families.CONFIGS)
 MODES = [("linear", None), ("block", None), ("block", 1), ("block", 2), ("none", None), ("none", 2)]
 

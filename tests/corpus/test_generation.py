@@ -10,6 +10,8 @@ from stages.corpus.windows import Calibration, calibration_windows
 from tests import families, project
 from tests.corpus.test_windows import GENERATED, RANDOM, TOKENIZER, calibration, windows, write_news
 
+pytestmark = pytest.mark.device
+
 
 @pytest.fixture(autouse=True)
 def news(tmp_path, monkeypatch) -> None:

@@ -1,9 +1,12 @@
 """The evaluation stage: what its rows say of the candidate and of how it was asked."""
 
 import pandas as pd
+import pytest
 
 from tests.pipeline import NONE, do, params
 from tests.scoring import changed, scored
+
+pytestmark = pytest.mark.device
 
 PRUNED = {"source": "base/tiny", "method": "magnitude", "sparsity": 0.5, "scope": "row", "calibration": NONE}
 

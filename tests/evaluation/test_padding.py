@@ -16,7 +16,7 @@ from stages.evaluation.thinking.settings import Thinking
 from tests import families, generators
 from tests.evaluation.test_shared import generations
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 TOKENIZER = families.tokenizer()
 PROMPTS = [
     "2 + 3 = 5\n" + "abcdefghijklmnopqrstuvwxyz 0123456789 +-="[-length:] for length in (1, 25, 7, 7, 2, 40)

@@ -21,6 +21,8 @@ from tests import families
 from tests.pipeline import do, load, params, prune, record
 from tests.recipes import GPTQ, LORA, MAGNITUDE, RTN, WANDA, chain
 
+pytestmark = pytest.mark.device
+
 
 def counts(family: str) -> tuple[int, int]:
     """Count the weights in block linears, and all others, tied ones once."""

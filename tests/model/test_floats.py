@@ -16,7 +16,7 @@ from stages.model.grid import Integers, Quantized
 from stages.model.packed import FORMATS, code_from
 from stages.quantization.nf4 import NF4, levels
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 SEED = st.integers(0, 2**31)
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 # The paper's table, 2305.14314 appendix E.

@@ -16,7 +16,7 @@ from stages.model.grid import (
     scale_of,
 )
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 BITS = st.integers(2, 8)
 SEED = st.integers(0, 2**31)
 

@@ -26,6 +26,8 @@ from tests.pipeline import TEXT, dense, do, load, params, record
 from tests.recipes import MAGNITUDE, RTN, WANDA
 from tests.streaming import PRUNE, RECIPES, Killed, counted, execute, files, killed_after_a_block, leftovers
 
+pytestmark = pytest.mark.device
+
 
 @pytest.mark.parametrize("family", families.CONFIGS)
 @pytest.mark.parametrize("method", PRUNE)

@@ -6,6 +6,8 @@ import torch
 from stages.profiling import speed
 from tests import families
 
+pytestmark = pytest.mark.device
+
 SETTINGS = {
     "candidates": ["base/tiny"], "batch_sizes": [1, 3], "prompt_tokens": 8, "new_tokens": 5, "warmup": 1,
     "repeats": 3, "threads": 1,

@@ -9,7 +9,7 @@ from stages.model.blocks import linears
 from stages.pruning.gradients import loss_gradients, mean_loss
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 WINDOWS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
 
 

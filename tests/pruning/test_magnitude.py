@@ -12,6 +12,8 @@ from stages.pruning.magnitude import global_zeros
 from tests import families
 from tests.pruners import SPARSITY, InMemorySource, magnitude, slow_mask, weights, zeros_of
 
+pytestmark = pytest.mark.device
+
 
 @given(weights(), SPARSITY, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_within_a_matrix_ties_go_to_the_lower_flat_index(weight, sparsity, dtype):

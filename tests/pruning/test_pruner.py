@@ -37,6 +37,8 @@ from tests.pruners import (
     zeros_of,
 )
 
+pytestmark = pytest.mark.device
+
 
 def linear_of(weight: torch.Tensor) -> Linear:
     linear = Linear("block", "block.fc", torch.nn.Linear(*weight.T.shape, bias=False), transposed=False)

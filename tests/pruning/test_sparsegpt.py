@@ -16,7 +16,7 @@ from tests.hessians import ChosenHessian
 from tests.pruners import InMemorySource, hessian, magnitude, problem, sparsegpt, wanda, zeros_of
 from tests.replay import MISTAKES, certify_sparsegpt, let_err
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 @pytest.mark.parametrize("columns", [16, 48, 128, 200])

@@ -9,7 +9,7 @@ from hypothesis import given
 from stages.compress.statistics import ColumnNorm
 from tests.pruners import FLOORS, SPARSITY, magnitude, norms, slow_mask, wanda, weights, zeros_of
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 @given(weights(), SPARSITY)

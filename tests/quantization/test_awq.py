@@ -14,7 +14,7 @@ from stages.model.grid import Integers
 from stages.quantization.awq import AWQ, Activations, channel_scale, inverse_power_of_two
 from tests.pipeline import TEXT, dense, do, load, params, quantize, record
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 ONE = torch.ones(())
 BLOCK = {**TEXT, "sequential": "block"}
 

@@ -14,7 +14,7 @@ from stages.quantization.feeds import LinearFeed, NormFeed, find_feeds
 from tests import families
 from tests.first_block import FirstBlock, scales, shaken
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 HEADS = {"num_key_value_heads": 4}
 QKV, OUT = "self_attn.q_proj", "self_attn.o_proj"
 GATED = {QKV: "input_layernorm", "mlp.gate_proj": "post_attention_layernorm", "mlp.down_proj": "mlp.up_proj"}

@@ -8,7 +8,7 @@ from stages.quantization.fold import fold
 from tests import families
 from tests.first_block import FirstBlock, scales, shaken
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 HEADS = {"num_key_value_heads": 4}
 
 

@@ -13,7 +13,7 @@ from stages.quantization.gptq import GPTQ
 from tests.hessians import ChosenHessian
 from tests.replay import MISTAKES, certify_gptq, let_err
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 SEED = st.integers(0, 2**31)
 Options = tuple[int | None, bool, bool, bool]
 OPTIONS: list[Options] = [  # group_size, symmetric, act_order, static_groups

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stages.model.grid import Codes, Integers, bounds
 from stages.quantization.hqq import HQQ
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def hqq(bits: int, group_size: int | None, symmetric: bool = False, **options) -> HQQ:

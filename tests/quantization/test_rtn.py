@@ -1,11 +1,14 @@
 """Round to nearest: every weight at the nearest point of its grid, zeros at zero."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.model.grid import bounds
 from stages.quantization.rtn import RTN
+
+pytestmark = pytest.mark.device
 
 
 def rtn(bits: int, group_size: int | None) -> RTN:

@@ -14,7 +14,7 @@ from stages.model.blocks import linears
 from stages.quantization.smoothquant import InputPeak, SmoothQuant
 from tests.pipeline import NONE, TEXT, do, load, params, record
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 BLOCK = {**TEXT, "sequential": "block"}
 RECIPE = {"source": "base/tiny", "method": "smoothquant", "calibration": BLOCK}
 

@@ -9,7 +9,7 @@ from stages.recovery.arm import Arm
 from stages.recovery.eco import BETAS, sum_of_later_steps
 from tests.tuned import quantized, recipe, steps
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def eco(bits: int = 3, **options: Any) -> Arm:

@@ -14,6 +14,8 @@ from tests import families
 from tests.pipeline import NONE, dense, do, load, params, record
 from tests.tuned import LORA, TEXT, recipe, run, tune
 
+pytestmark = pytest.mark.device
+
 MAGNITUDE = {
     "source": "base/tiny", "method": "magnitude", "sparsity": 0.5, "scope": "matrix", "calibration": NONE
 }  # fmt: skip

@@ -15,7 +15,7 @@ from tests.recipes import LORA, WANDA
 from tests.recipes import run as run_stages
 from tests.tuned import recipe, tune, windows
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def sparse(family: str) -> torch.nn.Module:

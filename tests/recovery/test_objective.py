@@ -12,7 +12,7 @@ from stages.recovery.tuning import Distillation
 from stages.teaching.logits import top_logits
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 SIZES = [(30, 20), (17, 1), (9, 5), (26, 3), (12, 11), (7, 6), (3, 2)]
 """Tokens of each example, and the place where its answer starts."""
 

@@ -14,7 +14,7 @@ from stages.recovery.training import StepPlan, held_out_loss, refusing_out_of_me
 from tests import families
 from tests.tuned import recipe, rows, run, tune
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 @pytest.fixture(autouse=True)

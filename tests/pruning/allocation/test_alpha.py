@@ -14,7 +14,7 @@ from stages.model.blocks import blocks, linears
 from stages.pruning.allocation.alpha import hill, spectrum_of
 from tests.allocations import by_block, shares
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def slow_hill(eigenvalues: list[float]) -> float:

@@ -12,7 +12,7 @@ from stages.pruning.allocation.layer_if import influence
 from stages.pruning.gradients import sketches
 from tests.allocations import allocation, by_block, shares, tokens
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def slow_influence(train: torch.Tensor, held_out: torch.Tensor) -> float:

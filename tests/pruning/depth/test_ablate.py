@@ -14,7 +14,7 @@ from stages.pruning.depth.remove import remove_blocks
 from tests import families
 from tests.deep import WINDOWS, deep, logits, loss, without, without_attention
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 TEXT = ScoredRows.of_text(WINDOWS)
 
 

@@ -14,7 +14,7 @@ from tests import families
 from tests.deep import deep, logits, without
 from tests.pipeline import TEXT, load
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def inputs_and_output(model: torch.nn.Module, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

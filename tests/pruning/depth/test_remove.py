@@ -19,7 +19,7 @@ from stages.pruning.depth.remove import remove_blocks
 from tests import families
 from tests.deep import WINDOWS, deep, logits, without
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def generated(model: torch.nn.Module, *, cache: bool) -> torch.Tensor:

@@ -13,7 +13,7 @@ from tests import families
 from tests.pipeline import TEXT
 from tests.shapes import WINDOWS, full, grouped, logits, width
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def test_measured_inputs_are_those_of_the_dense_model():
