@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 _PIECE, _CARD_PIECE = 2**18, 2**26
-"""Entries processed at a time where rows are independent: on a CPU intermediate results stay in cache, on a card
-its memory bounds them."""
+"""Entries processed at a time where rows are independent, on a CPU, to stay in its cache, and on
+other devices."""
 Scores: TypeAlias = "Callable[[slice], Tensor]"
 """Some rows of a matrix -> their scores, `[rows, columns]` fp32."""
 
@@ -50,7 +50,7 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
 
     Args:
         scores: fp32 or fp64, none of them NaN.
-        count: for every row, or for each, `[rows]` int64, best on the CPU. Exactly so many entries are marked.
+        count: for every row, or for each, `[rows]` int64. Exactly so many entries are marked.
     """
     if isinstance(count, torch.Tensor):
         different = count.unique().tolist()

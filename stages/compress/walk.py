@@ -17,14 +17,14 @@ passes:
     is compressed and run again. Two forwards.
   - `none`: every linear sees the dense model's inputs. One forward.
 
-A block takes `batch_size` windows at a time, by default about `TOKENS` tokens, or on a card `CARD_TOKENS`. The
-size does not follow free memory, as results differ by it in their last bits. What flows between blocks is held
-for all tokens, on the device (0.07 GiB for 64 x 512 tokens of SmolLM2). With `linear` a group's statistic needs
-every token before any of its linears computes. So each batch pauses before a group until all have reached it,
-and meanwhile what it computed of the block is held as well; on a CPU all windows are one batch by default.
+A block takes `batch_size` windows at a time, by default about `TOKENS` tokens, or `CARD_TOKENS` on CUDA. Free
+memory plays no part, as the last bits of results depend on the size. What flows between blocks is held for all
+tokens, on the device (0.07 GiB for 64 x 512 tokens of SmolLM2). With `linear` a group's statistic needs every
+token before any of its linears computes. So each batch pauses before a group until all have reached it, and
+what they hold of the block until then adds up; on a CPU all windows are one batch by default.
 
-On a card nothing waits for a result within a block, except where a matrix is compressed: to read a number, the
-program would have to wait for all work before it. So inputs are checked once, when their statistic is complete.
+To read a number from a card, a program must wait until all work queued there is done. So a block's batches read
+none: inputs are checked when their statistic is complete.
 
 A `Home` says where a block's weights come from and go to, so one code serves models in memory and models
 larger than memory.
@@ -192,7 +192,8 @@ class _Walk:
                 return
             if any(batch.dead for batch in running) or any(group is not reached[0] for group in reached):
                 raise Refusal(
-                    f"{name} runs its linears in another order for some windows; set sequential: block or none."
+                    f"{name} runs its linears in another order for some windows; set sequential: block or "
+                    "none."
                 )
             self.finish(reached[0])
 
@@ -218,8 +219,8 @@ class _Walk:
         with _about(group.linears[0].name):
             if group.statistic is not None and not group.statistic.finite():
                 raise Refusal(
-                    "its inputs are NaN or infinite, or their squares overflow fp32; nothing was written. Set "
-                    "run.dtype to bfloat16 or float32, or check the source for broken activations."
+                    "its inputs are NaN or infinite, or their squares overflow fp32; nothing was written. "
+                    "Set run.dtype to bfloat16 or float32, or check the source for broken activations."
                 )
         self.compress_group(group)
 

@@ -16,16 +16,7 @@ from tests import families
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
 FAMILIES = list(families.CONFIGS)
-MODES = [
-    ("linear", None),
-    ("linear", 1),
-    ("linear", 2),
-    ("block", None),
-    ("block", 1),
-    ("block", 2),
-    ("none", None),
-    ("none", 2),
-]
+MODES = [(mode, size) for mode in ("linear", "block", "none") for size in (None, 1, 2)]
 
 
 def windows(count: int = 3, length: int = 24) -> torch.Tensor:
