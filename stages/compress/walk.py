@@ -17,14 +17,15 @@ passes:
     is compressed and run again. Two forwards.
   - `none`: every linear sees the dense model's inputs. One forward.
 
-A block takes `batch_size` windows at a time, by default about `TOKENS` tokens, or `CARD_TOKENS` on CUDA. Free
-memory plays no part, as the last bits of results depend on the size. What flows between blocks is held for all
-tokens, on the device (0.07 GiB for 64 x 512 tokens of SmolLM2). With `linear` a group's statistic needs every
-token before any of its linears computes. So each batch pauses before a group until all have reached it, and
-what they hold of the block until then adds up; on a CPU all windows are one batch by default.
+A block takes `batch_size` windows at a time, by default about `TOKENS` tokens, or `CARD_TOKENS` on CUDA.
+Free memory plays no part, as the last bits of results depend on the size. What flows between blocks is held
+for all tokens, on the device (0.07 GiB for 64 x 512 tokens of SmolLM2). With `linear` a group's statistic
+needs every token before any of its linears computes. So each batch pauses before a group until all have
+reached it, and what they hold of the block until then adds up; on a CPU all windows are one batch by
+default.
 
-To read a number from a card, a program must wait until all work queued there is done. So a block's batches read
-none: inputs are checked when their statistic is complete.
+To read a number from a card, a program must wait until all work queued there is done. So a block's batches
+read none: inputs are checked when their statistic is complete.
 
 A `Home` says where a block's weights come from and go to, so one code serves models in memory and models
 larger than memory.

@@ -108,9 +108,9 @@ def _choose_attention() -> None:
     """Allow the kernels of attention that are deterministic in both directions.
 
     Flash attention takes calls without a mask, the memory-efficient kernel those with one, and what neither
-    takes is computed step by step ("math"). Forward, each sums in a fixed order. Backward, the first two add in
-    the order in which parts finish, unless deterministic algorithms are required, as in `Run.start`: then they
-    fix the order. cuDNN's kernel does not promise that.
+    takes is computed step by step ("math"). Forward, each sums in a fixed order. Backward, the first
+    two add in the order in which parts finish, unless deterministic algorithms are required, as in
+    `Run.start`: then they fix the order. cuDNN's kernel does not promise that.
     """
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.enable_mem_efficient_sdp(True)

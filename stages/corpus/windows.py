@@ -70,8 +70,9 @@ class Tokens(Windows):
     prompt_length: Annotated[int, Field(ge=1)] | None = None
     """Tokens of each window, BOS included, that prompt the model, which generates the rest."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Windows per batch, for when memory is short. On CUDA null is about 65536 tokens for generating and 16384
-    for reading; on a CPU all windows, or about 4096 tokens for reading unless `sequential` is `linear`."""
+    """Windows per batch, for when memory is short. On CUDA null is about 65536 tokens for generating and
+    16384 for reading; on a CPU all windows, or about 4096 tokens for reading unless `sequential` is
+    `linear`."""
 
     @model_validator(mode="after")
     def _settings_of_a_kind(self) -> Self:
