@@ -72,10 +72,7 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
         if distinct:  # usually there are no ties
             return scores <= threshold
     else:
-        # Equal scores may change places between runs, but the largest value of the lowest does not.
-        lowest = scores.topk(count, dim=1, largest=False, sorted=False).values
-        threshold = lowest.amax(1, keepdim=True)
-        del lowest  # as large as the scores
+        threshold = _threshold(scores, count)
     below, ties = scores < threshold, scores == threshold
     spare = count - below.sum(1, keepdim=True)
     # The running count below is wide and slow on a CPU; a card would wait for this test.
@@ -83,6 +80,14 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
         return below | ties
     dtype = torch.int64 if scores.shape[1] > torch.iinfo(torch.int32).max else torch.int32
     return below | (ties & (ties.cumsum(1, dtype=dtype) <= spare.to(dtype)))
+
+
+def _threshold(scores: Tensor, count: int) -> Tensor:
+    """Return the `count`-th lowest score of each row of `[rows, columns]`, `[rows, 1]`, at its best on a card.
+
+    Which of several equal scores are among the lowest may differ between runs; the largest value may not.
+    """
+    return scores.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
 
 
 def smallest_overall(scores: Tensor, count: int) -> Tensor:

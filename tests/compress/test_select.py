@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.compress.select import (
+    _threshold,
     apportion,
     by_pieces,
     extend_by_row,
@@ -19,6 +20,7 @@ from stages.compress.select import (
     smallest_overall,
     wanda_scores,
 )
+from tests import project
 from tests.pruners import SPARSITY, slow_mask, weights
 
 pytestmark = pytest.mark.device
@@ -35,11 +37,18 @@ def test_the_smallest_of_all_and_of_each_row(weight, share):
     rows, columns = weight.shape
     count = floor(share * weight.numel())
     overall = torch.tensor(slow_mask(weight.flatten().tolist(), count)).view(rows, columns)
-    assert torch.equal(smallest_overall(weight, count), overall)
+    there = weight.to(project.DEVICE)
+    assert torch.equal(smallest_overall(there, count).cpu(), overall)
     each = floor(share * columns)
     by_row = torch.tensor([slow_mask(row.tolist(), each) for row in weight])
-    assert torch.equal(smallest(weight, each), by_row)
-    assert torch.equal(lowest_by_row(weight, each * rows), by_row)
+    assert torch.equal(smallest(there, each).cpu(), by_row)
+    assert torch.equal(lowest_by_row(there, each * rows).cpu(), by_row)
+
+
+@given(weights(), st.data())
+def test_a_cards_threshold_is_the_last_of_the_lowest(weight, data):
+    count = data.draw(st.integers(1, weight.shape[1]))
+    assert torch.equal(_threshold(weight, count), weight.sort(dim=1).values[:, count - 1 : count])
 
 
 @given(weights(), st.data())
@@ -47,7 +56,7 @@ def test_every_row_can_have_its_own_count(weight, data):
     rows, columns = weight.shape
     counts = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
     expected = torch.tensor([slow_mask(row.tolist(), n) for row, n in zip(weight, counts, strict=True)])
-    assert torch.equal(smallest(weight, torch.tensor(counts)), expected)
+    assert torch.equal(smallest(weight.to(project.DEVICE), torch.tensor(counts)).cpu(), expected)
 
 
 @given(weights(), SPARSITY)
