@@ -83,7 +83,7 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
 
 
 def _threshold(scores: Tensor, count: int) -> Tensor:
-    """Return the `count`-th lowest score of each row of `[rows, columns]`, `[rows, 1]`, at its best on a card.
+    """Return the `count`-th lowest score of each row of `[rows, columns]`, `[rows, 1]`; made for a card.
 
     Which of several equal scores are among the lowest may differ between runs; the largest value may not.
     """
