@@ -82,12 +82,14 @@ def finite(values: Tensor) -> bool:
 
 
 def check_finite(what: str, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse tensors with NaN or infinite values, by name.
+    """Refuse tensors with NaN or infinite values, by name. A device is waited for once.
 
     Raises:
         Refusal: some values are NaN or infinite.
     """
-    if broken := [name for name, tensor in named if not finite(tensor.detach())]:
+    extremes = {name: torch.stack(tensor.detach().aminmax()) for name, tensor in named if tensor.numel()}
+    sound = torch.stack([pair.isfinite().all() for pair in extremes.values()]).tolist() if extremes else []
+    if broken := [name for name, fine in zip(extremes, sound, strict=True) if not fine]:
         raise Refusal(
             f"{what}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written. Use another "
             "source, or run in float32 if the model is sound."
