@@ -331,13 +331,15 @@ def check_written(file: Path, tensors: Mapping[str, Tensor]) -> str:
         AssertionError: it does not; a bug or a fault of the disk, never a user's mistake.
     """
     with safe_open(file, "pt") as handle:
-        names = handle.offset_keys()
-        stored = {name: handle.get_tensor(name) for name in names}  # mapped, not read
-    parts = [memoryview(tensors[name].flatten().view(torch.uint8).numpy()) for name in names]
-    with file.open("rb") as opened:
-        header = memoryview(opened.read(file.stat().st_size - sum(map(len, parts))))
-    like = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    written = checksum(file)
-    if like != {n: (t.shape, t.dtype) for n, t in stored.items()} or written != checksum_of([header, *parts]):
-        raise AssertionError(f"{file} differs from the tensors that were written to it")
-    return written
+        stored = {name: handle.get_tensor(name) for name in handle.offset_keys()}  # mapped, not read
+
+    def kinds(of: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in of.items()}
+
+    if kinds(stored) == kinds(tensors):
+        parts = [memoryview(tensors[name].flatten().view(torch.uint8).numpy()) for name in stored]
+        with file.open("rb") as opened:
+            header = opened.read(file.stat().st_size - sum(map(len, parts)))
+        if (written := checksum(file)) == checksum_of([memoryview(header), *parts]):
+            return written
+    raise AssertionError(f"{file} differs from the tensors that were written to it")
