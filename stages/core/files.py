@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,8 +155,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-PIECE = 2**24
+PIECE = 2**22
 """Bytes of a file that are hashed at a time by `checksum`."""
+HASHERS = 8
+"""The most threads that hash a file."""
 
 
 def checksum(file: Path) -> str:
@@ -166,33 +168,36 @@ def checksum(file: Path) -> str:
     Where content has to be identified on other machines, use `sha256`.
     """
 
-    def piece(start: int) -> bytes:
-        with file.open("rb", buffering=0) as opened:
-            opened.seek(start)
-            return opened.read(PIECE)
+    with file.open("rb", buffering=0) as opened:
 
-    starts = range(0, file.stat().st_size, PIECE)
-    with ThreadPoolExecutor(min(len(starts), _cores()) or 1) as pool:
-        return _joined(pool.map(lambda start: xxhash.xxh3_128_digest(piece(start)), starts))
+        def piece(start: int) -> list[bytes]:
+            return [os.pread(opened.fileno(), PIECE, start)]
+
+        return _joined(piece, range(0, os.fstat(opened.fileno()).st_size, PIECE))
 
 
 def checksum_of(parts: Iterable[memoryview]) -> str:
     """Return the `checksum` of a file with the content of `parts`, bytes, one after the other."""
-    digests, digest, room = [], xxhash.xxh3_128(), PIECE
+    pieces: list[list[memoryview]] = []
+    room = 0
     for part in parts:
         while len(part):
-            digest.update(part[:room])
-            part, room = part[room:], room - min(room, len(part))
             if not room:
-                digests.append(digest.digest())
-                digest, room = xxhash.xxh3_128(), PIECE
-    return _joined([*digests, *([digest.digest()] if room < PIECE else [])])
+                pieces.append([])
+                room = PIECE
+            pieces[-1].append(part[:room])
+            part, room = part[room:], room - min(room, len(part))
+    return _joined(lambda piece: piece, pieces)
 
 
-def _joined(digests: Iterable[bytes]) -> str:
-    return xxhash.xxh3_128_hexdigest(b"".join(digests))
+def _joined(read: Callable[[Any], Iterable[Any]], pieces: Sequence[Any]) -> str:
+    """Hash the hashes of `pieces`, each read as some byte strings, by threads."""
 
+    def digest(piece: Any) -> bytes:
+        hasher = xxhash.xxh3_128()
+        for part in read(piece):
+            hasher.update(part)
+        return hasher.digest()
 
-def _cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(HASHERS, len(pieces) or 1, os.cpu_count() or 1)) as pool:
+        return xxhash.xxh3_128_hexdigest(b"".join(pool.map(digest, pieces)))

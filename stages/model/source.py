@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-READERS = {"cpu": 1, "cuda": 8}
+READERS = {"cpu": 1, "cuda": 4}
 """Threads that read ahead, by the type of device. On a CPU they share its cores with the arithmetic."""
 Read: TypeAlias = "Callable[[str], Tensor]"
 """Reads a tensor by its full name in the model."""
@@ -248,7 +248,8 @@ class Empty:
         tensor = read(name).to(dtype=dtype)
         if self._device.type == "cuda" and tensor.device.type == "cpu":
             return tensor.pin_memory()
-        tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].any()  # a mapped file is read when it is touched
+        # A mapped file is read when it is touched.
+        tensor.flatten()[:: mmap.PAGESIZE // tensor.element_size()].any()
         return tensor
 
     def _fill(self, prefix: str, module: nn.Module, tensors: Mapping[str, Future[Tensor]]) -> None:

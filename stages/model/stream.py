@@ -4,9 +4,10 @@ A block's parameters take no memory until its turn comes (`Streamed.block`): the
 (`stages.model.source`), changed, written to a shard in `data/scratch/`, and dropped. The device holds one
 block, the embeddings where text passes through, and the calibration's activations.
 
-Reading and writing go on beside the arithmetic. Threads read the next block while this one is compressed, and
-the finished one is copied off the device to be written, checked and marked as finished behind the work. So
-the CPU's memory holds at most one block ahead and one behind, besides the current one if the device is the CPU.
+Reading and writing go on beside the arithmetic. Threads read the next block while this one is compressed.
+The finished one is copied off the device; a thread writes it, checks the file, and only then marks the block
+as finished. So the CPU's memory holds at most one block ahead and one behind, and the current block if the
+device is the CPU.
 
 A killed run leaves its finished shards in a folder named after everything they were computed from, and the
 next run starts from them. A refused run deletes them, unless files could not be read. Once all blocks are
@@ -20,7 +21,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,9 @@ from stages.core.numbers import check_finite
 from stages.model.artifact import Unloadable, bytes_on_disk, check_loads, write_record
 from stages.model.assembly import CheckpointPart, copy_generation_config, write_tensors
 from stages.model.blocks import linears
-from stages.model.checkpoint import Sizes, check_codes, check_zeros, lineage, zero_masks
+from stages.model.checkpoint import Sizes, check_zeros, lineage, zero_masks
 from stages.model.grid import Quantized
-from stages.model.packed import config_of, loads_packed, packable, tensors_of, weight_from
+from stages.model.packed import code_from, config_of, loads_packed, packable, tensors_of, weight_from
 from stages.model.resume import place
 from stages.model.shards import BlockFacts, Shards
 from stages.model.source import Empty, Read
@@ -100,6 +101,8 @@ class Streamed(Empty):
 
     @contextmanager
     def _weights(self, name: str, block: nn.Module, dense: bool) -> Iterator[bool]:
+        if name == self._names[0]:  # a walk begins, to which the last block of the one before is finished
+            self._settle()
         done = self._shards.done(name)
         self._bring(name, block, dense=dense)
         zeros = {} if done else zero_masks(linear for linear in self._linears if linear.block == name)
@@ -161,8 +164,11 @@ class Streamed(Empty):
         """
         stored = dict(dense)
         for linear, code in codes.items():
-            stored |= tensors_of(linear, code)
-        check_codes(codes, lambda linear: weight_from(stored, f"{linear}.weight", facts.scheme))
+            assert facts.scheme is not None
+            tensors = tensors_of(linear, code)
+            if not code.equals(code_from(tensors, f"{linear}.weight", facts.scheme)):
+                raise AssertionError(f"{linear}: the codes to be written differ from those computed")
+            stored |= tensors
         with replacing(self._shards.file(name)) as partial:
             save_file(stored, partial, metadata={"format": "pt"})
             written = check_written(partial, stored)
@@ -306,20 +312,22 @@ def off_device(
     dense: Mapping[str, Tensor], codes: Mapping[str, Quantized]
 ) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
     """Copy tensors and codes to the CPU, waiting for the device once; what is there already is not copied."""
+    devices: set[torch.device] = set()
 
     def copied(tensor: Tensor) -> Tensor:
         if tensor.device.type != "cuda":
             return tensor.cpu().contiguous()
+        devices.add(tensor.device)
         page_locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return page_locked.copy_(tensor, non_blocking=True)
 
-    def code_copied(code: Quantized) -> Quantized:
-        values = {field.name: getattr(code, field.name) for field in fields(code)}
-        tensors = {name: copied(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(code, **tensors)
+    def code_copied(code: Any) -> Quantized:
+        values = {name: value for name, value in vars(code).items() if isinstance(value, torch.Tensor)}
+        copy: Quantized = replace(code, **{name: copied(value) for name, value in values.items()})
+        return copy
 
     result = {n: copied(t) for n, t in dense.items()}, {n: code_copied(c) for n, c in codes.items()}
-    for device in {tensor.device for tensor in dense.values() if tensor.is_cuda}:
+    for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return result
 
@@ -337,7 +345,9 @@ def check_written(file: Path, tensors: Mapping[str, Tensor]) -> str:
         return {name: (tensor.shape, tensor.dtype) for name, tensor in of.items()}
 
     if kinds(stored) == kinds(tensors):
-        parts = [memoryview(tensors[name].flatten().view(torch.uint8).numpy()) for name in stored]
+        # A tensor of a single entry counts as contiguous whatever its strides.
+        flat = [tensors[name].as_strided((tensors[name].numel(),), (1,)) for name in stored]
+        parts = [memoryview(tensor.view(torch.uint8).numpy()) for tensor in flat]
         with file.open("rb") as opened:
             header = opened.read(file.stat().st_size - sum(map(len, parts)))
         if (written := checksum(file)) == checksum_of([memoryview(header), *parts]):

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -189,12 +189,34 @@ def test_a_refusal_waits_for_the_block_being_written(workspace, monkeypatch):
     assert len(compressed) == 8 and not leftovers()
 
 
-def test_the_next_block_is_read_while_this_one_is_compressed(workspace, monkeypatch):
-    """At most one block is ahead and one behind, so three are in memory."""
+def rebuild(count: int) -> None:
+    """Replace `base/tiny` by a model with so many blocks."""
     do(params("llama", {}))
     model = load("base/tiny")
-    deep = type(model.config).from_dict(model.config.to_dict() | {"num_hidden_layers": 6, "layer_types": None})
-    AutoModelForCausalLM.from_config(deep, dtype=torch.bfloat16).save_pretrained(MODELS / "base/tiny")
+    changed = {"num_hidden_layers": count, "layer_types": None}
+    config = type(model.config).from_dict(model.config.to_dict() | changed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(MODELS / "base/tiny")
+
+
+def test_the_last_block_is_finished_before_errors_are_measured(workspace, monkeypatch):
+    """Measuring goes through all blocks again."""
+    rebuild(1)
+    save = stream.Streamed._save
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        save(*args)
+
+    monkeypatch.setattr(stream.Streamed, "_save", slow)
+    compressed = counted(monkeypatch)
+    execute(WANDA)
+    assert len(compressed) == 7
+    assert len(record("prune/made")["notes"]["prune/made"]["block_errors"]["errors"]) == 1
+
+
+def test_the_next_block_is_read_while_this_one_is_compressed(workspace, monkeypatch):
+    """At most one block is ahead and one behind, so three are in memory."""
+    rebuild(6)
     events, saved, held = [threading.Event() for _ in range(6)], set[int](), list[set[int]]()
     read, save, weights = Files._tensor, stream.Streamed._save, Magnitude.weights
 
