@@ -1,5 +1,6 @@
 """Pruners of single weights, small problems for them, and slow references."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ def problem(seed: int, rows: int, columns: int, tokens: int = 512) -> tuple[torc
     inputs = torch.randn(tokens, columns, generator=generator) @ mixed
     weight = torch.randn(rows, columns, generator=generator)
     return weight.to(families.DEVICE), inputs.to(families.DEVICE)
+
+
+def named(weights: list[torch.Tensor]) -> list[Any]:
+    """Linears of these weights `[out, in]`, by the names 0, 1, ..."""
+    return [SimpleNamespace(name=str(number), weight=weight) for number, weight in enumerate(weights)]
 
 
 @st.composite

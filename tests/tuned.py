@@ -72,6 +72,8 @@ def steps(arm: Arm, rate: float, count: int) -> list[float]:
     for _ in range(count):
         loss = arm.model(input_ids=windows(), labels=windows()).loss
         loss.backward()
+        if arm.masks:
+            arm.masks.apply()
         arm.step(rate)
         arm.model.zero_grad()
         losses.append(loss.item())

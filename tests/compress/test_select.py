@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.compress.select import (
+    _threshold,
     apportion,
     by_pieces,
     extend_by_row,
@@ -36,11 +37,20 @@ def test_the_smallest_of_all_and_of_each_row(weight, share):
     rows, columns = weight.shape
     count = floor(share * weight.numel())
     overall = torch.tensor(slow_mask(weight.flatten().tolist(), count)).view(rows, columns)
-    assert torch.equal(smallest_overall(weight, count).cpu(), overall)
+    there = weight.to(families.DEVICE)
+    assert torch.equal(smallest_overall(there, count).cpu(), overall)
     each = floor(share * columns)
     by_row = torch.tensor([slow_mask(row.tolist(), each) for row in weight])
-    assert torch.equal(smallest(weight, each).cpu(), by_row)
-    assert torch.equal(lowest_by_row(weight, each * rows).cpu(), by_row)
+    assert torch.equal(smallest(there, each).cpu(), by_row)
+    assert torch.equal(lowest_by_row(there, each * rows).cpu(), by_row)
+
+
+def test_a_cards_threshold_is_the_last_of_the_lowest():
+    scores = torch.randint(0, 5, (7, 12), generator=torch.Generator().manual_seed(0)).float()
+    scores[0, :4] = -torch.inf
+    for count in range(1, 13):
+        expected = scores.sort(dim=1).values[:, count - 1 : count]
+        assert torch.equal(_threshold(scores.to(families.DEVICE), count).cpu(), expected)
 
 
 @given(weights(), st.data())
@@ -48,7 +58,7 @@ def test_every_row_can_have_its_own_count(weight, data):
     rows, columns = weight.shape
     counts = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
     expected = torch.tensor([slow_mask(row.tolist(), n) for row, n in zip(weight, counts, strict=True)])
-    assert torch.equal(smallest(weight, torch.tensor(counts, device=weight.device)).cpu(), expected)
+    assert torch.equal(smallest(weight.to(families.DEVICE), torch.tensor(counts)).cpu(), expected)
 
 
 @given(weights(), SPARSITY)

@@ -12,6 +12,7 @@ from stages.model.grid import Codes, Integers, bounds
 from stages.quantization.gptq import GPTQ
 from tests import families
 from tests.hessians import ChosenHessian
+from tests.pruners import named
 from tests.replay import MISTAKES, certify_gptq, let_err
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
@@ -85,6 +86,16 @@ def test_several_runs_of_columns_make_no_wrong_choice(options):
     statistic = hessian(inputs)
     code = gptq(4, options, damping=0.1).weights(weight, statistic)
     certify(code, weight, statistic, options, 0.1)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_linears_that_share_inputs_are_rounded_side_by_side(options):
+    weight, inputs = problem(seed=3, rows=9)
+    linears, statistic = named(list(sparse(weight).split([4, 1, 4]))), hessian(inputs)
+    results = list(gptq(4, options, damping=0.1).replace_group(linears, statistic, 3))
+    assert len(results) == 3
+    for linear, codes in zip(linears, results, strict=True):
+        certify(codes, linear.weight, statistic, options, 0.1)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

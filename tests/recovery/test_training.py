@@ -116,9 +116,10 @@ def test_training_is_adamw_on_the_mean_over_predicted_tokens_clipped():
         torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=1e-3, atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_no_byte():
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_gradient_checkpointing_changes_no_byte(method):
     models = [
-        tune(recipe("full", steps=3, gradient_checkpointing=whether), families.model("gpt2"))[0].model
+        tune(recipe(method, steps=3, gradient_checkpointing=whether), families.model("gpt2"))[0].model
         for whether in (False, True)
     ]
     for name, parameter in models[0].named_parameters():
