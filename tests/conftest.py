@@ -1,6 +1,8 @@
 """Shared inputs: tiny checkpoints of every family and made-up text, written once a session."""
 
 import logging
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,13 +19,14 @@ hypothesis.settings.register_profile("tests", deadline=None)  # a slow or busy m
 hypothesis.settings.load_profile("tests")
 
 
-collect_ignore = [] if find_spec("prefect") and find_spec("dvc") else ["flows"]
-"""A machine that only computes may have neither Prefect nor DVC."""
+LACKING = [name for name in ("prefect", "dvc", "reasoning_gym") if find_spec(name) is None]
+"""Libraries that a machine which only computes may lack; tests that need one are skipped there."""
+collect_ignore = ["flows"] if {"prefect", "dvc"} & {*LACKING} else []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let tests compute elsewhere than on the CPU."""
-    parser.addoption("--device", default=project.DEVICE, help="where the tests compute, such as cuda")
+    parser.addoption("--device", default=families.DEVICE, help="where the tests compute, such as cuda")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,11 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
     Raises:
         pytest.UsageError: this machine lacks it.
     """
-    project.DEVICE = config.getoption("device")
+    families.DEVICE = config.getoption("device")
     try:
         _run().resolved_device()
     except (Refusal, ValueError) as error:
-        raise pytest.UsageError(f"--device {project.DEVICE}: {error}") from None
+        raise pytest.UsageError(f"--device {families.DEVICE}: {error}") from None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,18 +50,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: item.path not in longest)
     for item in items:
-        if project.DEVICE != "cpu" and (mark := item.get_closest_marker("cpu")):
+        if families.DEVICE != "cpu" and (mark := item.get_closest_marker("cpu")):
             item.add_marker(pytest.mark.skip(reason=f"only on the CPU: {mark.args[0]}"))
 
 
+@contextmanager
+def _skipping() -> Iterator[None]:
+    """Skip a test that needs a library of `LACKING`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name in LACKING:
+            pytest.skip(f"this machine lacks {error.name}")
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    """Skip a test whose fixture needs a library that this machine lacks."""
+    with _skipping():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """Skip a test that needs a library that this machine lacks."""
+    with _skipping():
+        return (yield)
+
+
 def _run() -> Run:
-    return Run(device=project.DEVICE, dtype="bfloat16", threads=1, seed=0)
+    return Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0)
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where to put the tensors of a test; on a card every switch is set as in a stage."""
-    return _run().start() if project.DEVICE != "cpu" else torch.device("cpu")
+    return _run().start() if families.DEVICE != "cpu" else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,8 @@ TOKENS, CARD_TOKENS = 4096, 2**14
 
 Compress: TypeAlias = "Callable[[Linear, Statistic | None], Tensor | None]"
 """(linear, statistic of its inputs) -> its new weight `[out, in]`; None leaves it."""
+CompressGroup: TypeAlias = "Callable[[list[Linear], Statistic | None], Iterator[Tensor | None]]"
+"""(linears, statistic of the inputs they share) -> an iterator over what `Compress` returns for each."""
 Prepare: TypeAlias = "Callable[[list[Group], Callable[[], list[Tensor]]], None]"
 """(groups of a block, the block) -> nothing; called once their statistics are taken, before a linear changes.
 
@@ -97,7 +99,7 @@ class InMemory:
 class _Walk:
     """The settings of a walk and the work on one block."""
 
-    compress: Compress
+    compress: CompressGroup
     statistic: type[Statistic] | None
     sequential: Sequential
     batch_size: int
@@ -228,30 +230,32 @@ class _Walk:
 
     def compress_group(self, group: Group) -> None:
         """Compress the linears of a group and free its statistic."""
-        for linear in group.linears:
-            self.compress_linear(linear, group.statistic)
+        self.compress_linears(group.linears, group.statistic)
         group.statistic = None
 
-    def compress_linear(self, linear: Linear, statistic: Statistic | None) -> None:
-        """Give a linear its new weight, if there is one."""
-        with _about(linear.name):
-            if statistic is not None and not statistic.num_tokens:
-                raise Refusal("no token of the calibration text reached it; calibrate on more text.")
-            weight = self.compress(linear, statistic)
-            if weight is None:
-                return
-            if not finite(weight := weight.to(linear.weight.dtype)):
-                raise Refusal(
-                    f"its new weights leave the range of {linear.weight.dtype}; nothing was written. Run in "
-                    "float32, lower the sparsity, raise damping, or list the matrix in ignore."
-                )
-        linear.put(weight)
+    def compress_linears(self, linears: list[Linear], statistic: Statistic | None) -> None:
+        """Give linears that share a statistic their new weights, where there are any."""
+        weights = self.compress(linears, statistic)
+        for linear in linears:
+            with _about(linear.name):
+                if statistic is not None and not statistic.num_tokens:
+                    raise Refusal("no token of the calibration text reached it; calibrate on more text.")
+                weight = next(weights)
+                if weight is None:
+                    continue
+                if not finite(weight := weight.to(linear.weight.dtype)):
+                    raise Refusal(
+                        f"its new weights leave the range of {linear.weight.dtype}; nothing was written. "
+                        "Run in float32, lower the sparsity, raise damping, or list the matrix in ignore."
+                    )
+            linear.put(weight)
 
 
 def walk(
     model: nn.Module,
-    compress: Compress,
+    compress: Compress | CompressGroup,
     *,
+    by_group: bool = False,
     windows: Tensor | None = None,
     statistic: type[Statistic] | None = None,
     sequential: Sequential = "linear",
@@ -264,6 +268,7 @@ def walk(
     """Replace the weight of every linear of every block by what `compress` returns for it.
 
     Args:
+        by_group: whether `compress` takes all linears that share a statistic, see `CompressGroup`.
         windows: `[num_samples, sequence_length]` token ids; needed with `statistic`.
         statistic: taken of each linear's inputs; None is data-free and runs no forward.
         sequential: what the statistics have seen, see the module's docstring.
@@ -278,16 +283,17 @@ def walk(
             NaN or infinite; new weights leave the range of the dtype; the forward never reaches a linear or
             a block, or reaches it twice; memory runs out.
     """
+    together: Any = compress if by_group else _each(compress)
     size = batch_size or (1 if windows is None else default_batch_size(model, windows, sequential))
     targets, decoder = linears(model, ignore), blocks(model)
     by_block = {name: [linear for linear in targets if linear.block == name] for name, _ in decoder}
     with torch.no_grad(), tqdm(total=len(decoder), desc=label, unit="block") as bar:
-        state = _Walk(compress, statistic, sequential, size, prepare, home or InMemory(), by_block, bar)
+        state = _Walk(together, statistic, sequential, size, prepare, home or InMemory(), by_block, bar)
         if statistic is None:
             for name, block in decoder:
                 with state.weights(name, block) as done:
-                    for linear in [] if done else by_block[name]:
-                        state.compress_linear(linear, None)
+                    if not done:
+                        state.compress_linears(by_block[name], None)
             return
 
         if windows is None:
@@ -308,6 +314,11 @@ def walk(
                 f"text never reaches {', '.join(missed[:4])} of {type(model).__name__}; use a data-free "
                 "method."
             )
+
+
+def _each(compress: Any) -> CompressGroup:
+    """Let a `Compress` take the linears of a group."""
+    return lambda linears, statistic: (compress(linear, statistic) for linear in linears)
 
 
 def default_batch_size(model: nn.Module, windows: Tensor, sequential: Sequential) -> int:

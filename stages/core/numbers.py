@@ -89,7 +89,7 @@ def finite(values: Tensor) -> bool:
 
 
 def check_finite(what: str, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse tensors with NaN or infinite values, by name.
+    """Refuse tensors with NaN or infinite values, by name. A device is waited for once.
 
     Raises:
         Refusal: some values are NaN or infinite.

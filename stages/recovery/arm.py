@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.model.grid import Quantized
+    from stages.recovery.freezing import GradientMasks
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Arm(ABC):
 
     model: PreTrainedModel
     """The model that computes the loss, in `run.dtype`."""
+    masks: GradientMasks | None = None
+    """Which gradients the loop zeroes once a step, before it clips them."""
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:

@@ -36,7 +36,7 @@ from stages.core.lazy import torch
 from stages.core.numbers import no_grad
 from stages.recovery.adam import EPSILON
 from stages.recovery.arm import Arm, Recovered
-from stages.recovery.freezing import mask_gradients, trainable_mask
+from stages.recovery.freezing import GradientMasks, trainable_mask
 from stages.recovery.ongrid import GridWeights, OnGrid
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _ECOArm(Arm):
             if recipe.optimizer == "adam":
                 self._second[name] = torch.zeros_like(weight, dtype=torch.float32)
         trainable = {name: trainable_mask(zeros) for name, zeros in self._weights.zeros.items()}
-        mask_gradients(self._weights.parameters, trainable)
+        self.masks = GradientMasks(self._weights.parameters, trainable)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self._weights.parameters

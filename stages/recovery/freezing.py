@@ -1,8 +1,11 @@
-"""Frozen weights: zero their gradients before these count in the clipped norm or in a moment."""
+"""Frozen weights: zero their gradients before these count in the clipped norm or in a moment.
+
+Masks hold one byte a weight and are applied once a step, however many micro-batches it has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from stages.core.lazy import torch
@@ -16,31 +19,26 @@ def trainable_mask(frozen: Tensor) -> Tensor:
     return (~frozen).view(torch.int8)
 
 
-def mask_gradients(weights: Mapping[str, nn.Parameter], trainable: Mapping[str, Tensor]) -> None:
-    """Multiply the gradient of each weight by its mask as soon as a backward pass has added to it.
+class GradientMasks:
+    """The masks of some parameters' gradients.
 
     Args:
         weights: parameters with fp32 gradients, by name.
         trainable: masks of some of them, see `trainable_mask`, on one device. A mask may be changed in place
             later.
     """
-    if not trainable:
-        return
-    first, largest = next(iter(trainable.values())), max(mask.numel() for mask in trainable.values())
-    scratch = first.new_empty(largest, dtype=torch.float32)
-    for name, mask in trainable.items():
-        weights[name].register_post_accumulate_grad_hook(_masking(mask, scratch))
 
+    def __init__(self, weights: Mapping[str, nn.Parameter], trainable: Mapping[str, Tensor]) -> None:
+        self._masked = [(weights[name], mask) for name, mask in trainable.items()]
+        # A CPU would allocate an fp32 copy of each mask to multiply by it; other devices cast on the fly.
+        sizes = [mask.numel() for mask in trainable.values() if mask.device.type == "cpu"]
+        self._wide = torch.empty(max(sizes), dtype=torch.float32) if sizes else None
 
-def _masking(trainable: Tensor, scratch: Tensor) -> Callable[[Tensor], None]:
-    """Return a hook that masks the gradient of its parameter.
-
-    The mask is cast to fp32 in `scratch` first, as a product of mixed dtypes would allocate the same.
-    """
-    wide = scratch[: trainable.numel()].view(trainable.shape)
-
-    def hook(weight: Tensor) -> None:
-        assert weight.grad is not None
-        weight.grad.mul_(wide.copy_(trainable))
-
-    return hook
+    def apply(self) -> None:
+        """Multiply each gradient by its mask."""
+        for weight, mask in self._masked:
+            if weight.grad is None:
+                continue
+            if self._wide is not None:
+                mask = self._wide[: mask.numel()].view(mask.shape).copy_(mask)
+            weight.grad.mul_(mask)

@@ -13,7 +13,7 @@ from stages.core.lazy import torch
 from stages.model.blocks import blocks, linears
 from stages.recovery.adam import AdamArm, Publish
 from stages.recovery.arm import Arm, Recovered
-from stages.recovery.freezing import mask_gradients, trainable_mask
+from stages.recovery.freezing import GradientMasks, trainable_mask
 from stages.recovery.keep import Keeping
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class _FullArm(AdamArm):
         decays = recipe.weight_decay > 0 and recipe.keep != "mask"
         publish = {name: _holding(mask) for name, mask in frozen.items()} if decays else {}
         super().__init__(trained, weight_decay=recipe.weight_decay, publish=publish)
-        mask_gradients(trained, {name: trainable_mask(mask) for name, mask in frozen.items()})
+        trainable = {name: trainable_mask(mask) for name, mask in frozen.items()}
+        self.masks = GradientMasks(trained, trainable)
 
     def finish(self) -> Recovered:
         return self._recipe.recovered(self.model, self._frozen, self._grid)

@@ -51,7 +51,8 @@ class _LoRAArm(AdamArm):
 
         self._recipe, self._grid = recipe, grid
         targets = linears(model, recipe.ignore)
-        self._frozen = recipe.frozen(targets)
+        frozen = recipe.frozen(targets)
+        self._trainable = {name: trainable_mask(frozen.pop(name)) for name in list(frozen)}
         config = peft.LoraConfig(
             r=recipe.rank,
             lora_alpha=recipe.alpha,
@@ -59,19 +60,21 @@ class _LoRAArm(AdamArm):
             fan_in_fan_out=targets[0].transposed,
             task_type="CAUSAL_LM",
         )
-        if self._frozen:
+        if self._trainable:
             config._register_custom_module({torch.nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
         torch.manual_seed(recipe.seed)
         self._adapted = peft.get_peft_model(model, config)
         self.model = self._adapted.get_base_model()
-        for name, frozen in self._frozen.items():
+        for name, trainable in self._trainable.items():
             layer = self.model.get_submodule(name)
             assert isinstance(layer, MaskedLinear)
-            layer.trainable_mask = trainable_mask(frozen)
+            layer.trainable_mask = trainable
         trained = {
             name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
         super().__init__(trained, weight_decay=recipe.weight_decay)
 
     def finish(self) -> Recovered:
-        return self._recipe.recovered(self._adapted.eval().merge_and_unload(), self._frozen, self._grid)
+        model = self._adapted.eval().merge_and_unload()
+        frozen = {name: trainable == 0 for name, trainable in self._trainable.items()}
+        return self._recipe.recovered(model, frozen, self._grid)

@@ -17,7 +17,7 @@ class MaskedLinear(LoraLinear):
         """Return the masked update, shaped as the base weight is stored; the merge adds the same."""
         delta = self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
         delta = delta.T if self.fan_in_fan_out else delta
-        return (delta * self.trainable_mask).to(self.get_base_layer().weight.dtype)
+        return delta.to(self.get_base_layer().weight.dtype) * self.trainable_mask
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return x (W + M * BA)T + bias."""

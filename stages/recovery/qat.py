@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from stages.core.lazy import torch
 from stages.recovery.adam import AdamArm, Publish
 from stages.recovery.arm import Arm, Recovered
-from stages.recovery.freezing import mask_gradients, trainable_mask
+from stages.recovery.freezing import GradientMasks, trainable_mask
 from stages.recovery.ongrid import GridWeights, OnGrid
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class _QATArm(AdamArm):
             name: trainable_mask(zeros[name]) if name in zeros else torch.ones_like(weight, dtype=torch.int8)
             for name, weight in weights.items()
         }
-        mask_gradients(weights, self._trainable)
+        self.masks = GradientMasks(weights, self._trainable)
         publish = {name: self._publish(name) for name in weights}
         super().__init__(weights, weight_decay=recipe.weight_decay, publish=publish)
 

@@ -149,17 +149,24 @@ def take_step(recipe: Tuning, arm: Arm, parts: Sequence[Sequence[Row]], step: in
     batches = [collate(rows) for rows in parts]
     predicted = sum(batch.predicted for batch in batches)
     torch.manual_seed(seed_of(f"{recipe.seed} step {step}"))
-    total = 0.0
+    means, counts = [], []
     for batch in batches:
         mean, count = objective.batch_loss(arm.model, batch, recipe.distillation)
-        total += mean.item() * count / predicted
-        _check_finite(total, "training loss", recipe, step + 1)
         (mean * (count / predicted)).backward()
+        means.append(mean.detach())
+        counts.append(count)
+    if arm.masks:
+        arm.masks.apply()
     trained = list(arm.trained().values())
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    _check_finite(norm.item(), "training gradient", recipe, step + 1)
-    if norm > recipe.clip:
+    *losses, length = torch.stack([*means, norm]).tolist()  # the only time a step waits for its device
+    total = 0.0
+    for loss, count in zip(losses, counts, strict=True):
+        total += loss * count / predicted
+    _check_finite(total, "training loss", recipe, step + 1)
+    _check_finite(length, "training gradient", recipe, step + 1)
+    if length > recipe.clip:
         torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
     arm.step(rate)
     for parameter in trained:
@@ -183,14 +190,16 @@ def _check_finite(value: float, what: str, recipe: Tuning, step: int) -> None:
 
 def held_out_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int) -> float:
     """Return the mean cross entropy over all predicted tokens of `rows`, in nats; keep the model's mode."""
-    training, total, predicted = model.training, 0.0, 0
+    training = model.training
     model.eval()
     with torch.no_grad():
-        for first in range(0, len(rows), batch_size):
-            mean, count = objective.batch_loss(model, collate(rows[first : first + batch_size]), None)
-            total, predicted = total + mean.item() * count, predicted + count
+        batches = [collate(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+        means, counts = zip(*(objective.batch_loss(model, batch, None) for batch in batches), strict=True)
     model.train(training)
-    return total / predicted
+    total = 0.0
+    for loss, count in zip(torch.stack(means).tolist(), counts, strict=True):
+        total += loss * count
+    return total / sum(counts)
 
 
 @contextmanager

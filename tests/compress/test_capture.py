@@ -12,7 +12,7 @@ EVERY = [*families.CONFIGS, *families.RARE]
 
 
 def windows(count: int, length: int = 24) -> torch.Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
+    return families.windows(count, length)
 
 
 def hidden(output: object) -> torch.Tensor:

@@ -9,7 +9,7 @@ from stages.compress import statistics
 from stages.compress.statistics import ColumnNorm, DeadInputs, Hessian, add_product
 from stages.core.errors import Refusal
 from stages.core.numbers import finite
-from tests import project
+from tests import families
 from tests.hessians import ChosenHessian
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
@@ -19,7 +19,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def tokens(dtype: torch.dtype, count: int = 200, features: int = 24) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(features, features, generator=generator) / features**0.5
-    return (torch.randn(count, features, generator=generator) @ mixed).to(project.DEVICE, dtype)
+    return (torch.randn(count, features, generator=generator) @ mixed).to(families.DEVICE, dtype)
 
 
 def sizes(monkeypatch: pytest.MonkeyPatch, **changed: int) -> None:
@@ -94,11 +94,11 @@ def test_damping_serves_fewer_tokens_than_features():
     assert taken(Hessian, tokens(torch.float32, count=3)).inverse_factor(0.01).isfinite().all()
 
 
-def test_a_hessian_that_is_not_positive_definite_is_refused():
+def test_a_hessian_that_is_not_positive_definite_is_refused(device):
     with pytest.raises(
         Refusal, match=r"Hessian of 2 features .* not positive definite with damping 0.01; raise"
     ):
-        ChosenHessian(torch.tensor([[1.0, 3.0], [3.0, 1.0]])).inverse_factor(0.01)
+        ChosenHessian(torch.tensor([[1.0, 3.0], [3.0, 1.0]], device=device)).inverse_factor(0.01)
 
 
 @pytest.mark.parametrize("features", [1, 5, 24, 40])
@@ -121,7 +121,7 @@ def test_products_of_16_bits_are_exact_and_the_precision_is_restored(dtype):
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     inputs = torch.randint(-200, 200, (500, 16), generator=torch.Generator().manual_seed(0))
-    inputs = inputs.to(project.DEVICE, dtype)
+    inputs = inputs.to(families.DEVICE, dtype)
     exact = inputs.double().T @ inputs.double() * 2 / 500
     torch.testing.assert_close(taken(Hessian, inputs).matrix().double(), exact, rtol=1e-6, atol=0)
     assert matmul.fp32_precision == before
@@ -164,7 +164,7 @@ def test_on_a_card_values_of_16_bits_are_multiplied_as_they_are(monkeypatch):
         return (left.double() @ right.double()).to(out_dtype)
 
     monkeypatch.setattr(torch, "mm", mm)
-    inputs, total = tokens(torch.bfloat16), torch.ones(24, 5, device=project.DEVICE)
+    inputs, total = tokens(torch.bfloat16), torch.ones(24, 5, device=families.DEVICE)
     add_product(total, inputs, inputs[:, :5])
     exact = 1 + inputs.double().T @ inputs[:, :5].double()
     torch.testing.assert_close(total.double(), exact, rtol=1e-6, atol=1e-5)
@@ -172,8 +172,8 @@ def test_on_a_card_values_of_16_bits_are_multiplied_as_they_are(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_broken_value_among_many_is_found(value, dtype):
-    values = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_one_broken_value_among_many_is_found(value, dtype, device):
+    values = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     assert finite(values) and finite(values[:0]) and finite(values.T)
     for position in (0, 700, 37 * 41 - 1):
         broken = values.clone()

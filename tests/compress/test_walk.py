@@ -1,6 +1,7 @@
 """The walk: each statistic has seen what its mode promises, and mistakes are refused by name."""
 
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ MODES = [(mode, size) for mode in ("linear", "block", "none") for size in (None,
 
 
 def windows(count: int = 3, length: int = 24) -> torch.Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
+    return families.windows(count, length)
 
 
 def coarse(weight: torch.Tensor) -> torch.Tensor:
@@ -274,7 +275,8 @@ class Twice(torch.nn.Module):
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
-        self.norm, self.spare = norm, torch.nn.Linear(32, 32, dtype=torch.bfloat16)
+        self.norm = norm
+        self.spare = torch.nn.Linear(32, 32, dtype=torch.bfloat16, device=families.DEVICE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(x) + self.spare(self.spare(x))
@@ -285,7 +287,8 @@ class Routed(torch.nn.Module):
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
-        self.norm, self.expert = norm, torch.nn.Linear(32, 32, dtype=torch.bfloat16)
+        self.norm = norm
+        self.expert = torch.nn.Linear(32, 32, dtype=torch.bfloat16, device=families.DEVICE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.expert(x.reshape(-1, 32)[:0])
@@ -404,7 +407,7 @@ def test_every_tensor_is_on_the_device_of_the_weights(sequential, family):
     model, tokens = families.model(family), windows()
     with torch.device("meta"):
         walk(model, halve, windows=tokens, statistic=Hessian, sequential=sequential)
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert {p.device.type for p in model.parameters()} == {torch.device(families.DEVICE).type}
 
 
 @pytest.mark.parametrize("sequential", ["linear", "block", "none"])
@@ -436,3 +439,26 @@ def test_blocks_that_text_reaches_never_or_twice_are_refused(order):
     with pytest.raises(Refusal, match=message):
         walk(model, lambda *_: None, windows=windows(), statistic=ColumnNorm)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
+def test_linears_that_share_a_statistic_come_together(sequential):
+    model, seen = families.model("llama"), []
+
+    def halve_all(linears: list[Linear], statistic: Statistic | None) -> Iterator[torch.Tensor]:
+        seen.append([linear.name.removeprefix(f"{linear.block}.") for linear in linears])
+        return (halve(linear, statistic) for linear in linears)
+
+    walk(model, halve_all, by_group=True, windows=windows(), statistic=ColumnNorm, sequential=sequential)
+    assert seen == families.GROUPS["llama"] * 2
+    for linear in linears(model):
+        assert torch.equal(linear.weight, coarse(linear.weight))
+
+
+def test_a_refusal_names_the_linear_of_a_group_it_is_about():
+    def refuse_second(linears: list[Linear], statistic: Statistic | None) -> Iterator[torch.Tensor]:
+        yield linears[0].weight
+        raise Refusal("no such thing.")
+
+    with pytest.raises(Refusal, match=r"^model\.layers\.0\.self_attn\.k_proj: no such thing\."):
+        walk(families.model("llama"), refuse_second, by_group=True, windows=windows(), statistic=ColumnNorm)

@@ -10,7 +10,7 @@ from stages.pruning.gradients import loss_gradients, mean_loss
 from tests import families
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
-WINDOWS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+WINDOWS = families.windows(3, 24)
 
 
 def nats(model: torch.nn.Module) -> torch.Tensor:

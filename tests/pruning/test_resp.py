@@ -23,7 +23,7 @@ def test_the_mask_grows_and_every_linear_meets_the_target(scope, workspace, monk
     steps = []
 
     def watched(model, targets, windows, **options):
-        steps.append(({linear.name: linear.weight == 0 for linear in targets}, windows))
+        steps.append(({linear.name: (linear.weight == 0).cpu() for linear in targets}, windows))
         return loss_gradients(model, targets, windows, **options)
 
     monkeypatch.setattr("stages.pruning.resp.loss_gradients", watched)

@@ -29,7 +29,7 @@ def stepwise(**options) -> Stepwise:
 
 
 def windows() -> torch.Tensor:
-    return torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(0))
+    return families.windows(4, 24)
 
 
 class Scripted:

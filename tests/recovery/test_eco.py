@@ -19,7 +19,7 @@ def eco(bits: int = 3, **options: Any) -> Arm:
 
 def gradients(weight: torch.Tensor, count: int, draw: torch.Generator) -> list[torch.Tensor]:
     """Draw gradients of one size, with which Adam's second moment stays the same, and random signs."""
-    return [torch.randn(weight.shape, generator=draw).sign() * 0.5 for _ in range(count)]
+    return [torch.randn(weight.shape, generator=draw).to(weight.device).sign() * 0.5 for _ in range(count)]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -96,7 +96,7 @@ def test_training_is_adamw_on_the_mean_over_predicted_tokens_clipped():
         total = predicted = 0
         for row in [row for part in plan.rows(step) for row in part]:
             (item,) = uneven()[row]
-            logits = reference(input_ids=item.input_ids[None]).logits[0]
+            logits = reference(input_ids=item.input_ids[None].to(reference.device)).logits[0]
             for at in range(1, len(item.input_ids)):
                 if item.labels[at] >= 0:
                     total = total - logits[at - 1].log_softmax(0)[item.labels[at]]
@@ -116,9 +116,10 @@ def test_training_is_adamw_on_the_mean_over_predicted_tokens_clipped():
         torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=1e-3, atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_no_byte():
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_gradient_checkpointing_changes_no_byte(method):
     models = [
-        tune(recipe("full", steps=3, gradient_checkpointing=whether), families.model("gpt2"))[0].model
+        tune(recipe(method, steps=3, gradient_checkpointing=whether), families.model("gpt2"))[0].model
         for whether in (False, True)
     ]
     for name, parameter in models[0].named_parameters():
@@ -164,7 +165,8 @@ def test_the_held_out_loss_is_the_mean_over_tokens_and_keeps_the_models_mode():
     losses = []
     for (item,) in uneven():
         with torch.no_grad():
-            logits = model.eval()(input_ids=item.input_ids[None]).logits[0].log_softmax(-1)
+            ids = item.input_ids[None].to(model.device)
+            logits = model.eval()(input_ids=ids).logits[0].log_softmax(-1)
         losses += [-float(logits[at - 1, label]) for at, label in enumerate(item.labels) if label >= 0]
     model.train()
     assert held_out_loss(model, uneven(), 3) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
