@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from stages.compress.rounding import Rounding
 
 ROWS = 32
-"""Rows of the weight a program owns."""
-WARPS = 4
+"""Rows of the weight a program owns; with 8, 16 or 64 a launch took as long or longer on an H100."""
 _STORED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -36,9 +35,16 @@ def settle(
     block: slice,
     *,
     rows: int = ROWS,
-    warps: int = WARPS,
 ) -> None:
-    """Settle a block of columns of `work` that are up to date; arguments as in `surgeon`'s loop."""
+    """Settle a block of columns of `work` that are up to date.
+
+    Args:
+        work: `[in, out]` fp32, in place.
+        moves: U[j, k] / U[j, j], `[in, in]` fp32.
+        gone: `[in, out]` bool.
+        errors: `[columns of the block, out]` fp32 contiguous, to be filled.
+        rows: a power of 2.
+    """
     count, out = errors.shape
     zero = rounding.zero if rounding else None
     low, high = bounds(rounding.grid.bits) if rounding else (0, 0)
@@ -62,7 +68,6 @@ def settle(
         stored=_STORED[rounding.dtype] if rounding else tl.float32,
         width=triton.next_power_of_2(count),
         rows=rows,
-        num_warps=warps,
     )
 
 

@@ -117,10 +117,10 @@ def fused(work: Tensor) -> bool:
 
 @cache
 def compiles(device: torch.device) -> bool:
-    """Try the kernel on a single column, and log why the loop takes its place if it cannot be compiled."""
+    """Try the kernel on a small matrix, and log why the loop takes its place if it cannot be compiled."""
     try:
-        one = torch.ones(1, 1, device=device)
-        _settle_fused(one, one, one.bool(), None, torch.empty_like(one), slice(0, 1))
+        small = torch.eye(16, device=device)
+        _settle_fused(small, small, small > 0, None, torch.empty_like(small), slice(0, 16))
     except (ImportError, CalledProcessError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "C compiler" not in str(error):
             raise

@@ -47,6 +47,7 @@ from stages.compress.capture import Group, call_of, input_groups
 from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
 from stages.core.lazy import mock, torch
+from stages.core.memory import exhausted
 from stages.core.numbers import check_finite, finite
 from stages.model.blocks import Linear, blocks, check_length, device_of, forward, linears
 
@@ -280,7 +281,7 @@ def walk(
     Raises:
         Refusal: the architecture is not served (see `blocks`, `linears`, `check_call`); weights or inputs are
             NaN or infinite; new weights leave the range of the dtype; the forward never reaches a linear or
-            a block, or reaches it twice.
+            a block, or reaches it twice; memory runs out.
     """
     together: Any = compress if by_group else _each(compress)
     size = batch_size or (1 if windows is None else default_batch_size(model, windows, sequential))
@@ -306,7 +307,8 @@ def walk(
             for name, block in decoder:
                 step = state.step(name, block, len(windows), single)
                 patches.enter_context(mock.patch.object(block, "forward", step))
-            forward(model, windows)
+            with _refusing_out_of_memory(size):
+                forward(model, windows)
         if missed := [name for name, _ in decoder if name not in state.reached]:
             raise Refusal(
                 f"text never reaches {', '.join(missed[:4])} of {type(model).__name__}; use a data-free "
@@ -327,6 +329,23 @@ def default_batch_size(model: nn.Module, windows: Tensor, sequential: Sequential
     if device_of(model).type == "cuda":
         return max(1, CARD_TOKENS // windows.shape[1])
     return len(windows) if sequential == "linear" else max(1, TOKENS // windows.shape[1])
+
+
+@contextmanager
+def _refusing_out_of_memory(size: int) -> Iterator[None]:
+    """Turn an out-of-memory error of any device into a refusal that says which settings need less.
+
+    It is raised outside `Home.block`, so finished blocks stay for a run that has more memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not exhausted(error):
+            raise
+        raise Refusal(
+            f"there is not enough memory; lower the calibration's batch_size (now {size}), num_samples or "
+            "sequence_length."
+        ) from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from stages.compress import walk as walking
 from stages.compress.statistics import ColumnNorm, Hessian, Statistic
 from stages.compress.walk import default_batch_size, walk
 from stages.core.errors import Refusal
+from stages.job.transient import passing
 from stages.model.blocks import Linear, blocks, device_of, linears
 from stages.pruning.sparsegpt import SparseGPT
 from tests import families
@@ -164,6 +165,20 @@ def test_a_card_takes_a_fixed_number_of_tokens_at_a_time(monkeypatch):
     for sequential in ("linear", "block", "none"):
         assert default_batch_size(model, tokens, sequential) == 2
         assert default_batch_size(model, windows(5, 10), sequential) == 1
+
+
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
+def test_too_little_memory_is_refused_with_the_settings_to_lower(sequential):
+    model = families.model("llama")
+
+    def exhaust(linear: Linear, statistic: Statistic) -> None:
+        if linear.name.endswith("1.mlp.down_proj"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB.")
+
+    with pytest.raises(Refusal, match=r"lower .* batch_size \(now 2\), num_samples") as refused:
+        walk(model, exhaust, windows=windows(), statistic=Hessian, sequential=sequential, batch_size=2)
+    assert passing(refused.value) == "card"
+    assert hooks(model) == 0
 
 
 def test_linears_in_another_order_for_some_windows_are_refused():
