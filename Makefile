@@ -3,28 +3,31 @@
 #   make compare PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
 #                                             pip's own options; without them Linux gets the CUDA build of torch
 #   make compare JOBS=1                       stages side by side at most (default: what has room)
+#   make test DEVICE=cuda WORKERS=12          where the tests compute, and how many at a time (default: cpu, 2)
 PYTHON ?= python3
 PIP_ARGS ?=
 JOBS ?=
+DEVICE ?= cpu
+WORKERS ?= 2
 VENV := .venv
 READY := $(VENV)/ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup clean
+.PHONY: bench bench-device bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup clean
 
 compare: $(READY)
 	prunequant run $(if $(JOBS),--jobs $(JOBS))
 
-PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --device $(DEVICE)
 
 test: $(READY)
 	$(PYTEST) -m "not drill"
-	$(MAKE) test-numerics
+	$(if $(filter cpu,$(DEVICE)),$(MAKE) test-numerics)
 
 test-all: $(READY)
 	$(PYTEST)
-	$(MAKE) test-numerics
+	$(if $(filter cpu,$(DEVICE)),$(MAKE) test-numerics)
 
 # Spread runs and nights on real servers; needs PostgreSQL's postgres and initdb on the path.
 test-runners: runners
@@ -69,6 +72,10 @@ bench: $(READY) .venv-llmcompressor/ready
 	$(PYTHON) -m venv .venv-llmcompressor
 	.venv-llmcompressor/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-llmcompressor.lock
 	@touch $@
+
+# Parity with the CPU, repeats, kills and speed on a GPU; without a GPU it says so.
+bench-device: $(READY)
+	python -m benchmarks.device
 
 # Snakemake, which the benchmark of orchestration compares with, has an environment of its own.
 bench-orchestration: $(READY) .venv-snakemake/ready

@@ -271,13 +271,13 @@ def main() -> None:
     parser.add_argument(
         "families", nargs="*", help=f"any of {', '.join(families.CONFIGS)}; none is all of them"
     )
-    parser.add_argument("--device", default=project.DEVICE, help="run.device of params, such as cuda")
+    parser.add_argument("--device", default=families.DEVICE, help="run.device of params, such as cuda")
     arguments = parser.parse_args()
     if unknown := set(arguments.families) - set(families.CONFIGS):
         parser.error(
             f"there is no family {', '.join(sorted(unknown))}; allowed: {', '.join(families.CONFIGS)}"
         )
-    project.DEVICE = arguments.device
+    families.DEVICE = arguments.device
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:

@@ -101,14 +101,15 @@ def load(path: Path) -> Any:
 def compress(recipe: WeightMethod, model: Any, tokens: Tensor) -> None:
     """Replace the weight of every block linear of a model in memory, as `WeightMethod.execute` does."""
 
-    def replace(linear: Any, statistic: Any) -> Tensor:
-        zeros = count_of(recipe.sparsity, linear.weight.numel()) if isinstance(recipe, Pruner) else None
-        weight = recipe.replace(linear, statistic, {linear.name: zeros})
-        return weight.dequantize() if isinstance(weight, Quantized) else weight
+    def replace(linears: Any, statistic: Any) -> Iterator[Tensor]:
+        share = recipe.sparsity if isinstance(recipe, Pruner) else 0
+        plan = {linear.name: count_of(share, linear.weight.numel()) for linear in linears}
+        for weight in recipe.replace_group(linears, statistic, plan):
+            yield weight.dequantize() if isinstance(weight, Quantized) else weight
 
     assert isinstance(recipe.calibration, Calibration)
     walk(
-        model, replace, windows=tokens, statistic=recipe.statistic, label=recipe.method,
+        model, replace, by_group=True, windows=tokens, statistic=recipe.statistic, label=recipe.method,
         sequential=recipe.calibration.sequential,
     )  # fmt: skip
 

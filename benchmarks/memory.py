@@ -12,8 +12,6 @@ Each line is a JSON object.
 """
 
 import argparse
-import json
-import math
 import os
 import shutil
 import signal
@@ -24,72 +22,31 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from ruamel.yaml import YAML
-from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
+from benchmarks.checkpoint import write_random
 from benchmarks.figures import tell
-from stages.core.files import RECORD
+from benchmarks.limits import BlockWork
 
 ROOT = Path(__file__).parents[1]
-SHAPE = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}  # fmt: skip
-HIDDEN, WIDE, KEY = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_key_value_heads"] * 128
-LINEARS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KEY, HIDDEN),
-    "self_attn.v_proj": (KEY, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (WIDE, HIDDEN), "mlp.up_proj": (WIDE, HIDDEN), "mlp.down_proj": (HIDDEN, WIDE),
-}  # fmt: skip
-"""The linears of a block, `(out, in)`."""
 SAVED_BLOCKS = "data/scratch/resume/*/*/*.json"
 """Files of a killed run, as many as it finished blocks."""
 
 
+def shape(count: int) -> LlamaConfig:
+    """Return the config of a model in the shape of Llama-3.1-8B with `count` blocks."""
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, num_hidden_layers=count, tie_word_embeddings=False, dtype="bfloat16",
+        max_position_embeddings=8192,
+    )  # fmt: skip
+
+
 def size_of(count: int) -> int:
     """Return the bytes of a checkpoint with `count` blocks, without its norms."""
-    return 2 * (count * sum(map(math.prod, LINEARS.values())) + 2 * SHAPE["vocab_size"] * HIDDEN)
-
-
-def make(folder: Path, count: int, tokenizer: Path) -> None:
-    """Write a base artifact with `count` blocks of random bf16 weights, a shard per block."""
-    folder.mkdir(parents=True)
-    draw = torch.Generator().manual_seed(0)
-
-    def weight(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=draw)
-
-    index: dict[str, str] = {}
-
-    def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
-        name = f"model-{number:05d}-of-{count + 1:05d}.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-
-    for block in range(count):
-        at = f"model.layers.{block}"
-        tensors = {f"{at}.{name}.weight": weight(*shape) for name, shape in LINEARS.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{at}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-        write(block + 1, tensors)
-    vocabulary = SHAPE["vocab_size"]
-    rest = {
-        "model.embed_tokens.weight": weight(vocabulary, HIDDEN),
-        "lm_head.weight": weight(vocabulary, HIDDEN),
-        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-    }
-    write(count + 1, rest)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config = LlamaConfig(
-        **SHAPE, num_hidden_layers=count, tie_word_embeddings=False, dtype="bfloat16",
-        max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    record = {"artifact": "base/big", "lineage": ["base/big"], "recipes": {}, "base": {"name": "big"}}
-    (folder / RECORD).write_text(json.dumps(record))
+    config = shape(count)
+    return count * BlockWork.of(config, 0, 0).bytes + 4 * config.vocab_size * config.hidden_size
 
 
 def project(folder: Path, news: Path, samples: int, length: int) -> None:
@@ -184,7 +141,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=scratch) as name:
             folder = Path(name)
             project(folder, news, options.samples, options.sequence_length)
-            make(folder / "data/models/base/big", count, tokenizer)
+            words = AutoTokenizer.from_pretrained(tokenizer)
+            write_random(folder / "data/models/base/big", shape(count), words)
             size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
             tell(f"checkpoint.{count}_blocks.gib", size / 2**30)
             if count == many:

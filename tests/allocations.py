@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from stages.model.blocks import blocks, linears
 from stages.pruning.allocation.kinds import AnyAllocation
 from stages.pruning.allocation.shares import Allocation
+from tests import families
 from tests.pruners import InMemorySource
 
 KINDS = ("erk", "owl", "alpha", "layer-if")
@@ -19,7 +20,7 @@ def allocation(kind: str, **options: Any) -> Allocation:
 
 
 def tokens(count: int = 6) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 16), generator=torch.Generator().manual_seed(1))
+    return families.windows(count, 16, seed=1)
 
 
 def shares(

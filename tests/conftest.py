@@ -1,12 +1,17 @@
 """Shared inputs: tiny checkpoints of every family and made-up text, written once a session."""
 
 import logging
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+from stages.core.errors import Refusal
+from stages.core.run import Run
 from tests import families, project
 from tests import finished as sweep
 
@@ -14,20 +19,74 @@ hypothesis.settings.register_profile("tests", deadline=None)  # a slow or busy m
 hypothesis.settings.load_profile("tests")
 
 
+LACKING = [name for name in ("prefect", "dvc", "reasoning_gym") if find_spec(name) is None]
+"""Libraries that a machine which only computes may lack; tests that need one are skipped there."""
+collect_ignore = ["flows"] if {"prefect", "dvc"} & {*LACKING} else []
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the stages run elsewhere than on the CPU."""
-    parser.addoption("--device", default=project.DEVICE, help="run.device of the tests' params, such as cuda")
+    """Let tests compute elsewhere than on the CPU."""
+    parser.addoption("--device", default=families.DEVICE, help="where the tests compute, such as cuda")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Use the device before params are built."""
-    project.DEVICE = config.getoption("device")
+    """Set the device before params are built.
+
+    Raises:
+        pytest.UsageError: this machine lacks it.
+    """
+    families.DEVICE = config.getoption("device")
+    try:
+        _run().resolved_device()
+    except (Refusal, ValueError) as error:
+        raise pytest.UsageError(f"--device {families.DEVICE}: {error}") from None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files that run a whole project first: they take longest, and no worker must end with them."""
+    """Skip tests of the CPU elsewhere, and put files that run a whole project first.
+
+    Those take longest, and no worker must end with them.
+    """
     longest = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: item.path not in longest)
+    for item in items:
+        if families.DEVICE != "cpu" and (mark := item.get_closest_marker("cpu")):
+            item.add_marker(pytest.mark.skip(reason=f"only on the CPU: {mark.args[0]}"))
+
+
+@contextmanager
+def _skipping() -> Iterator[None]:
+    """Skip a test that needs a library of `LACKING`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name in LACKING:
+            pytest.skip(f"this machine lacks {error.name}")
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    """Skip a test whose fixture needs a library that this machine lacks."""
+    with _skipping():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """Skip a test that needs a library that this machine lacks."""
+    with _skipping():
+        return (yield)
+
+
+def _run() -> Run:
+    return Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where to put the tensors of a test; on a card every switch is set as in a stage."""
+    return _run().start() if families.DEVICE != "cpu" else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +102,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread(device: torch.device) -> None:
     """Tensors are tiny, many processes may share the cores, and sums come out in one order."""
     torch.set_num_threads(1)
 
@@ -71,6 +130,7 @@ def own_inputs(workspace: Path, inputs: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
     """A small project that `dvc repro` has brought up to date; copy it, do not write to it."""
+    pytest.importorskip("dvc")
     folder = sweep.make(tmp_path_factory.mktemp("finished") / "project", inputs)
     assert sweep.repro(folder) == sweep.STAGES
     project.commit(folder, "run")

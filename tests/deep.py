@@ -10,7 +10,7 @@ from stages.model.blocks import blocks
 from stages.pruning.depth.remove import output_projections
 from tests import families
 
-WINDOWS = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(7))
+WINDOWS = families.windows(5, 24, seed=7)
 
 
 def deep(family: str, layers: int = 6, **more: object) -> nn.Module:
@@ -31,7 +31,7 @@ def deep(family: str, layers: int = 6, **more: object) -> nn.Module:
                 parameter.mul_(5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return model.eval().to(families.DEVICE)
 
 
 class Skip(nn.Module):
@@ -68,10 +68,11 @@ def without_attention(model: nn.Module, gone) -> nn.Module:
 def loss(model: nn.Module, windows: torch.Tensor = WINDOWS) -> float:
     with torch.no_grad():
         return sum(
-            float(model(input_ids=row[None], labels=row[None], use_cache=False).loss) for row in windows
+            float(model(input_ids=row[None], labels=row[None], use_cache=False).loss)
+            for row in windows.to(model.device)
         ) / len(windows)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=WINDOWS, use_cache=False).logits
+        return model(input_ids=WINDOWS.to(model.device), use_cache=False).logits.cpu()

@@ -26,6 +26,8 @@ from transformers import (
     Qwen3Config,
 )
 
+DEVICE = "cpu"
+"""Where tests and their stages compute; `pytest --device cuda` sets it."""
 VOCAB = 259
 _GATED = {
     "vocab_size": VOCAB,
@@ -138,9 +140,10 @@ GROUPS: dict[str, list[list[str]]] = {
 
 
 def model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Make a tiny model of `family` in bf16 with weights drawn from `seed`."""
+    """Make a tiny model of `family` in bf16 on `DEVICE`, with weights drawn on the CPU from `seed`."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config({**ALL, **CONFIGS}[family], dtype=torch.bfloat16).eval()
+    drawn = AutoModelForCausalLM.from_config({**ALL, **CONFIGS}[family], dtype=torch.bfloat16).eval()
+    return drawn.to(DEVICE)
 
 
 def wide(family: str) -> PreTrainedModel:
@@ -148,11 +151,17 @@ def wide(family: str) -> PreTrainedModel:
     return model(family).float()
 
 
+def windows(count: int, length: int, seed: int = 0, high: int = 256) -> torch.Tensor:
+    """Draw token ids below `high`, `[count, length]` on `DEVICE`."""
+    drawn = torch.randint(0, high, (count, length), generator=torch.Generator().manual_seed(seed))
+    return drawn.to(DEVICE)
+
+
 def mixture(experts: int = 2) -> PreTrainedModel:
     """Make a two-block mixture in bf16, whose experts are 3-D parameters and no linears."""
     torch.manual_seed(0)
     config = MixtralConfig(**_GATED, num_local_experts=experts, num_experts_per_tok=1)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to(DEVICE)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -176,6 +185,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:
     """Write the family's checkpoint and tokenizer into `folder`."""
-    model(family, seed).save_pretrained(folder)
+    model(family, seed).cpu().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

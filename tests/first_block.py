@@ -22,9 +22,9 @@ class FirstBlock:
         handle = self.block.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
         )
-        tokens = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(0))
+        tokens = families.windows(1, 24)
         with torch.no_grad():
-            self.model(input_ids=tokens, use_cache=False)
+            self.model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
         handle.remove()
         ((self.args, self.kwargs),) = calls
         inside = [linear for linear in linears(self.model) if linear.block == self.name]
@@ -55,14 +55,14 @@ def shaken(family: str, **settings: Any) -> nn.Module:
         config = copy.deepcopy(families.CONFIGS[family])
         config.update(settings)
         torch.manual_seed(0)
-        model = type(model)(config).eval()
+        model = type(model)(config).eval().to(families.DEVICE)
     draw = torch.Generator().manual_seed(1)
     for _, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            parameter.data += (torch.randn(parameter.shape, generator=draw) / 4).to(parameter.dtype)
+            parameter.data += (torch.randn(parameter.shape, generator=draw) / 4).to(parameter)
     return model
 
 
 def scales(width: int, seed: int = 0) -> torch.Tensor:
     """Draw positive scales of different sizes."""
-    return torch.randn(width, generator=torch.Generator().manual_seed(seed)).exp()
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed)).to(families.DEVICE).exp()

@@ -87,4 +87,4 @@ def model(name: str) -> PreTrainedModel:
             part in parameter_name for part in ("A_log", "emb", "wte", "head")
         ):
             parameter.data.mul_(4)
-    return made
+    return made.to(families.DEVICE)

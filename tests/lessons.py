@@ -75,6 +75,6 @@ def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < count and families.CONFIGS["llama"].eos_token_id not in tokens:
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + tokens])).logits
+            logits = model(input_ids=torch.tensor([prompt + tokens], device=model.device)).logits
         tokens.append(int(logits[0, -1].argmax()))
     return tokens

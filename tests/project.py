@@ -22,10 +22,6 @@ ENV = {
 }
 
 
-DEVICE = "cpu"
-"""Where the stages compute; `pytest --device cuda` sets it."""
-
-
 def text(seed: int, documents: int = 60) -> str:
     """Lines of made-up words, different at each seed."""
     draw = random.Random(seed)
@@ -46,7 +42,7 @@ def params(folder: Path) -> dict[str, Any]:
         }  # fmt: skip
 
     return {
-        "run": {"device": DEVICE, "dtype": "bfloat16", "threads": 1, "seed": 0},
+        "run": {"device": families.DEVICE, "dtype": "bfloat16", "threads": 1, "seed": 0},
         "models": {
             "tiny": {
                 "source": f"path:{folder / 'tiny'}", "format": "safetensors",

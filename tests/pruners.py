@@ -1,5 +1,6 @@
 """Pruners of single weights, small problems for them, and slow references."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from stages.pruning.pruner import Pruner
 from stages.pruning.random import Random
 from stages.pruning.sparsegpt import SparseGPT
 from stages.pruning.wanda import Wanda
+from tests import families
 
 NONE = {"dataset": "none"}
 TEXT = {"dataset": "news"}
@@ -62,7 +64,13 @@ def problem(seed: int, rows: int, columns: int, tokens: int = 512) -> tuple[torc
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(columns, columns, generator=generator) / columns**0.5
     inputs = torch.randn(tokens, columns, generator=generator) @ mixed
-    return torch.randn(rows, columns, generator=generator), inputs
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight.to(families.DEVICE), inputs.to(families.DEVICE)
+
+
+def named(weights: list[torch.Tensor]) -> list[Any]:
+    """Linears of these weights `[out, in]`, by the names 0, 1, ..."""
+    return [SimpleNamespace(name=str(number), weight=weight) for number, weight in enumerate(weights)]
 
 
 @st.composite
@@ -70,7 +78,7 @@ def weights(draw: st.DrawFn) -> torch.Tensor:
     """Draw a small matrix of small integers, so that ties abound."""
     rows, columns = draw(st.tuples(st.integers(1, 6), st.integers(1, 24)))
     flat = draw(st.lists(st.integers(-3, 3), min_size=rows * columns, max_size=rows * columns))
-    return torch.tensor(flat, dtype=torch.float32).view(rows, columns)
+    return torch.tensor(flat, dtype=torch.float32, device=families.DEVICE).view(rows, columns)
 
 
 def slow_mask(scores: list[float], count: int) -> list[bool]:

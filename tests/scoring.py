@@ -30,6 +30,8 @@ def log_likelihood(model: torch.nn.Module, context: list[int], continuation: lis
     total = 0.0
     for number, token in enumerate(continuation):
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([context + continuation[:number]])).logits[0, -1]
+            logits = model(
+                input_ids=torch.tensor([context + continuation[:number]], device=model.device)
+            ).logits[0, -1]
         total += float(torch.log_softmax(logits.float(), 0)[token])
     return total

@@ -15,7 +15,7 @@ from stages.pruning.shape.width import Width
 from tests import families
 from tests.pipeline import NONE
 
-WINDOWS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(3))
+WINDOWS = families.windows(3, 24, seed=3)
 
 
 def heads(**options: Any) -> Heads:
@@ -41,7 +41,7 @@ def full(family: str) -> torch.nn.Module:
     draw = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            parameter.data = torch.randn(parameter.shape, generator=draw) / 4
+            parameter.data = (torch.randn(parameter.shape, generator=draw) / 4).to(parameter)
     return model
 
 
@@ -57,7 +57,7 @@ def grouped(family: str) -> PreTrainedModel:
         linear.weight.mul_(8)
         if linear.module.bias is not None:
             torch.nn.init.normal_(linear.module.bias, std=0.3)
-    return model
+    return model.to(families.DEVICE)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -67,4 +67,4 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def reloaded(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(families.DEVICE)

@@ -1,6 +1,6 @@
 """Recipes that stream `base/tiny` block by block into `made`, kills in the middle, and damaged sources."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.compress.method import WeightMethod
-from stages.pruning.pruner import Pruner
-from stages.quantization.quantizer import Quantizer
+from stages.pruning import sparsegpt
+from stages.quantization import gptq
 from tests.pipeline import TEXT, do, params
 from tests.recipes import GPTQ, MAGNITUDE, RTN, SPARSEGPT, WANDA
 
@@ -56,19 +56,19 @@ def counted(monkeypatch: pytest.MonkeyPatch, kill_at: int | None = None) -> list
     """Return a list that the names of compressed linears are added to; kill the run at number `kill_at`."""
     names: list[str] = []
 
-    def watch(cls: type[WeightMethod]) -> Callable[..., Any]:
-        original = cls.replace
+    def watch(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replace_group(self: WeightMethod, linears: Any, statistic: Any, plan: Any) -> Iterator[Any]:
+            weights = original(self, linears, statistic, plan)
+            for linear in linears:
+                if len(names) == kill_at:
+                    raise Killed
+                names.append(linear.name)
+                yield next(weights)
 
-        def replace(self: WeightMethod, linear: Any, statistic: Any, plan: Any) -> Any:
-            if len(names) == kill_at:
-                raise Killed
-            names.append(linear.name)
-            return original(self, linear, statistic, plan)
+        return replace_group
 
-        return replace
-
-    for cls in (Pruner, Quantizer):
-        monkeypatch.setattr(cls, "replace", watch(cls))
+    for cls in (WeightMethod, sparsegpt.SparseGPT, gptq.GPTQ):
+        monkeypatch.setattr(cls, "replace_group", watch(cls.replace_group))
     return names
 
 

@@ -184,6 +184,7 @@ def test_a_family_not_served_is_refused_by_name(section, case, family, workspace
     assert not Path("data/models", section).exists()
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(("section", "case", "family"), SERVED)
 def test_a_family_is_served(section, case, family, workspace):
     check_served(section, case, family)
@@ -219,6 +220,7 @@ WRAPPED = [("prune", "depth"), ("finetune", "lora"), ("finetune", "qat")]
 """Methods that load the whole model, and write it by transformers."""
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(("section", "case"), WRAPPED)
 def test_a_family_that_stores_tensors_under_other_names_is_served(section, case, workspace):
     check_served(section, case, "gemma3_wrapper")
@@ -246,6 +248,7 @@ def reference(calibration: Calibration) -> torch.nn.Module:
 QUICK = {("llama", 2), ("gemma4", 2), ("gemma4", 5), ("gemma3_wrapper", 2)}
 
 
+@pytest.mark.cpu("forwards of other sizes agree to the bit")
 @pytest.mark.parametrize(
     ("family", "batch_size"),
     [

@@ -33,12 +33,13 @@ def recipe(method: str, **options: Any) -> Tuning:
 
 def windows() -> torch.Tensor:
     """Return text with something to learn, `[8, 24]`: one short sequence over and over."""
-    return torch.arange(24).remainder(6).repeat(8, 1) + torch.arange(8).remainder(2)[:, None]
+    text = torch.arange(24).remainder(6).repeat(8, 1) + torch.arange(8).remainder(2)[:, None]
+    return text.to(families.DEVICE)
 
 
 def rows() -> list[Row]:
     """Return the windows as rows."""
-    return [(example(window),) for window in windows()]
+    return [(example(window),) for window in windows().cpu()]
 
 
 def tune(

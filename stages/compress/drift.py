@@ -52,7 +52,7 @@ def sample_windows(calibration: Any, tokenizer: PreTrainedTokenizerBase, vocab_s
 def block_outputs(
     model: PreTrainedModel, windows: Tensor, home: Home, *, dense: bool = False
 ) -> list[Tensor]:
-    """Return the output of every block for the windows, `[n, tokens, hidden]` on the CPU.
+    """Return the output of every block for the windows, `[n, tokens, hidden]`.
 
     Args:
         home: where the weights live.
@@ -65,7 +65,7 @@ def block_outputs(
         def run(*args: Any, **kwargs: Any) -> Any:
             with home.block(name, block, dense=dense):
                 output = original(*args, **kwargs)
-            outputs.append((output if isinstance(output, torch.Tensor) else output[0]).cpu())
+            outputs.append(output if isinstance(output, torch.Tensor) else output[0])
             return output
 
         return run

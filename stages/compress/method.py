@@ -11,7 +11,7 @@ Neither kind handles devices or files; `execute` does that for both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -138,9 +138,9 @@ class WholeModel(Compression):
 class WeightMethod(Compression):
     """A recipe whose method replaces the weights of all block linears, one at a time.
 
-    A method implements `replace`, and sets `statistic` if it needs to know a linear's inputs. `plan` runs
-    before the first block and sees the whole source; `prepare` may change a block before its weights are
-    replaced.
+    A method implements `replace`, or `replace_group` if it is faster on linears that share their inputs, and
+    sets `statistic` if it needs to know these. `plan` runs before the first block and sees the whole source;
+    `prepare` may change a block before its weights are replaced.
     """
 
     statistic: ClassVar[type[Statistic] | None] = None
@@ -176,6 +176,12 @@ class WeightMethod(Compression):
     def replace(self, linear: Linear, statistic: Any, plan: Any) -> Tensor | Quantized:
         """Return the new weight of a linear, or its codes."""
         raise NotImplementedError
+
+    def replace_group(
+        self, linears: Sequence[Linear], statistic: Any, plan: Any
+    ) -> Iterator[Tensor | Quantized]:
+        """Yield the new weights, or their codes, of linears that share their inputs, in this order."""
+        return (self.replace(linear, statistic, plan) for linear in linears)
 
     def notes(self, plan: Any) -> dict[str, Any]:
         """Return facts for the artifact's record, constant from run to run."""
@@ -218,14 +224,16 @@ class WeightMethod(Compression):
         def prepare(groups: list[Group], block: Callable[[], list[Tensor]]) -> None:
             source.noted |= self.prepare(groups, block)
 
-        def compress(linear: Linear, statistic: Statistic | None) -> Tensor:
-            if statistic:
-                dead.log(linear.name, statistic.dead())
-            weight = self.replace(linear, statistic, plan)
-            if not isinstance(weight, Quantized):
-                return weight
-            source.quantized[linear.name] = weight
-            return weight.checked(linear.weight)
+        def compress(linears: list[Linear], statistic: Statistic | None) -> Iterator[Tensor]:
+            weights = self.replace_group(linears, statistic, plan)
+            for linear in linears:
+                if statistic:
+                    dead.log(linear.name, statistic.dead())
+                weight = next(weights)
+                if isinstance(weight, Quantized):
+                    source.quantized[linear.name] = weight
+                    weight = weight.checked(linear.weight)
+                yield weight
 
         options: dict[str, Any] = {}
         if self.statistic:
@@ -240,6 +248,7 @@ class WeightMethod(Compression):
         walk(
             source.model,
             compress,
+            by_group=True,
             windows=windows,
             **options,
             ignore=self.ignore,

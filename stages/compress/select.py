@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_PIECE = 2**18
-"""Entries processed at a time where rows are independent, so that intermediate results stay in cache."""
+_PIECE, _CARD_PIECE = 2**18, 2**26
+"""Entries processed at a time where rows are independent, on a CPU, to stay in its cache, and on
+other devices."""
 Scores: TypeAlias = "Callable[[slice], Tensor]"
 """Some rows of a matrix -> their scores, `[rows, columns]` fp32."""
 
@@ -57,7 +58,7 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
             return smallest(scores, different[0])
         mask = torch.empty_like(scores, dtype=torch.bool)
         for each in different:
-            rows = (count == each).nonzero()[:, 0]
+            rows = (count == each).nonzero()[:, 0].to(scores.device)
             mask[rows] = smallest(scores[rows], each)
         return mask
     if not count:
@@ -71,13 +72,22 @@ def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
         if distinct:  # usually there are no ties
             return scores <= threshold
     else:
-        threshold = scores.sort(dim=1).values[:, count - 1 : count]
+        threshold = _threshold(scores, count)
     below, ties = scores < threshold, scores == threshold
     spare = count - below.sum(1, keepdim=True)
-    if (ties.sum(1, keepdim=True) == spare).all():  # avoids the running count below, which is wide and slow
+    # The running count below is wide and slow on a CPU; a card would wait for this test.
+    if scores.device.type == "cpu" and (ties.sum(1, keepdim=True) == spare).all():
         return below | ties
     dtype = torch.int64 if scores.shape[1] > torch.iinfo(torch.int32).max else torch.int32
     return below | (ties & (ties.cumsum(1, dtype=dtype) <= spare.to(dtype)))
+
+
+def _threshold(scores: Tensor, count: int) -> Tensor:
+    """Return the `count`-th lowest score of each row of `[rows, columns]`, `[rows, 1]`; made for a card.
+
+    Which of several equal scores are among the lowest may differ between runs; the largest value may not.
+    """
+    return scores.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
 
 
 def smallest_overall(scores: Tensor, count: int) -> Tensor:
@@ -114,7 +124,7 @@ def extend_by_row(scores: Scores, gone: Tensor, count: int) -> Tensor:
 
     Rows are levelled: their numbers of marks differ by at most one, except where `gone` has more.
     """
-    present = gone.sum(1)
+    present = gone.sum(1).cpu()  # a number a row: a card would wait at each step of the search
     each = _level(present, max(count, int(present.sum())), gone.shape[1])
     return by_pieces(
         gone, lambda rows: smallest(scores(rows).masked_fill(gone[rows], -torch.inf), each[rows])
@@ -124,7 +134,8 @@ def extend_by_row(scores: Scores, gone: Tensor, count: int) -> Tensor:
 def by_pieces(matrix: Tensor, choose: Callable[[slice], Tensor]) -> Tensor:
     """Apply `choose` to a few rows of `matrix` at a time and join its masks: bool, shaped as `matrix`."""
     mask = torch.empty_like(matrix, dtype=torch.bool)
-    step = max(1, _PIECE // matrix.shape[1])
+    entries = _PIECE if matrix.device.type == "cpu" else _CARD_PIECE
+    step = max(1, entries // matrix.shape[1])
     for start in range(0, len(matrix), step):
         rows = slice(start, start + step)
         mask[rows] = choose(rows)
@@ -139,6 +150,6 @@ def _level(present: Tensor, count: int, columns: int) -> Tensor:
         low, high = (middle, high) if int(present.clamp(min=middle).sum()) <= count else (low, middle - 1)
     filled = present.clamp(min=low)
     more, level = count - int(filled.sum()), (present <= low).nonzero().flatten()
-    number = torch.arange(len(level), device=present.device)
+    number = torch.arange(len(level))
     filled[level] += (number + 1) * more // max(len(level), 1) - number * more // max(len(level), 1)
     return filled

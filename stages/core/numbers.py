@@ -75,19 +75,28 @@ def no_grad(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def finite(values: Tensor) -> bool:
-    """Tell whether no value is NaN or infinite; an empty tensor has none."""
+def all_finite(values: Tensor) -> Tensor:
+    """Return whether no value is NaN or infinite, a bool on the device of `values`; true of no values."""
+    if not values.numel():
+        return torch.ones((), dtype=torch.bool, device=values.device)
     # The extremes of a tensor are NaN if any value is; much faster than a mask of the tensor's size.
-    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
+    return torch.stack(values.aminmax()).isfinite().all()
+
+
+def finite(values: Tensor) -> bool:
+    """Tell whether no value is NaN or infinite; a card finishes all its work first, see `all_finite`."""
+    return bool(all_finite(values))
 
 
 def check_finite(what: str, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse tensors with NaN or infinite values, by name.
+    """Refuse tensors with NaN or infinite values, by name. A device is waited for once.
 
     Raises:
         Refusal: some values are NaN or infinite.
     """
-    if broken := [name for name, tensor in named if not finite(tensor.detach())]:
+    flags = {name: all_finite(tensor.detach()) for name, tensor in named}
+    sound = torch.stack(list(flags.values())).tolist() if flags else []  # read at once
+    if broken := [name for name, each in zip(flags, sound, strict=True) if not each]:
         raise Refusal(
             f"{what}: NaN or infinite values in {', '.join(broken[:8])}; nothing was written. Use another "
             "source, or run in float32 if the model is sound."

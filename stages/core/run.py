@@ -84,10 +84,8 @@ class Run(Strict):
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
         if device.type == "cuda":
-            torch.backends.cuda.enable_flash_sdp(False)
-            torch.backends.cuda.enable_mem_efficient_sdp(False)
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            torch.backends.cuda.enable_math_sdp(True)
+            _fix_sums()
+            _choose_attention()
         return device
 
     def numerics(self) -> dict[str, Any]:
@@ -101,3 +99,23 @@ class Run(Strict):
             "dtype": self.dtype,
             "torch": str(torch.__version__),
         }
+
+
+def _fix_sums() -> None:
+    """Sum the products of bf16 and fp16 values in fp32 throughout, also where a sum is split into parts."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def _choose_attention() -> None:
+    """Allow the kernels of attention that are deterministic in both directions.
+
+    Flash attention takes calls without a mask, the memory-efficient kernel those with one, and what neither
+    takes is computed step by step ("math"). Forward, each sums in a fixed order. Backward, the first
+    two add in the order in which parts finish, unless deterministic algorithms are required, as in
+    `Run.start`: then they fix the order. cuDNN's kernel does not promise that.
+    """
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    torch.backends.cuda.enable_math_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CARD_TOKENS = 2**16
+"""Tokens, prompts included, of the windows generated at a time on a card unless a batch size is set.
+
+The model keeps keys and values of all of them, 8 GiB for Llama-3.1-8B. A CPU takes all windows at once.
+"""
+
 
 def model_windows(
     tokenizer: PreTrainedTokenizerBase,
@@ -80,7 +86,8 @@ def generate_windows(
     check_length(model, texts)
     length = texts.shape[1] - wanted.prompt_length
     numbers = torch.rand(len(texts), length, generator=draw, dtype=torch.float64)
-    size = wanted.batch_size or len(texts)
+    default = max(1, CARD_TOKENS // texts.shape[1]) if model.device.type == "cuda" else len(texts)
+    size = wanted.batch_size or default
     ids = text_token_ids(tokenizer, embedding_rows(model))
     with tqdm(total=len(texts) * length, desc="generating", unit="token") as bar:
         windows = torch.cat(

@@ -70,8 +70,9 @@ class Tokens(Windows):
     prompt_length: Annotated[int, Field(ge=1)] | None = None
     """Tokens of each window, BOS included, that prompt the model, which generates the rest."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Windows per batch, for when memory is short; null is all of them for generating and about 4096 tokens
-    for reading."""
+    """Windows per batch, for when memory is short. On CUDA null is about 65536 tokens for generating and
+    16384 for reading; on a CPU all windows, or about 4096 tokens for reading unless `sequential` is
+    `linear`."""
 
     @model_validator(mode="after")
     def _settings_of_a_kind(self) -> Self:
@@ -99,16 +100,7 @@ class Calibration(Tokens):
 
     sequential: Sequential = "linear"
     """Which linears are compressed when a statistic is taken: all earlier linears (`linear`), those of
-    earlier blocks (`block`), or none (`none`). `linear` needs all windows at once."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.sequential == "linear" and (self.batch_size or self.num_samples) < self.num_samples:
-            raise ValueError(
-                f"sequential linear needs all {self.num_samples} windows at once; remove batch_size, or set "
-                "sequential: block (two passes) or none"
-            )
-        return self
+    earlier blocks (`block`), or none (`none`)."""
 
 
 def tokens_or_none(value: Any) -> str:

@@ -168,8 +168,15 @@ def embedding_rows(model: nn.Module) -> int:
     return rows
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's embeddings, which text enters first."""
+    body: Any = model.base_model
+    device: torch.device = body.get_input_embeddings().weight.device
+    return device
+
+
 def forward(model: nn.Module, windows: Tensor) -> None:
     """Run the model on `windows` without its output head and without a key-value cache."""
     body: Any = model.base_model
     with torch.no_grad():
-        body(input_ids=windows.to(body.get_input_embeddings().weight.device), use_cache=False)
+        body(input_ids=windows.to(device_of(model)), use_cache=False)

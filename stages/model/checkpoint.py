@@ -207,25 +207,25 @@ def zero_masks(linears: Iterable[Linear]) -> dict[str, Tensor]:
 
 
 def check_zeros(masks: Mapping[str, Tensor], stored: Callable[[str], Tensor]) -> None:
-    """Check that every position of `masks` is zero in the written file.
+    """Check that every position of `masks` is zero in the written weights.
 
     Args:
-        stored: returns a linear's weight as the file has it, by the linear's full name.
+        stored: returns a linear's weight as it is written, by the linear's full name, on any device.
 
     Raises:
-        AssertionError: a zero was lost in writing; a bug, never a user's mistake.
+        AssertionError: a zero was lost; a bug, never a user's mistake.
     """
     for name, mask in masks.items():
-        lost = int((stored(name)[mask.cpu()] != 0).sum())
-        if lost:
+        weight = stored(name)
+        if lost := int(weight.logical_and(mask.to(weight.device)).sum()):
             raise AssertionError(f"{name}: {lost} of {int(mask.sum())} zeros were lost in writing")
 
 
 def check_codes(codes: Mapping[str, Quantized], stored: Callable[[str], Tensor]) -> None:
-    """Check that linears in the written file are what their codes stand for.
+    """Check that linears, as they are written, are what their codes stand for.
 
     Args:
-        stored: returns a linear's weight as the file has it, by the linear's full name.
+        stored: returns a linear's weight as it is written, by the linear's full name, on the CPU.
 
     Raises:
         AssertionError: a code was changed in writing; a bug, never a user's mistake.

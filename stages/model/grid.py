@@ -68,6 +68,14 @@ class Quantized:
         """Count the entries that do not dequantize to zero."""
         return int(torch.count_nonzero(self.dequantize()))
 
+    def equals(self, other: Quantized) -> bool:
+        """Tell whether `other`, on the same device, has the same codes, scales and zero points."""
+        mine, theirs = vars(self), vars(other)
+        return mine.keys() == theirs.keys() and all(
+            torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
+            for name, value in mine.items()
+        )
+
     def scheme(self) -> dict[str, Any] | None:
         """Return its format in compressed-tensors, or None if the library has none and it is stored dense.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.core import identity
-from stages.core.files import DATASETS, MODELS, sha256, text_sha256
+from stages.core.files import DATASETS, MODELS, checksum, text_sha256
 from stages.core.reading import reading
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _fingerprint(stage: str, recipe: Recipe, inputs: list[Path], run: Run) -> st
     files = []
     for folder in inputs:
         with reading(str(folder)):
-            files += [(str(file), sha256(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
+            files += [(str(file), checksum(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
     code = identity.digest(stage, type(recipe).__module__)
     origins = [
         recipe.model_dump(mode="json"), run.numerics(), run.seed, files, code, identity.versions(),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import Unreadable
-from stages.core.files import read_json, sha256, text_sha256, write_json
+from stages.core.files import checksum, read_json, text_sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +52,10 @@ class Shards:
         """Tell whether a block is finished."""
         return self._facts_file(block).exists()
 
-    def finish(self, block: str, facts: BlockFacts) -> None:
-        """Mark a block, whose shard is written, as finished."""
+    def finish(self, block: str, facts: BlockFacts, shard: str) -> None:
+        """Mark a block as finished, whose shard is written and has the checksum `shard`."""
         values = vars(facts)
-        write_json(self._facts_file(block), values | {"seal": _seal(self.file(block), values)})
+        write_json(self._facts_file(block), values | {"seal": _seal(shard, values)})
 
     def facts(self, block: str) -> BlockFacts:
         """Read the facts of a finished block."""
@@ -72,7 +72,7 @@ class Shards:
         for block in filter(self.done, self._files):
             try:
                 values = read_json(self._facts_file(block))
-                intact = values.pop("seal") == _seal(self.file(block), values)
+                intact = values.pop("seal") == _seal(checksum(self.file(block)), values)
             except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
                 intact = False
             except OSError as error:
@@ -92,6 +92,6 @@ class Shards:
         return self.file(block).with_suffix(".json")
 
 
-def _seal(shard: Path, facts: Mapping[str, Any]) -> str:
-    """Hash a finished block: its shard, and its facts as JSON."""
-    return text_sha256(f"{json.dumps(facts, sort_keys=True)} {sha256(shard)}")
+def _seal(shard: str, facts: Mapping[str, Any]) -> str:
+    """Hash a finished block: its shard's checksum, and its facts as JSON."""
+    return text_sha256(f"{json.dumps(facts, sort_keys=True)} {shard}")

@@ -3,16 +3,22 @@
 All modules exist from the start, on the meta device, where parameters take no memory. A block's parameters
 are read from the checkpoint's safetensors on request and dropped afterwards. Each read reopens its
 file, because the mapped pages of an open file count as used memory.
+
+While a block is worked on, threads read the next into the CPU's memory (page-locked memory if the device is
+CUDA, which copies from it at full speed). The device holds the weights of a single block.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetensors import safe_open
 
@@ -34,6 +40,11 @@ if TYPE_CHECKING:
     from stages.core.run import Run
 
 log = logging.getLogger(__name__)
+
+READERS = {"cpu": 1, "cuda": 4}
+"""Threads that read ahead, by the type of device. On a CPU they share its cores with the arithmetic."""
+Read: TypeAlias = "Callable[[str], Tensor]"
+"""Reads a tensor by its full name in the model."""
 
 
 def load_source(artifact: str, run: Run) -> PreTrainedModel:
@@ -111,7 +122,7 @@ class Loaded:
     """The parameters of a model whose files store them differently; it is loaded whole at the first read."""
 
     def __init__(self, names: Iterable[str], load: Callable[[], PreTrainedModel]) -> None:
-        self._names, self._load = set(names), load
+        self._names, self._load, self._lock = set(names), load, Lock()
         self._tensors: Mapping[str, Tensor] | None = None
 
     def __contains__(self, name: str) -> bool:
@@ -119,8 +130,9 @@ class Loaded:
 
     def read(self, name: str) -> Tensor:
         """Return a copy of the parameter of this name."""
-        if self._tensors is None:
-            self._tensors = self._load().state_dict()
+        with self._lock:
+            if self._tensors is None:
+                self._tensors = self._load().state_dict()
         return self._tensors[name].clone()
 
 
@@ -162,6 +174,9 @@ class Empty:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self._device)
         self._blocks = blocks(self.model)
+        self._readers = ThreadPoolExecutor(READERS.get(self._device.type, 1), "reader")
+        self._ahead: tuple[tuple[str, bool], dict[str, Future[Tensor]]] | None = None
+        """The block that is read ahead, and whether dense; its tensors by full name."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -179,29 +194,77 @@ class Empty:
         names = {id(module): name for name, module in self.model.named_modules()}
         for module in body.modules():
             if id(module) not in inside:
-                self._fill(names[id(module)], module, recurse=False)
+                name = names[id(module)]
+                self._fill(name, module, self._request(name, module, self._source.read, recurse=False))
         self.model.tie_weights()
 
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
         """Hold the source's weights of the block; see `stages.compress.walk.Home`."""
-        self._fill(name, block)
+        self._bring(name, block, dense=True)
         try:
             yield False
         finally:
             self._drop(block)
 
-    def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True) -> None:
-        """Read the parameters and the stored buffers of a module, by its full name `prefix`."""
-        for name, empty in list(module.named_parameters(recurse=recurse)):
-            tensor = self._source.read(full := f"{prefix}.{name}".lstrip("."))
-            if tensor.shape != empty.shape:
-                raise misshapen(self.name, [(full, tensor.shape, empty.shape)])
-            set_parameter(module, name, tensor.to(self._device, self._dtype))
-        check_finite(self.name, module.named_parameters(prefix, recurse=recurse))
-        for name, buffer in module.named_buffers(recurse=recurse):
-            if (full := f"{prefix}.{name}".lstrip(".")) in self._source:
-                buffer.copy_(self._source.read(full))
+    def _bring(self, name: str, block: nn.Module, *, dense: bool) -> None:
+        """Fill a block, from where it was read ahead if it was, and begin to read the next.
+
+        Args:
+            dense: see `_reader`.
+        """
+        if self._ahead is None or self._ahead[0] != (name, dense):
+            self._ahead = (name, dense), self._request(name, block, self._reader(name, dense))
+        tensors = self._ahead[1]
+        self._ahead = None
+        self._fill(name, block, tensors)
+        names = [name for name, _ in self._blocks]
+        for following, module in self._blocks[names.index(name) + 1 :][:1]:
+            requested = self._request(following, module, self._reader(following, dense))
+            self._ahead = (following, dense), requested
+
+    def _reader(self, name: str, dense: bool) -> Read:
+        """Return how a block's tensors are read.
+
+        Args:
+            dense: from the source even if the block is finished.
+        """
+        return self._source.read
+
+    def _request(
+        self, prefix: str, module: nn.Module, read: Read, *, recurse: bool = True
+    ) -> dict[str, Future[Tensor]]:
+        """Begin to read the parameters and the stored buffers of a module, by its full name `prefix`."""
+        requested = {}
+        for name, _ in module.named_parameters(prefix, recurse=recurse):
+            requested[name] = self._readers.submit(self._fetch, read, name, self._dtype)
+        for name, _ in module.named_buffers(prefix, recurse=recurse):
+            if name in self._source:
+                requested[name] = self._readers.submit(self._fetch, read, name, None)
+        return requested
+
+    def _fetch(self, read: Read, name: str, dtype: torch.dtype | None) -> Tensor:
+        """Read a tensor into the CPU's memory, in `dtype` if it is given."""
+        tensor = read(name).to(dtype=dtype)
+        if self._device.type == "cuda" and tensor.device.type == "cpu":
+            return tensor.pin_memory()
+        # A mapped file is read when it is touched.
+        tensor.flatten()[:: mmap.PAGESIZE // tensor.element_size()].any()
+        return tensor
+
+    def _fill(self, prefix: str, module: nn.Module, tensors: Mapping[str, Future[Tensor]]) -> None:
+        """Give a module its parameters and stored buffers, by full name."""
+        buffers = dict(module.named_buffers(prefix))
+        for full, requested in tensors.items():
+            name, tensor = full.removeprefix(f"{prefix}."), requested.result()
+            if full in buffers:
+                buffers[full].copy_(tensor)
+                continue
+            shape = module.get_parameter(name).shape
+            if tensor.shape != shape:
+                raise misshapen(self.name, [(full, tensor.shape, shape)])
+            set_parameter(module, name, tensor.to(self._device, non_blocking=True))
+        check_finite(self.name, ((full, p) for full, p in module.named_parameters(prefix) if full in tensors))
 
     def _drop(self, module: nn.Module) -> None:
         """Free the parameters of a module."""

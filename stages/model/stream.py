@@ -1,8 +1,13 @@
 """A model larger than memory, compressed block by block.
 
 A block's parameters take no memory until its turn comes (`Streamed.block`): they are read from the source
-(`stages.model.source`), changed, written to a shard in `data/scratch/`, and dropped. Memory holds one block,
-the embeddings where text passes through, and the calibration's activations.
+(`stages.model.source`), changed, written to a shard in `data/scratch/`, and dropped. The device holds one
+block, the embeddings where text passes through, and the calibration's activations.
+
+Reading and writing go on beside the arithmetic. Threads read the next block while this one is compressed.
+The finished one is copied off the device; a thread writes it, checks the file, and only then marks the block
+as finished. So the CPU's memory holds at most one block ahead and one behind, and the current block if the
+device is the CPU.
 
 A killed run leaves its finished shards in a folder named after everything they were computed from, and the
 next run starts from them. A refused run deletes them, unless files could not be read. Once all blocks are
@@ -14,24 +19,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stages.core.errors import Refusal, Unreadable
-from stages.core.files import MODELS, SCRATCH, replacing, writing
+from stages.core.files import MODELS, SCRATCH, checksum, checksum_of, replacing, writing
+from stages.core.lazy import torch
 from stages.core.numbers import check_finite
 from stages.model.artifact import Unloadable, bytes_on_disk, check_loads, write_record
 from stages.model.assembly import CheckpointPart, copy_generation_config, write_tensors
 from stages.model.blocks import linears
-from stages.model.checkpoint import Sizes, check_codes, check_zeros, lineage, zero_masks
+from stages.model.checkpoint import Sizes, check_zeros, lineage, zero_masks
 from stages.model.grid import Quantized
-from stages.model.packed import config_of, loads_packed, packable, tensors_of, weight_from
+from stages.model.packed import code_from, config_of, loads_packed, packable, tensors_of, weight_from
 from stages.model.resume import place
 from stages.model.shards import BlockFacts, Shards
-from stages.model.source import Empty, set_parameter
+from stages.model.source import Empty, Read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,6 +70,9 @@ class Streamed(Empty):
         self._linears = linears(self.model, recipe.ignore)
         self._prunable = {f"{linear.name}.weight" for linear in linears(self.model, partial=True)}
         self._loads_packed = loads_packed(self.model, [linear.name for linear in self._linears])
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._behind: Future[None] | None = None
+        """The write of the block before."""
         self._check_rest()
         _ = self.tokenizer  # refused now rather than at the end
         stage = artifact.split("/")[0]
@@ -80,64 +92,97 @@ class Streamed(Empty):
         try:
             with self._weights(name, block, dense) as done:
                 yield done
-        except Unreadable:
-            raise
-        except Refusal:
-            self._shards.delete()
+        except BaseException as error:
+            if self._behind is not None:
+                wait([self._behind])
+            if isinstance(error, Refusal) and not isinstance(error, Unreadable):
+                self._shards.delete()
             raise
 
     @contextmanager
     def _weights(self, name: str, block: nn.Module, dense: bool) -> Iterator[bool]:
+        if name == self._names[0]:  # a walk begins, to which the last block of the one before is finished
+            self._settle()
         done = self._shards.done(name)
-        if done and not dense:
-            self._fill_from_shard(name, block)
-        else:
-            self._fill(name, block)
+        self._bring(name, block, dense=dense)
         zeros = {} if done else zero_masks(linear for linear in self._linears if linear.block == name)
         yield done
         if not done:
             self._write(name, block, zeros)
         self._drop(block)
 
-    def _fill_from_shard(self, name: str, block: nn.Module) -> None:
+    def _reader(self, name: str, dense: bool) -> Read:
+        """Return how a block's tensors are read: from its shard if it is finished, unless `dense`."""
+        if dense or not self._shards.done(name):
+            return super()._reader(name, dense)
         stored, scheme = load_file(self._shards.file(name)), self._shards.facts(name).scheme
-        for local in [local for local, _ in block.named_parameters()]:
-            weight = weight_from(stored, f"{name}.{local}", scheme)
-            set_parameter(block, local, weight.to(self._device, self._dtype))
+        return lambda full: weight_from(stored, full, scheme)
 
     def _write(self, name: str, block: nn.Module, zeros: Mapping[str, Tensor]) -> None:
-        """Write the block's shard, check what was written, and mark the block as finished."""
+        """Check the block's weights, copy them off the device, and begin to write the shard.
+
+        Raises:
+            AssertionError: a zero of the source was lost; a bug, never a user's mistake.
+        """
         codes, self.quantized = self.quantized, {}
         noted, self.noted = self.noted, {}
         packed = self._loads_packed and all(
             packable(self.model.get_submodule(linear), code) for linear, code in codes.items()
         )
         scheme = next(iter(codes.values())).scheme() if codes and packed else None
+        check_zeros(zeros, lambda linear: self._computed(linear, codes if packed else {}))
         sizes = Sizes()
-        stored: dict[str, Tensor] = {}
+        dense: dict[str, Tensor] = {}
         for local, parameter in block.named_parameters():
             full = f"{name}.{local}"
             linear = full.removesuffix(".weight")
             sizes.add(parameter, codes.get(linear), prunable=full in self._prunable)
-            if linear in codes and packed:
-                stored |= tensors_of(linear, codes[linear])
-            else:
-                stored[full] = parameter.detach().cpu().contiguous()
-        stored |= {
-            f"{name}.{local}": buffer.cpu() for local, buffer in block.state_dict().items()
-            if f"{name}.{local}" not in stored and local in dict(block.named_buffers())
+            if linear not in codes or not packed:
+                dense[full] = parameter.detach()
+        dense |= {
+            f"{name}.{local}": buffer for local, buffer in block.state_dict().items()
+            if local in dict(block.named_buffers())
         }  # fmt: skip
+        facts = BlockFacts(sizes.counts, scheme, bool(codes) and not packed, sorted(codes), noted)
+        self._settle()
+        dense, codes = off_device(dense, codes if packed else {})
+        self._behind = self._writer.submit(self._save, name, dense, codes, facts)
+
+    def _computed(self, linear: str, codes: Mapping[str, Quantized]) -> Tensor:
+        """Return the weight of a linear, by its full name, that is written as codes or as it is."""
+        if linear in codes:
+            return codes[linear].dequantize()
+        return self.model.get_parameter(f"{linear}.weight").data
+
+    def _save(
+        self, name: str, dense: Mapping[str, Tensor], codes: Mapping[str, Quantized], facts: BlockFacts
+    ) -> None:
+        """Write a block's shard, check that it holds what was computed, and mark the block as finished.
+
+        Raises:
+            AssertionError: codes or bytes were changed in writing; a bug, never a user's mistake.
+        """
+        stored = dict(dense)
+        for linear, code in codes.items():
+            assert facts.scheme is not None
+            tensors = tensors_of(linear, code)
+            if not code.equals(code_from(tensors, f"{linear}.weight", facts.scheme)):
+                raise AssertionError(f"{linear}: the codes to be written differ from those computed")
+            stored |= tensors
         with replacing(self._shards.file(name)) as partial:
             save_file(stored, partial, metadata={"format": "pt"})
-            reread = load_file(partial)
-            check_zeros(zeros, lambda linear: weight_from(reread, f"{linear}.weight", scheme))
-            if packed:
-                check_codes(codes, lambda linear: weight_from(reread, f"{linear}.weight", scheme))
-        fake = bool(codes) and not packed
-        self._shards.finish(name, BlockFacts(sizes.counts, scheme, fake, sorted(codes), noted))
+            written = check_written(partial, stored)
+        self._shards.finish(name, facts, written)
+
+    def _settle(self) -> None:
+        """Wait until the block before is written; raise what went wrong there."""
+        behind, self._behind = self._behind, None
+        if behind is not None:
+            behind.result()
 
     def finish(self, notes: Mapping[str, Any]) -> dict[str, Any]:
         """Put the shards together into the artifact and return its record."""
+        self._settle()
         blocks = [self._shards.facts(name) for name in self._names]
         sizes = Sizes()
         noted: dict[str, list[str]] = {}
@@ -261,3 +306,50 @@ class Streamed(Empty):
             Refusal: some values are NaN or infinite.
         """
         check_finite(self.name, ((name, self._read(name)) for name in self._rest(Sizes())))
+
+
+def off_device(
+    dense: Mapping[str, Tensor], codes: Mapping[str, Quantized]
+) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
+    """Copy tensors and codes to the CPU, waiting for the device once; what is there already is not copied."""
+    devices: set[torch.device] = set()
+
+    def copied(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cuda":
+            return tensor.cpu().contiguous()
+        devices.add(tensor.device)
+        page_locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return page_locked.copy_(tensor, non_blocking=True)
+
+    def code_copied(code: Any) -> Quantized:
+        values = {name: value for name, value in vars(code).items() if isinstance(value, torch.Tensor)}
+        copy: Quantized = replace(code, **{name: copied(value) for name, value in values.items()})
+        return copy
+
+    result = {n: copied(t) for n, t in dense.items()}, {n: code_copied(c) for n, c in codes.items()}
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return result
+
+
+def check_written(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Check that a safetensors file holds exactly these tensors, on the CPU, and return its checksum.
+
+    Raises:
+        AssertionError: it does not; a bug or a fault of the disk, never a user's mistake.
+    """
+    with safe_open(file, "pt") as handle:
+        stored = {name: handle.get_tensor(name) for name in handle.offset_keys()}  # mapped, not read
+
+    def kinds(of: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in of.items()}
+
+    if kinds(stored) == kinds(tensors):
+        # A tensor of a single entry counts as contiguous whatever its strides.
+        flat = [tensors[name].as_strided((tensors[name].numel(),), (1,)) for name in stored]
+        parts = [memoryview(tensor.view(torch.uint8).numpy()) for tensor in flat]
+        with file.open("rb") as opened:
+            header = opened.read(file.stat().st_size - sum(map(len, parts)))
+        if (written := checksum(file)) == checksum_of([memoryview(header), *parts]):
+            return written
+    raise AssertionError(f"{file} differs from the tensors that were written to it")

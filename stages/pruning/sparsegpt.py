@@ -13,26 +13,28 @@ The paper's code zeroes all of them.
 
 from __future__ import annotations
 
-from math import lcm
+from math import gcd, lcm
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from stages.compress.select import extend_overall, smallest_in_groups
+from stages.compress.rounding import Rounding
+from stages.compress.select import extend_overall, smallest_in_groups, smallest_overall
 from stages.compress.statistics import Hessian
-from stages.compress.surgeon import COLUMNS, sweep
+from stages.compress.surgeon import COLUMNS, check_errors, side_by_side, sweep
 from stages.core.lazy import torch
 from stages.core.schema import Strict
 from stages.corpus.windows import Calibration
 from stages.model.blocks import check_divides, linears
-from stages.model.grid import Codes, round_to_codes, scale_of
+from stages.model.grid import Codes, Integers
 from stages.pruning.pruner import Pruner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
+    from stages.model.blocks import Linear
     from stages.model.source import Empty
 
 
@@ -71,71 +73,86 @@ class SparseGPT(Pruner):
         """Add the number of quantized linears if there is a grid."""
         return super().notes(plan) | ({"quantized_linears": len(plan)} if self.grid else {})
 
+    def replace_group(
+        self, linears: Sequence[Linear], statistic: Hessian, plan: dict[str, int]
+    ) -> Iterator[Tensor | Codes]:
+        """Yield the new weights of linears that share their inputs; they are swept side by side."""
+        zeros = [plan[linear.name] for linear in linears]
+        return self._swept([linear.weight for linear in linears], statistic, zeros)
+
     def weights(self, weight: Tensor, statistic: Hessian, zeros: int) -> Tensor | Codes:
         """Prune `weight` `[out, in]` and update the survivors; return codes if there is a grid.
 
         Raises:
-            Refusal: the damped Hessian is not positive definite.
+            Refusal: the damped Hessian is not positive definite, or errors overflow.
         """
+        return next(self._swept([weight], statistic, [zeros]))
+
+    def _swept(
+        self, weights: Sequence[Tensor], statistic: Hessian, zeros: Sequence[int]
+    ) -> Iterator[Tensor | Codes]:
         factor = statistic.inverse_factor(self.damping)
-        rows, columns = weight.shape
-        work = weight.float().T.contiguous()
+        work, parts = side_by_side(weights)
+        columns, dtype, pattern = len(work), weights[0].dtype, self.pattern
         gone = work == 0
         dead = statistic.dead()[:, None] if statistic.dead().any() else None
-        if dead is not None and not self.pattern:
-            count = min(zeros, int((gone | dead).sum()))
-            gone = extend_overall(work.abs().masked_fill(~dead, torch.inf), gone, count)
-        group_size = (self.grid.group_size if self.grid else None) or columns
+        if dead is not None and not pattern:
+            for rows, count in zip(parts, zeros, strict=True):
+                before = gone[:, rows]
+                scores = work[:, rows].abs().masked_fill(~dead, torch.inf)
+                spare = min(count, int((before | dead).sum()))
+                gone[:, rows] = extend_overall(scores, before, spare)
+        rounding = None
+        if self.grid:
+            rounding = Rounding(Integers(self.grid.bits, self.grid.group_size), work, dtype)
         # All columns that are ranked or scaled together must be up to date at the same time.
-        unit = lcm(self.pattern[1] if self.pattern else 1, group_size if group_size < columns else 1)
+        scaled = rounding.size if rounding and rounding.size < columns else 0
+        unit = lcm(pattern[1] if pattern else 1, scaled or 1)
         panel = unit * max(1, COLUMNS // unit)
-        more = zeros_by_panel(gone, zeros, panel)
-        scales: list[Tensor] = []
-        codes = torch.zeros(columns, rows, dtype=torch.int8, device=weight.device)
+        ranked = pattern[1] if pattern else panel
+        totals = [
+            zeros_by_panel(gone[:, rows], count, panel) for rows, count in zip(parts, zeros, strict=True)
+        ]
 
-        def choose(start: int, stop: int, now: Tensor) -> None:
-            scores = now[start:stop].abs() / factor.diagonal()[start:stop, None]
-            before = gone[start:stop].T
-            gone[start:stop] = extend_overall(scores.T, before, int(before.sum()) + more[start // panel]).T
-
-        def settle(j: int, column: Tensor) -> Tensor:
-            if self.pattern and j % self.pattern[1] == 0:
-                group = slice(j, j + self.pattern[1])
-                scores = work[group].abs() / factor.diagonal()[group, None]
+        def choose(start: int) -> None:
+            here = slice(start, start + ranked)
+            scores = work[here].abs() / factor.diagonal()[here, None]
+            if pattern:
                 if dead is not None:  # below all other scores, and ascending with |w|
-                    scores = torch.where(dead[group], -1 / (1 + work[group].abs()), scores)
-                scores = scores.masked_fill(gone[group], -2).T
-                gone[group] |= smallest_in_groups(scores, *self.pattern).T
-            value = column * ~gone[j]
-            if self.grid is None:
-                return value
-            if j % group_size == 0:
-                group = slice(j, j + group_size)
-                scales.append(scale_of((work[group] * ~gone[group]).T, self.grid.bits, weight.dtype)[:, 0])
-            code = round_to_codes(value, scales[-1], self.grid.bits)
-            codes[j] = code.to(torch.int8)
-            return (code * scales[-1]).to(weight.dtype).float()
+                    scores = torch.where(dead[here], -1 / (1 + work[here].abs()), scores)
+                scores = scores.masked_fill(gone[here], -2).T
+                gone[here] |= smallest_in_groups(scores, *pattern).T
+                return
+            scores = scores.masked_fill_(gone[here], -torch.inf)
+            for rows, total in zip(parts, totals, strict=True):
+                gone[here, rows] = smallest_overall(scores[:, rows].T, total[start // panel]).T
 
-        sweep(work, factor, settle, begin=None if self.pattern else choose, panel=panel)
-        if self.grid is None:
-            return work.T.to(weight.dtype).masked_fill(gone.T, 0)
-        scale = torch.stack(scales, 1).to(weight.dtype)
-        return Codes(codes.T.contiguous(), scale, self.grid.bits, self.grid.group_size)
+        def begin(start: int) -> None:
+            if start % ranked == 0:
+                choose(start)
+            if rounding and start % rounding.size == 0:
+                group = slice(start, start + rounding.size)
+                rounding.fit(start // rounding.size, work[group].masked_fill(gone[group], 0))
+
+        worst = sweep(work, factor, gone, rounding, begin=begin, unit=gcd(ranked, scaled), panel=panel)
+        for rows in parts:
+            check_errors(worst[rows])
+            yield rounding.result(rows) if rounding else work[:, rows].T.to(dtype).contiguous()
 
 
 def zeros_by_panel(gone: Tensor, zeros: int, panel: int) -> list[int]:
-    """Return how many more entries to remove from each `panel` columns so that `zeros` are gone in the end.
+    """Return how many entries of each `panel` columns are to be gone, `zeros` in all or what is gone already.
 
     Every panel ends with the same share of zeros; if some start with more, the others lose less.
 
     Args:
         gone: `[in, out]` bool, the entries that are zero already.
     """
-    columns = len(gone)
-    stops = [min(start + panel, columns) for start in range(0, columns, panel)]
-    existing = [int(part.sum()) for part in gone.split(panel)]
-    targets = [zeros * stop // columns for stop in stops]
+    columns, by_column = len(gone), gone.sum(1).tolist()
+    starts = range(0, columns, panel)
+    existing = [sum(by_column[start : start + panel]) for start in starts]
+    targets = [zeros * min(start + panel, columns) // columns for start in starts]
     missing = [max(b - a - n, 0) for a, b, n in zip([0, *targets], targets, existing, strict=False)]
     wanted = max(zeros - sum(existing), 0)
     sums = [wanted * sum(missing[: i + 1]) // max(sum(missing), 1) for i in range(len(missing))]
-    return [b - a for a, b in zip([0, *sums], sums, strict=False)]
+    return [n + b - a for n, a, b in zip(existing, [0, *sums], sums, strict=False)]

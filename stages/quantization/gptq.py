@@ -20,15 +20,19 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stages.compress.rounding import Rounding
 from stages.compress.statistics import Hessian
-from stages.compress.surgeon import COLUMNS, sweep
-from stages.core.lazy import torch
+from stages.compress.surgeon import COLUMNS, check_errors, side_by_side, sweep
 from stages.corpus.windows import Calibration
 from stages.model.grid import Codes
 from stages.quantization.quantizer import IntegerQuantizer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
+
+    from stages.model.blocks import Linear
 
 
 class GPTQ(IntegerQuantizer):
@@ -57,43 +61,38 @@ class GPTQ(IntegerQuantizer):
             raise ValueError("static_groups has no effect with group_size: null; leave it out")
         return self
 
+    def replace_group(self, linears: Sequence[Linear], statistic: Hessian, plan: int) -> Iterator[Codes]:
+        """Yield the codes of linears that share their inputs; they are swept side by side."""
+        return self._swept([linear.weight for linear in linears], statistic)
+
     def weights(self, weight: Tensor, statistic: Hessian) -> Codes:
         """Return the codes of `weight` `[out, in]`; their scales have its dtype.
 
         Raises:
-            Refusal: the damped Hessian is not positive definite.
+            Refusal: the damped Hessian is not positive definite, or errors overflow.
         """
+        return next(self._swept([weight], statistic))
+
+    def _swept(self, weights: Sequence[Tensor], statistic: Hessian) -> Iterator[Codes]:
         factor = statistic.inverse_factor(self.damping, descending=self.act_order)
-        columns, rows = weight.shape[1], weight.shape[0]
-        order = statistic.order() if self.act_order else torch.arange(columns, device=weight.device)
-        work = weight.float().T[order].contiguous()
-        keep = work != 0
-        size = self.group_size or columns
-        static = self.static_groups or self.act_order
-        place = order.tolist()
-        scales: list[Tensor] = []
-        zeros: list[Tensor] = []
-        codes = torch.zeros(columns, rows, dtype=torch.int8, device=weight.device)
+        order = statistic.order() if self.act_order else None
+        source, parts = side_by_side(weights)
+        work = source if order is None else source[order]
+        gone = work == 0
+        rounding = Rounding(self.grid, work, weights[0].dtype, order)
+        size, columns = rounding.size, len(work)
 
-        def fit(group: Tensor) -> None:
-            scale, zero = self.grid.fit(group, weight.dtype)
-            scales.append(scale[:, 0])
-            if zero is not None:
-                zeros.append(zero[:, 0])
+        def fit(start: int) -> None:
+            group = slice(start, start + size)
+            rounding.fit(start // size, work[group].masked_fill(gone[group], 0))
 
-        def settle(j: int, column: Tensor) -> Tensor:
-            if not static and j % size == 0:
-                fit((work[j : j + size] * keep[j : j + size]).T)
-            scale = scales[place[j] // size]
-            zero = zeros[place[j] // size] if zeros else None
-            codes[place[j]] = code = self.grid.round(column * keep[j], scale, zero)
-            return ((code if zero is None else code - zero) * scale).to(weight.dtype).float()
-
-        if static:
-            for group in weight.float().split(size, 1):
-                fit(group)
-        # Where scales are set from updated weights, no group may straddle two panels.
-        panel = COLUMNS if static or size == columns else size * max(1, COLUMNS // size)
-        sweep(work, factor, settle, panel=panel)
-        zero_point = torch.stack(zeros, 1) if zeros else None
-        return self.grid.to_codes(codes.T, torch.stack(scales, 1), zero_point, weight.dtype)
+        if self.static_groups or self.act_order or size == columns:
+            for number, group in enumerate(source.split(size)):
+                rounding.fit(number, group)
+            worst = sweep(work, factor, gone, rounding)
+        else:  # no group may straddle two panels
+            panel = size * max(1, COLUMNS // size)
+            worst = sweep(work, factor, gone, rounding, begin=fit, unit=size, panel=panel)
+        for rows in parts:
+            check_errors(worst[rows])
+            yield rounding.result(rows)

@@ -12,12 +12,12 @@ from stages.core.errors import Refusal
 from stages.model.blocks import blocks, forward
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 Pair = namedtuple("Pair", "left right")
 
 
 def windows(count: int, length: int = 24) -> torch.Tensor:
-    return torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(0))
+    return families.windows(count, length, high=250)
 
 
 @pytest.mark.parametrize("family", [*families.CONFIGS, *families.RARE])

@@ -7,12 +7,12 @@ from stages.compress.capture import call_of, input_groups
 from stages.model.blocks import blocks, forward, linears
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 EVERY = [*families.CONFIGS, *families.RARE]
 
 
 def windows(count: int, length: int = 24) -> torch.Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
+    return families.windows(count, length)
 
 
 def hidden(output: object) -> torch.Tensor:

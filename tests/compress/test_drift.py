@@ -9,7 +9,7 @@ from stages.model.blocks import blocks, forward
 from tests import families
 from tests.pipeline import NONE, TEXT, dense, do, load, params, record
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 OWN = {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 8}
 RECIPES = {
     "wanda": {"method": "wanda", "sparsity": 0.5, "calibration": TEXT},

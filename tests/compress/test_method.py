@@ -11,6 +11,7 @@ from stages.core.errors import Refusal
 from stages.core.run import Run
 from stages.model.blocks import linears
 from stages.pruning.magnitude import Magnitude
+from tests import families
 from tests.pipeline import NONE, TEXT, do, load, params, record
 from tests.recipes import GPTQ, SPARSEGPT, WANDA
 from tests.streaming import PRUNE, execute, leftovers
@@ -25,7 +26,7 @@ def test_a_method_needs_only_weights(workspace):
         source="base/tiny", method="magnitude", sparsity=0.5, scope="row", calibration=NONE,
         ignore=("mlp.up_proj",),
     )  # fmt: skip
-    run = Run(device="cpu", dtype="bfloat16", threads=1, seed=0)
+    run = Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0)
     recipe.execute("prune/own", run)
     for linear, before in zip(linears(load("prune/own")), linears(load("base/tiny")), strict=True):
         alone = recipe.weights(before.weight, None, before.weight.numel() // 2)

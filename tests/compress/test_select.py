@@ -3,11 +3,13 @@
 from itertools import combinations
 from math import floor
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.compress.select import (
+    _threshold,
     apportion,
     by_pieces,
     extend_by_row,
@@ -18,7 +20,10 @@ from stages.compress.select import (
     smallest_overall,
     wanda_scores,
 )
+from tests import families
 from tests.pruners import SPARSITY, slow_mask, weights
+
+pytestmark = pytest.mark.device
 
 PATTERNS = [(2, 4), (4, 8), (1, 4), (1, 2), (3, 4)]
 
@@ -32,11 +37,20 @@ def test_the_smallest_of_all_and_of_each_row(weight, share):
     rows, columns = weight.shape
     count = floor(share * weight.numel())
     overall = torch.tensor(slow_mask(weight.flatten().tolist(), count)).view(rows, columns)
-    assert torch.equal(smallest_overall(weight, count), overall)
+    there = weight.to(families.DEVICE)
+    assert torch.equal(smallest_overall(there, count).cpu(), overall)
     each = floor(share * columns)
     by_row = torch.tensor([slow_mask(row.tolist(), each) for row in weight])
-    assert torch.equal(smallest(weight, each), by_row)
-    assert torch.equal(lowest_by_row(weight, each * rows), by_row)
+    assert torch.equal(smallest(there, each).cpu(), by_row)
+    assert torch.equal(lowest_by_row(there, each * rows).cpu(), by_row)
+
+
+def test_a_cards_threshold_is_the_last_of_the_lowest():
+    scores = torch.randint(0, 5, (7, 12), generator=torch.Generator().manual_seed(0)).float()
+    scores[0, :4] = -torch.inf
+    for count in range(1, 13):
+        expected = scores.sort(dim=1).values[:, count - 1 : count]
+        assert torch.equal(_threshold(scores.to(families.DEVICE), count).cpu(), expected)
 
 
 @given(weights(), st.data())
@@ -44,7 +58,7 @@ def test_every_row_can_have_its_own_count(weight, data):
     rows, columns = weight.shape
     counts = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
     expected = torch.tensor([slow_mask(row.tolist(), n) for row, n in zip(weight, counts, strict=True)])
-    assert torch.equal(smallest(weight, torch.tensor(counts)), expected)
+    assert torch.equal(smallest(weight.to(families.DEVICE), torch.tensor(counts)).cpu(), expected)
 
 
 @given(weights(), SPARSITY)
@@ -67,7 +81,7 @@ def test_n_of_m_is_the_exhaustive_choice(data, pattern, rows, groups):
     keep, size = pattern
     length = rows * groups * size
     values = data.draw(st.lists(st.integers(0, 6), min_size=length, max_size=length))
-    scores = torch.tensor(values, dtype=torch.float32).view(rows, groups * size)
+    scores = torch.tensor(values, dtype=torch.float32, device=families.DEVICE).view(rows, groups * size)
     gone = smallest_in_groups(scores, keep, size)
     for row in range(rows):
         for start in range(0, groups * size, size):
@@ -83,8 +97,8 @@ def test_n_of_m_is_the_exhaustive_choice(data, pattern, rows, groups):
 def test_a_mask_grows_by_the_lowest_scores_to_an_exact_count(data):
     rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
     values = st.lists(st.integers(0, 4), min_size=rows * columns, max_size=rows * columns)
-    scores = torch.tensor(data.draw(values)).view(rows, columns).float()
-    gone = torch.tensor(data.draw(values)).view(rows, columns) == 0
+    scores = torch.tensor(data.draw(values), device=families.DEVICE).view(rows, columns).float()
+    gone = torch.tensor(data.draw(values), device=families.DEVICE).view(rows, columns) == 0
     count = data.draw(st.integers(0, rows * columns))
     for by_row in (True, False):
         mask = extend_mask(scores.__getitem__, gone, count, by_row=by_row)
@@ -113,8 +127,8 @@ def test_the_largest_remainders_are_rounded_up():
     assert apportion({"a": 0.5, "b": 0.5}, 1) == {"a": 1, "b": 0}
 
 
-def test_pieces_are_joined_in_order():
-    wide = torch.zeros(5, 2**17)
+def test_pieces_are_joined_in_order(device):
+    wide = torch.zeros(5, 2**17, device=device)
     wide[::2] = 1
     pieces: list[tuple[int, int]] = []
 

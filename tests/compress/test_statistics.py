@@ -6,19 +6,27 @@ import pytest
 import torch
 
 from stages.compress import statistics
-from stages.compress.statistics import ColumnNorm, DeadInputs, Hessian
+from stages.compress.statistics import ColumnNorm, DeadInputs, Hessian, add_product
 from stages.core.errors import Refusal
 from stages.core.numbers import finite
+from tests import families
 from tests.hessians import ChosenHessian
 
-pytestmark = pytest.mark.numerics
-DTYPES = [torch.bfloat16, torch.float32]
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def tokens(dtype: torch.dtype, count: int = 200, features: int = 24) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(features, features, generator=generator) / features**0.5
-    return (torch.randn(count, features, generator=generator) @ mixed).to(dtype)
+    return (torch.randn(count, features, generator=generator) @ mixed).to(families.DEVICE, dtype)
+
+
+def sizes(monkeypatch: pytest.MonkeyPatch, **changed: int) -> None:
+    """Change sizes of the CPU and of a card."""
+    for name, size in changed.items():
+        monkeypatch.setattr(statistics, name, size)
+        monkeypatch.setattr(statistics, f"CARD_{name}", size)
 
 
 def taken(kind, inputs: torch.Tensor, pieces: int = 1):
@@ -52,8 +60,7 @@ def test_a_hessian_is_the_direct_one(dtype):
 def test_the_way_tokens_are_split_does_not_matter(kind, dtype, monkeypatch):
     inputs = tokens(dtype)
     whole, pieces = taken(kind, inputs), taken(kind, inputs, pieces=7)
-    monkeypatch.setattr(statistics, "CHUNK_TOKENS", 13)
-    monkeypatch.setattr(statistics, "STRIPE_ROWS", 7)
+    sizes(monkeypatch, CHUNK_TOKENS=13, STRIPE_ROWS=7)
     chunks = taken(kind, inputs)
     for other in (pieces, chunks):
         assert other.num_tokens == whole.num_tokens == len(inputs)
@@ -67,7 +74,7 @@ def test_the_factor_is_that_of_the_damped_inverse(dtype):
     statistic = taken(Hessian, inputs)
     upper = statistic.inverse_factor(0.01)
     damped = statistic.matrix().double()
-    damped += 0.01 * damped.diagonal().mean() * torch.eye(len(damped))
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(len(damped), device=damped.device)
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close((upper.T @ upper).double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
     assert statistic.inverse_factor(0.01) is upper
@@ -87,32 +94,34 @@ def test_damping_serves_fewer_tokens_than_features():
     assert taken(Hessian, tokens(torch.float32, count=3)).inverse_factor(0.01).isfinite().all()
 
 
-def test_a_hessian_that_is_not_positive_definite_is_refused():
+def test_a_hessian_that_is_not_positive_definite_is_refused(device):
     with pytest.raises(
         Refusal, match=r"Hessian of 2 features .* not positive definite with damping 0.01; raise"
     ):
-        ChosenHessian(torch.tensor([[1.0, 3.0], [3.0, 1.0]])).inverse_factor(0.01)
+        ChosenHessian(torch.tensor([[1.0, 3.0], [3.0, 1.0]], device=device)).inverse_factor(0.01)
 
 
 @pytest.mark.parametrize("features", [1, 5, 24, 40])
 def test_stripes_do_not_change_a_hessian_or_its_factor(features, monkeypatch):
     inputs = tokens(torch.float32, features=features)
     whole = taken(Hessian, inputs)
-    monkeypatch.setattr(statistics, "STRIPE_ROWS", 3)
+    sizes(monkeypatch, STRIPE_ROWS=3, LEAF_ROWS=3)
     striped = taken(Hessian, inputs)
     assert torch.equal(striped.matrix(), striped.matrix().T)
     torch.testing.assert_close(striped.matrix(), whole.matrix(), rtol=1e-5, atol=1e-6)
     damped = striped.matrix().double()
-    damped += 0.01 * damped.diagonal().mean() * torch.eye(features)
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(features, device=damped.device)
     upper = striped.inverse_factor(0.01)
     assert torch.equal(upper, upper.triu()) and (upper.diagonal() > 0).all()
     torch.testing.assert_close((upper.T @ upper).double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
 
 
-def test_bf16_products_are_exact_and_the_precision_is_restored():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bits_are_exact_and_the_precision_is_restored(dtype):
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    inputs = torch.randint(-200, 200, (500, 16), generator=torch.Generator().manual_seed(0)).bfloat16()
+    inputs = torch.randint(-200, 200, (500, 16), generator=torch.Generator().manual_seed(0))
+    inputs = inputs.to(families.DEVICE, dtype)
     exact = inputs.double().T @ inputs.double() * 2 / 500
     torch.testing.assert_close(taken(Hessian, inputs).matrix().double(), exact, rtol=1e-6, atol=0)
     assert matmul.fp32_precision == before
@@ -139,18 +148,32 @@ def test_dead_inputs_are_logged_again_only_if_there_are_more(caplog):
 
 
 @pytest.mark.parametrize("kind", [ColumnNorm, Hessian])
-def test_squares_that_overflow_are_refused(kind):
+@pytest.mark.parametrize("value", [1e30, float("nan"), float("-inf")])
+def test_inputs_that_are_broken_or_too_large_to_square_do_not_go_unnoticed(value, kind):
     inputs = tokens(torch.float32)
-    inputs[0, 3] = 1e30
-    statistic = taken(kind, inputs)
-    with pytest.raises(Refusal, match="the squares of its inputs overflow fp32"):
-        statistic.norm() if kind is ColumnNorm else statistic.inverse_factor(0.01)
+    assert taken(kind, inputs).finite()
+    inputs[0, 3] = value
+    assert not taken(kind, inputs, pieces=3).finite()
+
+
+def test_on_a_card_values_of_16_bits_are_multiplied_as_they_are(monkeypatch):
+    """A CPU has no such product, so it is replaced by a slow one."""
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16
+        return (left.double() @ right.double()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    inputs, total = tokens(torch.bfloat16), torch.ones(24, 5, device=families.DEVICE)
+    add_product(total, inputs, inputs[:, :5])
+    exact = 1 + inputs.double().T @ inputs[:, :5].double()
+    torch.testing.assert_close(total.double(), exact, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_broken_value_among_many_is_found(value, dtype):
-    values = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_one_broken_value_among_many_is_found(value, dtype, device):
+    values = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     assert finite(values) and finite(values[:0]) and finite(values.T)
     for position in (0, 700, 37 * 41 - 1):
         broken = values.clone()

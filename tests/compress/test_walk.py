@@ -1,24 +1,28 @@
 """The walk: each statistic has seen what its mode promises, and mistakes are refused by name."""
 
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.compress import walk as walking
 from stages.compress.statistics import ColumnNorm, Hessian, Statistic
-from stages.compress.walk import walk
+from stages.compress.walk import default_batch_size, walk
 from stages.core.errors import Refusal
-from stages.model.blocks import Linear, blocks, linears
+from stages.job.transient import passing
+from stages.model.blocks import Linear, blocks, device_of, linears
 from stages.pruning.sparsegpt import SparseGPT
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 FAMILIES = list(families.CONFIGS)
-MODES = [("linear", None), ("block", None), ("block", 1), ("block", 2), ("none", None), ("none", 2)]
+MODES = [(mode, size) for mode in ("linear", "block", "none") for size in (None, 1, 2)]
 
 
 def windows(count: int = 3, length: int = 24) -> torch.Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
+    return families.windows(count, length)
 
 
 def coarse(weight: torch.Tensor) -> torch.Tensor:
@@ -100,7 +104,7 @@ def test_statistics_have_seen_what_the_mode_promises(sequential, batch_size, kin
 
 @pytest.mark.parametrize("family", [*FAMILIES, *families.RARE])
 @pytest.mark.parametrize(
-    ("sequential", "batch_size"), [("none", 2), ("none", 1), ("block", 2), ("linear", None)]
+    ("sequential", "batch_size"), [("none", 2), ("none", 1), ("block", 2), ("linear", None), ("linear", 2)]
 )
 def test_statistics_are_those_of_plain_forwards(sequential, batch_size, family):
     """Whatever blocks share: each window's inputs come from a plain forward of that window alone."""
@@ -117,13 +121,82 @@ def test_statistics_are_those_of_plain_forwards(sequential, batch_size, family):
         torch.testing.assert_close(taken[name].double(), direct, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_block_takes_no_more_than_batch_size_windows(size):
+def test_a_block_takes_no_more_than_batch_size_windows(size, sequential):
     model, rows = families.model("llama"), []
     for linear in linears(model):
         linear.module.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    walk(model, halve, windows=windows(), statistic=Hessian, sequential="block", batch_size=size)
+    walk(model, halve, windows=windows(), statistic=Hessian, sequential=sequential, batch_size=size)
     assert max(rows) == size
+
+
+class Waits(TorchDispatchMode):
+    """Count the reads of a tensor's values, at each of which a card's queue runs empty."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [ColumnNorm, Hessian])
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
+def test_nothing_waits_for_a_batch(sequential, kind):
+    def waits(batch_size: int) -> int:
+        model, tokens = families.model("llama"), windows(6)
+        with Waits() as seen:
+            walk(model, halve, windows=tokens, statistic=kind, sequential=sequential, batch_size=batch_size)
+        return seen.count
+
+    assert waits(1) == waits(6) > 0
+
+
+def test_a_card_takes_a_fixed_number_of_tokens_at_a_time(monkeypatch):
+    model, tokens = families.model("llama"), windows(5, 4)
+    monkeypatch.setattr(walking, "CARD_TOKENS", 9)
+    monkeypatch.setattr(walking, "TOKENS", 12)
+    device = device_of(model)
+    if device.type == "cpu":
+        assert default_batch_size(model, tokens, "linear") == 5
+        assert default_batch_size(model, tokens, "block") == 3
+    monkeypatch.setattr(walking, "device_of", lambda model: torch.device("cuda"))
+    for sequential in ("linear", "block", "none"):
+        assert default_batch_size(model, tokens, sequential) == 2
+        assert default_batch_size(model, windows(5, 10), sequential) == 1
+
+
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
+def test_too_little_memory_is_refused_with_the_settings_to_lower(sequential):
+    model = families.model("llama")
+
+    def exhaust(linear: Linear, statistic: Statistic) -> None:
+        if linear.name.endswith("1.mlp.down_proj"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB.")
+
+    with pytest.raises(Refusal, match=r"lower .* batch_size \(now 2\), num_samples") as refused:
+        walk(model, exhaust, windows=windows(), statistic=Hessian, sequential=sequential, batch_size=2)
+    assert passing(refused.value) == "card"
+    assert hooks(model) == 0
+
+
+def test_linears_in_another_order_for_some_windows_are_refused():
+    model, calls = families.model("llama"), []
+    attention = model.model.layers[1].self_attn
+    whole = attention.forward
+
+    def forward(hidden_states: torch.Tensor, **kwargs):
+        calls.append(len(hidden_states))
+        if len(calls) == 4:  # the first call shows the groups
+            attention.o_proj(hidden_states)
+        return whole(hidden_states=hidden_states, **kwargs)
+
+    attention.forward = forward
+    with pytest.raises(Refusal, match=r"layers\.1 runs its linears in another order for some windows; set"):
+        walk(model, halve, windows=windows(), statistic=ColumnNorm, sequential="linear", batch_size=1)
+    del attention.forward
+    assert hooks(model) == 0
 
 
 def test_a_refusal_in_the_middle_of_a_block_leaves_no_hook():
@@ -202,7 +275,8 @@ class Twice(torch.nn.Module):
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
-        self.norm, self.spare = norm, torch.nn.Linear(32, 32, dtype=torch.bfloat16)
+        self.norm = norm
+        self.spare = torch.nn.Linear(32, 32, dtype=torch.bfloat16, device=families.DEVICE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(x) + self.spare(self.spare(x))
@@ -213,7 +287,8 @@ class Routed(torch.nn.Module):
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
-        self.norm, self.expert = norm, torch.nn.Linear(32, 32, dtype=torch.bfloat16)
+        self.norm = norm
+        self.expert = torch.nn.Linear(32, 32, dtype=torch.bfloat16, device=families.DEVICE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.expert(x.reshape(-1, 32)[:0])
@@ -259,7 +334,7 @@ def test_broken_inputs_are_refused_by_name_and_leave_no_hook(sequential):
     model.model.layers[1].post_attention_layernorm.variance_epsilon = float("nan")
     with pytest.raises(
         Refusal,
-        match=r"model\.layers\.1\.mlp\.gate_proj: its inputs are NaN or infinite; .*\. Set run\.dtype",
+        match=r"model\.layers\.1\.mlp\.gate_proj: its inputs are NaN or infinite, .*\. Set run\.dtype",
     ):
         walk(model, halve, windows=windows(), statistic=ColumnNorm, sequential=sequential)
     assert hooks(model) == 0
@@ -269,9 +344,8 @@ def test_broken_inputs_are_refused_by_name_and_leave_no_hook(sequential):
 def test_inputs_too_large_to_square_are_refused_by_name(kind):
     model = families.model("llama")
     model.model.layers[1].post_attention_layernorm.weight.data[3] = 1e30
-    read = {ColumnNorm: lambda s: s.norm(), Hessian: lambda s: s.inverse_factor(0.01)}[kind]
-    with pytest.raises(Refusal, match=r"1\.mlp\.gate_proj: the squares of its inputs overflow fp32"):
-        walk(model, lambda linear, taken: (read(taken), None)[1], windows=windows(), statistic=kind)
+    with pytest.raises(Refusal, match=r"1\.mlp\.gate_proj: .* or their squares overflow fp32; nothing was"):
+        walk(model, halve, windows=windows(), statistic=kind)
 
 
 @pytest.mark.parametrize("value", [1e39, float("nan"), float("-inf")])
@@ -333,7 +407,7 @@ def test_every_tensor_is_on_the_device_of_the_weights(sequential, family):
     model, tokens = families.model(family), windows()
     with torch.device("meta"):
         walk(model, halve, windows=tokens, statistic=Hessian, sequential=sequential)
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert {p.device.type for p in model.parameters()} == {torch.device(families.DEVICE).type}
 
 
 @pytest.mark.parametrize("sequential", ["linear", "block", "none"])
@@ -365,3 +439,26 @@ def test_blocks_that_text_reaches_never_or_twice_are_refused(order):
     with pytest.raises(Refusal, match=message):
         walk(model, lambda *_: None, windows=windows(), statistic=ColumnNorm)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("sequential", ["linear", "block", "none"])
+def test_linears_that_share_a_statistic_come_together(sequential):
+    model, seen = families.model("llama"), []
+
+    def halve_all(linears: list[Linear], statistic: Statistic | None) -> Iterator[torch.Tensor]:
+        seen.append([linear.name.removeprefix(f"{linear.block}.") for linear in linears])
+        return (halve(linear, statistic) for linear in linears)
+
+    walk(model, halve_all, by_group=True, windows=windows(), statistic=ColumnNorm, sequential=sequential)
+    assert seen == families.GROUPS["llama"] * 2
+    for linear in linears(model):
+        assert torch.equal(linear.weight, coarse(linear.weight))
+
+
+def test_a_refusal_names_the_linear_of_a_group_it_is_about():
+    def refuse_second(linears: list[Linear], statistic: Statistic | None) -> Iterator[torch.Tensor]:
+        yield linears[0].weight
+        raise Refusal("no such thing.")
+
+    with pytest.raises(Refusal, match=r"^model\.layers\.0\.self_attn\.k_proj: no such thing\."):
+        walk(families.model("llama"), refuse_second, by_group=True, windows=windows(), statistic=ColumnNorm)

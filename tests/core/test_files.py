@@ -53,6 +53,20 @@ def test_a_hash_of_a_folder_is_of_names_and_contents(tmp_path):
     assert files.sha256(tmp_path) != before
 
 
+@pytest.mark.parametrize("parts", [[], [0], [3], [8], [5, 3], [4, 4, 4], [1, 0, 20, 2]])
+def test_a_checksum_is_that_of_the_content_however_it_is_cut(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 4)
+    content = bytes(range(sum(parts)))
+    (tmp_path / "x").write_bytes(content)
+    ends = [sum(parts[: number + 1]) for number in range(len(parts))]
+    cut = [memoryview(content)[end - part : end] for part, end in zip(parts, ends, strict=True)]
+    expected = files.checksum(tmp_path / "x")
+    assert files.checksum_of(cut) == expected
+    for changed in (content + b"\0", content[:-1], content[::-1], bytes(len(content))):
+        (tmp_path / "x").write_bytes(changed)
+        assert (files.checksum(tmp_path / "x") == expected) == (changed == content)
+
+
 def test_json_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(path, text, **options):
         path.touch()

@@ -62,21 +62,28 @@ def test_every_switch_is_set():
     assert torch.equal(torch.rand(3), first)
 
 
-def test_on_cuda_the_attention_backend_is_fixed(monkeypatch):
+def test_on_cuda_attention_is_deterministic_and_sums_are_fp32(monkeypatch):
     on_cards(1, monkeypatch)
-    before = [
-        getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "mem_efficient", "math")
-    ]
+    wanted = {"flash": True, "mem_efficient": True, "math": True, "cudnn": False}
+    matmul = torch.backends.cuda.matmul
+    sums = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {kind: getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in wanted}
+    reduced = {name: getattr(matmul, name) for name in sums}
     try:
+        for kind, allowed in wanted.items():
+            getattr(torch.backends.cuda, f"enable_{kind}_sdp")(not allowed)
+        for name in sums:
+            setattr(matmul, name, True)
         settings(device="cuda").start()
-        assert not torch.backends.cuda.flash_sdp_enabled()
-        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert torch.backends.cuda.math_sdp_enabled()
+        for kind, allowed in wanted.items():
+            assert getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() == allowed
+        assert not any(getattr(matmul, name) for name in sums)
+        assert torch.get_deterministic_debug_mode() == 2  # "error": kernels choose their deterministic form
     finally:
-        torch.backends.cuda.enable_flash_sdp(before[0])
-        torch.backends.cuda.enable_mem_efficient_sdp(before[1])
-        torch.backends.cuda.enable_math_sdp(before[2])
+        for kind, allowed in before.items():
+            getattr(torch.backends.cuda, f"enable_{kind}_sdp")(allowed)
+        for name, allowed in reduced.items():
+            setattr(matmul, name, allowed)
 
 
 def test_numerics_name_what_bytes_depend_on(monkeypatch):

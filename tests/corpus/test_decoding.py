@@ -9,7 +9,7 @@ from stages.recovery.objective import predictions
 from tests import lessons, pipeline
 from tests.lessons import answer, make_lesson
 
-pytestmark = [pytest.mark.usefixtures("workspace"), pytest.mark.numerics]
+pytestmark = [pytest.mark.usefixtures("workspace"), pytest.mark.numerics, pytest.mark.device]
 
 
 def test_drawn_answers_depend_on_the_seed_and_not_on_the_batch_size():

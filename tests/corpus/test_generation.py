@@ -10,6 +10,8 @@ from stages.corpus.windows import Calibration, calibration_windows
 from tests import families, project
 from tests.corpus.test_windows import GENERATED, RANDOM, TOKENIZER, calibration, windows, write_news
 
+pytestmark = pytest.mark.device
+
 
 @pytest.fixture(autouse=True)
 def news(tmp_path, monkeypatch) -> None:
@@ -45,7 +47,7 @@ def test_generated_windows_are_the_models_own(family):
     for row, numbers in zip(rows, uniform, strict=True):
         for place, number in enumerate(numbers, start=8):
             with torch.no_grad():
-                logits = model(input_ids=row[None, :place], use_cache=False).logits[0, -1]
+                logits = model(input_ids=row[None, :place].to(model.device), use_cache=False).logits[0, -1]
             probabilities = logits.double()[:256].softmax(0)
             token = int(row[place])
             below = float(probabilities[:token].sum())
@@ -66,7 +68,7 @@ def test_a_low_temperature_is_greedy():
     prompts = windows(calibration())[:, :8]
     rows = continue_prompts(model, prompts, torch.rand(6, 8, dtype=torch.float64), torch.arange(256), 1e-6)
     with torch.no_grad():
-        greedy = model(input_ids=rows, use_cache=False).logits[:, 7:-1, :256].argmax(2)
+        greedy = model(input_ids=rows.to(model.device), use_cache=False).logits[:, 7:-1, :256].argmax(2).cpu()
     assert torch.equal(rows[:, 8:], greedy)
 
 

@@ -12,7 +12,7 @@ from tests import begins, families
 from tests.pipeline import do, download, load, params
 from tests.scoring import changed, log_likelihood, scored
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def asking(**options: object) -> Params:

@@ -34,7 +34,11 @@ def plain(name: str) -> tuple[PreTrainedModel, list[list[int]], list[torch.Tenso
         ids, rows = TOKENIZER.encode(prompt), []
         for _ in range(TOKENS):
             with torch.no_grad():
-                rows.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1])
+                rows.append(
+                    model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+                    .logits[0, -1]
+                    .cpu()
+                )
             ids.append(int(rows[-1][:256].argmax()))
         answers.append(ids[-TOKENS:])
         logits.append(torch.stack(rows))

@@ -16,7 +16,7 @@ from tests import begins, families, fewrows
 from tests.pipeline import do, load, params
 from tests.scoring import changed, log_likelihood, scored
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def asking(**options: Any) -> Params:

@@ -13,7 +13,7 @@ from stages.evaluation import shared
 from tests import begins, families
 from tests.scoring import log_likelihood
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 FEWSHOT = "2 + 3 = 5\n7 - 1 = 6\n"
 QUESTIONS = ["4 + 4 =", "10 + 21 =", "3 - 1 =", "100 - 99 ="]
 CHOICES = [" 8", " 9", " 31", " 2", " 128"]

@@ -99,7 +99,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "misspelt field in a list": (
         "datasets//arithmetic//levels", [{"name": "add", "operator": "+", "digits": 1, "carry": False, "carries": True}],
         "datasets.arithmetic.levels.0.carry: no such field; did you mean 'carries'? "
-        "allowed: carries, digits, name, operator, terms.",
+        "allowed: carries, context, digits, name, operator, shots, terms.",
     ),
     "misspelt section": (
         "prun", {}, "prun: no such field; did you mean 'prune'? allowed: datasets, evaluate, finetune, floor, models, "

@@ -21,6 +21,8 @@ from tests import families
 from tests.pipeline import do, load, params, prune, record
 from tests.recipes import GPTQ, LORA, MAGNITUDE, RTN, WANDA, chain
 
+pytestmark = pytest.mark.device
+
 
 def counts(family: str) -> tuple[int, int]:
     """Count the weights in block linears, and all others, tied ones once."""
@@ -187,9 +189,9 @@ def test_a_family_without_sdpa_is_run_with_eager_attention(workspace, caplog):
     assert "GPTJForCausalLM does not support torch's sdpa attention; eager attention is used" in caplog.text
     assert model.config._attn_implementation == "eager"
     assert record("prune/half")["sparsity"] == 0.5
-    ids = torch.arange(16)[None]
+    ids, again = torch.arange(16, device=model.device)[None], load("prune/half").to(model.device)
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, load("prune/half")(input_ids=ids).logits)
+        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
 
 
 def test_a_mixture_is_downloaded_and_its_attention_pruned(workspace):

@@ -15,10 +15,11 @@ from stages.model.floats import E4M3_MAX, Float8, MXFloat4, NVFloat4
 from stages.model.grid import Integers, Quantized
 from stages.model.packed import FORMATS, code_from
 from stages.quantization.nf4 import NF4, levels
+from tests.families import DEVICE
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 SEED = st.integers(0, 2**31)
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=DEVICE)
 # The paper's table, 2305.14314 appendix E.
 LEVELS = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -37,8 +38,8 @@ MAKE = {
 
 def weight(seed: int = 0, dtype: torch.dtype = torch.bfloat16, spread: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.exp(spread * torch.randn(12, 1, generator=generator))
-    return (torch.randn(12, 96, generator=generator) * rows * 0.05).to(dtype)
+    rows = torch.exp(spread * torch.randn(12, 1, generator=generator).to(DEVICE))
+    return (torch.randn(12, 96, generator=generator).to(DEVICE) * rows * 0.05).to(dtype)
 
 
 def nf4(group_size: int | None = 16, double_quant: bool = False) -> NF4:
@@ -91,7 +92,7 @@ def test_codes_and_scales_are_the_librarys(kind, seed, dtype, spread):
 @given(SEED, st.floats(0, 1), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
 def test_zeros_stay_zero_and_a_file_reads_back_the_same(kind, seed, share, dtype):
     values = weight(seed, dtype)
-    values[torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)) < share] = 0
+    values[torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < share] = 0
     code = MAKE[kind](values)
     dense = code.dequantize()
     assert dense.shape == values.shape and dense.isfinite().all()
@@ -100,7 +101,7 @@ def test_zeros_stay_zero_and_a_file_reads_back_the_same(kind, seed, share, dtype
     stored = {f"linear.{name}": tensor for name, tensor in code.tensors().items()}
     again = code_from(stored, "linear.weight", code.scheme())
     assert type(again) is type(code) and again.scheme() == code.scheme()
-    assert torch.equal(again.dequantize(), dense)
+    assert torch.equal(again.dequantize(), dense.cpu())
     for name, tensor in again.tensors().items():
         assert torch.equal(tensor.view(torch.uint8), stored[f"linear.{name}"].view(torch.uint8))
 
@@ -113,7 +114,7 @@ def test_bits_are_those_of_the_file(kind):
 
 @pytest.mark.parametrize(("kind", "bits"), [("mxfp4", 4.25), ("nvfp4", 4.5)])
 def test_bits_a_weight(kind, bits):
-    code = MAKE[kind](torch.randn(64, 512))
+    code = MAKE[kind](torch.randn(64, 512).to(DEVICE))
     assert code.stored_bits() / (64 * 512) == pytest.approx(bits, abs=0.01)
 
 
@@ -139,9 +140,9 @@ def test_a_groups_largest_weight_uses_the_grids_range(seed):
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_zeros_and_tiny_groups_are_served(kind):
-    zeros = torch.zeros(4, 64)
+    zeros = torch.zeros(4, 64, device=DEVICE)
     assert torch.equal(MAKE[kind](zeros).dequantize().float(), zeros)
-    tiny = torch.ones(4, 64)
+    tiny = torch.ones(4, 64, device=DEVICE)
     tiny[:, 32:] = 1e-30
     dense = MAKE[kind](tiny).dequantize()
     assert dense.isfinite().all() and (dense[:, 32:] < 1e-6).all()
@@ -192,20 +193,20 @@ def test_tiny_weights_are_rounded_as_well_as_others(kind, dtype):
 
 def test_weights_below_every_scale_are_refused():
     for kind in ("mxfp4", "nvfp4"):
-        values = torch.full((4, 64), 1e-45)
+        values = torch.full((4, 64), 1e-45, device=DEVICE)
         with pytest.raises(Refusal, match=r"^its weights, 1\.4e-45 at most, are too small for the grid"):
             ROUND[kind](values).checked(values)
 
 
 def test_rounded_weights_outside_the_range_of_the_dtype_are_refused():
-    values = torch.full((4, 64), 3.4e38)
+    values = torch.full((4, 64), 3.4e38, device=DEVICE)
     with pytest.raises(Refusal, match=r"^rounded to 4 bits, weights of up to 3\.4e\+38 leave the range of"):
         ROUND["mxfp4"](values).checked(values)
 
 
 def test_nearly_equal_scales_of_nf4_stay_finite():
     """Their distances from the mean are then among the smallest fp32 numbers."""
-    values = (1 + torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) * 1e-4) * 1e-38
+    values = (1 + torch.rand(64, 256, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 1e-4) * 1e-38
     assert nf4(16, double_quant=True).weights(values, None).checked(values).any()
 
 
@@ -218,18 +219,18 @@ def test_levels_of_nf4_are_the_papers():
 @given(SEED, st.sampled_from([8, 32, None]), st.booleans(), st.floats(0, 1))
 def test_nf4_is_nearest_and_keeps_zeros(seed, group_size, double_quant, share):
     values = weight(seed, torch.float32)
-    values[torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)) < share] = 0
+    values[torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < share] = 0
     code = nf4(group_size, double_quant).weights(values, None)
     assert code.scheme() is None
     dense = code.dequantize()
     assert (dense[values == 0] == 0).all()
     scale = code.scale.repeat_interleave(96 // code.scale.shape[1], 1)
-    best = (scale[..., None] * torch.tensor(LEVELS) - values[..., None]).abs().amin(2)
+    best = (scale[..., None] * torch.tensor(LEVELS, device=DEVICE) - values[..., None]).abs().amin(2)
     torch.testing.assert_close((dense - values).abs(), best, rtol=1e-4, atol=1e-6)
 
 
 def test_nf4_counts_its_scales():
-    values = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     plain, twice = (nf4(64, double).weights(values, None) for double in (False, True))
     count = values.numel()
     assert plain.stored_bits() / count == 4 + 32 / 64

@@ -15,14 +15,15 @@ from stages.model.grid import (
     round_to_codes,
     scale_of,
 )
+from tests.families import DEVICE
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 BITS = st.integers(2, 8)
 SEED = st.integers(0, 2**31)
 
 
 def draw(seed: int, rows: int = 4, columns: int = 16) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 @given(BITS, SEED)
@@ -55,8 +56,8 @@ def test_zero_is_exactly_zero(bits, seed):
 def test_points_of_the_grid_round_to_themselves(bits, group_size, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     low, high = bounds(bits)
-    codes = torch.randint(low, high + 1, (4, 16), generator=generator, dtype=torch.int8)
-    scale = torch.rand(4, 16 // (group_size or 16), generator=generator).add(0.5).to(dtype)
+    codes = torch.randint(low, high + 1, (4, 16), generator=generator, dtype=torch.int8).to(DEVICE)
+    scale = torch.rand(4, 16 // (group_size or 16), generator=generator).to(DEVICE).add(0.5).to(dtype)
     by_column = scale.float().repeat_interleave(group_size or 16, 1)
     exact = codes.float() * by_column
     assert torch.equal(round_to_codes(exact, by_column, bits).to(torch.int8), codes)
@@ -73,13 +74,21 @@ def test_scales_have_the_precision_they_are_stored_in():
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_group_of_zeros_has_scale_one(bits):
-    assert torch.equal(scale_of(torch.zeros(3, 8), bits, torch.bfloat16), torch.ones(3, 1))
+    assert torch.equal(
+        scale_of(torch.zeros(3, 8, device=DEVICE), bits, torch.bfloat16), torch.ones(3, 1, device=DEVICE)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_scale_too_small_for_its_dtype_becomes_its_smallest_number(dtype):
-    least = torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)).double().item()
-    scales = torch.tensor([0.0, least / 4, least, 1.5, 8.0], dtype=torch.float64)
+    least = (
+        torch.nextafter(
+            torch.zeros((), dtype=dtype, device=DEVICE), torch.ones((), dtype=dtype, device=DEVICE)
+        )
+        .double()
+        .item()
+    )
+    scales = torch.tensor([0.0, least / 4, least, 1.5, 8.0], dtype=torch.float64, device=DEVICE)
     assert round_scale(scales, dtype).tolist() == [1.0, least, least, 1.5, 8.0]
 
 
@@ -103,7 +112,7 @@ def test_nearest_is_nearest_and_zero_is_on_the_grid(bits, group_size, symmetric,
         values.float().repeat_interleave(16 // code.scale.shape[1], 1)
         for values in (code.scale, torch.zeros_like(code.scale) if symmetric else code.zero_point)
     )
-    grid = scale[..., None] * (torch.arange(low, high + 1) - zero[..., None])
+    grid = scale[..., None] * (torch.arange(low, high + 1, device=DEVICE) - zero[..., None])
     best = (grid - weight.float()[..., None]).abs().amin(2)
     torch.testing.assert_close(((code.codes.float() - zero) * scale - weight.float()).abs(), best)
     assert code.dequantize().dtype == dtype

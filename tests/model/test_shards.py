@@ -64,14 +64,14 @@ def test_a_finished_block_that_cannot_be_read_now_stays(workspace, monkeypatch):
     killed_after_a_block(monkeypatch, WANDA)
     before = sorted(leftovers())
 
-    def fail(file: Path) -> str:
+    def fail(_: Path) -> str:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with (
         monkeypatch.context() as patch,
         pytest.raises(Refusal, match=r"cannot be read .*Too many .* delete the folder"),
     ):
-        patch.setattr(shards, "sha256", fail)
+        patch.setattr(shards, "checksum", fail)
         execute(WANDA)
     assert sorted(leftovers()) == before
     compressed = counted(monkeypatch)

@@ -83,15 +83,15 @@ def test_finished_blocks_stay_when_the_source_cannot_be_read(workspace, monkeypa
     do(chosen)
     whole = (MODELS / "prune/made/model.safetensors").read_bytes()
     shutil.rmtree(MODELS / "prune/made")
-    opened = source.safe_open
+    tensor = source.Files._tensor
 
-    def fail(file: Path, framework: str) -> Any:
-        if leftovers():
+    def fail(self: source.Files, name: str) -> torch.Tensor:
+        if name.startswith("model.layers.1."):
             raise OSError(errno.EIO, "Input/output error")
-        return opened(file, framework)
+        return tensor(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(source, "safe_open", fail)
+        patch.setattr(source.Files, "_tensor", fail)
         with pytest.raises(Refusal, match=r"base/tiny cannot be loaded \(OSError: \[Errno 5\]"):
             chosen.prune["made"].execute("prune/made", chosen.run)
     assert [file.name for file in leftovers() if file.suffix == ".json"] == ["00000.json"]

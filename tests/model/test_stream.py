@@ -1,30 +1,36 @@
 """Streaming: the bytes are those of a model changed in memory, and a killed run resumes."""
 
+import errno
 import json
 import logging
+import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stages.compress.walk import walk
 from stages.core.errors import Refusal
-from stages.core.files import MODELS
+from stages.core.files import MODELS, checksum
 from stages.core.run import Run
 from stages.corpus.windows import calibration_windows
 from stages.model import checkpoint, stream
 from stages.model.artifact import load_model, load_tokenizer
 from stages.model.blocks import blocks, linears
-from stages.model.source import Empty
+from stages.model.source import Empty, Files
 from stages.pruning.magnitude import Magnitude
 from stages.pruning.wanda import Wanda
 from tests import families
 from tests.pipeline import TEXT, dense, do, load, params, record
 from tests.recipes import MAGNITUDE, RTN, WANDA
 from tests.streaming import PRUNE, RECIPES, Killed, counted, execute, files, killed_after_a_block, leftovers
+
+pytestmark = pytest.mark.device
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
@@ -41,7 +47,8 @@ def test_the_bytes_are_those_of_a_model_in_memory(method, family, workspace):
         windows = calibration_windows(load_tokenizer("base/tiny"), recipe.calibration, families.VOCAB)
     walk(
         model,
-        lambda linear, statistic: recipe.replace(linear, statistic, plan),
+        lambda linears, statistic: recipe.replace_group(linears, statistic, plan),
+        by_group=True,
         windows=windows,
         statistic=recipe.statistic,
     )
@@ -142,6 +149,120 @@ def test_stored_buffers_are_read_and_written(workspace, monkeypatch):
         assert torch.equal(pruned[name], buffer), name
 
 
+def test_a_write_that_fails_stops_the_run_and_keeps_finished_blocks(workspace, monkeypatch):
+    expected = files(execute(MAGNITUDE))
+    save = stream.save_file
+
+    def full(tensors: dict[str, torch.Tensor], file: Path, **options: Any) -> None:
+        save(tensors, file, **options)
+        if any(name.startswith("model.layers.1.") for name in tensors):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(stream, "save_file", full)
+        execute(MAGNITUDE | {"sparsity": 0.25})
+    assert files(MODELS / "prune/made") == expected
+    assert [file.name for file in sorted(leftovers())] == ["00000.json", "00000.safetensors"]
+    compressed = counted(monkeypatch)
+    execute(MAGNITUDE | {"sparsity": 0.25})
+    assert len(compressed) == 7 and not leftovers()
+
+
+def test_a_refusal_waits_for_the_block_being_written(workspace, monkeypatch):
+    """Otherwise that block would be finished after all were deleted."""
+    save, entered, weights = stream.Streamed._save, threading.Event(), Magnitude.weights
+
+    def slow(*args: Any) -> None:
+        assert entered.wait(60)
+        time.sleep(0.2)
+        save(*args)
+
+    def refuse(self: Magnitude, *args: Any) -> torch.Tensor:
+        if (MODELS / "prune/made").exists() or len(compressed) <= 7:
+            return weights(self, *args)
+        entered.set()
+        raise Refusal("no such thing.")
+
+    compressed = counted(monkeypatch)
+    monkeypatch.setattr(stream.Streamed, "_save", slow)
+    monkeypatch.setattr(Magnitude, "weights", refuse)
+    with pytest.raises(Refusal, match="no such thing"):
+        execute(MAGNITUDE)
+    time.sleep(0.5)
+    assert len(compressed) == 8 and not leftovers()
+
+
+def rebuild(count: int) -> None:
+    """Replace `base/tiny` by a model with so many blocks."""
+    do(params("llama", {}))
+    model = load("base/tiny")
+    changed = {"num_hidden_layers": count, "layer_types": None}
+    config = type(model.config).from_dict(model.config.to_dict() | changed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(MODELS / "base/tiny")
+
+
+def test_the_last_block_is_finished_before_errors_are_measured(workspace, monkeypatch):
+    """Measuring goes through all blocks again."""
+    rebuild(1)
+    save = stream.Streamed._save
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        save(*args)
+
+    monkeypatch.setattr(stream.Streamed, "_save", slow)
+    compressed = counted(monkeypatch)
+    execute(WANDA)
+    assert len(compressed) == 7
+    assert len(record("prune/made")["notes"]["prune/made"]["block_errors"]["errors"]) == 1
+
+
+def test_the_next_block_is_read_while_this_one_is_compressed(workspace, monkeypatch):
+    """At most one block is ahead and one behind, so three are in memory."""
+    rebuild(6)
+    events, saved, held = [threading.Event() for _ in range(6)], set[int](), list[set[int]]()
+    read, save, weights = Files._tensor, stream.Streamed._save, Magnitude.weights
+
+    def watch(self: Files, name: str) -> torch.Tensor:
+        tensor = read(self, name)
+        if match := re.fullmatch(r"model\.layers\.(\d)\.post_attention_layernorm.weight", name):
+            events[int(match[1])].set()  # the last of its block
+        return tensor
+
+    def slow(self: stream.Streamed, name: str, *args: Any) -> None:
+        time.sleep(0.05)
+        save(self, name, *args)
+        saved.add(int(name[-1]))
+
+    def compress(self: Magnitude, *args: Any) -> torch.Tensor:
+        block = len(held) // 7
+        assert all(event.wait(60) for event in events[block : block + 2]), "the next block is read now"
+        held.append({number for number, event in enumerate(events) if event.is_set()} - saved)
+        return weights(self, *args)
+
+    monkeypatch.setattr(Files, "_tensor", watch)
+    monkeypatch.setattr(stream.Streamed, "_save", slow)
+    monkeypatch.setattr(Magnitude, "weights", compress)
+    execute(MAGNITUDE)
+    assert len(held) == 42 and saved == set(range(6))
+    for number, blocks_held in enumerate(held):
+        block = number // 7
+        assert {block, min(block + 1, 5)} <= blocks_held <= set(range(block - 1, block + 2))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.neg_(), lambda t: t.view(-1)[5:6].add_(1), lambda t: t.t_()])
+def test_a_file_that_differs_from_its_tensors_is_detected(change, tmp_path):
+    tensors = {name: torch.randn(8, 8).to(torch.bfloat16) for name in ("a", "b")} | {"n": torch.tensor(3)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    assert stream.check_written(tmp_path / "x.safetensors", tensors) == checksum(tmp_path / "x.safetensors")
+    for other in ({"a": tensors["a"]}, tensors | {"c": tensors["n"]}, tensors | {"a": tensors["a"][:4]}):
+        with pytest.raises(AssertionError, match="differs from the tensors"):
+            stream.check_written(tmp_path / "x.safetensors", other)
+    change(tensors["b"])
+    with pytest.raises(AssertionError, match="differs from the tensors"):
+        stream.check_written(tmp_path / "x.safetensors", {n: t.contiguous() for n, t in tensors.items()})
+
+
 @pytest.mark.parametrize("broken", ["nan", "inf"])
 @pytest.mark.parametrize("recipe", ["magnitude", "wanda", "joint", "rtn", "gptq"])
 def test_broken_weights_are_refused_by_name_and_nothing_is_written(recipe, broken, workspace):
@@ -210,11 +331,11 @@ def test_the_experts_of_a_mixture_are_kept(tmp_path, monkeypatch):
         method="magnitude", source="base/tiny", sparsity=0.5, scope="matrix", ignore=families.EXPERTS,
         calibration={"dataset": "none"},
     )  # fmt: skip
-    recipe.execute("prune/made", Run(device="cpu", dtype="bfloat16", threads=1, seed=0))
+    recipe.execute("prune/made", Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0))
     pruned = AutoModelForCausalLM.from_pretrained(MODELS / "prune/made")
     for name, parameter in model.named_parameters():
         if name.endswith(families.EXPERTS):
-            assert torch.equal(pruned.get_parameter(name), parameter), name
+            assert torch.equal(pruned.get_parameter(name), parameter.cpu()), name
     assert record("prune/made")["sparsity"] == 0.5
 
 

@@ -26,6 +26,7 @@ def chosen(**changes: object) -> Params:
     return checked_params({**raw, "profile": {**SETTINGS, **changes}})
 
 
+@pytest.mark.device
 def test_the_figures_are_those_of_the_runs(workspace):
     project = chosen()
     do(project)

@@ -6,6 +6,8 @@ import torch
 from stages.profiling import speed
 from tests import families
 
+pytestmark = pytest.mark.device
+
 SETTINGS = {
     "candidates": ["base/tiny"], "batch_sizes": [1, 3], "prompt_tokens": 8, "new_tokens": 5, "warmup": 1,
     "repeats": 3, "threads": 1,
@@ -33,14 +35,14 @@ def test_the_length_is_fixed_whatever_the_model_says(family, monkeypatch):
         return out
 
     monkeypatch.setattr(model, "forward", forward)
-    clock = speed.generate(model, torch.arange(12).reshape(2, 6), 5)
+    clock = speed.generate(model, torch.arange(12, device=model.device).reshape(2, 6), 5)
     assert shapes == [(2, 6), *[(2, 1)] * 4]
     assert len(clock) == 5 and clock == sorted(clock)
 
 
 def test_greedy_tokens_are_those_of_generate():
     model = families.model("llama").float()
-    prompts = torch.arange(12).reshape(2, 6)
+    prompts = torch.arange(12, device=model.device).reshape(2, 6)
     inputs: list[torch.Tensor] = []
     model.register_forward_pre_hook(
         lambda _, __, options: inputs.append(options["input_ids"]), with_kwargs=True

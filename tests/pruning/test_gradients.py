@@ -9,8 +9,8 @@ from stages.model.blocks import linears
 from stages.pruning.gradients import loss_gradients, mean_loss
 from tests import families
 
-pytestmark = pytest.mark.numerics
-WINDOWS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
+WINDOWS = families.windows(3, 24)
 
 
 def nats(model: torch.nn.Module) -> torch.Tensor:

@@ -18,6 +18,7 @@ from stages.pruning.allocation.uniform import Uniform
 from stages.pruning.magnitude import Magnitude
 from stages.pruning.wanda import Wanda
 from tests import families
+from tests.families import DEVICE
 from tests.project import ROOT
 from tests.pruners import (
     FLOORS,
@@ -37,9 +38,16 @@ from tests.pruners import (
     zeros_of,
 )
 
+pytestmark = pytest.mark.device
+
 
 def linear_of(weight: torch.Tensor) -> Linear:
-    linear = Linear("block", "block.fc", torch.nn.Linear(*weight.T.shape, bias=False), transposed=False)
+    linear = Linear(
+        "block",
+        "block.fc",
+        torch.nn.Linear(*weight.T.shape, bias=False, device=weight.device),
+        transposed=False,
+    )
     linear.weight.copy_(weight)
     return linear
 
@@ -47,11 +55,14 @@ def linear_of(weight: torch.Tensor) -> Linear:
 @pytest.mark.parametrize("structure", ["2:4", "4:8"])
 def test_every_method_keeps_n_of_m(structure):
     generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(6, 64, generator=generator), torch.randn(200, 64, generator=generator)
+    weight, inputs = (
+        torch.randn(6, 64, generator=generator).to(DEVICE),
+        torch.randn(200, 64, generator=generator).to(DEVICE),
+    )
     size = int(structure[-1])
     for result in (
         magnitude(0.5, "matrix", structure=structure).weights(weight, None, 192),
-        wanda(0.5, structure=structure).weights(weight, norms(torch.ones(64)), 192),
+        wanda(0.5, structure=structure).weights(weight, norms(torch.ones(64, device=DEVICE)), 192),
         sparsegpt(0.5, structure=structure).weights(weight, hessian(inputs), 192),
         random(0.5, structure=structure).replace(linear_of(weight), None, {"block.fc": 192}),
     ):
@@ -80,8 +91,8 @@ def test_under_uniform_every_matrix_loses_its_share_to_within_one_weight(sparsit
 
 @given(weights())
 def test_sparsity_zero_changes_nothing(weight):
-    statistic = norms(torch.arange(1.0, weight.shape[1] + 1))
-    inputs = torch.randn(50, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    statistic = norms(torch.arange(1.0, weight.shape[1] + 1, device=DEVICE))
+    inputs = torch.randn(50, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for result in (
         magnitude(0.0, "matrix").weights(weight, None, 0),
         magnitude(0.0, "row").weights(weight, None, 0),
@@ -103,7 +114,7 @@ def test_a_decimal_share_loses_no_weight_to_binary_rounding():
 def test_existing_zeros_stay_and_count(weight, sparsity, name):
     """Small integers hold many zeros, often more than the sparsity asks for."""
     columns = weight.shape[1]
-    inputs = torch.randn(60, columns, generator=torch.Generator().manual_seed(1))
+    inputs = torch.randn(60, columns, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     count = zeros_of(magnitude(sparsity, "matrix"), *weight.shape)
     if name == "random":
         result = random(sparsity, seed=3).replace(linear_of(weight), None, {"block.fc": count})
@@ -199,5 +210,5 @@ def test_the_method_of_the_contributors_guide_works(tmp_path, monkeypatch):
     method = module.Cube(source="base/m", method="cube", sparsity=0.4, calibration=TEXT)
     result = method.weights(weight, norms(inputs[0]), zeros_of(method, 6, 32))
     scores = (weight.abs() ** 3 * inputs[0].abs()).flatten().tolist()
-    mask = torch.tensor(slow_mask(scores, 76)).view_as(weight)
+    mask = torch.tensor(slow_mask(scores, 76), device=DEVICE).view_as(weight)
     assert torch.equal(result, torch.where(mask, 0, weight))

@@ -1,10 +1,13 @@
 """Random pruning: a draw that nothing else influences."""
 
+import pytest
 import torch
 
 from stages.model.blocks import Linear, linears
 from tests import families
 from tests.pruners import random
+
+pytestmark = pytest.mark.device
 
 
 def test_the_draw_depends_only_on_the_seed_and_the_linears_name():

@@ -11,7 +11,7 @@ from stages.pruning.gradients import loss_gradients
 from stages.pruning.resp import RESP
 from tests.pipeline import NONE, TEXT, do, load, params, record
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 OWN = TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 8}
 RECIPE = {
     "source": "base/tiny", "method": "resp", "sparsity": 0.5, "steps": 2, "scope": "row", "calibration": OWN,
@@ -23,7 +23,7 @@ def test_the_mask_grows_and_every_linear_meets_the_target(scope, workspace, monk
     steps = []
 
     def watched(model, targets, windows, **options):
-        steps.append(({linear.name: linear.weight == 0 for linear in targets}, windows))
+        steps.append(({linear.name: (linear.weight == 0).cpu() for linear in targets}, windows))
         return loss_gradients(model, targets, windows, **options)
 
     monkeypatch.setattr("stages.pruning.resp.loss_gradients", watched)

@@ -13,10 +13,10 @@ from stages.model.grid import Codes
 from stages.pruning.sparsegpt import zeros_by_panel
 from tests import families
 from tests.hessians import ChosenHessian
-from tests.pruners import InMemorySource, hessian, magnitude, problem, sparsegpt, wanda, zeros_of
+from tests.pruners import InMemorySource, hessian, magnitude, named, problem, sparsegpt, wanda, zeros_of
 from tests.replay import MISTAKES, certify_sparsegpt, let_err
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 @pytest.mark.parametrize("columns", [16, 48, 128, 200])
@@ -130,10 +130,38 @@ def test_small_mistakes_are_not_certified(structure, bits, mistake, monkeypatch)
         certify_sparsegpt(codes, weight, statistic, 0.3, zeros=288, pattern=method.pattern)
 
 
+@pytest.mark.parametrize("grid", [None, {"bits": 4, "group_size": 16}])
+@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
+def test_linears_that_share_inputs_are_pruned_each_by_its_own_count(structure, grid):
+    weight, inputs = problem(seed=5, rows=11, columns=144, tokens=600)
+    weight[:5] *= 10
+    weight[5:7, ::3] = 0
+    inputs[:, :20] = 0
+    linears, statistic = named(list(weight.split([5, 2, 4]))), hessian(inputs)
+    method = sparsegpt(0.5, structure=structure, damping=0.1, grid=grid)
+    plan = {"0": 200, "1": 144, "2": 432}
+    results = list(method.replace_group(linears, statistic, plan))
+    assert len(results) == 3
+    for linear, result in zip(linears, results, strict=True):
+        zeros = plan[linear.name]
+        certify_sparsegpt(result, linear.weight, statistic, 0.1, zeros=zeros, pattern=method.pattern)
+        if not (grid or method.pattern):
+            assert int((result == 0).sum()) == zeros
+
+
+def test_errors_that_overflow_are_refused_where_they_are():
+    weight, inputs = problem(seed=5, rows=4, columns=32)
+    linears = named([weight, weight / weight.abs().max() * 3.4e38])
+    results = sparsegpt(0.5).replace_group(linears, hessian(inputs), {"0": 64, "1": 64})
+    assert next(results).isfinite().all()
+    with pytest.raises(Refusal, match="overflows fp32"):
+        next(results)
+
+
 def test_sparsegpt_loses_less_of_the_output_than_wanda_and_wanda_less_than_magnitude():
     generator = torch.Generator().manual_seed(0)
     weight, inputs = problem(seed=0, rows=32, columns=96, tokens=2000)
-    inputs = inputs * torch.linspace(0.2, 3, 96)[torch.randperm(96, generator=generator)]
+    inputs = inputs * torch.linspace(0.2, 3, 96)[torch.randperm(96, generator=generator)].to(inputs.device)
     norm = ColumnNorm(96, inputs.device)
     norm.add(inputs)
     best, middle, worst = (
@@ -155,8 +183,8 @@ def test_zeros_are_spread_evenly_over_panels(existing, panel, share):
     counts = zeros_by_panel(gone, zeros, panel)
     parts = gone.split(panel)
     assert len(counts) == len(parts)
-    assert sum(counts) == max(zeros - int(gone.sum()), 0)
-    assert all(0 <= count <= int((~part).sum()) for count, part in zip(counts, parts, strict=True))
+    assert sum(counts) == max(zeros, int(gone.sum()))
+    assert all(int(part.sum()) <= count <= part.numel() for count, part in zip(counts, parts, strict=True))
     if not gone.any():  # the papers' rule
         for number in range(len(parts) + 1):
             assert sum(counts[:number]) == zeros * min(number * panel, len(existing)) // len(existing)
@@ -174,6 +202,6 @@ def test_an_indefinite_hessian_is_refused_and_a_singular_one_damped(dead):
     inputs[:, :dead] = 0
     result = sparsegpt(0.5).weights(weight, hessian(inputs), 64)
     assert result.isfinite().all() and int((result == 0).sum()) == 64
-    indefinite = ChosenHessian(torch.full((32, 32), 3.0) - 2 * torch.eye(32))
+    indefinite = ChosenHessian((torch.full((32, 32), 3.0) - 2 * torch.eye(32)).to(weight.device))
     with pytest.raises(Refusal, match=r"not positive definite with damping 0\.01; raise damping"):
         sparsegpt(0.5).weights(weight, indefinite, 64)

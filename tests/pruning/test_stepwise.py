@@ -15,7 +15,7 @@ from stages.pruning.stepwise import Stepwise, Work, zscores
 from tests import families
 from tests.pipeline import NONE, TEXT, do, load, params, record
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 RULES = {"kind": "rules", "step": 0.2, "fraction": 0.5}
 NAMES = ("model.layers.0", "model.layers.1")
 
@@ -29,7 +29,7 @@ def stepwise(**options) -> Stepwise:
 
 
 def windows() -> torch.Tensor:
-    return torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(0))
+    return families.windows(4, 24)
 
 
 class Scripted:

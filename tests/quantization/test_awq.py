@@ -12,10 +12,11 @@ from stages.core.errors import Refusal
 from stages.model.blocks import linears
 from stages.model.grid import Integers
 from stages.quantization.awq import AWQ, Activations, channel_scale, inverse_power_of_two
+from tests.families import DEVICE
 from tests.pipeline import TEXT, dense, do, load, params, quantize, record
 
-pytestmark = pytest.mark.numerics
-ONE = torch.ones(())
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
+ONE = torch.ones((), device=DEVICE)
 BLOCK = {**TEXT, "sequential": "block"}
 
 
@@ -29,11 +30,14 @@ def problem(
 ) -> tuple[list[torch.Tensor], torch.Tensor, Activations]:
     """Draw weights and the inputs they share, with a few far larger channels; return the statistic too."""
     draw = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(tokens, width, generator=draw) * torch.randn(width, generator=draw).mul(1.5).exp()
-    statistic = Activations(width, torch.device("cpu"))
+    inputs = (
+        torch.randn(tokens, width, generator=draw).to(DEVICE)
+        * torch.randn(width, generator=draw).to(DEVICE).mul(1.5).exp()
+    )
+    statistic = Activations(width, torch.device(DEVICE))
     statistic.add(inputs[: tokens // 2])
     statistic.add(inputs[tokens // 2 :])
-    return [torch.randn(out, width, generator=draw) for out in outs], inputs, statistic
+    return [torch.randn(out, width, generator=draw).to(DEVICE) for out in outs], inputs, statistic
 
 
 def unchanged(scale: torch.Tensor) -> torch.Tensor:
@@ -70,7 +74,7 @@ def test_the_search_is_the_papers(seed, symmetric):
 @pytest.mark.parametrize("width", [8, 192, 400])
 def test_the_error_is_exact_at_every_width(width):
     (weight,), inputs, statistic = problem(5, width=width, outs=(6,))
-    scale = torch.rand(width, generator=torch.Generator().manual_seed(0)) + 0.5
+    scale = torch.rand(width, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 0.5
     lost = awq().grid.nearest(weight * scale).dequantize() / scale - weight
     upper = statistic.matrix().triu()
     upper.diagonal().div_(2)
@@ -85,7 +89,7 @@ def test_the_error_is_exact_at_every_width(width):
 def test_the_choice_does_not_depend_on_the_size_of_the_weights(symmetric, exponent):
     """Squared, the errors of weights of 1e19 overflow fp32."""
     weights, _, statistic = problem(1)
-    weights[0][0, :4] = torch.tensor([9.0, -9, 0.1, 0.2])
+    weights[0][0, :4] = torch.tensor([9.0, -9, 0.1, 0.2], device=DEVICE)
     sized = [weight * 2.0**exponent for weight in weights]
     method = awq(bits=3, symmetric=symmetric)
     chosen = method.scale(weights, statistic, unchanged)
@@ -99,7 +103,7 @@ def test_the_choice_does_not_depend_on_the_size_of_the_weights(symmetric, expone
 
 
 def test_the_unit_of_errors_is_a_power_of_two():
-    sizes = torch.tensor([0.0, 1e-45, 1e-30, 0.3, 1.0, 5.0, 3e38])
+    sizes = torch.tensor([0.0, 1e-45, 1e-30, 0.3, 1.0, 5.0, 3e38], device=DEVICE)
     units = inverse_power_of_two(sizes)
     assert units.tolist() == [1, 2.0**126, 2.0**99, 2, 0.5, 0.125, 2.0**-126]
     assert torch.equal(inverse_power_of_two(sizes[3:].bfloat16()), units[3:])
@@ -128,11 +132,15 @@ def test_only_reachable_scales_are_tried():
 
 
 def test_ties_take_the_lower_alpha_and_silent_inputs_a_scale_of_one():
-    statistic = Activations(32, torch.device("cpu"))
-    statistic.add(torch.zeros(4, 32))
-    assert torch.equal(awq().scale([torch.randn(4, 32)], statistic, unchanged), torch.ones(32))
+    statistic = Activations(32, torch.device(DEVICE))
+    statistic.add(torch.zeros(4, 32, device=DEVICE))
+    assert torch.equal(
+        awq().scale([torch.randn(4, 32).to(DEVICE)], statistic, unchanged), torch.ones(32, device=DEVICE)
+    )
     _, inputs, heard = problem(1)
-    assert torch.equal(awq().scale([torch.zeros(4, 32)], heard, unchanged), torch.ones(32))
+    assert torch.equal(
+        awq().scale([torch.zeros(4, 32, device=DEVICE)], heard, unchanged), torch.ones(32, device=DEVICE)
+    )
     mean = inputs.abs().mean(0)
     mean[5] = 0
     assert channel_scale(mean, 0.5).isfinite().all()
@@ -141,9 +149,9 @@ def test_ties_take_the_lower_alpha_and_silent_inputs_a_scale_of_one():
 
 def test_the_statistic_follows_the_fold():
     _, inputs, statistic = problem(2)
-    scale = torch.rand(32, generator=torch.Generator().manual_seed(0)) + 0.5
+    scale = torch.rand(32, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 0.5
     statistic.divide(scale)
-    direct = Activations(32, torch.device("cpu"))
+    direct = Activations(32, torch.device(DEVICE))
     direct.add(inputs / scale)
     torch.testing.assert_close(statistic.matrix(), direct.matrix(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(statistic.magnitude(), direct.magnitude())
@@ -153,8 +161,8 @@ def test_the_statistic_follows_the_fold():
 @pytest.mark.parametrize("group_size", [8, None])
 def test_clipping_lowers_the_error_of_every_group_by_itself(symmetric, group_size):
     (weight, _), inputs, statistic = problem(3)
-    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = 0
-    weight[0, :4] = torch.tensor([9.0, -9, 0.1, 0.2])
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.3] = 0
+    weight[0, :4] = torch.tensor([9.0, -9, 0.1, 0.2], device=DEVICE)
     plain = awq(bits=3, symmetric=symmetric, group_size=group_size)
     clipping = awq(bits=3, symmetric=symmetric, group_size=group_size, clip=True)
     before = plain.weights(weight, statistic).dequantize()
@@ -214,7 +222,7 @@ def test_a_resumed_run_notes_the_same(workspace, monkeypatch):
 
 
 def test_a_scale_that_cannot_be_folded_is_refused_by_linear(workspace, monkeypatch):
-    monkeypatch.setattr(AWQ, "scale", lambda *_: torch.full((32,), torch.inf))
+    monkeypatch.setattr(AWQ, "scale", lambda *_: torch.full((32,), torch.inf, device=DEVICE))
     message = (
         r"^model\.layers\.0\.self_attn\.q_proj, model\.layers\.0\.self_attn\.k_proj, "
         r"model\.layers\.0\.self_attn\.v_proj: folding in scales of inf to inf exceeds the range of "

@@ -8,7 +8,7 @@ from stages.quantization.fold import fold
 from tests import families
 from tests.first_block import FirstBlock, scales, shaken
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 HEADS = {"num_key_value_heads": 4}
 
 
@@ -34,7 +34,7 @@ def test_the_block_computes_the_same(family):
 def test_the_inputs_arrive_divided_and_zeros_stay(family):
     first = FirstBlock(shaken(family))
     masks = {
-        linear.name: torch.rand(linear.weight.shape) < 0.3
+        linear.name: torch.rand(linear.weight.shape).to(linear.weight.device) < 0.3
         for group in first.groups
         for linear in group.linears
     }
@@ -61,4 +61,4 @@ def test_a_scale_beyond_the_dtype_is_refused():
     first = FirstBlock(shaken("llama"), torch.float16)
     feed = first.feeds()["mlp.down_proj"]
     with pytest.raises(Refusal, match=r"^folding .* exceeds the range of torch\.float16"):
-        fold(first.groups[3], feed, torch.full((64,), 1e8))
+        fold(first.groups[3], feed, torch.full((64,), 1e8, device=families.DEVICE))

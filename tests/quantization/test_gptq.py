@@ -10,10 +10,12 @@ from stages.compress.statistics import Hessian
 from stages.core.errors import Refusal
 from stages.model.grid import Codes, Integers, bounds
 from stages.quantization.gptq import GPTQ
+from tests import families
 from tests.hessians import ChosenHessian
+from tests.pruners import named
 from tests.replay import MISTAKES, certify_gptq, let_err
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 SEED = st.integers(0, 2**31)
 Options = tuple[int | None, bool, bool, bool]
 OPTIONS: list[Options] = [  # group_size, symmetric, act_order, static_groups
@@ -41,7 +43,8 @@ def problem(
     mixed = torch.randn(columns, columns, generator=generator) / columns**0.5
     inputs = torch.randn(tokens, columns, generator=generator) @ mixed
     inputs *= torch.rand(columns, generator=generator) + 0.1
-    return torch.randn(rows, columns, generator=generator), inputs
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight.to(families.DEVICE), inputs.to(families.DEVICE)
 
 
 def hessian(inputs: torch.Tensor) -> Hessian:
@@ -52,7 +55,7 @@ def hessian(inputs: torch.Tensor) -> Hessian:
 
 def sparse(weight: torch.Tensor, share: float = 0.5) -> torch.Tensor:
     zeros = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < share
-    return weight.masked_fill(zeros, 0)
+    return weight.masked_fill(zeros.to(weight.device), 0)
 
 
 def certify(code: Codes, weight: torch.Tensor, statistic: Hessian, options: Options, damping: float) -> None:
@@ -85,6 +88,16 @@ def test_several_runs_of_columns_make_no_wrong_choice(options):
     certify(code, weight, statistic, options, 0.1)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_linears_that_share_inputs_are_rounded_side_by_side(options):
+    weight, inputs = problem(seed=3, rows=9)
+    linears, statistic = named(list(sparse(weight).split([4, 1, 4]))), hessian(inputs)
+    results = list(gptq(4, options, damping=0.1).replace_group(linears, statistic, 3))
+    assert len(results) == 3
+    for linear, codes in zip(linears, results, strict=True):
+        certify(codes, linear.weight, statistic, options, 0.1)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("bits", [2, 8])
 def test_small_mistakes_are_refused(bits, mistake, monkeypatch):
@@ -101,7 +114,9 @@ def test_small_mistakes_are_refused(bits, mistake, monkeypatch):
 def test_with_an_identity_hessian_it_is_round_to_nearest(bits, options, dtype, seed):
     weight = problem(seed)[0].to(dtype)
     near = Integers(bits, options[0], options[1]).nearest(weight)
-    code = gptq(bits, options).weights(weight, ChosenHessian(torch.eye(weight.shape[1])))
+    code = gptq(bits, options).weights(
+        weight, ChosenHessian(torch.eye(weight.shape[1], device=weight.device))
+    )
     assert torch.equal(code.codes, near.codes) and torch.equal(code.scale, near.scale)
     assert code.scheme() == near.scheme()
     if not options[1]:
@@ -138,7 +153,7 @@ def test_it_loses_less_of_the_output_than_round_to_nearest(bits, group_size):
         weight, inputs = problem(seed, rows=16, columns=64, tokens=1024)
         near = Integers(bits, group_size).nearest(weight).dequantize()
         values = gptq(bits, (group_size, True, False, False)).weights(weight, hessian(inputs)).dequantize()
-        lost = torch.stack([(inputs @ (dense - weight).T).square().mean() for dense in (values, near)])
+        lost = torch.stack([(inputs @ (dense - weight).T).square().mean() for dense in (values, near)]).cpu()
         assert lost[0] < lost[1]
         total += lost
     assert total[0] < 0.8 * total[1]
@@ -167,19 +182,20 @@ def test_a_dead_column_is_rounded_as_it_is():
     other = weight.clone()
     other[:, 7] *= 0.5
     again = gptq(8, options).weights(other, statistic)
-    rest = torch.arange(32) != 7
+    rest = torch.arange(32, device=weight.device) != 7
     assert torch.equal(again.codes[:, rest], code.codes[:, rest])
 
 
 def test_a_weight_of_zeros_is_served():
-    zeros, (_, inputs) = torch.zeros(4, 32), problem(0)
+    weight, inputs = problem(0)
+    zeros = torch.zeros_like(weight)
     assert torch.equal(gptq(4).weights(zeros, hessian(inputs)).dequantize(), zeros)
 
 
 def test_a_singular_hessian_is_damped_and_an_indefinite_one_refused():
     weight, inputs = problem(0, tokens=4)
     assert gptq(4).weights(weight, hessian(inputs)).dequantize().isfinite().all()
-    indefinite = ChosenHessian(torch.full((32, 32), 3.0) - 2 * torch.eye(32))
+    indefinite = ChosenHessian((torch.full((32, 32), 3.0) - 2 * torch.eye(32)).to(weight.device))
     with pytest.raises(Refusal, match="not positive definite"):
         gptq(4).weights(weight, indefinite)
 

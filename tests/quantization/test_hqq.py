@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from stages.model.grid import Codes, Integers, bounds
 from stages.quantization.hqq import HQQ
+from tests.families import DEVICE
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def hqq(bits: int, group_size: int | None, symmetric: bool = False, **options) -> HQQ:
@@ -39,8 +40,8 @@ def wide(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def outliers(seed: int) -> torch.Tensor:
     """Draw a weight with a few large entries."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(16, 64, generator=generator)
-    return weight * (1 + 5 * (torch.rand(weight.shape, generator=generator) > 0.97))
+    weight = torch.randn(16, 64, generator=generator).to(DEVICE)
+    return weight * (1 + 5 * (torch.rand(weight.shape, generator=generator).to(DEVICE) > 0.97))
 
 
 def halfway(code: float) -> bool:
@@ -158,7 +159,7 @@ def test_no_group_is_worse_than_round_to_nearest_and_zeros_stay_zero(
     bits, group_size, symmetric, dtype, seed, sparsity
 ):
     weight = outliers(seed)
-    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < sparsity] = 0
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < sparsity] = 0
     weight = weight.to(dtype)
     code = hqq(bits, group_size, symmetric).weights(weight, None)
     near = Integers(bits, group_size, symmetric).nearest(weight)
@@ -180,7 +181,7 @@ def test_it_gains_where_weights_have_outliers(bits, share, symmetric):
 
 
 def test_a_weight_of_zeros_is_served():
-    zeros = torch.zeros(4, 32)
+    zeros = torch.zeros(4, 32, device=DEVICE)
     for symmetric in (True, False):
         assert torch.equal(hqq(4, 8, symmetric).weights(zeros, None).dequantize(), zeros)
 

@@ -10,6 +10,8 @@ from stages.quantization.nvfp4 import NVFP4
 from stages.quantization.rtn import RTN
 from tests import families
 
+pytestmark = pytest.mark.device
+
 
 @pytest.mark.parametrize(("group_size", "uneven"), [(None, 0), (32, 0), (64, 12), (24, 14)])
 def test_a_group_size_must_divide_every_input_width(group_size, uneven):

@@ -1,11 +1,15 @@
 """Round to nearest: every weight at the nearest point of its grid, zeros at zero."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.model.grid import bounds
 from stages.quantization.rtn import RTN
+from tests.families import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def rtn(bits: int, group_size: int | None) -> RTN:
@@ -15,14 +19,14 @@ def rtn(bits: int, group_size: int | None) -> RTN:
 
 
 def drawn(seed: int, rows: int = 5, columns: int = 32) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def test_round_to_nearest_is_nearest():
     weight = drawn(0)
     code = rtn(3, 8).weights(weight, None)
     low, high = bounds(3)
-    grid = code.scale.repeat_interleave(8, 1)[..., None] * torch.arange(low, high + 1)
+    grid = code.scale.repeat_interleave(8, 1)[..., None] * torch.arange(low, high + 1, device=DEVICE)
     best = (grid - weight[..., None]).abs().amin(-1)
     torch.testing.assert_close((code.dequantize() - weight).abs(), best)
 
@@ -34,7 +38,7 @@ def test_round_to_nearest_is_nearest():
 )  # fmt: skip
 def test_zeros_stay_zero_and_codes_in_range(bits, group_size, dtype, seed, sparsity):
     weight = drawn(seed)
-    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < sparsity] = 0
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < sparsity] = 0
     weight = weight.to(dtype)
     code = rtn(bits, group_size).weights(weight, None)
     low, high = bounds(bits)
@@ -47,5 +51,5 @@ def test_zeros_stay_zero_and_codes_in_range(bits, group_size, dtype, seed, spars
 
 
 def test_a_weight_of_zeros_is_served():
-    zeros = torch.zeros(4, 32)
+    zeros = torch.zeros(4, 32, device=DEVICE)
     assert torch.equal(rtn(4, 8).weights(zeros, None).dequantize(), zeros)

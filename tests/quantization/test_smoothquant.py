@@ -14,7 +14,7 @@ from stages.model.blocks import linears
 from stages.quantization.smoothquant import InputPeak, SmoothQuant
 from tests.pipeline import NONE, TEXT, do, load, params, record
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 BLOCK = {**TEXT, "sequential": "block"}
 RECIPE = {"source": "base/tiny", "method": "smoothquant", "calibration": BLOCK}
 
@@ -31,9 +31,9 @@ def peak(inputs: torch.Tensor) -> InputPeak:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
-def test_the_scale_is_the_papers(alpha):
-    inputs = torch.randn(23, 8) * torch.tensor([1, 100, 1, 1, 0.01, 1, 1, 1])
-    weights = [torch.randn(6, 8), torch.randn(3, 8)]
+def test_the_scale_is_the_papers(alpha, device):
+    inputs = torch.randn(23, 8).to(device) * torch.tensor([1, 100, 1, 1, 0.01, 1, 1, 1], device=device)
+    weights = [torch.randn(6, 8).to(device), torch.randn(3, 8).to(device)]
     inputs[:, 6] = 0
     weights[0][:, 7] = weights[1][:, 7] = 0
     scale = smoothquant(alpha=alpha).scale(weights, peak(inputs), lambda scale: scale)
@@ -47,10 +47,11 @@ def test_the_scale_is_the_papers(alpha):
         torch.testing.assert_close((inputs.abs().amax(0) / scale)[:6], balanced[:6])
 
 
-def test_rows_are_rounded_to_eight_bits_and_zeros_stay():
+def test_rows_are_rounded_to_eight_bits_and_zeros_stay(device):
     weight = torch.randn(6, 32)
     weight[torch.rand(6, 32) < 0.4] = 0
-    code = smoothquant().weights(weight, peak(torch.randn(4, 32)))
+    weight, inputs = weight.to(device), torch.randn(4, 32).to(device)
+    code = smoothquant().weights(weight, peak(inputs))
     step = weight.abs().amax(1, keepdim=True) / 127.5
     assert ((code.dequantize() - weight).abs() <= step * 0.501).all()
     assert torch.equal(code.codes, (weight / step).round().clamp(-128, 127).to(torch.int8))

@@ -5,7 +5,7 @@ import torch
 
 from stages.recovery.adam import Adam
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
 )

@@ -9,7 +9,7 @@ from stages.recovery.arm import Arm
 from stages.recovery.eco import BETAS, sum_of_later_steps
 from tests.tuned import quantized, recipe, steps
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def eco(bits: int = 3, **options: Any) -> Arm:
@@ -19,7 +19,7 @@ def eco(bits: int = 3, **options: Any) -> Arm:
 
 def gradients(weight: torch.Tensor, count: int, draw: torch.Generator) -> list[torch.Tensor]:
     """Draw gradients of one size, with which Adam's second moment stays the same, and random signs."""
-    return [torch.randn(weight.shape, generator=draw).sign() * 0.5 for _ in range(count)]
+    return [torch.randn(weight.shape, generator=draw).to(weight.device).sign() * 0.5 for _ in range(count)]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -21,6 +21,8 @@ from stages.model.grid import Codes, Int8, Integers, Quantized, bounds
 from stages.recovery.training import held_out_loss
 from tests.pipeline import NONE, STAGES, TEXT, dense, do, load, params, record
 
+pytestmark = pytest.mark.device
+
 SEED = st.integers(0, 2**31)
 
 

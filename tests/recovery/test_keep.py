@@ -14,6 +14,8 @@ from tests import families
 from tests.pipeline import NONE, dense, do, load, params, record
 from tests.tuned import LORA, TEXT, recipe, run, tune
 
+pytestmark = pytest.mark.device
+
 MAGNITUDE = {
     "source": "base/tiny", "method": "magnitude", "sparsity": 0.5, "scope": "matrix", "calibration": NONE
 }  # fmt: skip
@@ -68,7 +70,9 @@ def test_frozen_weights_keep_their_values_and_the_others_train(family, method, k
     model = families.model(family)
     generator = torch.Generator().manual_seed(1)
     for linear in linears(model):
-        linear.weight[torch.rand(linear.weight.shape, generator=generator) < 0.25] = 0
+        linear.weight[
+            torch.rand(linear.weight.shape, generator=generator).to(linear.weight.device) < 0.25
+        ] = 0
     settings = {"weight_decay": 0.1, "keep": keep} | (HALF if keep in ("small", "shuffled") else {})
     chosen = recipe(method, **settings)
     # The weights that training begins with: the arm shuffles first, by a draw of the seed alone.

@@ -20,13 +20,14 @@ from tests.recipes import LORA, WANDA
 from tests.recipes import run as run_stages
 from tests.tuned import recipe, run, tune, windows
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def sparse(family: str) -> torch.nn.Module:
     model = families.model(family)
     for linear in linears(model):
-        linear.weight[torch.rand(linear.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
+        drawn = torch.rand(linear.weight.shape, generator=torch.Generator().manual_seed(1))
+        linear.weight[drawn.to(linear.weight.device) < 0.5] = 0
     return model
 
 

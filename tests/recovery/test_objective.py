@@ -12,7 +12,7 @@ from stages.recovery.tuning import Distillation
 from stages.teaching.logits import top_logits
 from tests import families
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 SIZES = [(30, 20), (17, 1), (9, 5), (26, 3), (12, 11), (7, 6), (3, 2)]
 """Tokens of each example, and the place where its answer starts."""
 
@@ -84,9 +84,9 @@ def test_padding_and_packing_together_change_no_loss(family):
 
 def test_the_loss_of_whole_windows_is_that_of_transformers():
     model = families.model("llama").float()
-    windows = torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(0))
+    windows = families.windows(3, 24)
     expected = model(input_ids=windows, labels=windows).loss
-    loss, count = batch_loss(model, collate([(example(row),) for row in windows]), None)
+    loss, count = batch_loss(model, collate([(example(row),) for row in windows.cpu()]), None)
     assert count == 3 * 23
     torch.testing.assert_close(loss, expected)
 
@@ -168,12 +168,13 @@ def test_distillation_is_added_by_weight_and_squared_temperature():
     batch = collate(pack(taught, 40))
     plain, _ = batch_loss(model, batch, None)
     total = sum(
-        divergence(predictions(model, collate([(item,)]))[0], item.teacher, 2.0)
+        divergence(predictions(model, collate([(item,)]))[0].cpu(), item.teacher, 2.0)
         * (item.labels != IGNORED).sum()
         for item in taught
     )
     loss, _ = batch_loss(model, batch, Distillation(weight=0.5, temperature=2.0))
-    torch.testing.assert_close(loss, plain + 0.5 * 4 * total / batch.predicted, rtol=1e-5, atol=1e-5)
+    expected = plain.cpu() + 0.5 * 4 * total / batch.predicted
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_distillation_needs_a_teacher():

@@ -8,7 +8,7 @@ import torch
 from tests import tuned
 from tests.tuned import quantized, steps, values
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def recipe(method: str, **options: Any) -> Any:

@@ -18,6 +18,8 @@ from stages.recovery import objective, saves, training
 from tests.pipeline import NONE, altered, do, finetune, params
 from tests.tuned import LORA, TEXT
 
+pytestmark = pytest.mark.device
+
 SOURCE = {
     "lora": "prune/half", "full": "prune/half", "qat": "quantize/four", "eco": "quantize/four",
 }  # fmt: skip

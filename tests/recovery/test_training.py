@@ -14,7 +14,7 @@ from stages.recovery.training import StepPlan, held_out_loss, refusing_out_of_me
 from tests import families
 from tests.tuned import recipe, rows, run, tune
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_training_is_adamw_on_the_mean_over_predicted_tokens_clipped():
         total = predicted = 0
         for row in [row for part in plan.rows(step) for row in part]:
             (item,) = uneven()[row]
-            logits = reference(input_ids=item.input_ids[None]).logits[0]
+            logits = reference(input_ids=item.input_ids[None].to(reference.device)).logits[0]
             for at in range(1, len(item.input_ids)):
                 if item.labels[at] >= 0:
                     total = total - logits[at - 1].log_softmax(0)[item.labels[at]]
@@ -165,7 +165,8 @@ def test_the_held_out_loss_is_the_mean_over_tokens_and_keeps_the_models_mode():
     losses = []
     for (item,) in uneven():
         with torch.no_grad():
-            logits = model.eval()(input_ids=item.input_ids[None]).logits[0].log_softmax(-1)
+            ids = item.input_ids[None].to(model.device)
+            logits = model.eval()(input_ids=ids).logits[0].log_softmax(-1)
         losses += [-float(logits[at - 1, label]) for at, label in enumerate(item.labels) if label >= 0]
     model.train()
     assert held_out_loss(model, uneven(), 3) == pytest.approx(sum(losses) / len(losses), rel=1e-5)

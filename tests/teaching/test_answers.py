@@ -15,7 +15,7 @@ from tests import families, lessons, pipeline
 from tests.lessons import ANSWERS, answer, greedy, make_lesson, prompt
 from tests.pipeline import download, teach
 
-pytestmark = [pytest.mark.usefixtures("workspace"), pytest.mark.numerics]
+pytestmark = [pytest.mark.usefixtures("workspace"), pytest.mark.numerics, pytest.mark.device]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -11,7 +11,7 @@ from stages.recovery.tuning import Distillation
 from tests import families, lessons, pipeline
 from tests.lessons import answer, make_lesson
 
-pytestmark = [pytest.mark.usefixtures("workspace"), pytest.mark.numerics]
+pytestmark = [pytest.mark.usefixtures("workspace"), pytest.mark.numerics, pytest.mark.device]
 
 
 @pytest.mark.parametrize("top", [1, 8, None])

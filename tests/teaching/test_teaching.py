@@ -12,7 +12,7 @@ from tests import fewrows, lessons, pipeline
 from tests.lessons import ANSWERS, LOGITS, SUMS, TWICE
 from tests.pipeline import download, teach
 
-pytestmark = pytest.mark.usefixtures("workspace")
+pytestmark = [pytest.mark.usefixtures("workspace"), pytest.mark.device]
 
 
 def tuned(dataset: str, packing: bool, **options: Any) -> dict[str, Any]:

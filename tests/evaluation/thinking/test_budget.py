@@ -46,7 +46,12 @@ def drawn(lm: BudgetLM, text: str, numbers: list[float], stop: str) -> list[int]
     ids, tokens = lm.tok_encode(text), []
     for number in numbers:
         with torch.no_grad():
-            logits = lm.model(input_ids=torch.tensor([ids + tokens])).logits[0, -1].double()
+            logits = (
+                lm.model(input_ids=torch.tensor([ids + tokens], device=lm.model.device))
+                .logits[0, -1]
+                .double()
+                .cpu()
+            )
         weights = torch.softmax(logits / lm.thinking.temperature, 0).tolist()
         token = next(i for i, total in enumerate(itertools.accumulate(weights)) if total > number)
         tokens.append(token)

@@ -23,4 +23,4 @@ def model() -> torch.nn.Module:
         outliers = torch.rand(linear.weight.shape, generator=draw) < 0.01 * (block % 4)
         linear.weight.mul_(1 + 30 * outliers)
         linear.weight.mul_(torch.linspace(1, 4 + 3 * block, len(linear.weight))[:, None])
-    return llama
+    return llama.to(families.DEVICE)

@@ -13,6 +13,7 @@ from stages.core.errors import Refusal
 from stages.model.blocks import blocks, linears
 from stages.pruning.allocation.alpha import hill, spectrum_of
 from tests.allocations import by_block, shares
+from tests.families import DEVICE
 
 pytestmark = pytest.mark.numerics
 
@@ -35,12 +36,14 @@ def expected_shares(exponents: list[float], sparsity: float, spread: float) -> l
 def test_hill_is_the_papers_estimator(values):
     ordered = sorted(values, reverse=True)
     assume(ordered[0] > 1.001 * ordered[len(ordered) // 2])  # a tail of equal values has no exponent
-    assert hill(torch.tensor(values, dtype=torch.float64)) == pytest.approx(slow_hill(values), rel=1e-6)
+    assert hill(torch.tensor(values, dtype=torch.float64, device=DEVICE)) == pytest.approx(
+        slow_hill(values), rel=1e-6
+    )
 
 
 def test_hill_finds_the_exponent_of_a_power_law():
     # Quantiles of a density that falls like x^-3.
-    law = (1 - torch.linspace(0, 0.9999, 20001, dtype=torch.float64)) ** (-1 / 2)
+    law = (1 - torch.linspace(0, 0.9999, 20001, dtype=torch.float64, device=DEVICE)) ** (-1 / 2)
     assert hill(law) == pytest.approx(3, abs=0.05)
 
 
@@ -67,14 +70,21 @@ def test_weights_whose_squares_overflow_fp32_are_measured(model):
 
 def test_the_spectrum_leaves_out_what_fp32_cannot_tell_from_zero():
     draw = torch.Generator().manual_seed(0)
-    tall, wide = torch.randn(48, 12, generator=draw).double(), torch.randn(12, 64, generator=draw).double()
+    tall, wide = (
+        torch.randn(48, 12, generator=draw).to(DEVICE).double(),
+        torch.randn(12, 64, generator=draw).to(DEVICE).double(),
+    )
     result = spectrum_of((tall @ wide).float())
     exact = torch.linalg.svdvals(tall @ wide)[:12] ** 2
     torch.testing.assert_close(result, exact, rtol=1e-4, atol=0)
     assert hill(result) == pytest.approx(slow_hill(exact.tolist()), rel=1e-4)
-    low_ranks = (torch.zeros(4, 8), torch.ones(4, 8), torch.eye(4, 8))
+    low_ranks = (
+        torch.zeros(4, 8, device=DEVICE),
+        torch.ones(4, 8, device=DEVICE),
+        torch.eye(4, 8, device=DEVICE),
+    )
     assert [len(spectrum_of(weight)) for weight in low_ranks] == [0, 1, 4]
-    assert spectrum_of(torch.tensor([[1.0, math.nan], [1, 1]])).isnan().all()
+    assert spectrum_of(torch.tensor([[1.0, math.nan], [1, 1]], device=DEVICE)).isnan().all()
 
 
 def test_a_matrix_of_rank_one_or_zero_has_no_exponent(model, caplog):

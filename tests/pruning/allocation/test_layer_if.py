@@ -11,8 +11,9 @@ from stages.pruning.allocation import layer_if
 from stages.pruning.allocation.layer_if import influence
 from stages.pruning.gradients import sketches
 from tests.allocations import allocation, by_block, shares, tokens
+from tests.families import DEVICE
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def slow_influence(train: torch.Tensor, held_out: torch.Tensor) -> float:
@@ -29,13 +30,15 @@ def slow_influence(train: torch.Tensor, held_out: torch.Tensor) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_influence_is_datainfs(seed):
     draw = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(8, 20, generator=draw, dtype=torch.float64) + torch.randn(20, generator=draw)
+    vectors = torch.randn(8, 20, generator=draw, dtype=torch.float64).to(DEVICE) + torch.randn(
+        20, generator=draw
+    ).to(DEVICE)
     assert influence(vectors, 20) == pytest.approx(slow_influence(vectors[:4], vectors[4:]))
 
 
 def test_a_helpful_half_has_more_influence_than_a_harmful_one():
-    g = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)) * 0.1
+    g = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    noise = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 0.1
     helpful, harmful = torch.cat([g + noise, g + noise]), torch.cat([g + noise, -g + noise])
     assert influence(helpful, 50) > influence(harmful, 50)
 
@@ -66,8 +69,10 @@ def test_layer_if_is_the_papers_formula(model, monkeypatch):
     exact = exact_gradients(model)
     monkeypatch.setattr(layer_if, "sketches", lambda _, __, names: {name: exact[name] for name in names})
     result = by_block(model, shares("layer-if", model, 0.5))
-    scores = torch.tensor([slow_influence(exact[name][:3], exact[name][3:]) for name, _ in blocks(model)])
-    scores = ((scores - scores.min()) / (scores.max() - scores.min())).numpy()
+    scores = torch.tensor(
+        [slow_influence(exact[name][:3], exact[name][3:]) for name, _ in blocks(model)], device=DEVICE
+    )
+    scores = ((scores - scores.min()) / (scores.max() - scores.min())).cpu().numpy()
     smooth = savgol_filter(scores, 5, 2).clip(0, 1)
     raw = (1 - smooth) * (0.40 - 0.05) + 0.05
     expected = raw * 0.5 / raw.mean()

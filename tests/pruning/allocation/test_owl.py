@@ -9,7 +9,7 @@ import torch
 from stages.model.blocks import blocks, linears
 from tests.allocations import by_block, shares, tokens
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def slow_owl(model: torch.nn.Module, sparsity: float, multiple: float, spread: float) -> list[float]:

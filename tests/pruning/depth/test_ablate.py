@@ -14,7 +14,7 @@ from stages.pruning.depth.remove import remove_blocks
 from tests import families
 from tests.deep import WINDOWS, deep, logits, loss, without, without_attention
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 TEXT = ScoredRows.of_text(WINDOWS)
 
 
@@ -45,7 +45,7 @@ def test_blocks_that_return_more_than_the_stream():
         eos_token_id=257, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(families.DEVICE)
     losses = rank.perplexity(Ablation(model, TEXT, 2, "block", "test"), [0, 1, 2])
     for number, value in losses.items():
         reference = copy.deepcopy(model)

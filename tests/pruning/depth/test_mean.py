@@ -14,7 +14,7 @@ from tests import families
 from tests.deep import deep, logits, without
 from tests.pipeline import TEXT, load
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def inputs_and_output(model: torch.nn.Module, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +46,7 @@ def test_an_attention_leaves_its_mean(family, source, prune):
     projection = output_projections(load("prune/made"))[1]
     _, output = inputs_and_output(model, output_projections(model)[1].module)
     assert not projection.weight.count_nonzero()
-    assert torch.allclose(projection.module.bias.data, output.flatten(0, -2).mean(0), atol=1e-5)
+    assert torch.allclose(projection.module.bias.data, output.flatten(0, -2).mean(0).cpu(), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from stages.pruning.depth.ablate import Ablation, ScoredRows
 from stages.pruning.depth.observe import observe, stream_in
 from tests.deep import WINDOWS, deep, loss, without, without_attention
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 TEXT = ScoredRows.of_text(WINDOWS)
 
 

@@ -19,7 +19,7 @@ from stages.pruning.depth.remove import remove_blocks
 from tests import families
 from tests.deep import WINDOWS, deep, logits, without
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def generated(model: torch.nn.Module, *, cache: bool) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_settings_that_json_cannot_hold_are_read_as_from_a_file(family, tmp_path
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert reloaded.config.num_hidden_layers == 2 and reloaded.config.time_step_limit[1] == math.inf
     with torch.no_grad():
-        windows = WINDOWS % 64
+        windows = WINDOWS.cpu() % 64
         assert torch.equal(model(windows).logits, reloaded(windows).logits)
 
 

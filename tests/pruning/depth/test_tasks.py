@@ -12,7 +12,7 @@ from stages.pruning.depth.tasks import Items, retained
 from tests import families
 from tests.pipeline import load
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def test_items_are_scored_as_lm_eval_scores_them(graded):

@@ -16,7 +16,7 @@ from stages.core.errors import Refusal
 from tests import families
 from tests.shapes import grouped, heads, plan
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 
 
 def tiny(kind: type[PreTrainedConfig], queries: int, groups: int) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from stages.pruning.shape.shrinker import measure_inputs
 from tests.pipeline import NONE, TEXT, dense, do, load, params, prune, record
 from tests.shapes import WINDOWS, grouped, heads, logits, reloaded
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 SERVED = ["llama", "qwen3", "gemma3", "mistral"]
 
 

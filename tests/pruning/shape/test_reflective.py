@@ -12,7 +12,7 @@ from stages.pruning.gradients import loss_gradients
 from stages.pruning.shape.reflective import ReflectiveStructures
 from tests.pipeline import NONE, TEXT, do, load, params, record
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 OWN = TEXT | {"tokens": "generated", "seed": 0, "temperature": 1.0, "prompt_length": 8}
 RECIPE = {
     "source": "base/tiny", "method": "resp-structures", "sparsity": 0.5, "steps": 2, "calibration": OWN,

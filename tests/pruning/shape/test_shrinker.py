@@ -10,6 +10,7 @@ from stages.model.blocks import linears
 from stages.pruning.shape import anatomy
 from stages.pruning.shape.shrinker import change_bound, measure_inputs, most_important
 from tests import families
+from tests.families import DEVICE
 from tests.pipeline import TEXT
 from tests.shapes import WINDOWS, full, grouped, logits, width
 
@@ -50,8 +51,8 @@ def test_a_weight_that_is_not_finite_is_refused():
 @given(st.integers(0, 1000), st.integers(1, 12), st.integers(1, 6))
 def test_the_bound_of_a_feature_is_the_change_of_the_output_without_it(seed, features, out):
     draw = torch.Generator().manual_seed(seed)
-    inside = torch.randn(20, features, generator=draw)
-    writer = torch.randn(out, features, generator=draw)
+    inside = torch.randn(20, features, generator=draw).to(DEVICE)
+    writer = torch.randn(out, features, generator=draw).to(DEVICE)
     bound = change_bound(writer, inside.square().mean(0).sqrt())
     for i in range(features):
         without = inside.clone()
@@ -63,7 +64,10 @@ def test_the_bound_of_a_feature_is_the_change_of_the_output_without_it(seed, fea
 @given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 4))
 def test_the_sum_of_bounds_bounds_the_change_of_the_output_without_all_features(seed, features, out):
     draw = torch.Generator().manual_seed(seed)
-    inside, writer = torch.randn(20, features, generator=draw), torch.randn(out, features, generator=draw)
+    inside, writer = (
+        torch.randn(20, features, generator=draw).to(DEVICE),
+        torch.randn(out, features, generator=draw).to(DEVICE),
+    )
     change = (inside @ writer.T).square().sum(1).mean().sqrt()
     bound = change_bound(writer, inside.square().mean(0).sqrt()).sum()
     assert change <= bound * (1 + 1e-5)
@@ -72,7 +76,7 @@ def test_the_sum_of_bounds_bounds_the_change_of_the_output_without_all_features(
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.data())
 def test_the_highest_are_kept_in_order_and_ties_keep_the_higher_index(values, data):
     count = data.draw(st.integers(0, len(values)))
-    kept = most_important(torch.tensor(values, dtype=torch.float32), count)
+    kept = most_important(torch.tensor(values, dtype=torch.float32, device=DEVICE), count)
     order = sorted(range(len(values)), key=lambda i: (values[i], i))
     assert kept.tolist() == sorted(order[len(values) - count :])
     assert kept.dtype == torch.int64

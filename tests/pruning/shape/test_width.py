@@ -21,7 +21,7 @@ from tests import families
 from tests.pipeline import NONE, TEXT, do, load, params, prune, record
 from tests.shapes import WINDOWS, full, logits, plan, reloaded, width
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.device]
 KEYS = {"opt": "ffn_dim", "gpt2": "n_inner"}
 """The config's key for the width, where it is not intermediate_size."""
 
