@@ -3,8 +3,8 @@
 A plain adapter trains W + BA and merges it, which fills every zero of W. Here the layer computes W + M * BA,
 with M the positions that are not frozen (`stages.recovery.keep`), in the forward pass as in the merge. What
 is trained is what is merged, and a pruned weight stays exactly zero. The price is the full-size product BA
-once per forward pass and linear, small beside the forward pass of a few hundred tokens. With `keep: none`
-there is no mask, and peft's own layer is used.
+once per forward pass and linear, small beside the forward pass of a few hundred tokens, and a full-size
+gradient of it in the backward pass. With `keep: none` there is no mask, and peft's own layer is used.
 
 On a quantized source these are adapters over its dequantized weights (QLoRA, 2305.14314, without its grid).
 """
