@@ -101,7 +101,7 @@ class Streamed(Empty):
 
     @contextmanager
     def _weights(self, name: str, block: nn.Module, dense: bool) -> Iterator[bool]:
-        if name == self._names[0]:  # a walk begins, to which the last block of the one before is finished
+        if name == self._names[0]:  # a walk begins, which the write of an earlier walk's last block precedes
             self._settle()
         done = self._shards.done(name)
         self._bring(name, block, dense=dense)
