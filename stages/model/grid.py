@@ -72,8 +72,7 @@ class Quantized:
         """Tell whether `other`, on the same device, has the same codes, scales and zero points."""
         mine, theirs = vars(self), vars(other)
         return mine.keys() == theirs.keys() and all(
-            torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
-            for name, value in mine.items()
+            _same(value, theirs[name]) for name, value in mine.items()
         )
 
     def scheme(self) -> dict[str, Any] | None:
@@ -92,6 +91,14 @@ class Quantized:
     def read(cls, stored: Mapping[str, Tensor], name: str, scheme: Mapping[str, Any]) -> Self:
         """Read the parameter `name` (`<linear>.weight`) from a file's tensors: the inverse of `tensors`."""
         raise NotImplementedError
+
+
+def _same(value: Any, other: Any) -> bool:
+    if not (isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return bool(value is other or value == other)
+    if value.element_size() == other.element_size() == 1:  # torch compares no fp8
+        value, other = value.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(value, other)
 
 
 @dataclass(frozen=True)

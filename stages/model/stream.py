@@ -101,7 +101,7 @@ class Streamed(Empty):
 
     @contextmanager
     def _weights(self, name: str, block: nn.Module, dense: bool) -> Iterator[bool]:
-        if name == self._names[0]:  # a walk begins, to which the last block of the one before is finished
+        if name == self._names[0]:  # a walk begins, which the write of an earlier walk's last block precedes
             self._settle()
         done = self._shards.done(name)
         self._bring(name, block, dense=dense)
@@ -347,7 +347,7 @@ def check_written(file: Path, tensors: Mapping[str, Tensor]) -> str:
     if kinds(stored) == kinds(tensors):
         # A tensor of a single entry counts as contiguous whatever its strides.
         flat = [tensors[name].as_strided((tensors[name].numel(),), (1,)) for name in stored]
-        parts = [memoryview(tensor.view(torch.uint8).numpy()) for tensor in flat]
+        parts = [tensor.view(torch.uint8).numpy().data for tensor in flat]
         with file.open("rb") as opened:
             header = opened.read(file.stat().st_size - sum(map(len, parts)))
         if (written := checksum(file)) == checksum_of([memoryview(header), *parts]):

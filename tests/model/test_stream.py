@@ -250,6 +250,32 @@ def test_the_next_block_is_read_while_this_one_is_compressed(workspace, monkeypa
         assert {block, min(block + 1, 5)} <= blocks_held <= set(range(block - 1, block + 2))
 
 
+def test_codes_that_change_in_packing_are_detected(workspace, monkeypatch):
+    packed = stream.tensors_of
+
+    def spoiled(linear: str, code: Any) -> dict[str, torch.Tensor]:
+        tensors = packed(linear, code)
+        tensors[f"{linear}.weight_packed"].view(-1)[3] ^= 1
+        return tensors
+
+    monkeypatch.setattr(stream, "tensors_of", spoiled)
+    with pytest.raises(
+        AssertionError, match=r"model\.layers\.0\.self_attn\.\w+: the codes to be written differ"
+    ):
+        execute(RTN, "quantize")
+    assert not (MODELS / "quantize/made").exists() and not leftovers()
+
+
+def test_zeros_that_a_method_loses_are_detected(workspace, monkeypatch):
+    execute(MAGNITUDE)
+    recipes = {"made": "base/tiny", "again": "prune/made"}
+    chosen = params("llama", {f"prune/{n}": {"source": source, **MAGNITUDE} for n, source in recipes.items()})
+    monkeypatch.setattr(Magnitude, "weights", lambda self, weight, *_: weight + 1)
+    with pytest.raises(AssertionError, match=r"model\.layers\.0\..* zeros were lost"):
+        chosen.prune["again"].execute("prune/again", chosen.run)
+    assert not (MODELS / "prune/again").exists() and not leftovers()
+
+
 @pytest.mark.parametrize("change", [lambda t: t.neg_(), lambda t: t.view(-1)[5:6].add_(1), lambda t: t.t_()])
 def test_a_file_that_differs_from_its_tensors_is_detected(change, tmp_path):
     tensors = {name: torch.randn(8, 8).to(torch.bfloat16) for name in ("a", "b")} | {"n": torch.tensor(3)}
