@@ -18,7 +18,7 @@ Sums of floats are taken in another order than lm-eval's; in exact arithmetic no
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -187,13 +187,13 @@ class SharedPrefixLM(HFLM):
         bar = tqdm(total=len(requests), initial=len(too_long), disable=disable_tqdm, desc="Likelihoods")
         for first in range(0, len(ordered), size):
             batch = ordered[first : first + size]
-            for row, log_probs in zip(batch, self._log_probs(batch), strict=True):
-                for i in rows[row]:
-                    name, _, continuation = requests[i]
-                    answers[i] = _score(log_probs, continuation)
-                    if name is not None:
-                        self.cache_hook.add_partial("loglikelihood", name, answers[i])
-                bar.update(len(rows[row]))
+            asked = [(place, i) for place, row in enumerate(batch) for i in rows[row]]
+            scores = self._scores(batch, [(place, requests[i][2]) for place, i in asked])
+            for (_, i), score in zip(asked, scores, strict=True):
+                answers[i] = score
+                if (name := requests[i][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", name, score)
+            bar.update(len(asked))
         bar.close()
         return [answers[i] for i in range(len(requests))]
 
@@ -261,24 +261,53 @@ class SharedPrefixLM(HFLM):
             cache.batch_repeat_interleave(rows)
         return cache
 
-    def _log_probs(self, batch: Sequence[LikelihoodRow]) -> Iterator[Tensor]:
-        """Yield log-probabilities `[tokens, vocabulary]` of the tokens after each row's context."""
+    def _scores(
+        self, batch: Sequence[LikelihoodRow], asked: Sequence[tuple[int, Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        """Return the log-likelihood in nats of each continuation, and whether each token is the likeliest.
+
+        The device is waited for once a batch.
+
+        Args:
+            batch: the rows to run.
+            asked: the place of a row in the batch, and a continuation that it holds.
+        """
+        logits, first = self._logits(batch)
+        # A row's context predicts the first token of a continuation. Continuations share what predicts them.
+        predicted = [
+            ((place, len(batch[place].context) - 1 - first + offset), token)
+            for place, continuation in asked
+            for offset, token in enumerate(continuation)
+        ]
+        distinct = {at: number for number, at in enumerate(dict.fromkeys(at for at, _ in predicted))}
+        row, position = torch.tensor(list(distinct), device=self.device).T
+        log_probs = torch.log_softmax(logits[row, position], -1, dtype=self.softmax_dtype)
+        at, token = torch.tensor([(distinct[at], token) for at, token in predicted], device=self.device).T
+        sizes = [len(continuation) for _, continuation in asked]
+        totals = log_probs[at, token].cpu().split(sizes)
+        likeliest = (log_probs.argmax(-1)[at] == token).cpu().split(sizes)
+        return [(float(each.sum()), bool(best.all())) for each, best in zip(totals, likeliest, strict=True)]
+
+    def _logits(self, batch: Sequence[LikelihoodRow]) -> tuple[Tensor, int]:
+        """Return logits `[rows, tokens, vocabulary]` of a batch, and the place of their first token in a row.
+
+        Only tokens after the shortest context have logits, as no others are asked for.
+        """
         questions = list(dict.fromkeys(row.context for row in batch))
         cache, done = self._repeated_prefix(len(questions)), len(self._prefix)
-        shared = min(map(len, questions)) - 1
-        if len(questions) < len(batch) and shared - done >= _SHORTEST_PREFIX:
-            cache = self._forward(
-                [question[done:shared] for question in questions], cache, keep=1
-            ).past_key_values
-            done = shared
-        if cache is not None:
-            owners = [questions.index(row.context) for row in batch]
-            cache.batch_select_indices(torch.tensor(owners, device=self.device))
+        shortest = min(map(len, questions)) - 1
+        if len(questions) < len(batch):
+            if shortest - done >= _SHORTEST_PREFIX:
+                cache = self._forward(
+                    [question[done:shortest] for question in questions], cache, keep=1
+                ).past_key_values
+                done = shortest
+            if cache is not None:
+                owners = [questions.index(row.context) for row in batch]
+                cache.batch_select_indices(torch.tensor(owners, device=self.device))
         longest = max(len(row.tokens) for row in batch)
         padded = [(*row.tokens[done:], *[0] * (longest - len(row.tokens))) for row in batch]
-        for row, logits in zip(batch, self._forward(padded, cache).logits, strict=True):
-            predicting = logits[len(row.context) - 1 - done : len(row.tokens) - done]
-            yield torch.log_softmax(predicting, -1, dtype=self.softmax_dtype)
+        return self._forward(padded, cache, keep=longest - shortest).logits, shortest
 
     def _forward(self, rows: Sequence[TokenIds], cache: Cache | None, keep: int = 0) -> Any:
         """Run rows of one length after `cache`; return logits of the last `keep` tokens, 0 for all."""
@@ -303,13 +332,6 @@ def _common(left: TokenIds, right: TokenIds) -> TokenIds:
     """Return the longest common prefix."""
     same = [a == b for a, b in zip(left, right, strict=False)]
     return left[: same.index(False)] if False in same else left[: len(same)]
-
-
-def _score(log_probs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Return a continuation's log-likelihood in nats, and whether each of its tokens is the likeliest."""
-    target = torch.tensor(continuation, device=log_probs.device)
-    predicted = log_probs[-len(continuation) :]
-    return float(predicted.gather(1, target[:, None]).sum()), bool((predicted.argmax(-1) == target).all())
 
 
 def _window(cache: Cache) -> int:
