@@ -30,8 +30,10 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from stages.core.errors import Refusal
 from stages.core.lazy import mock
+from stages.corpus.bos import begin, bos_tokens, closes
 from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows
 from stages.corpus.windows import check_token_ids
+from stages.model.causal import check_causal
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -63,6 +65,9 @@ class SharedPrefixLM(HFLM):
     Args:
         options: those of HFLM.
         kept_answers: keeps the answers to finished tasks; None keeps none.
+
+    Raises:
+        Refusal: the model looks ahead, so it has no likelihoods.
     """
 
     def __init__(
@@ -78,7 +83,9 @@ class SharedPrefixLM(HFLM):
         # A checkpoint's own settings may sample, or penalize repetition: a suite says so, or nothing does.
         ends = self.model.generation_config.eos_token_id
         self.model.generation_config = GenerationConfig(eos_token_id=ends)
+        check_causal(self.model)
         self.batching = batching(self.model)
+        self._begin = bos_tokens(tokenizer, "auto") if closes(tokenizer) else None
         self._prefix: TokenIds = ()
         self._prefix_cache: Cache | None = None
         self.kept_answers = kept_answers
@@ -102,6 +109,36 @@ class SharedPrefixLM(HFLM):
         """The token before a text that nothing precedes."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """Return the tokens of a text, without the end of text that some tokenizers put after each."""
+        if self._begin is None:
+            return list(super().tok_encode(string, add_special_tokens, left_truncate_len, **options))
+        ids = list(self.tokenizer.encode(string, add_special_tokens=False, **options))
+        if add_special_tokens is not False and self.add_bos_token is not False:
+            ids = begin(ids, self._begin)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return tokens and mask `[texts, tokens]`, int64, encoded as `tok_encode` does."""
+        if self._begin is None:
+            ids, mask = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+            return ids, mask
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood in nats, and whether greedy decoding gives it."""
@@ -242,9 +279,10 @@ class SharedPrefixLM(HFLM):
     def _keep_prefix(self, prompts: Iterable[TokenIds]) -> None:
         """Cache keys and values of the longest common prefix of `prompts`.
 
-        At least one token of each is left.
+        At least one token of each is left. Prompts that the model cannot read whole are cut later, from the
+        left, and share nothing.
         """
-        distinct = sorted(set(prompts))
+        distinct = sorted({prompt for prompt in prompts if len(prompt) <= self.max_length})
         self._prefix, self._prefix_cache = (), None
         if len(distinct) < 2 or self.batching != "padded":
             return
