@@ -70,7 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "minimax": _PLAIN | _EXPERTS | {"block_size": 8},
     "mistral with a window": _PLAIN | {"sliding_window": 16},
-    "moshi": _PLAIN | {"sliding_window": 16, "ffn_dim": 64},
+    "moshi": _PLAIN | {"sliding_window": 64, "ffn_dim": 64},
     "openai-gpt": {key: value for key, value in _GPT.items() if key not in _IDS},
     "phi": _PLAIN,
     "qwen2": _PLAIN | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from stages.core.lazy import mock
 from stages.model.causal import logit_size, probe_tokens
 
 Batching = Literal["padded", "equal lengths", "one prompt"]
@@ -52,11 +53,9 @@ def _batching(model: PreTrainedModel) -> Batching:
     cache = out.get("past_key_values", out.get("cache_params"))
     # MiniMax, for example, adds the state of its linear attention to a cache of its own.
     plain = type(cache) is DynamicCache and all(type(layer) in _KEYS_AND_VALUES for layer in cache.layers)
-    if plain and "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-        windows = any(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers)
-        # A mask of the model's own (Moshi) may forget that a cache drops what has left the window.
-        if (model._supports_attention_backend or not windows) and _continues(model) and _pads(model):
-            return "padded"
+    plain = plain and "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    if plain and _continues(model) and _pads(model):
+        return "padded"
     return "equal lengths" if isinstance(cache, Cache) else "one prompt"
 
 
@@ -96,8 +95,25 @@ def _pads(model: PreTrainedModel) -> bool:
 
 def _equal(logits: Tensor, reference: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether logits `[1, tokens, vocabulary]` agree in half of the digits of the model's `dtype`."""
-    close = torch.finfo(dtype).eps ** 0.5 * logit_size(reference.float())
+    close = torch.finfo(dtype).eps ** 0.5 * logit_size(reference)
     return logits.shape == reference.shape and logit_size(logits.float() - reference.float()) <= close
+
+
+@torch.no_grad()
+def reliable_length(model: PreTrainedModel) -> int | None:
+    """Return the tokens beyond which a cached prefix gives wrong logits; None is no bound.
+
+    A cache drops what has left its window. Where the masks have no window (Moshi), that is missing later. It
+    shows in a few tokens while the config has a short window.
+    """
+    out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    layers = getattr(out.get("past_key_values"), "layers", [])
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    config = model.config.get_text_config()
+    if not windows or getattr(config, "sliding_window", None) is None:
+        return None
+    with mock.patch.object(config, "sliding_window", 8):
+        return None if _continues(model) else min(windows)
 
 
 def counts_by_mask(model: PreTrainedModel) -> bool:

@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from stages.core.errors import Refusal
 from stages.core.lazy import mock
 from stages.corpus.bos import begin, bos_tokens, closes
-from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows
+from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows, reliable_length
 from stages.corpus.windows import check_token_ids
 from stages.model.causal import check_causal
 
@@ -85,6 +85,8 @@ class SharedPrefixLM(HFLM):
         self.model.generation_config = GenerationConfig(eos_token_id=ends)
         check_causal(self.model)
         self.batching = batching(self.model)
+        if reliable := reliable_length(self.model):
+            self._max_length = min(self.max_length, reliable)
         self._begin = bos_tokens(tokenizer, "auto") if closes(tokenizer) else None
         self._prefix: TokenIds = ()
         self._prefix_cache: Cache | None = None
@@ -174,8 +176,8 @@ class SharedPrefixLM(HFLM):
     def _check_token_ids(self, prompts: Iterable[list[int]]) -> None:
         """Refuse prompts with tokens that the model's embedding has no row for."""
         rows = self.model.get_input_embeddings().num_embeddings
-        for ids in filter(None, prompts):
-            check_token_ids(torch.tensor(ids), rows, "evaluation", self.tokenizer)
+        highest = max(map(max, filter(None, prompts)), default=0)
+        check_token_ids(torch.tensor([highest]), rows, "evaluation", self.tokenizer)
 
     def _answers(self, kind: str, requests: list[Instance], ask: Callable[[], list[Any]]) -> list[Any]:
         if self.kept_answers is None:

@@ -29,7 +29,7 @@ def check_causal(model: nn.Module) -> None:
     rows = probe_tokens(model, 16)
     half = rows.shape[1] // 2
     with torch.no_grad():
-        logits = model(input_ids=rows, use_cache=False).logits.float()
+        logits = model(input_ids=rows, use_cache=False).logits
     whole, late, early = logits
     ahead, behind = logit_size((late - whole)[:half]), logit_size((early - whole)[half:])
     if ahead > _AHEAD * behind:
@@ -57,6 +57,10 @@ def probe_tokens(model: nn.Module, length: int) -> Tensor:
     return torch.stack([row, torch.cat([row[:half], other[half:]]), torch.cat([other[:half], row[half:]])])
 
 
-def logit_size(difference: Tensor) -> float:
-    """Return the root mean square of logits `[tokens, vocabulary]`, whose common offset does not count."""
-    return float((difference - difference.mean(-1, keepdim=True)).square().mean().sqrt())
+def logit_size(logits: Tensor) -> float:
+    """Return the typical size of logits or their differences, `[..., vocabulary]`, in nats.
+
+    It is a median about a median, so that neither a common offset counts, nor tokens that a model rules out.
+    """
+    values = logits.float().cpu()
+    return float((values - values.nanmedian(-1, keepdim=True).values).abs().nanmedian())
