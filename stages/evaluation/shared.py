@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -33,6 +34,7 @@ from stages.core.lazy import mock
 from stages.corpus.bos import begin, bos_tokens, closes
 from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows, reliable_length
 from stages.corpus.windows import check_token_ids
+from stages.evaluation.room import fitting_rows
 from stages.model.causal import check_causal
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class SharedPrefixLM(HFLM):
     Args:
         options: those of HFLM.
         kept_answers: keeps the answers to finished tasks; None keeps none.
+        memory: bytes that weights and rows share: fewer rows than the batch size run at once where more would
+            not fit; None always runs that many.
 
     Raises:
         Refusal: the model looks ahead, so it has no likelihoods.
@@ -76,6 +80,7 @@ class SharedPrefixLM(HFLM):
         pretrained: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         kept_answers: KeptAnswers | None = None,
+        memory: int | None = None,
         **options: Any,
     ) -> None:
         _name_end(tokenizer, pretrained)  # lm-eval would pad with a token that the model has not
@@ -91,6 +96,7 @@ class SharedPrefixLM(HFLM):
         self._prefix: TokenIds = ()
         self._prefix_cache: Cache | None = None
         self.kept_answers = kept_answers
+        self.memory = memory
 
     @property
     def eot_token_id(self) -> int:
@@ -169,7 +175,14 @@ class SharedPrefixLM(HFLM):
             prompts = [self.tok_encode(request.args[0]) for request in requests]
             self._check_token_ids(prompts)
             self._keep_prefix(map(tuple, prompts))
-            return super(SharedPrefixLM, self).generate_until(requests, disable_tqdm=disable_tqdm)
+            answers = [
+                int(normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"])
+                for request in requests
+            ]
+            longest = min(self.max_length, max(map(len, prompts), default=0) + max(answers, default=0))
+            rows = self._rows(longest, longest - len(self._prefix), 1)
+            with mock.patch.object(self, "batch_size_per_gpu", rows):
+                return super(SharedPrefixLM, self).generate_until(requests, disable_tqdm=disable_tqdm)
 
         return self._answers("generate_until", requests, ask)
 
@@ -214,15 +227,17 @@ class SharedPrefixLM(HFLM):
             self._prefix_cache is None
             and (len(rows) == len(questions) or max(map(len, questions)) <= _SHORTEST_PREFIX)
         ):
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return self._whole(requests, disable_tqdm, override_bs)
         answers: dict[int, tuple[float, bool]] = {}
         if too_long:
-            shortened = super()._loglikelihood_tokens(
-                [requests[i] for i in too_long], disable_tqdm, override_bs
-            )
+            shortened = self._whole([requests[i] for i in too_long], disable_tqdm, override_bs)
             answers.update(zip(too_long, shortened, strict=True))
         ordered = sorted(rows, key=lambda row: (-len(row.context), row))
-        size = override_bs or self.batch_size
+        longest = max(len(row.tokens) for row in ordered)
+        new = longest - len(self._prefix)
+        predicting = max(len(row.tokens) - len(row.context) for row in ordered) + 1
+        spread = len(ordered[0].context) - len(ordered[-1].context)
+        size = override_bs or self._rows(longest, new, min(new, predicting + spread))
         bar = tqdm(total=len(requests), initial=len(too_long), disable=disable_tqdm, desc="Likelihoods")
         for first in range(0, len(ordered), size):
             batch = ordered[first : first + size]
@@ -235,6 +250,20 @@ class SharedPrefixLM(HFLM):
             bar.update(len(asked))
         bar.close()
         return [answers[i] for i in range(len(requests))]
+
+    def _whole(self, requests: Any, disable_tqdm: bool, override_bs: int | None) -> list[tuple[float, bool]]:
+        """Do as `_loglikelihood_tokens`, with nothing shared."""
+        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
+        longest = min(longest, self.max_length)
+        with mock.patch.object(self, "batch_size_per_gpu", self._rows(longest, longest, longest)):
+            return list(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
+
+    def _rows(self, tokens: int, new: int, predicting: int) -> int:
+        """Return the batch size, or as many rows as fit into memory; see `fitting_rows`."""
+        if self.memory is None:
+            return int(self.batch_size)
+        fitting = fitting_rows(self.model, self.memory, tokens=tokens, new=new, predicting=predicting)
+        return min(int(self.batch_size), fitting)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Generate after `context` `[rows, tokens]`, padded on the left; return both, padding included."""
