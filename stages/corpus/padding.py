@@ -27,11 +27,8 @@ Batching = Literal["padded", "equal lengths", "one prompt"]
 """The prompts that may share a forward of `generate`."""
 _KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 """Layers of a cache that hold keys and values alone; the last holds none, as its block reuses another's."""
-
-
 _KNOWN: WeakKeyDictionary[PreTrainedModel, Batching] = WeakKeyDictionary()
-
-_TRIED, _STEPS = 24, 3
+_TRIED, _STEPS = 24, 2
 """Tokens of a row that a model is tried out on, and how many of them are generated."""
 
 
@@ -82,7 +79,7 @@ def _pads(model: PreTrainedModel) -> bool:
             attention_mask=mask,
             max_new_tokens=_STEPS,
             do_sample=False,
-            prefix_allowed_tokens_fn=lambda *_: [int(row[0])],
+            prefix_allowed_tokens_fn=lambda *_: [int(row[1])],
             output_logits=True,
             return_dict_in_generate=True,
             pad_token_id=0,
@@ -106,11 +103,13 @@ def reliable_length(model: PreTrainedModel) -> int | None:
     A cache drops what has left its window. Where the masks have no window (Moshi), that is missing later. It
     shows in a few tokens while the config has a short window.
     """
+    config = model.config.get_text_config()
+    if getattr(config, "sliding_window", None) is None:
+        return None
     out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
     layers = getattr(out.get("past_key_values"), "layers", [])
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    config = model.config.get_text_config()
-    if not windows or getattr(config, "sliding_window", None) is None:
+    if not windows:
         return None
     with mock.patch.object(config, "sliding_window", 8):
         return None if _continues(model) else min(windows)
