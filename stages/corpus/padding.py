@@ -28,7 +28,7 @@ Batching = Literal["padded", "equal lengths", "one prompt"]
 _KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 """Layers of a cache that hold keys and values alone; the last holds none, as its block reuses another's."""
 _KNOWN: WeakKeyDictionary[PreTrainedModel, Batching] = WeakKeyDictionary()
-_TRIED, _STEPS = 24, 2
+_TRIED, _STEPS = 24, 3
 """Tokens of a row that a model is tried out on, and how many of them are generated."""
 
 
@@ -79,7 +79,7 @@ def _pads(model: PreTrainedModel) -> bool:
             attention_mask=mask,
             max_new_tokens=_STEPS,
             do_sample=False,
-            prefix_allowed_tokens_fn=lambda *_: [int(row[1])],
+            prefix_allowed_tokens_fn=lambda *_: [int(row[0])],
             output_logits=True,
             return_dict_in_generate=True,
             pad_token_id=0,
@@ -91,8 +91,11 @@ def _pads(model: PreTrainedModel) -> bool:
 
 
 def _equal(logits: Tensor, reference: Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether logits `[1, tokens, vocabulary]` agree in half of the digits of the model's `dtype`."""
-    close = torch.finfo(dtype).eps ** 0.5 * logit_size(reference)
+    """Tell whether logits `[1, tokens, vocabulary]` agree in half of the digits of the model's `dtype`.
+
+    Typically they may differ by 4 % in bfloat16 and by 0.02 % in float32.
+    """
+    close = torch.finfo(dtype).eps ** 0.5 / 2 * logit_size(reference)
     return logits.shape == reference.shape and logit_size(logits.float() - reference.float()) <= close
 
 
