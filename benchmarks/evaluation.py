@@ -30,8 +30,10 @@ import yaml
 from ruamel.yaml import YAML
 
 from benchmarks.figures import tell
+from stages.core.lazy import torch
 from stages.core.tables import SAMPLES
 from stages.evaluation.graded import GradedSuite
+from stages.evaluation.room import usual_rows
 
 ROOT = Path(__file__).parents[1]
 MODEL = Path("data/models/base/smollm2")
@@ -79,10 +81,14 @@ def write_tasks(suite: GradedSuite, name: str, folder: Path) -> list[str]:
     return names
 
 
-def project(folder: Path, params: dict[str, Any], suite: str, threads: int, dtype: str) -> None:
-    """Set up a project with the model and a single suite in `folder`."""
+def project(folder: Path, params: dict[str, Any], suite: str, run: dict[str, Any]) -> None:
+    """Set up a project with the model and a single suite in `folder`.
+
+    Args:
+        run: settings of section `run`, in place of those of `params`.
+    """
     reduced = {section: {} if isinstance(value, dict) else value for section, value in params.items()}
-    reduced["run"] = {**params["run"], "device": "cpu", "dtype": dtype, "threads": threads}
+    reduced["run"] = {**params["run"], **run}
     reduced["models"] = {"smollm2": params["models"]["smollm2"]}
     reduced["datasets"] = {suite: params["datasets"][suite]}
     reduced["suites"] = {"graded": {suite: params["suites"]["graded"][suite]}}
@@ -157,6 +163,7 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--suite", default="arithmetic", help="a graded suite of params.yaml")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
@@ -174,13 +181,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / SUITE).write_text(json.dumps({"name": options.suite, "settings": settings}))
-        project(folder, params, options.suite, options.threads, options.dtype)
+        run_settings = {"device": options.device, "dtype": options.dtype, "threads": options.threads}
+        project(folder, params, options.suite, run_settings)
         tasks = write_tasks(suite, options.suite, folder / "tasks")
         arguments = f"pretrained={MODEL},dtype={options.dtype},softmax_dtype=float32"
+        batch_size = suite.batch_size or usual_rows(torch.device(options.device))
         command = [
-            str(scripts / "lm-eval"), "run", "--model", "hf", "--model_args", arguments, "--device", "cpu",
-            "--include_path", "tasks", "--batch_size", str(suite.batch_size), "--log_samples",
-            "--output_path", "theirs", "--tasks", *tasks,
+            str(scripts / "lm-eval"), "run", "--model", "hf", "--model_args", arguments,
+            "--device", options.device, "--include_path", "tasks", "--batch_size", str(batch_size),
+            "--log_samples", "--output_path", "theirs", "--tasks", *tasks,
         ]  # fmt: skip
         if suite.chat_template:
             command += ["--apply_chat_template"]

@@ -5,6 +5,7 @@ from stages.core.run import Run
 from stages.core.tables import Setting, sample_table, score_table, subject, write_tables
 from stages.evaluation.candidate import load_candidate
 from stages.evaluation.kept import KeptAnswers
+from stages.evaluation.room import usual_rows
 from stages.evaluation.suite import Suite
 from stages.job.entry import entry
 from stages.model.artifact import load_record
@@ -15,10 +16,12 @@ def evaluate(suite: Suite, run: Run, name: str) -> None:
     candidate, suite_name = name.rsplit("/", 1)
     run.start()
     record = load_record(candidate)
-    batch_size = record.get("batch_size", suite.batch_size)
+    named = record.get("batch_size", suite.batch_size)
+    batch_size = named or usual_rows(run.resolved_device())
     adjusted = run.model_copy(update={"dtype": record.get("dtype", run.dtype)})
     kept = KeptAnswers(candidate, suite_name, batch_size, adjusted, type(suite).__module__)
-    scores, samples = suite.evaluate(load_candidate(record, adjusted, batch_size, kept), suite_name, run.seed)
+    lm = load_candidate(record, adjusted, batch_size, kept, fit=named is None)
+    scores, samples = suite.evaluate(lm, suite_name, run.seed)
     numerics = adjusted.numerics()
     setting = Setting(
         suite=suite_name,

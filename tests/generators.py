@@ -48,6 +48,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2, "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "git": _PLAIN | {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+    },
     "gpt_bigcode": _GPT,
     "gpt_oss": _PLAIN | _EXPERTS | {"sliding_window": 16},
     "gptj": _GPT | {"rotary_dim": 8},
@@ -64,6 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "minimax": _PLAIN | _EXPERTS | {"block_size": 8},
     "mistral with a window": _PLAIN | {"sliding_window": 16},
+    "moshi": _PLAIN | {"sliding_window": 64, "ffn_dim": 64},
     "openai-gpt": {key: value for key, value in _GPT.items() if key not in _IDS},
     "phi": _PLAIN,
     "qwen2": _PLAIN | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},

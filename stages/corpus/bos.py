@@ -51,6 +51,12 @@ def begun(rows: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> 
     return bool(tokens) and all(list(row[: len(tokens)]) == tokens for row in rows)
 
 
+def closes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether the tokenizer puts tokens after a text, such as EOS, which no prompt may end with."""
+    whole, text = (tokenizer.encode("a", add_special_tokens=special) for special in (True, False))
+    return len(whole) > len(_own(tokenizer)) + len(text)
+
+
 def _own(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that the tokenizer puts before a text."""
     whole, text = (tokenizer.encode("a", add_special_tokens=special) for special in (True, False))

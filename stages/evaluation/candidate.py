@@ -15,14 +15,21 @@ if TYPE_CHECKING:
     from stages.evaluation.kept import KeptAnswers
 
 
-def load_candidate(record: Mapping[str, Any], run: Run, batch_size: int, kept: KeptAnswers) -> LM:
-    """Load the candidate whose `artifact.json` is `record`: a model, or a responder without knowledge."""
+def load_candidate(
+    record: Mapping[str, Any], run: Run, batch_size: int, kept: KeptAnswers, *, fit: bool = False
+) -> LM:
+    """Load the candidate whose `artifact.json` is `record`: a model, or a responder without knowledge.
+
+    Args:
+        fit: run fewer rows at once than the batch size where a GPU's memory does not hold them.
+    """
     candidate = record["artifact"]
     tokenizer = artifact.load_tokenizer(candidate)
     if "responder" in record:
         from stages.evaluation.null import NullLM  # imports lm-eval, as below
 
         return NullLM.named(record["responder"], tokenizer, run.seed)
+    from stages.evaluation.room import memory_of
     from stages.evaluation.shared import SharedPrefixLM
 
     logging.getLogger("lm_eval.models.huggingface").addFilter(_is_news)
@@ -31,6 +38,7 @@ def load_candidate(record: Mapping[str, Any], run: Run, batch_size: int, kept: K
         pretrained=artifact.load_model(candidate, run, dequantize=False),
         tokenizer=tokenizer,
         batch_size=batch_size,
+        memory=memory_of(run.resolved_device()) if fit else None,
         device=str(run.resolved_device()),
         # lm-eval sums log-likelihoods in the model's dtype; bf16 would leave three digits of them.
         softmax_dtype="float32",

@@ -88,7 +88,7 @@ class PerplexitySuite(Suite):
             ratio, stderr = _bits_per_byte(likelihoods, sizes)
             scores.append(replace(score, metric="bits_per_byte", value=ratio, stderr=stderr))
         if self.emergence and hasattr(lm, "model"):  # a responder without knowledge has no blocks
-            scores += self.emergence.evaluate(lm, name, seed, self.batch_size, bos)
+            scores += self.emergence.evaluate(lm, name, seed, self.batch_size or lm.batch_size, bos)
         samples = [
             Sample(
                 task=score.task,

@@ -18,11 +18,12 @@ Sums of floats are taken in another order than lm-eval's; in exact arithmetic no
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -30,8 +31,11 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from stages.core.errors import Refusal
 from stages.core.lazy import mock
-from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows
+from stages.corpus.bos import begin, bos_tokens, closes
+from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows, reliable_length
 from stages.corpus.windows import check_token_ids
+from stages.evaluation.room import fitting_rows
+from stages.model.causal import check_causal
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -63,6 +67,11 @@ class SharedPrefixLM(HFLM):
     Args:
         options: those of HFLM.
         kept_answers: keeps the answers to finished tasks; None keeps none.
+        memory: bytes that weights and rows share: fewer rows than the batch size run at once where more would
+            not fit; None always runs that many.
+
+    Raises:
+        Refusal: the model looks ahead, so it has no likelihoods.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class SharedPrefixLM(HFLM):
         pretrained: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         kept_answers: KeptAnswers | None = None,
+        memory: int | None = None,
         **options: Any,
     ) -> None:
         _name_end(tokenizer, pretrained)  # lm-eval would pad with a token that the model has not
@@ -78,10 +88,15 @@ class SharedPrefixLM(HFLM):
         # A checkpoint's own settings may sample, or penalize repetition: a suite says so, or nothing does.
         ends = self.model.generation_config.eos_token_id
         self.model.generation_config = GenerationConfig(eos_token_id=ends)
+        check_causal(self.model)
         self.batching = batching(self.model)
+        if reliable := reliable_length(self.model):
+            self._max_length = min(self.max_length, reliable)
+        self._begin = bos_tokens(tokenizer, "auto") if closes(tokenizer) else None
         self._prefix: TokenIds = ()
         self._prefix_cache: Cache | None = None
         self.kept_answers = kept_answers
+        self.memory = memory
 
     @property
     def eot_token_id(self) -> int:
@@ -102,6 +117,36 @@ class SharedPrefixLM(HFLM):
         """The token before a text that nothing precedes."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """Return the tokens of a text, without the end of text that some tokenizers put after each."""
+        if self._begin is None:
+            return list(super().tok_encode(string, add_special_tokens, left_truncate_len, **options))
+        ids = list(self.tokenizer.encode(string, add_special_tokens=False, **options))
+        if add_special_tokens is not False and self.add_bos_token is not False:
+            ids = begin(ids, self._begin)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return tokens and mask `[texts, tokens]`, int64, encoded as `tok_encode` does."""
+        if self._begin is None:
+            ids, mask = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+            return ids, mask
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood in nats, and whether greedy decoding gives it."""
@@ -130,15 +175,22 @@ class SharedPrefixLM(HFLM):
             prompts = [self.tok_encode(request.args[0]) for request in requests]
             self._check_token_ids(prompts)
             self._keep_prefix(map(tuple, prompts))
-            return super(SharedPrefixLM, self).generate_until(requests, disable_tqdm=disable_tqdm)
+            answers = [
+                int(normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"])
+                for request in requests
+            ]
+            longest = min(self.max_length, max(map(len, prompts), default=0) + max(answers, default=0))
+            rows = self._rows(longest, longest - len(self._prefix), 1)
+            with mock.patch.object(self, "batch_size_per_gpu", rows):
+                return super(SharedPrefixLM, self).generate_until(requests, disable_tqdm=disable_tqdm)
 
         return self._answers("generate_until", requests, ask)
 
     def _check_token_ids(self, prompts: Iterable[list[int]]) -> None:
         """Refuse prompts with tokens that the model's embedding has no row for."""
         rows = self.model.get_input_embeddings().num_embeddings
-        for ids in filter(None, prompts):
-            check_token_ids(torch.tensor(ids), rows, "evaluation", self.tokenizer)
+        highest = max(map(max, filter(None, prompts)), default=0)
+        check_token_ids(torch.tensor([highest]), rows, "evaluation", self.tokenizer)
 
     def _answers(self, kind: str, requests: list[Instance], ask: Callable[[], list[Any]]) -> list[Any]:
         if self.kept_answers is None:
@@ -175,27 +227,43 @@ class SharedPrefixLM(HFLM):
             self._prefix_cache is None
             and (len(rows) == len(questions) or max(map(len, questions)) <= _SHORTEST_PREFIX)
         ):
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return self._whole(requests, disable_tqdm, override_bs)
         answers: dict[int, tuple[float, bool]] = {}
         if too_long:
-            shortened = super()._loglikelihood_tokens(
-                [requests[i] for i in too_long], disable_tqdm, override_bs
-            )
+            shortened = self._whole([requests[i] for i in too_long], disable_tqdm, override_bs)
             answers.update(zip(too_long, shortened, strict=True))
         ordered = sorted(rows, key=lambda row: (-len(row.context), row))
-        size = override_bs or self.batch_size
+        longest = max(len(row.tokens) for row in ordered)
+        new = longest - len(self._prefix)
+        predicting = max(len(row.tokens) - len(row.context) for row in ordered) + 1
+        spread = len(ordered[0].context) - len(ordered[-1].context)
+        size = override_bs or self._rows(longest, new, min(new, predicting + spread))
         bar = tqdm(total=len(requests), initial=len(too_long), disable=disable_tqdm, desc="Likelihoods")
         for first in range(0, len(ordered), size):
             batch = ordered[first : first + size]
-            for row, log_probs in zip(batch, self._log_probs(batch), strict=True):
-                for i in rows[row]:
-                    name, _, continuation = requests[i]
-                    answers[i] = _score(log_probs, continuation)
-                    if name is not None:
-                        self.cache_hook.add_partial("loglikelihood", name, answers[i])
-                bar.update(len(rows[row]))
+            asked = [(place, i) for place, row in enumerate(batch) for i in rows[row]]
+            scores = self._scores(batch, [(place, requests[i][2]) for place, i in asked])
+            for (_, i), score in zip(asked, scores, strict=True):
+                answers[i] = score
+                if (name := requests[i][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", name, score)
+            bar.update(len(asked))
         bar.close()
         return [answers[i] for i in range(len(requests))]
+
+    def _whole(self, requests: Any, disable_tqdm: bool, override_bs: int | None) -> list[tuple[float, bool]]:
+        """Do as `_loglikelihood_tokens`, with nothing shared."""
+        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
+        longest = min(longest, self.max_length)
+        with mock.patch.object(self, "batch_size_per_gpu", self._rows(longest, longest, longest)):
+            return list(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
+
+    def _rows(self, tokens: int, new: int, predicting: int) -> int:
+        """Return the batch size, or as many rows as fit into memory; see `fitting_rows`."""
+        if self.memory is None:
+            return int(self.batch_size)
+        fitting = fitting_rows(self.model, self.memory, tokens=tokens, new=new, predicting=predicting)
+        return min(int(self.batch_size), fitting)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Generate after `context` `[rows, tokens]`, padded on the left; return both, padding included."""
@@ -242,9 +310,10 @@ class SharedPrefixLM(HFLM):
     def _keep_prefix(self, prompts: Iterable[TokenIds]) -> None:
         """Cache keys and values of the longest common prefix of `prompts`.
 
-        At least one token of each is left.
+        At least one token of each is left. Prompts that the model cannot read whole are cut later, from the
+        left, and share nothing.
         """
-        distinct = sorted(set(prompts))
+        distinct = sorted({prompt for prompt in prompts if len(prompt) <= self.max_length})
         self._prefix, self._prefix_cache = (), None
         if len(distinct) < 2 or self.batching != "padded":
             return
@@ -261,24 +330,53 @@ class SharedPrefixLM(HFLM):
             cache.batch_repeat_interleave(rows)
         return cache
 
-    def _log_probs(self, batch: Sequence[LikelihoodRow]) -> Iterator[Tensor]:
-        """Yield log-probabilities `[tokens, vocabulary]` of the tokens after each row's context."""
+    def _scores(
+        self, batch: Sequence[LikelihoodRow], asked: Sequence[tuple[int, Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        """Return the log-likelihood in nats of each continuation, and whether each token is the likeliest.
+
+        The device is waited for once a batch.
+
+        Args:
+            batch: the rows to run.
+            asked: the place of a row in the batch, and a continuation that it holds.
+        """
+        logits, first = self._logits(batch)
+        # A row's context predicts the first token of a continuation. Continuations share what predicts them.
+        predicted = [
+            ((place, len(batch[place].context) - 1 - first + offset), token)
+            for place, continuation in asked
+            for offset, token in enumerate(continuation)
+        ]
+        distinct = {at: number for number, at in enumerate(dict.fromkeys(at for at, _ in predicted))}
+        row, position = torch.tensor(list(distinct), device=self.device).T
+        log_probs = torch.log_softmax(logits[row, position], -1, dtype=self.softmax_dtype)
+        at, token = torch.tensor([(distinct[at], token) for at, token in predicted], device=self.device).T
+        sizes = [len(continuation) for _, continuation in asked]
+        totals = log_probs[at, token].cpu().split(sizes)
+        likeliest = (log_probs.argmax(-1)[at] == token).cpu().split(sizes)
+        return [(float(each.sum()), bool(best.all())) for each, best in zip(totals, likeliest, strict=True)]
+
+    def _logits(self, batch: Sequence[LikelihoodRow]) -> tuple[Tensor, int]:
+        """Return logits `[rows, tokens, vocabulary]` of a batch, and the place of their first token in a row.
+
+        Only tokens after the shortest context have logits, as no others are asked for.
+        """
         questions = list(dict.fromkeys(row.context for row in batch))
         cache, done = self._repeated_prefix(len(questions)), len(self._prefix)
-        shared = min(map(len, questions)) - 1
-        if len(questions) < len(batch) and shared - done >= _SHORTEST_PREFIX:
-            cache = self._forward(
-                [question[done:shared] for question in questions], cache, keep=1
-            ).past_key_values
-            done = shared
-        if cache is not None:
-            owners = [questions.index(row.context) for row in batch]
-            cache.batch_select_indices(torch.tensor(owners, device=self.device))
+        shortest = min(map(len, questions)) - 1
+        if len(questions) < len(batch):
+            if shortest - done >= _SHORTEST_PREFIX:
+                cache = self._forward(
+                    [question[done:shortest] for question in questions], cache, keep=1
+                ).past_key_values
+                done = shortest
+            if cache is not None:
+                owners = [questions.index(row.context) for row in batch]
+                cache.batch_select_indices(torch.tensor(owners, device=self.device))
         longest = max(len(row.tokens) for row in batch)
         padded = [(*row.tokens[done:], *[0] * (longest - len(row.tokens))) for row in batch]
-        for row, logits in zip(batch, self._forward(padded, cache).logits, strict=True):
-            predicting = logits[len(row.context) - 1 - done : len(row.tokens) - done]
-            yield torch.log_softmax(predicting, -1, dtype=self.softmax_dtype)
+        return self._forward(padded, cache, keep=longest - shortest).logits, shortest
 
     def _forward(self, rows: Sequence[TokenIds], cache: Cache | None, keep: int = 0) -> Any:
         """Run rows of one length after `cache`; return logits of the last `keep` tokens, 0 for all."""
@@ -303,13 +401,6 @@ def _common(left: TokenIds, right: TokenIds) -> TokenIds:
     """Return the longest common prefix."""
     same = [a == b for a, b in zip(left, right, strict=False)]
     return left[: same.index(False)] if False in same else left[: len(same)]
-
-
-def _score(log_probs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Return a continuation's log-likelihood in nats, and whether each of its tokens is the likeliest."""
-    target = torch.tensor(continuation, device=log_probs.device)
-    predicted = log_probs[-len(continuation) :]
-    return float(predicted.gather(1, target[:, None]).sum()), bool((predicted.argmax(-1) == target).all())
 
 
 def _window(cache: Cache) -> int:

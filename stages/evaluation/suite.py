@@ -46,8 +46,8 @@ class Suite(Strict):
 
     scores: ClassVar[type[Strict]]
     """The kind of data set it scores, which has the suite's own name."""
-    batch_size: Annotated[int, Field(ge=1)]
-    """Requests a forward; in bf16 it changes some answers."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Requests a forward; in bf16 it changes some answers. null: see `stages.evaluation.room`."""
 
     def evaluate(self, lm: LM, name: str, seed: int) -> SuiteRows:
         """Ask `lm` the suite `name`.

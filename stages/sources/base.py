@@ -18,6 +18,7 @@ from stages.core.lazy import torch
 from stages.core.numbers import check_finite
 from stages.core.schema import Strict
 from stages.model.blocks import linears
+from stages.model.causal import check_causal
 from stages.model.ties import correct_ties
 from stages.sources.origin import Origin, portable
 
@@ -44,7 +45,7 @@ class Model(Strict):
         """Write data/models/base/<key>.
 
         Raises:
-            Refusal: the source cannot be fetched or differs from params.
+            Refusal: the source cannot be fetched, differs from params, or is no causal language model.
         """
         from stages.model.checkpoint import finish_base  # imports safetensors
 
@@ -53,6 +54,7 @@ class Model(Strict):
             facts = self.write(folder, run.torch_dtype)
             record = {"name": key, **portable(self.model_dump(mode="json")), **facts}
             model = finish_base(f"base/{key}", folder, record)
+            check_causal(model)
             widths = tuple(sorted({linear.weight.shape[1] for linear in linears(model, partial=True)}))
             if widths != self.in_features:
                 raise Refusal(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from stages.core.errors import Refusal
 from stages.corpus.decoding import generate_answers
 from stages.corpus.generation import continue_prompts
+from stages.corpus.padding import batching, reliable_length
 from stages.evaluation import shared
 from stages.evaluation.thinking.budget import BudgetLM
 from stages.evaluation.thinking.settings import Thinking
@@ -159,3 +160,19 @@ def test_a_tokenizer_without_an_end_uses_the_models():
     lm = shared.SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=6)
     with pytest.raises(Refusal, match="neither the model's tokenizer nor its config names an end of text"):
         lm.generate_until(generations(PROMPTS, [], TOKENS), disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("git", "equal lengths"), ("moshi", "padded"), ("llama", "padded"), ("mamba", "equal lengths")],
+)
+def test_only_models_that_a_trial_lets_pass_are_padded(name, kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert batching(generators.model(name).to(dtype)) == kind
+
+
+@pytest.mark.parametrize("name", generators.NAMES)
+def test_a_model_whose_masks_have_no_window_reads_no_more_than_its_cache_keeps(name):
+    assert reliable_length(generators.model(name)) == (64 if name == "moshi" else None)
+    if name == "moshi":
+        assert ask(name, 6).max_length == 64

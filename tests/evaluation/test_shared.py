@@ -7,10 +7,11 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
 
 from stages.core.errors import Refusal
 from stages.evaluation import shared
-from tests import begins, families
+from tests import begins, families, generators
 from tests.scoring import log_likelihood
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
@@ -80,6 +81,43 @@ def test_a_whole_text_is_read_after_one_bos():
     ]
     expected = log_likelihood(model, [begins.BOS], families.tokenizer()("4 + 4").input_ids)
     assert values == pytest.approx([expected, expected], abs=1e-3)
+
+
+@pytest.mark.parametrize(("closing", "plain"), [("both ends", "bos"), ("end only", "none")])
+def test_no_prompt_ends_with_the_end_of_text_that_a_tokenizer_appends(closing, plain):
+    model = generators.model("llama")
+    pairs = [("4 + 4 =", " 8"), ("4 + 4 =", " 128"), ("100 - 99 =", " 1")]
+    results = []
+    for kind in (closing, plain):
+        lm = shared.SharedPrefixLM(
+            pretrained=model, tokenizer=begins.tokenizer(kind), batch_size=2, softmax_dtype="float32"
+        )
+        answers = lm.generate_until(generations(QUESTIONS, until=[]), disable_tqdm=True)
+        results.append((lm.loglikelihood(likelihoods(pairs), disable_tqdm=True), answers))
+        text = Instance("loglikelihood_rolling", {}, ("4 + 4",), 0)
+        results[-1] += (lm.loglikelihood_rolling([text], disable_tqdm=True),)
+    assert results[0] == results[1]
+    context = begins.tokenizer(plain)("100 - 99 =").input_ids
+    expected = log_likelihood(model, context, families.tokenizer()(" 1").input_ids)
+    assert results[0][0][2][0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_prompts_longer_than_the_models_positions_share_nothing(family):
+    config = copy.deepcopy(families.CONFIGS[family])
+    config.max_position_embeddings = 32
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    options = {"tokenizer": families.tokenizer(), "batch_size": 4, "softmax_dtype": "float32"}
+    plain, sharing = (kind(pretrained=model, **options) for kind in (HFLM, shared.SharedPrefixLM))
+    for before in ("x" * 60, "x" * 30, "x" * 10):
+        requests = generations([before + question for question in QUESTIONS], until=["\n"])
+        assert sharing.generate_until(requests, disable_tqdm=True) == plain.generate_until(
+            requests, disable_tqdm=True
+        )
+        requests = likelihoods([(before + question, choice) for question in QUESTIONS for choice in CHOICES])
+        ours, theirs = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (sharing, plain))
+        assert [total for total, _ in ours] == pytest.approx([total for total, _ in theirs], abs=1e-3)
 
 
 def test_prompts_with_tokens_that_the_embedding_lacks_are_refused():

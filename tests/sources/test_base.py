@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from stages.core.errors import Refusal
+from stages.core.files import sha256
+from tests import families
+from tests.model import test_causal
 from tests.pipeline import params
 
 
@@ -21,4 +24,15 @@ def test_other_widths_than_declared_are_refused(workspace):
     wrong = chosen.models["tiny"].model_copy(update={"in_features": (32, 128)})
     with pytest.raises(Refusal, match=r"models\.tiny\.in_features is \[32, 128\], .* write .*\[32, 64\]"):
         wrong.download("tiny", chosen.run)
+    assert not Path("data/models/base/tiny").exists()
+
+
+def test_a_model_that_looks_ahead_is_refused(own_inputs):
+    folder = own_inputs / "bert"
+    test_causal.model("bert").save_pretrained(folder)
+    families.tokenizer().save_pretrained(folder)
+    chosen = params("llama", {})
+    ahead = chosen.models["tiny"].model_copy(update={"source": "path:inputs/bert", "sha256": sha256(folder)})
+    with pytest.raises(Refusal, match="this bert model looks ahead"):
+        ahead.download("tiny", chosen.run)
     assert not Path("data/models/base/tiny").exists()

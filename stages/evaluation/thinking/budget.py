@@ -210,8 +210,11 @@ class BudgetLM(SharedPrefixLM):
         generated: list[tuple[int, ...]] = [()] * len(texts)
         longest_first = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
         bar = tqdm(total=len(texts), disable=label is None, desc=label)
-        for first in range(0, len(longest_first), self.batch_size):
-            batch = longest_first[first : first + self.batch_size]
+        prompts = (len(self.tok_encode(texts[i])) for i in longest_first[: self.batch_size])
+        tokens = max(prompts, default=0) + max(map(len, numbers), default=0)
+        size = self._rows(tokens, tokens, 1)
+        for first in range(0, len(longest_first), size):
+            batch = longest_first[first : first + size]
             rows = self._generate_batch(
                 [texts[i] for i in batch], [numbers[i] for i in batch], stops, reserve
             )

@@ -128,6 +128,7 @@ def _draw_all(
         pretrained=lm.model,
         tokenizer=lm.tokenizer,
         batch_size=lm.batch_size,
+        memory=lm.memory,
         device=str(lm.device),
     )
     drawn: dict[int, list[_Draw]] = {budget: [] for budget in thinking.budgets}
