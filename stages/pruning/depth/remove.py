@@ -56,11 +56,6 @@ def _cure(config: Any, remaining: list[int]) -> str:
     depth, types = config.num_hidden_layers, list(getattr(config, "layer_types", None) or ())
     if getattr(config, "hidden_size_per_layer_input", None):
         return "its embedding holds a part for each block: use another method"
-    if getattr(config, "hidden_size_per_layer_input", None):
-        return "its embedding holds a part for each block: use another method"
-    if shared := getattr(config, "num_kv_shared_layers", None) or 0:
-        own = ", ".join(map(str, range(depth - shared)))
-        return f"the last {shared} blocks read keys and values of those before: list {own} in keep"
     for kind in dict.fromkeys(types) if len(types) == depth else ():
         if kind not in {types[number] for number in remaining}:
             numbers = [str(number) for number, each in enumerate(types) if each == kind]
@@ -77,8 +72,6 @@ def _shorten(config: Any, remaining: list[int]) -> None:
     for key, value in list(vars(config).items()):
         if "layer" in key and isinstance(value, list | tuple) and len(value) == depth:
             setattr(config, key, type(value)(value[number] for number in remaining))
-    if shared := getattr(config, "num_kv_shared_layers", None):
-        config.num_kv_shared_layers = sum(number >= depth - shared for number in remaining)
     if by_layer is not None:
         settings = {int(number): each for number, each in by_layer.items()}
         config.per_layer_config = {
