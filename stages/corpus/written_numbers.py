@@ -181,8 +181,10 @@ class _Reader:
         """Read what is between parentheses or bars, the first of which is given."""
         kind = opening[0].strip()
         side = self._side(opening.end(), depth + 1, several=len(kind) > 1)
-        closing = side and (_BAR if kind == "|" else _CLOSE).match(self._text, side.end)
-        if side is None or closing is None:
+        if side is None:
+            return None
+        closing = (_BAR if kind == "|" else _CLOSE).match(self._text, side.end)
+        if closing is None:
             return None
         if kind in ("(", "|") and side.alone:
             return _Side(closing.end(), side.alone.lstrip("-+" if kind == "|" else ""))
