@@ -5,8 +5,8 @@ The first number counts, whatever words, units or currencies are around it:
 - `12,000`, `12'000` and `12_000` are grouped in threes; `12.5`, `.5`, `12.` and `1.2e3` are decimal; `1/2`,
   `1 1/2` and `½` are fractions; `12k` and `12 thousand` are 12,000. `12.0` equals `12`.
 - A minus touches its number, as a hyphen, U+2212 or a dash, or is the word minus or negative.
-- Of a calculation the result counts: `5 + 7 = 12` is 12. A calculation without a result is passed over, so
-  `5 plus 7 is 12` is 12 too.
+- Of a calculation the result counts: `2(5 + 7) = 24` is 24. A calculation without a result is passed over,
+  so `5 plus 7 is 12` and `the sum of 5 and 7 is 12` are 12 too. So is an equation to solve: `2x = 14`.
 - The last `\boxed{}` comes before all other text, as in mathematics.
 
 A number that could be read in two ways is none, so it is never right by luck: `12,5`, `1.2.3`, `2:30`. Nor is
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 _LONGEST = 100
@@ -26,7 +27,9 @@ _SIGNS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _WORDS = {"plus": "+", "minus": "-", "negative": "-", "times": "×"}
 _WORD = re.compile(rf"\b({'|'.join(_WORDS)})\s+(?=[-+.\d])", re.IGNORECASE)
-_LATEX = {r"\times": "×", r"\cdot": "×", r"\div": "÷", "{,}": ",", r"\,": "\u2009"}
+_LATEX = {
+    r"\times": "×", r"\cdot": "×", r"\div": "÷", r"\left(": "(", r"\right)": ")", "{,}": ",", r"\,": "\u2009",
+}  # fmt: skip
 _SCALES = {"k": 3, "hundred": 2, "thousand": 3, "million": 6, "billion": 9}
 
 _SPACERS = ",'’_\u00a0\u2009\u202f"
@@ -36,22 +39,167 @@ _DECIMAL = re.compile(r"\d*\.?\d+")
 _DIGITS = rf"(?:(?<!\.)\.)?\d(?:[\d.:{_SPACERS}]*\d)?"
 _PARTS = (
     rf"(?<![^\W_])(?P<sign>[-+]?)(?P<digits>{_DIGITS})(?:e(?P<exponent>[-+]?\d{{1,3}}))?"
-    rf"(?:\s?[×x*]\s?10\^(?P<power>-?\d{{1,3}}))?(?:\s(?P<part>\d+)(?=/))?(?:/(?P<parts>{_DIGITS}))?"
+    rf"(?:\s?[×x*]\s?10\^(?P<power>-?\d{{1,3}}))?(?:(?:\s(?P<part>\d+))?/(?P<parts>{_DIGITS}))?"
     rf"(?:\s?(?P<scale>{'|'.join(_SCALES)})\b)?(?![^\W\d_]*\d)"
 )
-_NUMBER = re.sub(r"\?P<\w+>", "?:", _PARTS)
-_SIDE = rf"{_NUMBER}(?:\s*[-+*×x÷/^]\s*{_NUMBER})*"
-_CALCULATION = re.compile(rf"{_SIDE}(?:\s*=+\s*{_SIDE})*", re.IGNORECASE)
+_NUMBER = re.compile(_PARTS, re.IGNORECASE)
+
+_DEEPEST = 8
+"""Parentheses within each other that are read."""
+_START = re.compile(r"[-+.\d(|√]|\b[^\W\d_]")
+_OPEN, _CLOSE = re.compile(r"[-+]?\(\s*|\|(?=\S)"), re.compile(r"\s*\)")
+_BAR = re.compile(r"\|")
+_ROOT = re.compile(r"[-+]?√\s?")
+_CALL = re.compile(r"[^\W\d_]+\(\s*")
+_OF_ONE = re.compile(
+    r"\b(?:half|double|square|cube|(?:square|cube) root|absolute value) of (?:the number )?", re.IGNORECASE
+)
+_OF_SEVERAL = re.compile(
+    r"\b(?:(?:sum|product|difference|quotient|remainder|total|average|mean)\s(?:of|between|when)"
+    r"|add(?:ing)?|multiply(?:ing)?|subtract(?:ing)?|divid(?:e|ing))\s(?:the numbers? )?",
+    re.IGNORECASE,
+)
+_OPERATOR = re.compile(
+    r"\s*(?:[-+*×x÷/^·⋅]|(?<=\s)%(?=\s)"
+    r"|\b(?:plus|minus|times|mod|modulo|to the power of|(?:is )?(?:divided|multiplied) by)\b)\s*",
+    re.IGNORECASE,
+)
+_AND = re.compile(r"\s*(?:,\s+and|,|\b(?:and|by|from|to|with)\b)\s*", re.IGNORECASE)
+_POWER = re.compile(r"\s(?:squared|cubed)\b|!(?=\s*=)", re.IGNORECASE)
+_UNIT = re.compile(r"(?:%|°\w?|\s?(?![xyz]\b)[^\W\d_]{1,20})(?=\s*[-+*×÷/=])")
+_UNKNOWNS = ("x", "y", "z")
+_UNKNOWN = re.compile(r"[xyz](?![^\W_])", re.IGNORECASE)
+_FACTOR = re.compile(r"\s?[xyz](?=\s*[-+*×÷/^=])", re.IGNORECASE)
+_EQUALS = re.compile(r"\s*=+\s*")
 
 
 def first_number(text: str) -> Fraction | None:
     """Return the first number in `text`, or None."""
-    for calculation in _CALCULATION.finditer(_plain(text)):
-        sides = [side.strip() for side in calculation[0].split("=")]
-        numbers = [side for side in sides if re.fullmatch(_NUMBER, side, re.IGNORECASE)]
-        if numbers:
-            return _value(numbers[0] if numbers[0] == sides[0] else numbers[-1])
+    text = _plain(text)
+    loose, strict, at = _Reader(text, loose=True), _Reader(text, loose=False), 0
+    while start := _START.search(text, at):
+        sides = loose.equation(start.start())
+        if len(sides) == 1:  # no result follows
+            sides = strict.equation(start.start())
+        if result := _result(sides):
+            return _value(result)
+        at = sides[-1].end if sides else start.start() + 1
     return None
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A side of an equation, or a part of it."""
+
+    end: int
+    """Where it ends in the text."""
+    alone: str = ""
+    """The number or the unknown, if it is nothing else."""
+    unsolved: bool = False
+    """Whether it calculates with an unknown."""
+
+    @classmethod
+    def of(cls, end: int, *parts: _Side) -> _Side:
+        """Return the calculation with these parts."""
+        return cls(end, unsolved=any(part.unsolved or part.alone.lower() in _UNKNOWNS for part in parts))
+
+
+class _Reader:
+    """Finds the ends of calculations.
+
+    Args:
+        loose: read `2(5 + 7)`, `max(3, 5)`, `2x` and `5 apples` as parts of a calculation as well. They are
+            if an equals sign follows, otherwise `12(3)` is 12.
+    """
+
+    def __init__(self, text: str, *, loose: bool) -> None:
+        self._text, self._loose = text, loose
+
+    def equation(self, at: int) -> list[_Side]:
+        """Return the sides of the equation that begins here; none if there is no number."""
+        sides: list[_Side] = []
+        while side := self._side(at):
+            sides.append(side)
+            equals = _EQUALS.match(self._text, side.end)
+            if equals is None:
+                break
+            at = equals.end()
+        return sides
+
+    def _side(self, at: int, depth: int = 0, *, several: bool = False) -> _Side | None:
+        """Read operands with operators between them; `several` takes `and` and commas for operators."""
+        side = self._operand(at, depth)
+        while side:
+            operator = _OPERATOR.match(self._text, side.end)
+            if operator is None and several:
+                operator = _AND.match(self._text, side.end)
+            operand = self._operand(operator.end(), depth) if operator else None
+            if operand is None and self._loose and (factor := _FACTOR.match(self._text, side.end)):
+                operand = _Side(factor.end(), factor[0].strip())
+            if operand is None:
+                break
+            side = _Side.of(operand.end, side, operand)
+        return side
+
+    def _operand(self, at: int, depth: int) -> _Side | None:
+        """Read what is between two operators, with powers and units behind it."""
+        if depth > _DEEPEST:
+            return None
+        operand = self._inside(at, depth)
+        while operand and self._loose and self._text.startswith("(", operand.end):
+            factor = self._inside(operand.end, depth)
+            if factor is None:
+                break
+            operand = _Side.of(factor.end, operand, factor)
+        if operand and (power := _POWER.match(self._text, operand.end)):
+            operand = _Side.of(power.end(), operand)
+        if operand and self._loose and (unit := _UNIT.match(self._text, operand.end)):
+            operand = replace(operand, end=unit.end())
+        return operand
+
+    def _inside(self, at: int, depth: int) -> _Side | None:
+        """Read a number, an unknown, or what a parenthesis, a function or words apply to."""
+        text = self._text
+        if written := _NUMBER.match(text, at):
+            return _Side(written.end(), written[0])
+        if words := _OF_SEVERAL.match(text, at):
+            side = self._side(words.end(), depth + 1, several=True)
+            return side if side and not side.alone else None
+        if words := _OF_ONE.match(text, at) or _ROOT.match(text, at):
+            side = self._operand(words.end(), depth + 1)
+            return side and _Side.of(side.end, side)
+        if opening := _OPEN.match(text, at):
+            return self._enclosed(opening, depth)
+        if not self._loose:
+            return None
+        if call := _CALL.match(text, at):
+            return self._enclosed(call, depth)
+        unknown = _UNKNOWN.match(text, at)
+        return _Side(unknown.end(), unknown[0]) if unknown else None
+
+    def _enclosed(self, opening: re.Match[str], depth: int) -> _Side | None:
+        """Read what is between parentheses or bars, the first of which is given."""
+        kind = opening[0].strip()
+        side = self._side(opening.end(), depth + 1, several=len(kind) > 1)
+        if side is None:
+            return None
+        closing = (_BAR if kind == "|" else _CLOSE).match(self._text, side.end)
+        if closing is None:
+            return None
+        if kind in ("(", "|") and side.alone:
+            return _Side(closing.end(), side.alone.lstrip("-+" if kind == "|" else ""))
+        return _Side.of(closing.end(), side)
+
+
+def _result(sides: list[_Side]) -> str:
+    """Return the result of an equation, the number that a side of it is; empty if there is none.
+
+    `12 = 5 + 7` begins with it, all others end with it.
+    """
+    numbers = [side.alone for side in sides if side.alone and side.alone.lower() not in _UNKNOWNS]
+    if not numbers or any(side.unsolved for side in sides):
+        return ""
+    return numbers[0] if numbers[0] == sides[0].alone and _DECIMAL.fullmatch(numbers[0]) else numbers[-1]
 
 
 def _plain(text: str) -> str:
@@ -63,6 +211,8 @@ def _plain(text: str) -> str:
         text = text.replace(written, plain)
     text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text)
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)", text)
+    text = re.sub(r"\\sqrt\s*\{([^{}]*)\}", r"√(\1)", text)
     text = re.sub(r"\^\{(-?\d+)\}", r"^\1", text)
     text = re.sub(r"(?<=\d)\*\*(?=\d)", "^", text)
     text = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)|[$€£¥`]", "", text)
@@ -80,7 +230,7 @@ def _fraction(character: str) -> str:
 
 def _value(number: str) -> Fraction | None:
     """Return the value of a text that `_NUMBER` matches; None if it could be read in two ways."""
-    written = re.fullmatch(_PARTS, number, re.IGNORECASE)
+    written = _NUMBER.fullmatch(number)
     assert written
     value = _digits(written["digits"])
     below = _digits(written["parts"] or "1")

@@ -29,7 +29,7 @@ from stages.core.schema import Strict
 from stages.core.tables import Score
 from stages.corpus.windows import begin_windows, cut_windows, read_documents
 from stages.evaluation.means import mean
-from stages.model.blocks import blocks, check_length
+from stages.model.blocks import blocks, check_length, forward
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -126,11 +126,8 @@ def states(model: nn.Module, rows: Tensor, batch_size: int) -> list[Tensor]:
         layer.register_forward_hook(lambda _module, _inputs, out, place=place: keep(place, out))
         for place, layer in enumerate(layers, 1)
     ]
-    body: Any = model.base_model
-    device = body.get_input_embeddings().weight.device
-    with torch.no_grad():
-        for batch in rows.split(batch_size):
-            body(input_ids=batch.to(device), use_cache=False)
+    for batch in rows.split(batch_size):
+        forward(model, batch)
     for hook in hooks:
         hook.remove()
     return [torch.cat(parts) for parts in kept]

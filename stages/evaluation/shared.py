@@ -106,9 +106,12 @@ class SharedPrefixLM(HFLM):
             Refusal: neither the tokenizer nor the model names one.
         """
         if self.tokenizer.eos_token_id is None:
+            reason = "neither the model's tokenizer nor its config names an end of text"
+            if named := _named_ends(self.model):
+                reason = f"the model's tokenizer has no token {named[0]}, its config's end of text"
             raise Refusal(
-                "neither the model's tokenizer nor its config names an end of text, so answers would have no "
-                "end; set eos_token in tokenizer_config.json, or eos_token_id in config.json."
+                f"{reason}, so answers would have no end; set eos_token in tokenizer_config.json, or "
+                "eos_token_id in config.json."
             )
         return int(self.tokenizer.eos_token_id)
 
@@ -389,12 +392,18 @@ def _name_end(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Non
     """Name the model's end of text in a tokenizer that names none."""
     if tokenizer.eos_token_id is not None:
         return
-    for config in (model.generation_config, model.config.get_text_config()):
-        ends = getattr(config, "eos_token_id", None)
-        first = ends[0] if isinstance(ends, list) and ends else ends
-        if isinstance(first, int) and (token := tokenizer.convert_ids_to_tokens(first)) is not None:
+    for end in _named_ends(model):
+        if (token := tokenizer.convert_ids_to_tokens(end)) is not None:
             tokenizer.eos_token = token
             return
+
+
+def _named_ends(model: PreTrainedModel) -> list[int]:
+    """Return the end of text that each config of the model names, the first if it names several."""
+    configs = (model.generation_config, model.config.get_text_config())
+    ends = [getattr(config, "eos_token_id", None) for config in configs]
+    firsts = [end[0] if isinstance(end, list) and end else end for end in ends]
+    return [end for end in firsts if isinstance(end, int)]
 
 
 def _common(left: TokenIds, right: TokenIds) -> TokenIds:

@@ -1,7 +1,8 @@
 """The command line of every stage: `python -m stages.<stage> <recipe>`.
 
 Params are checked as a whole, the recipe's inputs and the identity of its code as well, then the stage
-function gets its own pieces. A refusal is printed without a traceback and ends the process with exit code 2.
+function gets its own pieces. A refusal is printed without a traceback and ends the process with exit code 2,
+Ctrl-C with 130.
 """
 
 import argparse
@@ -54,6 +55,9 @@ def entry(work: Callable[..., None]) -> None:
             work(*pieces.arguments(params, name))
             planned.check()
             planned.write()
+    except KeyboardInterrupt:
+        print(f"{stage} {name}: interrupted; run it again to continue.", file=sys.stderr)  # noqa: T201
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         lost = provenance.removed(stage, name)
         when = "" if sound else ", once params.yaml is sound and has this recipe"

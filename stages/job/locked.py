@@ -7,6 +7,7 @@ until the file is whole and has the outputs that it needs.
 
 import time
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ def outs(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
+@lru_cache(maxsize=1)  # a stage asks several times, and a lock of a long sweep takes a second to parse
 def whole(text: str) -> Entries | None:
-    """Return the entries of a lock, or None if it is cut off within an entry.
+    """Return the entries of a lock, or None if it is cut off within an entry; do not change them.
 
     A lock that is cut off between two entries passes. A file that ends in mid-line does not, as its last
     value may be half of itself.

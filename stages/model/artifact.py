@@ -67,11 +67,20 @@ def check_family(recipe: Recipe) -> None:
 def check_text_model(label: str, config: Any) -> None:
     """Refuse a model that has no text path to work on; no weight is read.
 
-    Raises:
-        Refusal: transformers loads the config's family as no causal language model.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    The decoder of an encoder-decoder, such as Bart's, is refused too, although transformers loads it by
+    itself: it has never read a text without its encoder, whose weights are dropped, and lm-eval would still
+    ask it as an encoder-decoder.
 
+    Raises:
+        Refusal: transformers loads the config's family as no causal language model, or as an encoder-decoder.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise Refusal(
+            f"{label} is {config.model_type}, which transformers loads as an encoder-decoder; use a "
+            "decoder-only model, such as Llama or OPT."
+        )
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     text = config.get_text_config()
@@ -84,17 +93,17 @@ def check_text_model(label: str, config: Any) -> None:
 
 
 def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
-    """Load a checkpoint by transformers, with every parameter read from its files.
+    """Load a checkpoint by transformers, with every parameter and stored buffer read from its files.
 
-    transformers fills parameters that are missing or misshapen with random numbers; here they are refused.
+    transformers fills those that are missing or misshapen with random numbers; here they are refused.
 
     Args:
         label: the checkpoint's name in a refusal.
         options: of `from_pretrained`.
 
     Raises:
-        Refusal: the checkpoint cannot be read, is no causal language model, or some parameter is missing or
-            of another shape.
+        Refusal: the checkpoint cannot be read, is no causal language model, or some parameter or buffer is
+            missing or of another shape.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,8 +117,7 @@ def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    names = {name for name, _ in model.named_parameters()}
-    if missing := sorted(names & set(info["missing_keys"])):
+    if missing := sorted(model.state_dict().keys() & info["missing_keys"]):
         raise Refusal(f"{label} lacks {', '.join(missing[:8])}, which its config asks for. {RESTORE}")
     if info["mismatched_keys"]:
         raise misshapen(label, sorted(info["mismatched_keys"]))

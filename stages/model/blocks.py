@@ -53,26 +53,38 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the decoder blocks in order, as (full name, module).
 
     They are the one `ModuleList` with as many entries as the config counts layers; where several have that
-    length, the one with the most parameters.
+    length, one of the text decoder, and of these the one with the most parameters.
 
     Raises:
-        Refusal: the model is an encoder-decoder, or has no such list.
+        Refusal: the model is an encoder-decoder, has no such list, or keeps the parts of a block in several.
     """
     config: Any = model.config
+    family = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise Refusal(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are served.")
-    depth = config.get_text_config().num_hidden_layers
-    lists = [
-        (sum(p.numel() for p in module.parameters()), name, module)
+        raise Refusal(f"{family} is an encoder-decoder; only decoder-only models are served.")
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    sizes = {
+        name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-    ]
-    if not lists:
+    }
+    if not sizes:
         raise Refusal(
-            f"{type(model).__name__} has no list of {depth} blocks; only plain decoders are served."
+            f"{family} has no list of {depth or 'as many blocks as its config counts'}; only plain decoders "
+            "are served."
         )
-    _, name, largest = max(lists, key=lambda entry: entry[0])
-    return [(f"{name}.{i}", block) for i, block in enumerate(largest)]
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    text = {id(module) for module in decoder.modules()}
+    chosen = max(sizes, key=lambda name: (id(model.get_submodule(name)) in text, sizes[name]))
+    parent = chosen.rpartition(".")[0]
+    parts = [name for name, size in sizes.items() if size and name.rpartition(".")[0] == parent]
+    if len(parts) > 1:
+        raise Refusal(
+            f"{family} keeps the parts of its {depth} blocks in {len(parts)} lists ({', '.join(parts)}), so "
+            "no block can be worked on; use a model of a family with one list of blocks, such as Llama."
+        )
+    list_of_blocks: Any = model.get_submodule(chosen)
+    return [(f"{chosen}.{i}", block) for i, block in enumerate(list_of_blocks)]
 
 
 LEAVE_OUT = "To leave them uncompressed, list their block-relative names in the recipe's ignore."
@@ -170,8 +182,8 @@ def embedding_rows(model: nn.Module) -> int:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's embeddings, which text enters first."""
-    body: Any = model.base_model
-    device: torch.device = body.get_input_embeddings().weight.device
+    whole: Any = model
+    device: torch.device = whole.get_input_embeddings().weight.device
     return device
 
 

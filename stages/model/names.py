@@ -33,6 +33,8 @@ def naming(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
 
     def in_model(name: str) -> tuple[str, bool]:
         renamed, converter = rename_source_key(name, renamings, converters, prefix, parameters)
+        if renamed not in parameters and name in parameters:  # a renaming that is not for this tensor
+            renamed, converter = rename_source_key(name, [], [], prefix, parameters)
         return renamed, converter is not None
 
     return in_model

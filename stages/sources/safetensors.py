@@ -32,7 +32,7 @@ class Safetensors(Model):
         Raises:
             Refusal: the checkpoint has no safetensors, is incomplete, or needs code of its own.
         """
-        from transformers import CompressedTensorsConfig
+        from transformers import AutoConfig, CompressedTensorsConfig
 
         with fetched(self.source, self.folder, self.sha256) as path:
             _check_adapter(path, self.source)
@@ -45,11 +45,14 @@ class Safetensors(Model):
                 raise Refusal(f"{self.source} has no config.json; use a transformers checkpoint.")
             with reading(f"the config of {self.source}"):
                 config = read_json(path / "config.json")
-            quantization = config.get("quantization_config")
-            if quantization and quantization.get("quant_method") != "compressed-tensors":
+                if not isinstance(config, dict):
+                    raise TypeError(f"config.json holds a {type(config).__name__}, not settings by name")
+                quantization = config.get("quantization_config") or {}
+                packing = quantization.get("quant_method")
+            if quantization and packing != "compressed-tensors":
                 raise Refusal(
-                    f"{self.source} is quantized with {quantization.get('quant_method')!r}; use a plain "
-                    "checkpoint or one of compressed-tensors."
+                    f"{self.source} is quantized with {packing!r}; use a plain checkpoint or one of "
+                    "compressed-tensors."
                 )
             _check_shards(path, self.source)
             if "auto_map" in config:
@@ -57,6 +60,8 @@ class Safetensors(Model):
                     f"{self.source} needs code of its own (auto_map), which is never run; use a model that "
                     "transformers has built in."
                 )
+            with reading(f"the config of {self.source}"):  # the tokenizer reads it too, and would be blamed
+                AutoConfig.from_pretrained(path, local_files_only=True)
             original_tokenizer(path, self.source).save_pretrained(folder)
             model = pretrained(
                 self.source,
@@ -67,7 +72,7 @@ class Safetensors(Model):
                 **({"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantization else {}),
             )
             facts = write_checkpoint(model, self.source, folder)
-        grid = {"format": quantization.get("quant_method"), **quantization} if quantization else None
+        grid = {"format": packing, **quantization} if quantization else None
         return {"grid": grid, **facts}
 
 

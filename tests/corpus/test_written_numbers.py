@@ -3,6 +3,8 @@
 from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stages.corpus.written_numbers import first_number
 
@@ -25,11 +27,30 @@ WRITTEN = {
     "5 + 7 = 12": 12, "5+7=12": 12, "5 − 7 = −2": -2, r"5 \times 7 = 35": 35, "5 x 7 = 35": 35,
     "24/2 = 12": 12, "2**3 = 8": 8, "5 + 7 = 10 + 2 = 12": 12, "12 = 5 + 7": 12, "x = 12": 12,
     "5 + 7 = **12**": 12, "5 plus 7 is 12": 12, "1 + 1 = 2, 2 + 2 = 4": 2, "=> 7!": 7,
+    "5 + (-3) = 2": 2, "5 − (−3) = 8": 8, "(5 + 7) × 2 = 24": 24, "((5 + 7) × (2 − 1)) = 12": 12,
+    "-(5 + 7) = -12": -12, "5 x -7 = -35": -35,
+    "2(5+7)=24": 24, "(5 + 7)(2) = 24": 24, "5 plus (-3) is 2": 2, "(5 + 7 = 12)": 12,
+    "10 mod 3 = 1": 1, "10 % 3 = 1": 1, "24 divided by 2 is 12": 12, "5 multiplied by 7 equals 35": 35,
+    "√16 = 4": 4, r"\sqrt{16} = 4": 4, "|−3| = 3": 3, "7 squared is 49": 49, "5! = 120": 120,
+    "max(3, 5) = 5": 5, "f(3) = 9": 9, "gcd(12, 18) = 6": 6, r"\frac{5 + 7}{2} = 6": 6,
+    r"\left(5 + 7\right) \cdot 2 = 24": 24,
+    "the sum of 5 and 7 is 12": 12, "The product of 2, 3 and 4 is 24.": 24,
+    "the difference between 12 and 5 is 7": 7,
+    "the remainder when 10 is divided by 3 is 1": 1, "The square root of 16 is 4": 4, "half of 24 is 12": 12,
+    "Adding 5 and 7 gives 12": 12, "If you add 5 to 7, you get 12": 12, "twice 6": 6,
+    "5 apples + 7 apples = 12 apples": 12, "5% + 7% = 12%": 12, "5 km + 7 km = 12 km": 12,
+    "24/2 = 13": 13, "7/2 = 3": 3, "2 x 10^3 = 2001": 2001,
+    "2x = 14, so x = 7": 7, "x + 5 = 12, x = 7": 7, "x = 5 + 7 = 12": 12,
+    # no calculations
+    "12 (5 + 7)": 12, "12(3)": 12, "12 (see 5)": 12, "answer(12)": 12, "12 is the sum of 5 and 7": 12,
+    "a total of 12": 12, "The sum is 12": 12, "7 days - 3 left": 7, "|12|13|": 12, "| 12 | 13 |": 12,
+    "12 x": 12,
     # words around
     "Q1: 12": 12, "No.7": 7, "top-3": 3, "12: yes": 12, "~12": 12,
 }  # fmt: skip
 UNREAD = [
-    "", ".", "twelve", "no idea", "12,5", "1,23,456", "0,500", "1.2.3", "2:30", "3-4", "5 + 7", "5 + 7 = ?",
+    "", ".", "twelve", "the sum of 5 and 7", "(5 + 7) × 2", "√16", "2x = 14", "5 + (-3) = ?", "(5 + 7",
+    "no idea", "12,5", "1,23,456", "0,500", "1.2.3", "2:30", "3-4", "5 + 7", "5 + 7 = ?",
     "10/11/2020", "1/0", "0x1F", "30D2", "1e999999999", "9" * 5000, r"12 or \boxed{}",
 ]  # fmt: skip
 
@@ -53,9 +74,53 @@ def test_what_can_be_read_in_two_ways_is_no_number(text):
         ("5 + " * 2000, None),
         ("5" + " " * 999 + "5", 5),
         ("1" * 4000 + "a1", None),
+        ("(" * 2000 + "5", 5),
+        ("(5 + " * 2000, 5),
+        ("the sum of 5 and " * 500, 5),
+        ("5 = " * 999 + "?", 5),
     ],
-    ids=["groups", "a sum", "spaces", "digits"],
+    ids=["groups", "a sum", "spaces", "digits", "parentheses", "sums in parentheses", "words", "sides"],
 )
 def test_long_text_is_read(text, number):
     """A pattern that goes back over what it has read would never end on these."""
     assert first_number(text) == number
+
+
+def calculations(inner: st.SearchStrategy[tuple[str, int]]) -> st.SearchStrategy[tuple[str, int]]:
+    """A calculation with two parts, as it is written and its value."""
+    signs = {
+        "+": lambda a, b: a + b,
+        "-": lambda a, b: a - b,
+        "−": lambda a, b: a - b,
+        "×": lambda a, b: a * b,
+    }
+    signs |= {"*": signs["×"], " x ": signs["×"], " plus ": signs["+"], " minus ": signs["-"]}
+
+    def written(left: tuple[str, int], sign: str, right: tuple[str, int], space: str) -> tuple[str, int]:
+        return f"({left[0]}){space}{sign}{space}({right[0]})", signs[sign](left[1], right[1])
+
+    return st.builds(written, inner, st.sampled_from(sorted(signs)), inner, st.sampled_from(["", " "]))
+
+
+NUMBERS = st.integers(-(10**6), 10**6).map(lambda n: (f"{n}", n))
+CALCULATIONS = calculations(st.recursive(NUMBERS, calculations, max_leaves=5))
+SUMS = st.lists(st.integers(0, 99), min_size=2, max_size=5).map(lambda n: (" + ".join(map(str, n)), sum(n)))
+BEFORE = st.sampled_from(["", "So ", "The answer to ", "Answer: ", "Let me see. ", "**", "$"])
+AFTER = st.sampled_from(["", ".", " apples", ", as 1 + 1 = 2", "\n1 + 1 = 2", " (twelve)", "**", "$"])
+
+
+@settings(max_examples=50)
+@given(CALCULATIONS | SUMS, st.sampled_from([" = ", "=", " is ", " equals ", " → ", ": "]), BEFORE, AFTER)
+def test_the_result_of_any_calculation_is_read(calculation, equals, before, after):
+    written, value = calculation
+    assert first_number(f"{before}{written}{equals}{value}{after}") == value
+    assert first_number(f"{before}{written}{equals}{value + 1}{after}") == value + 1
+    assert first_number(f"{before}{value} = {written}{after}") == value
+    assert first_number(f"{before}{written}{equals}?") is None
+
+
+@settings(max_examples=50)
+@given(st.text(alphabet="0123456789 +-×x/^()|=.,%!√andysumofi$\n", max_size=60))
+def test_any_text_is_read_the_same_each_time(text):
+    number = first_number(text)
+    assert number == first_number(text) and (number is None or any(c.isdigit() for c in text))

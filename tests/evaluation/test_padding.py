@@ -160,6 +160,9 @@ def test_a_tokenizer_without_an_end_uses_the_models():
     lm = shared.SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=6)
     with pytest.raises(Refusal, match="neither the model's tokenizer nor its config names an end of text"):
         lm.generate_until(generations(PROMPTS, [], TOKENS), disable_tqdm=True)
+    model.config.eos_token_id = 999
+    with pytest.raises(Refusal, match="the model's tokenizer has no token 999, its config's end of text"):
+        lm.generate_until(generations(PROMPTS, [], TOKENS), disable_tqdm=True)
 
 
 @pytest.mark.parametrize(

@@ -94,17 +94,20 @@ def test_a_full_disk_is_reported_in_a_sentence(error, workspace, monkeypatch, ca
         command.entry(validate)
 
 
-def test_a_refusal_follows_the_names_of_stage_and_recipe(workspace, monkeypatch, capsys):
+def test_a_refusal_and_an_interruption_follow_the_names_of_stage_and_recipe(workspace, monkeypatch, capsys):
+    ends = [Refusal("so it is."), KeyboardInterrupt()]
+
     def validate():
-        raise Refusal("so it is.")
+        raise ends.pop(0)
 
     project.write(workspace, project.params(Path("inputs")))
     identify(workspace)
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["validate"])
-    with pytest.raises(SystemExit, match="2"):
-        command.entry(validate)
-    assert capsys.readouterr().err.splitlines()[-1] == "validate all: so it is."
+    for code, words in (("2", "so it is."), ("130", "interrupted; run it again to continue.")):
+        with pytest.raises(SystemExit, match=code):
+            command.entry(validate)
+        assert capsys.readouterr().err.splitlines()[-1] == f"validate all: {words}"
 
 
 def test_validate_marks_good_params_and_refuses_bad_ones(workspace):

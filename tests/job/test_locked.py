@@ -31,6 +31,18 @@ def test_a_lock_that_is_being_written_is_waited_for(length):
     assert locked.outs(locked.locked_stages(["c.txt"])) == dict.fromkeys(["a.txt", "b.txt", "c.txt"], "abc")
 
 
+def test_a_lock_is_parsed_again_only_when_it_has_changed(monkeypatch):
+    parsed = []
+    load = locked.yaml.load
+    monkeypatch.setattr(locked.yaml, "load", lambda *args: parsed.append(args) or load(*args))
+    Path("dvc.lock").write_text(FULL + "\n")
+    assert locked.locked_stages(["c.txt"]) == locked.locked_stages()
+    assert len(parsed) == 1
+    Path("dvc.lock").write_text(FULL.replace("abc", "abd"))
+    assert locked.outs(locked.locked_stages())["c.txt"] == "abd"
+    assert len(parsed) == 2
+
+
 def test_an_output_that_never_comes_is_unknown(monkeypatch):
     monkeypatch.setattr(locked, "_PATIENCE", 0.3)
     Path("dvc.lock").write_text(FULL)

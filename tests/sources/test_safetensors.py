@@ -59,6 +59,22 @@ def test_values_that_are_not_finite_in_the_runs_dtype_are_refused(value, dtype, 
         written(source, tmp_path / "out", getattr(torch, dtype))
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ([], "config.json holds a list, not settings by name"),
+        ({"dtype": "float99"}, "float99"),
+        ({"quantization_config": ["x"]}, "no attribute 'get'"),
+    ],
+)
+def test_a_bad_config_is_refused_as_that(config, reason, tmp_path):
+    source = families.save("llama", tmp_path / "in")
+    file = source / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config} if config else config))
+    with pytest.raises(Refusal, match=rf"^the config of path:\S+ cannot be loaded \(.*{reason}"):
+        written(source, tmp_path / "out")
+
+
 def test_an_adapter_is_refused_as_one(tmp_path):
     source = families.save("llama", tmp_path / "in")
     (source / "adapter_config.json").write_text("{}")

@@ -1,11 +1,11 @@
 """Removal of blocks from a model, so that a plain, smaller checkpoint is left.
 
 The remaining blocks are renumbered, and everything that counts blocks is updated: the number of layers in the
-config, its lists with one entry per layer (`layer_types`), and the `layer_idx` by which a block finds its
-place in the key-value cache. The result is checked against a new model built from the written config: its
-blocks must have the shapes and settings of the remaining ones, else the config cannot describe such a model
-and the family is refused. A plain checkpoint cannot omit an attention; its output projection is zeroed
-instead.
+config, its lists with one entry per layer (`layer_types`), its settings by layer, and the `layer_idx` by
+which a block finds its place in the key-value cache. The result is checked against a new model built from the
+written config: its blocks must have the shapes and settings of the remaining ones, and the model must run
+with a cache. Else the config cannot describe such a model and the removal is refused. A plain checkpoint
+cannot omit an attention; its output projection is zeroed instead.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
+from stages.core.reading import reason
 from stages.model.artifact import as_written
 from stages.model.blocks import Linear, blocks, forward, linears
 
@@ -36,9 +37,10 @@ def remove_blocks(model: PreTrainedModel, removed: Iterable[int]) -> None:
     Raises:
         Refusal: a model built from the shortened config would not have the remaining blocks.
     """
-    before = blocks(model)
+    before, config = blocks(model), model.config.get_text_config()
     remaining = sorted(set(range(len(before))) - set(removed))
-    _shorten(model.config.get_text_config(), remaining)
+    cure = _cure(config, remaining)
+    _shorten(config, remaining)
     parent, _, leaf = before[0][0].rpartition(".")[0].rpartition(".")
     kept = torch.nn.ModuleList(before[number][1] for number in remaining)
     setattr(model.get_submodule(parent), leaf, kept)
@@ -46,48 +48,74 @@ def remove_blocks(model: PreTrainedModel, removed: Iterable[int]) -> None:
         for module in block.modules():
             if isinstance(vars(module).get("layer_idx"), int):
                 vars(module)["layer_idx"] = number
-    _check(model)
+    _check(model, cure)
+
+
+def _cure(config: Any, remaining: list[int]) -> str:
+    """Say what to change if a model of these blocks is refused."""
+    depth, types = config.num_hidden_layers, list(getattr(config, "layer_types", None) or ())
+    if getattr(config, "hidden_size_per_layer_input", None):
+        return "its embedding holds a part for each block: use another method"
+    for kind in dict.fromkeys(types) if len(types) == depth else ():
+        if kind not in {types[number] for number in remaining}:
+            numbers = [str(number) for number, each in enumerate(types) if each == kind]
+            return f"no block of type {kind} would be left: list one of {', '.join(numbers)} in keep"
+    return "remove other blocks or use another method"
 
 
 def _shorten(config: Any, remaining: list[int]) -> None:
-    """Keep only the remaining layers in a config: their number, and their entries of every per-layer list."""
+    """Keep only the remaining layers in a config: their number, and what it has by layer."""
     depth = config.num_hidden_layers
+    by_layer = config.to_dict().get("per_layer_config")
+    config.per_layer_config = None
     config.num_hidden_layers = len(remaining)
     for key, value in list(vars(config).items()):
         if "layer" in key and isinstance(value, list | tuple) and len(value) == depth:
             setattr(config, key, type(value)(value[number] for number in remaining))
+    if by_layer is not None:
+        settings = {int(number): each for number, each in by_layer.items()}
+        config.per_layer_config = {
+            place: settings[number] for place, number in enumerate(remaining) if number in settings
+        }
 
 
-def _check(model: PreTrainedModel) -> None:
+def _check(model: PreTrainedModel, cure: str) -> None:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
-    family, config = type(model).__name__, model.config
+    config = model.config
+    refused = f"the config of {type(model).__name__} cannot describe it without these blocks"
     try:
         written = as_written(config)
         with init_empty_weights(include_buffers=False):
             plain = AutoModelForCausalLM.from_config(
                 written, attn_implementation=config._attn_implementation
             ).eval()
-    except (ValueError, IndexError, StrictDataclassError) as error:
-        raise Refusal(
-            f"the config of {family} cannot describe it without these blocks: {error}; remove other blocks "
-            "or use another method."
-        ) from error
+    except (ValueError, IndexError, KeyError, StrictDataclassError) as error:
+        raise Refusal(f"{refused}: {reason(error)}; {cure}.") from error
     for (name, ours), (_, theirs) in zip(blocks(model), blocks(plain), strict=True):
         if differences := _differences(ours, theirs):
-            raise Refusal(
-                f"the config of {family} cannot describe it without these blocks: {name} would differ in "
-                f"{', '.join(differences[:4])}; remove other blocks or use another method."
-            )
+            raise Refusal(f"{refused}: {name} would differ in {', '.join(differences[:4])}; {cure}.")
+    rest, wanted = _shapes(model), _shapes(plain)
+    if differing := [name for name in rest if rest[name] != wanted.get(name)]:
+        raise Refusal(f"{refused}: {', '.join(differing[:4])} would have another shape; {cure}.")
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)
+    except (ValueError, IndexError, KeyError) as error:
+        family = type(model).__name__
+        raise Refusal(f"{family} does not run without these blocks: {reason(error)}; {cure}.") from error
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
 def _differences(ours: nn.Module, theirs: nn.Module) -> list[str]:
     """Return the names of settings and of parameter shapes that differ between two modules."""
     modules = dict(ours.named_modules())
-    shapes = {name: p.shape for name, p in ours.named_parameters()}
-    wanted = {name: p.shape for name, p in theirs.named_parameters()}
+    shapes, wanted = _shapes(ours), _shapes(theirs)
     differences = [name for name in shapes.keys() | wanted if shapes.get(name) != wanted.get(name)]
     for name, module in theirs.named_modules():
         settings = vars(modules[name]) if name in modules else {}

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     FalconH1Config,
+    Gemma4TextConfig,
     GPTNeoConfig,
     GraniteMoeHybridConfig,
     Mamba2Config,
@@ -88,6 +90,44 @@ def test_settings_that_json_cannot_hold_are_read_as_from_a_file(family, tmp_path
     with torch.no_grad():
         windows = WINDOWS % 64
         assert torch.equal(model(windows).logits, reloaded(windows).logits)
+
+
+def gemma4(**settings: Any) -> torch.nn.Module:
+    """Four blocks, whose full attention has heads of another width: a setting by layer."""
+    usual = {"hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = Gemma4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=16, sliding_window=16, **usual | settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("removed", [{0}, {1}, {2, 3}])
+def test_settings_by_layer_move_with_their_layers(removed, tmp_path):
+    model, windows = gemma4(), WINDOWS % 64
+    remove_blocks(model, removed)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(model(windows).logits, reloaded(windows).logits)
+
+
+CURES = {
+    "qwen3_5": ({1}, "no block of type full_attention would be left: list one of 1 in keep"),
+    "per-layer input": ({0}, "its embedding holds a part for each block: use another method"),
+}
+
+
+@pytest.mark.parametrize("case", CURES)
+def test_a_refusal_says_which_blocks_to_keep(case):
+    if case == "qwen3_5":
+        model = families.wide("qwen3_5")
+    else:
+        model = gemma4(hidden_size_per_layer_input=16, vocab_size_per_layer_input=64)
+    removed, cure = CURES[case]
+    with pytest.raises(Refusal, match=f"without these blocks: .*; {cure}.$"):
+        remove_blocks(model, removed)
 
 
 def test_a_model_that_its_config_cannot_describe_is_refused():
