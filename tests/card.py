@@ -152,8 +152,7 @@ def _check(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], on_ca
     name = func.overloadpacket.__name__
     if kwargs.get("generator") is not None:
         raise Misplaced(f"{func} draws on the card from a generator of the CPU")
-    # `stages.core.sums` replaces cumsum, but not the form that works in place.
-    summed = name == "cumsum_" and args[0].is_floating_point()
+    summed = name in ("cumsum", "cumsum_") and args[0].is_floating_point()
     weighed = name == "bincount" and (len(args) > 1 or kwargs.get("weights") is not None)
     ranked = name == "median" and func._overloadname == "dim"
     if name in NO_DETERMINISTIC_KERNEL or summed or weighed or ranked:
@@ -230,8 +229,3 @@ def pretended() -> Iterator[Counter[str]]:
             yield watch.counts
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
-
-
-def on_card(*shape: int) -> torch.Tensor:
-    """Return ones on the card, inside `pretended`."""
-    return torch.ones(shape).to(NAME)

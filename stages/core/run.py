@@ -16,7 +16,6 @@ from pydantic import AfterValidator, Field
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed, Strict
-from stages.core.sums import order_running_sums
 
 
 def _device(value: str) -> str:
@@ -78,8 +77,6 @@ class Run(Strict):
         # The same switch as use_deterministic_algorithms, which also imports the compiler: a second a stage.
         torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        if device.type == "cuda":
-            order_running_sums()
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
