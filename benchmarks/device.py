@@ -82,7 +82,7 @@ class Bound(NamedTuple):
     """Relative difference."""
 
 
-EXACT, SUMMED, SWEPT = Bound(0, 0), Bound(0.002, 0.01), Bound(0.05, 0.02)
+EXACT, SUMMED, SWEPT = Bound(0, 0), Bound(0.002, 0.01), Bound(0.1, 0.02)
 """No sum decides; sums over tokens decide near-ties; every choice changes those that follow."""
 
 

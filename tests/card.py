@@ -152,10 +152,9 @@ def _check(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], on_ca
     name = func.overloadpacket.__name__
     if kwargs.get("generator") is not None:
         raise Misplaced(f"{func} draws on the card from a generator of the CPU")
-    summed = name in ("cumsum", "cumsum_") and args[0].is_floating_point()
     weighed = name == "bincount" and (len(args) > 1 or kwargs.get("weights") is not None)
     ranked = name == "median" and func._overloadname == "dim"
-    if name in NO_DETERMINISTIC_KERNEL or summed or weighed or ranked:
+    if name in NO_DETERMINISTIC_KERNEL or weighed or ranked:
         raise Misplaced(f"{func} has no deterministic kernel on CUDA")
     elsewhere = [tensor for tensor in tensors if not isinstance(tensor, OnCard)]
     if not elsewhere or not on_card or name in COPIES:

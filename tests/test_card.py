@@ -57,12 +57,7 @@ def test_a_module_left_behind_and_the_state_of_an_optimizer_are_noticed():
 
 def test_a_kernel_that_is_not_deterministic_and_a_generator_of_the_cpu_are_noticed():
     with pretended() as counts:
-        assert on_card(4).long().cumsum(0).tolist() == [1, 2, 3, 4]
-        for refused in (
-            lambda: on_card(4).cumsum(0),
-            lambda: on_card(4).histc(),
-            lambda: on_card(4).median(0),
-        ):
+        for refused in (lambda: on_card(4).histc(), lambda: on_card(4).median(0)):
             with pytest.raises(Misplaced, match="deterministic"):
                 refused()
         with pytest.raises(Misplaced, match="generator of the CPU"):
