@@ -172,6 +172,10 @@ def _check(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], on_ca
 class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
     """What torch expects of a device's module; a seed of the card is the CPU's."""
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """Checkpointed activations ask for it wherever a second device is registered."""
+        return [torch.bfloat16]
+
     def manual_seed_all(self, seed: int) -> None:
         """Do nothing: kernels are the CPU's."""
 
