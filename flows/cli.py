@@ -148,8 +148,8 @@ def study(
     counts = {kind: count for kind, count in expand.stage_counts(params).items() if count}
     listed = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count > 1)
     typer.echo(
-        f"{into} holds {', '.join(params.studies)}: {sum(counts.values())} stages ({listed}). `prunequant plan` "
-        "says which would run, `prunequant run` runs them."
+        f"{into} holds {', '.join(params.studies)}: {sum(counts.values())} stages ({listed}). "
+        "`prunequant plan` says which would run, `prunequant run` runs them."
     )
 
 

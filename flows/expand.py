@@ -45,7 +45,9 @@ _NAMED = ("models", "datasets", *RECIPES, *_PARTS)
 _WORD = re.compile(r"\{([a-z_]+)\}")
 _OPENED = {"models": 2, "datasets": 2, "suites": 2, "evaluate": 2, "studies": 4, "profile": 0}
 """Levels of a section that are written in lines of their own; others: its entries, a line each."""
-_FIRST = "# Written by `prunequant study`; while the rest of this file has sha256 {seal}, nobody has edited it."
+_FIRST = (
+    "# Written by `prunequant study`; while the rest of this file has sha256 {seal}, nobody has edited it."
+)
 _ORIGIN = "# study {study}, profile {profile}, mirror {mirror}; {file} had sha256 {digest}."
 _READ = re.compile(r"# study (\S+), profile (\S+), mirror (.+); \S+ had sha256 [0-9a-f]{64}\.")
 
@@ -97,7 +99,10 @@ def write_study(origin: Origin, into: Path, force: bool) -> Params:
         Refusal: there is no such study or profile; the file has edits of somebody, or another profile of the
             study; a name would mean two things; or the result is no sound params.yaml. Nothing is written.
     """
-    old = into.read_text(encoding="utf-8") if into.exists() else ""
+    try:
+        old = into.read_text(encoding="utf-8") if into.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{into} cannot be read ({error}); name a text file with --into.") from None
     origins = [] if force or not old else _origins(old)
     if origins is None:
         if _edited(into):
@@ -141,7 +146,10 @@ def expanded_text(origins: Sequence[Origin]) -> str:
         for origin in origins
     ]  # fmt: skip
     for section in Params.model_fields:
-        lines += ["", *_lines(section, merged.sections.get(section, {}), _OPENED.get(section, 1), merged.notes)]
+        lines += [
+            "",
+            *_lines(section, merged.sections.get(section, {}), _OPENED.get(section, 1), merged.notes),
+        ]
     rest = "\n".join(lines) + "\n"
     return f"{_FIRST.format(seal=text_sha256(rest))}\n{rest}"
 
@@ -164,9 +172,7 @@ def _origins(text: str) -> list[Origin] | None:
     if first != _FIRST.format(seal=text_sha256(rest)):
         return None
     found = [_READ.fullmatch(line) for line in rest.splitlines()]
-    return [
-        Origin(match[1], match[2], None if match[3] == "none" else match[3]) for match in found if match
-    ]
+    return [Origin(match[1], match[2], None if match[3] == "none" else match[3]) for match in found if match]
 
 
 def _edited(file: Path) -> bool:
@@ -302,7 +308,9 @@ class _Expander:
             for number, words in enumerate(combinations):
                 name = self._filled(pattern, words, f"{section}.{pattern}")
                 if name in expanded:
-                    self.mistakes.append(f"{section}.{name} comes out twice; name it by every word of its each.")
+                    self.mistakes.append(
+                        f"{section}.{name} comes out twice; name it by every word of its each."
+                    )
                 expanded[name] = self._filled(content, words, f"{section}.{name}")
                 if "note" in entry and not number:
                     notes[section, name] = self._filled(str(entry["note"]), words, f"{section}.{name}")
@@ -325,7 +333,9 @@ class _Expander:
     def _filled(self, value: Any, words: Mapping[str, Any], at: str) -> Any:
         """Replace `{word}` everywhere in a value; a text that is nothing else takes the word's own value."""
         if isinstance(value, dict):
-            return {self._filled(key, words, at): self._filled(inner, words, at) for key, inner in value.items()}
+            return {
+                self._filled(key, words, at): self._filled(inner, words, at) for key, inner in value.items()
+            }
         if isinstance(value, list):
             filled = [(inner, self._filled(inner, words, at)) for inner in value]
             spliced = [

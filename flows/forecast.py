@@ -1,8 +1,8 @@
 """Forecast: which stages a run would execute, and what stages of their kind took on this machine.
 
-DVC tells what is stale; whatever depends on that may be stale too, which only a run finds out. The minutes of a
-stage are those of its own last run here or, without one, the median over stages that do the same to the same
-base: a method, or a suite. Without any there are none: nothing is guessed from another model or machine.
+DVC tells what is stale; whatever depends on that may be stale too, which only a run finds out. The minutes
+of a stage are those of its own last run here or, without one, the median over stages that do the same to the
+same base: a method, or a suite. Without any there are none: nothing is guessed from another model or machine.
 """
 
 import statistics
