@@ -144,7 +144,7 @@ def study(
     with refusals():
         from flows import expand
 
-        params = expand.write_study(expand.Origin(name, profile, mirror), into, force)
+        params = expand.write_study(expand.Chosen(name, profile, mirror), into, force)
     counts = {kind: count for kind, count in expand.stage_counts(params).items() if count}
     listed = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count > 1)
     typer.echo(

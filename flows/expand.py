@@ -52,7 +52,7 @@ _ORIGIN = "# study {study}, profile {profile}, mirror {mirror}; {file} had sha25
 _READ = re.compile(r"# study (\S+), profile (\S+), mirror (.+); \S+ had sha256 [0-9a-f]{64}\.")
 
 
-class Origin(NamedTuple):
+class Chosen(NamedTuple):
     """What an expanded file was made from."""
 
     study: str
@@ -79,14 +79,14 @@ class StudyFile(Strict):
 class Expansion:
     """A study in explicit lines."""
 
-    origin: Origin
+    origin: Chosen
     sections: dict[str, Any] = field(default_factory=dict)
     """The sections of params.yaml."""
     notes: dict[tuple[str, str], str] = field(default_factory=dict)
     """Comments, by section and entry."""
 
 
-def write_study(origin: Origin, into: Path, force: bool) -> Params:
+def write_study(origin: Chosen, into: Path, force: bool) -> Params:
     """Expand a study into params.yaml; return what the file then says.
 
     A file that only this command has written keeps its other studies. A committed file is replaced.
@@ -124,7 +124,7 @@ def write_study(origin: Origin, into: Path, force: bool) -> Params:
     return params
 
 
-def expanded_text(origins: Sequence[Origin]) -> str:
+def expanded_text(origins: Sequence[Chosen]) -> str:
     """Return the params.yaml that these studies expand to.
 
     Raises:
@@ -166,13 +166,13 @@ def stage_counts(params: Params) -> dict[str, int]:
     }
 
 
-def _origins(text: str) -> list[Origin] | None:
+def _origins(text: str) -> list[Chosen] | None:
     """Return what a text was expanded from; None if it was not, or was edited since."""
     first, _, rest = text.partition("\n")
     if first != _FIRST.format(seal=text_sha256(rest)):
         return None
     found = [_READ.fullmatch(line) for line in rest.splitlines()]
-    return [Origin(match[1], match[2], None if match[3] == "none" else match[3]) for match in found if match]
+    return [Chosen(match[1], match[2], None if match[3] == "none" else match[3]) for match in found if match]
 
 
 def _edited(file: Path) -> bool:
@@ -219,7 +219,7 @@ def _composed(expansions: Sequence[Expansion], mistakes: list[str]) -> Expansion
 class _Expander:
     """Turns a study file into explicit sections; `mistakes` has a sentence for all that is wrong."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Chosen) -> None:
         self.origin = origin
         self.mistakes: list[str] = []
         self.words: dict[str, Any] = {}

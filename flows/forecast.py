@@ -19,7 +19,7 @@ from stages.job.load import load
 from stages.job.params import SUITES, Params
 
 
-class Row(NamedTuple):
+class StageKind(NamedTuple):
     """The stages of one kind."""
 
     kind: str
@@ -32,7 +32,7 @@ class Row(NamedTuple):
     """CPU minutes of those that would run; None if no stage of the kind has run here."""
 
 
-def forecast() -> list[Row]:
+def forecast() -> list[StageKind]:
     """Return a row for each kind of stage, upstream first.
 
     Raises:
@@ -52,11 +52,11 @@ def forecast() -> list[Row]:
         if seconds or not running:
             usual = statistics.median(seconds.values()) if seconds else 0.0
             minutes = sum(seconds.get(name, usual) for name in running) / 60
-        rows.append(Row(kind, len(names), len(running), len(seconds.keys() & set(running)), minutes))
+        rows.append(StageKind(kind, len(names), len(running), len(seconds.keys() & set(running)), minutes))
     return rows
 
 
-def forecast_table(rows: list[Row]) -> Table:
+def forecast_table(rows: list[StageKind]) -> Table:
     """Return what would run ready to print, with its sum."""
     running = [row for row in rows if row.would_run]
     table = Table("stages", box=box.SIMPLE)

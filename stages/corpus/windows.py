@@ -4,9 +4,9 @@ Documents of a data set's calibration split are joined by a blank line, tokenize
 non-overlapping windows of equal length; the tail is dropped. Windows are spread evenly over the text, or
 drawn from it with `seed`: other windows in another order show the noise of a method. A graded data set counts
 as one document, whose lines are its training items, question and answer. Windows are never padded, so padding
-cannot enter a statistic. They are disjoint pieces of the text, so they are distinct unless the text itself repeats, and
-repeated windows are dropped. Evaluation reads the other split (see `stages.sources.text`), which shares no
-document and no run of 13 words with this one; the splits of a graded data set share no item.
+cannot enter a statistic. They are disjoint pieces of the text, so they are distinct unless the text itself
+repeats, and repeated windows are dropped. Evaluation reads the other split (see `stages.sources.text`), which
+shares no document and no run of 13 words with this one; the splits of a graded data set share no item.
 
 Where the model expects it, BOS is the first of a window's tokens (see `stages.corpus.bos`), and the last of
 its text gives way. So a window has `sequence_length` tokens and begins at the same place of the text, with

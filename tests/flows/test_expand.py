@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from flows import expand
 from flows.cli import app
-from flows.expand import Origin, expanded_text, stage_counts
+from flows.expand import Chosen, expanded_text, stage_counts
 from stages.core.files import sha256
 from stages.job.load import checked_params, load
 from tests import project
@@ -310,7 +310,7 @@ def test_a_branch_of_the_hub_becomes_its_commit(folder, monkeypatch):
 def test_the_projects_studies_are_sound_and_small(name, profile, monkeypatch):
     monkeypatch.chdir(project.ROOT)
     monkeypatch.setattr(expand, "_commit_of", lambda *_: "0" * 40)
-    text = expanded_text([Origin(name, profile, None)])
+    text = expanded_text([Chosen(name, profile, None)])
     params = checked_params(yaml.safe_load(text), device=False)
     assert sum(stage_counts(params).values()) < 200
     study = params.studies[name]
@@ -324,7 +324,7 @@ def test_the_projects_studies_are_sound_and_small(name, profile, monkeypatch):
 
 def test_the_projects_laptop_studies_go_together(monkeypatch):
     monkeypatch.chdir(project.ROOT)
-    text = expanded_text([Origin(name, "laptop", None) for name in STUDIES])
+    text = expanded_text([Chosen(name, "laptop", None) for name in STUDIES])
     assert list(checked_params(yaml.safe_load(text), device=False).studies) == STUDIES
 
 
@@ -332,7 +332,7 @@ def test_calibrated_recipes_have_noise_of_their_own(monkeypatch):
     """Where single calibrated recipes are compared, three draws of their text stand beside each other."""
     monkeypatch.chdir(project.ROOT)
     for name in STUDIES:
-        text = expanded_text([Origin(name, "laptop", None)])
+        text = expanded_text([Chosen(name, "laptop", None)])
         recipes = checked_params(yaml.safe_load(text), device=False).recipes()
         drawn = {key.rpartition("-draw-")[0] for key in recipes if "-draw-" in key}
         assert drawn or name == "width-dichotomy", "every method but those of width reads text"

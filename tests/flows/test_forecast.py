@@ -42,7 +42,7 @@ def rows(workspace, inputs, monkeypatch):
         )
     }
 
-    def forecast_of(*stale: str) -> dict[str, forecast.Row]:
+    def forecast_of(*stale: str) -> dict[str, forecast.StageKind]:
         monkeypatch.setattr(graph, "consult", lambda _: (stages, set(stale)))
         return {row.kind: row for row in forecast.forecast()}
 
