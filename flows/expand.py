@@ -278,7 +278,7 @@ class _Expander:
             raise Refusal(f"{file} is no study:\n" + "\n".join(f"  - {line}" for line in sentences)) from None
         if profile not in study.profiles:
             raise Refusal(f"{file} has no profile {profile!r}; {allowed(study.profiles, profile)}.")
-        parts = _merged(study.shared, study.profiles[profile])  # type: ignore[index]
+        parts = _merged(study.shared, study.profiles[profile])
         extra = parts.pop("mirror", None)
         if mirror is not None:
             if extra is None:

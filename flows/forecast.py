@@ -1,21 +1,24 @@
 """Forecast: which stages a run would execute, and what stages of their kind took on this machine.
 
 DVC tells what is stale; whatever depends on that may be stale too, which only a run finds out. The minutes
-of a stage are those of its own last run here or, without one, the median over stages that do the same to the
-same base: a method, or a suite. Without any there are none: nothing is guessed from another model or machine.
+of a stage are those of its own last run here, if dvc.lock has it and all above it with the settings that
+params.yaml has now. Otherwise they are the median over stages that do the same to the same base: a method, or
+a suite. Without any there are none: nothing is guessed from other settings, another model or machine.
 """
 
 import statistics
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 
 from flows import graph
-from flows.graph import Stage
+from flows.graph import Graph, Stage
 from stages.core.files import read_json
 from stages.core.schema import RECIPES
-from stages.job.load import load
+from stages.job.load import PARAMS, load, read
+from stages.job.locked import locked_stages
 from stages.job.params import SUITES, Params
 
 
@@ -38,15 +41,18 @@ def forecast() -> list[StageKind]:
     Raises:
         Refusal: params.yaml has mistakes, or DVC cannot read the graph.
     """
-    params = load(device=False)
+    params, raw = load(device=False), read()
     stages, stale = graph.consult(lambda project: (project.graph(), project.stale()))
     todo = graph.below(stages, stale)
+    same = _unchanged(stages, raw)
     kinds: dict[str, list[str]] = {}
     for name in stages:
         kinds.setdefault(_kind(name, params), []).append(name)
     rows = []
     for kind, names in kinds.items():
-        seconds = {name: value for name in names if (value := _seconds(stages[name])) is not None}
+        seconds = {
+            name: value for name in names if name in same and (value := _seconds(stages[name])) is not None
+        }
         running = [name for name in names if name in todo]
         minutes = None
         if seconds or not running:
@@ -84,6 +90,25 @@ def _kind(name: str, params: Params) -> str:
         method = getattr(getattr(params, group)[key], "method", "")
         return f"{group} {method}".rstrip() + f", {params.base_of(f'{group}/{key}')}"
     return f"profile, {params.base_of(key)}" if group == "profile" else group
+
+
+def _unchanged(stages: Graph, raw: Mapping[str, Any]) -> set[str]:
+    """Return the stages that dvc.lock has, and all above them too, with the settings in params.yaml."""
+    entries, same = locked_stages(), set[str]()
+    for name, stage in stages.items():
+        if name in entries and same.issuperset(stage.upstream):
+            settings = entries[name].get("params", {}).get(str(PARAMS), {})
+            if all(_setting(raw, key) == value for key, value in settings.items()):
+                same.add(name)
+    return same
+
+
+def _setting(raw: Mapping[str, Any], key: str) -> Any:
+    """Return what params.yaml has at a path such as `prune.wanda-50`; None if nothing."""
+    value: Any = raw
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _seconds(stage: Stage) -> float | None:

@@ -42,7 +42,10 @@ def rows(workspace, inputs, monkeypatch):
         )
     }
 
-    def forecast_of(*stale: str) -> dict[str, forecast.StageKind]:
+    def forecast_of(*stale: str, lock: dict | None = None) -> dict[str, forecast.StageKind]:
+        recipes = {f"prune@{name}": {f"prune.{name}": values["prune"][name]} for name in values["prune"]}
+        entries = {name: {"params": {"params.yaml": recipes.get(name, {})}} for name in stages}
+        monkeypatch.setattr(forecast, "locked_stages", lambda: entries | (lock or {}))
         monkeypatch.setattr(graph, "consult", lambda _: (stages, set(stale)))
         return {row.kind: row for row in forecast.forecast()}
 
@@ -58,6 +61,19 @@ def test_a_stage_takes_what_it_took_or_what_its_kind_takes(rows):
     assert found["prune magnitude, tiny"][1:] == (1, 1, 0, None), "nothing is guessed from another method"
     assert found["evaluate arithmetic, tiny"][1:] == (2, 1, 0, 0.5), "what depends on a stale stage runs too"
     assert found["model"][1:] == (1, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("prune@wanda-50", {"prune.wanda-50": {"method": "wanda", "sparsity": 0.9}}),
+        ("model@tiny", {"models.tiny": {"source": "path:another"}}),
+    ],
+)
+def test_runs_with_other_settings_do_not_count(rows, stage, settings):
+    ran("prune/wanda-50", 60)
+    lock = {stage: {"params": {"params.yaml": settings}}}
+    assert rows("prune@wanda-50", lock=lock)["prune wanda, tiny"][1:] == (3, 1, 0, None)
 
 
 def test_the_table_says_what_it_does_not_know(rows):
