@@ -4,7 +4,7 @@ A study file holds a claim, its source, a compact sweep and hypotheses, in two p
 and what the publication did. Shorthands keep it short; the expanded file has none of them.
 
 - `shared` holds what both profiles have. A profile adds entries and replaces fields.
-- `words` of a profile: `{base}` stands for a value of any type, in names and values alike.
+- `words` of a profile: `{base}` stands for a value of any type, in names and in values.
 - `each: {bits: [8, 4]}` makes an entry for each value, with `{bits}` in its name. `{50: 0.5}` in place of a
   list gives each value a word for the name. Several words make all combinations.
 - Candidates may be patterns, such as `prune/wanda-*`: in `evaluate` over all recipes, in hypotheses over
@@ -53,7 +53,7 @@ _READ = re.compile(r"# study (\S+), profile (\S+), mirror (.+); \S+ had sha256 [
 
 
 class Chosen(NamedTuple):
-    """What an expanded file was made from."""
+    """A study as it was asked for, which an expanded file names."""
 
     study: str
     profile: str
@@ -171,8 +171,8 @@ def _origins(text: str) -> list[Chosen] | None:
     first, _, rest = text.partition("\n")
     if first != _FIRST.format(seal=text_sha256(rest)):
         return None
-    found = [_READ.fullmatch(line) for line in rest.splitlines()]
-    return [Chosen(match[1], match[2], None if match[3] == "none" else match[3]) for match in found if match]
+    lines = [_READ.fullmatch(line) for line in rest.splitlines()]
+    return [Chosen(match[1], match[2], None if match[3] == "none" else match[3]) for match in lines if match]
 
 
 def _edited(file: Path) -> bool:

@@ -11,7 +11,7 @@ from flows import expand
 from flows.cli import app
 from flows.expand import Chosen, expanded_text, stage_counts
 from stages.core.files import sha256
-from stages.job.load import checked_params, load
+from stages.job.load import checked_params, load, read
 from tests import project
 
 STUDIES = sorted(path.stem for path in (project.ROOT / "studies").glob("*.yaml"))
@@ -307,10 +307,12 @@ def test_a_branch_of_the_hub_becomes_its_commit(folder, monkeypatch):
 
 @pytest.mark.parametrize("profile", ["laptop", "paper"])
 @pytest.mark.parametrize("name", STUDIES)
-def test_the_projects_studies_are_sound_and_small(name, profile, monkeypatch):
+def test_the_projects_studies_are_sound_and_small(name, profile, monkeypatch, tmp_path):
     monkeypatch.chdir(project.ROOT)
     monkeypatch.setattr(expand, "_commit_of", lambda *_: "0" * 40)
     text = expanded_text([Chosen(name, profile, None)])
+    (tmp_path / "params.yaml").write_text(text)
+    assert read(tmp_path / "params.yaml") == yaml.safe_load(text), "DVC reads what was checked"
     params = checked_params(yaml.safe_load(text), device=False)
     assert sum(stage_counts(params).values()) < 200
     study = params.studies[name]

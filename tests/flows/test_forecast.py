@@ -56,11 +56,11 @@ def test_a_stage_takes_what_it_took_or_what_its_kind_takes(rows):
     ran("prune/wanda-50", 60)
     ran("prune/wanda-20", 600, state="failed")
     ran("evaluate/base/tiny/arithmetic", 30)
-    found = rows("prune@wanda-30", "prune@wanda-50", "prune@magnitude-50")
-    assert found["prune wanda, tiny"][1:] == (3, 2, 1, 2.0)
-    assert found["prune magnitude, tiny"][1:] == (1, 1, 0, None), "nothing is guessed from another method"
-    assert found["evaluate arithmetic, tiny"][1:] == (2, 1, 0, 0.5), "what depends on a stale stage runs too"
-    assert found["model"][1:] == (1, 0, 0, 0.0)
+    seen = rows("prune@wanda-30", "prune@wanda-50", "prune@magnitude-50")
+    assert seen["prune wanda, tiny"][1:] == (3, 2, 1, 2.0)
+    assert seen["prune magnitude, tiny"][1:] == (1, 1, 0, None), "nothing is guessed from another method"
+    assert seen["evaluate arithmetic, tiny"][1:] == (2, 1, 0, 0.5), "what depends on a stale stage runs too"
+    assert seen["model"][1:] == (1, 0, 0, 0.0)
 
 
 @pytest.mark.parametrize(
