@@ -131,9 +131,7 @@ def runs(
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="A file of studies/, such as junk-dna.")],
-    profile: Annotated[
-        str, typer.Option(help="laptop: two cores, no hub; paper: as published, on a GPU.")
-    ],
+    profile: Annotated[str, typer.Option(help="laptop: two cores, no hub; paper: as published, on a GPU.")],
     mirror: Annotated[
         str | None, typer.Option(help="A folder with published data sets, which are scored as well.")
     ] = None,
