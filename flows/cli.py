@@ -1,4 +1,4 @@
-"""The command line: `prunequant run`, `runs`, `check`, `doctor`, `diff`, `cost`, `batch-size`, `profile`.
+"""The command line: `prunequant run`, `study`, `plan`, `check`, `doctor`, `diff`, `cost` and others.
 
 A mistake that the user can fix ends in a message and exit code 2, without a traceback; a failed stage ends in
 exit code 1. Commands import whatever is slow to import, so `check` answers without starting Prefect.
@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -125,6 +126,41 @@ def runs(
 
         listed = commits.runs(branch)
     _print([run._asdict() for run in listed] if as_json else listed, as_json, commits.run_table)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A file of studies/, such as junk-dna.")],
+    profile: Annotated[str, typer.Option(help="laptop: two cores, no hub; paper: as published, on a GPU.")],
+    mirror: Annotated[
+        str | None, typer.Option(help="A folder with published data sets, which are scored as well.")
+    ] = None,
+    into: Annotated[Path, typer.Option(help="The file to write.")] = Path("params.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file whatever it holds.")] = False,
+) -> None:
+    """Expand a study of studies/ into params.yaml, beside the studies that are there; run nothing."""
+    with refusals():
+        from flows import expand
+
+        params = expand.write_study(expand.Chosen(name, profile, mirror), into, force)
+    counts = {kind: count for kind, count in expand.stage_counts(params).items() if count}
+    listed = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count > 1)
+    typer.echo(
+        f"{into} holds {', '.join(params.studies)}: {sum(counts.values())} stages ({listed}). "
+        "`prunequant plan` says which would run, `prunequant run` runs them."
+    )
+
+
+@app.command()
+def plan(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show which stages params.yaml would run, and how long such stages took here; run nothing."""
+    with refusals():
+        from flows import forecast
+
+        rows = forecast.forecast()
+    _print([row._asdict() for row in rows] if as_json else rows, as_json, forecast.forecast_table)
 
 
 @app.command()

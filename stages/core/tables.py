@@ -206,6 +206,8 @@ def _read(stage: str, text: Mapping[str, Any], sources: Mapping[str, str], after
     kind = text.get("tokens", "text")
     if kind == "random":
         return [f"{stage}: random tokens {size}{end}"]
+    if kind == "text" and text.get("seed") is not None:
+        size += f" seed {text['seed']}"
     return [
         f"{stage}: {'generated from ' if kind == 'generated' else ''}{name} ({sources[name]}) {size}{end}"
     ]

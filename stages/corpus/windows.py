@@ -1,11 +1,12 @@
 """Calibration and training windows: the tokens a data-driven method may see.
 
 Documents of a data set's calibration split are joined by a blank line, tokenized once and cut into
-non-overlapping windows of equal length; the tail is dropped. A graded data set counts as one document, whose
-lines are its training items, question and answer. Windows are never padded, so padding cannot enter a
-statistic. They are disjoint pieces of the text, so they are distinct unless the text itself repeats, and
-repeated windows are dropped. Evaluation reads the other split (see `stages.sources.text`), which shares no
-document and no run of 13 words with this one; the splits of a graded data set share no item.
+non-overlapping windows of equal length; the tail is dropped. Windows are spread evenly over the text, or
+drawn from it with `seed`: other windows in another order show the noise of a method. A graded data set counts
+as one document, whose lines are its training items, question and answer. Windows are never padded, so padding
+cannot enter a statistic. They are disjoint pieces of the text, so they are distinct unless the text itself
+repeats, and repeated windows are dropped. Evaluation reads the other split (see `stages.sources.text`), which
+shares no document and no run of 13 words with this one; the splits of a graded data set share no item.
 
 Where the model expects it, BOS is the first of a window's tokens (see `stages.corpus.bos`), and the last of
 its text gives way. So a window has `sequence_length` tokens and begins at the same place of the text, with
@@ -29,7 +30,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
 from stages.core.lazy import torch
-from stages.core.numbers import spaced
+from stages.core.numbers import generator, spaced
 from stages.core.schema import NoData, Seed, Slug, Strict
 from stages.corpus.bos import Bos, bos_tokens
 
@@ -42,7 +43,7 @@ _DRAW_SETTINGS: dict[str, tuple[str, ...]] = {
     "generated": ("prompt_length", "seed", "temperature"),
     "random": ("seed",),
 }
-"""The settings that each kind of tokens needs; the other kinds refuse them."""
+"""The settings that each kind of tokens needs; the other kinds refuse them, but text may have a seed."""
 
 Sequential = Literal["linear", "block", "none"]
 """Which linears are compressed when a statistic is taken, see `Calibration`."""
@@ -64,7 +65,7 @@ class Tokens(Windows):
     """`text` of the data set; `generated` by the source model from the beginnings of the data set's windows;
     `random` ids other than special tokens, without a data set (`dataset: none`)."""
     seed: Seed | None = None
-    """Seed of generated and random tokens."""
+    """Seed of generated and random tokens. With text, windows are drawn in place of spread evenly."""
     temperature: Annotated[float, Field(ge=1e-6)] | None = None
     """Divides the logits of generated tokens; near zero the likeliest token is drawn."""
     prompt_length: Annotated[int, Field(ge=1)] | None = None
@@ -81,7 +82,7 @@ class Tokens(Windows):
         mistakes = []
         if missing := sorted(needed - present):
             mistakes.append(f"tokens {self.tokens} needs {', '.join(missing)}")
-        if spare := sorted(present - needed):
+        if spare := sorted(present - needed - ({"seed"} if self.tokens == "text" else set())):
             mistakes.append(f"tokens {self.tokens} does not use {', '.join(spare)}; remove that")
         if self.tokens == "random" and self.dataset != "none":
             mistakes.append("tokens random reads no data set; set dataset: none")
@@ -176,7 +177,10 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, voc
 
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size: int) -> Tensor:
-    """Return windows spread evenly over the text, whatever `wanted.tokens`; see `calibration_windows`."""
+    """Return windows of the text, whatever `wanted.tokens`; see `calibration_windows`.
+
+    They are spread evenly over it in its order, or drawn if `wanted` is text with a seed.
+    """
     tokens = bos_tokens(tokenizer, wanted.bos)
     text = cut_windows(tokenizer, training_documents(wanted.dataset), wanted.sequence_length)
     distinct = distinct_rows(begin_windows(text, tokens)[:, : wanted.sequence_length])
@@ -186,7 +190,11 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size
             f"tokens to learn from, fewer than {wanted.num_samples}; lower num_samples or sequence_length, "
             "or use a longer data set."
         )
-    chosen = distinct[spaced(len(distinct), wanted.num_samples)]
+    if isinstance(wanted, Tokens) and wanted.tokens == "text" and wanted.seed is not None:
+        order = torch.randperm(len(distinct), generator=generator(f"{wanted.seed} windows"))
+        chosen = distinct[order[: wanted.num_samples]]
+    else:
+        chosen = distinct[spaced(len(distinct), wanted.num_samples)]
     check_token_ids(chosen, vocab_size, f"data set {wanted.dataset}", tokenizer)
     return chosen
 

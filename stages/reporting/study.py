@@ -18,6 +18,15 @@ Hypothesis = Annotated[
 ]
 
 
+class Missing(Strict):
+    """A hypothesis that cannot be tested, as no suite has the scores it needs."""
+
+    claim: Annotated[str, Field(min_length=1)]
+    """The claim in one sentence."""
+    why: Annotated[str, Field(min_length=1)]
+    """The data that is missing."""
+
+
 class Study(Strict):
     """Hypotheses that are judged, and corrected for their number, together."""
 
@@ -28,3 +37,5 @@ class Study(Strict):
     profile: Literal["laptop", "paper"]
     """The size of the sweep that tests it: what a laptop can do, or the publication's own."""
     hypotheses: Annotated[dict[Slug, Hypothesis], Field(min_length=1)]
+    no_data: dict[Slug, Missing] = Field(default_factory=dict)
+    """Hypotheses whose verdict is `undecided: no data`."""

@@ -16,7 +16,7 @@ from stages.reporting.words import p_value
 
 
 def judge_studies(results: Results, studies: Mapping[str, Study]) -> list[Verdict]:
-    """Return a verdict for every hypothesis, in the order of params.yaml.
+    """Return a verdict for every hypothesis, in the order of params.yaml; those without data last.
 
     Raises:
         Refusal: a hypothesis names a score that the results lack; a line each, all of them.
@@ -39,8 +39,20 @@ def judge_studies(results: Results, studies: Mapping[str, Study]) -> list[Verdic
     return [
         verdict
         for name, study in studies.items()
-        for verdict in _judged(name, study, findings[name]).values()
+        for verdict in [*_judged(name, study, findings[name]).values(), *_untested(name, study)]
     ]
+
+
+def _untested(name: str, study: Study) -> list[Verdict]:
+    """Return an undecided verdict for every hypothesis without data."""
+    nothing = Evidence(effect=None, unit="", p=None, side=None, n=0)
+    return [
+        Verdict(
+            study=name, hypothesis=key, test="none", claim=missing.claim, verdict="undecided",
+            finding=nothing, p_holm=None, control=None, why=f"no data: {missing.why}",
+        )
+        for key, missing in study.no_data.items()
+    ]  # fmt: skip
 
 
 def _evidence(hypothesis: Tested, cells: Cells) -> Evidence:

@@ -90,6 +90,19 @@ def test_windows_are_spread_over_the_whole_split(folder):
     assert firsts[0] == "a" and firsts[-1] == "t" and firsts == sorted(firsts)
 
 
+def test_a_seed_draws_other_windows_in_another_order(folder):
+    write_news(["".join(chr(97 + i) * 8 for i in range(20))])
+    first, again, other = (
+        windows(calibration(num_samples=6, sequence_length=8, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    texts = [[TOKENIZER.decode(row)[0] for row in rows] for rows in (first, other)]
+    assert texts[0] != texts[1] and all(len(set(text)) == 6 and text != sorted(text) for text in texts)
+    assert len(windows(calibration(num_samples=20, sequence_length=8, seed=3))) == 20
+    with pytest.raises(Refusal, match="fewer than 21"):
+        windows(calibration(num_samples=21, sequence_length=8, seed=3))
+
+
 def test_repeated_windows_count_once(folder):
     write_news(["a" * 8 * 50 + "b" * 8])
     assert len(windows(calibration(num_samples=2, sequence_length=8))) == 2
@@ -185,6 +198,7 @@ def test_settings_that_do_not_go_together_are_refused(options):
     ("options", "label"),
     [
         ({}, "prune: news (path:inputs) 4x32"),
+        ({"seed": 1}, "prune: news (path:inputs) 4x32 seed 1"),
         ({"tokens": "random", "dataset": "none", "seed": 1}, "prune: random tokens 4x32"),
         (GENERATED, "prune: generated from news (path:inputs) 4x32"),
     ],

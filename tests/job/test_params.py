@@ -330,7 +330,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "settings of another kind of tokens": (
         "prune//wanda-50//calibration", TEXT | {"seed": 0, "temperature": 1.0},
-        "prune.wanda-50.calibration: tokens text does not use seed, temperature; remove that.",
+        "prune.wanda-50.calibration: tokens text does not use temperature; remove that.",
     ),
     "a kind of tokens that is none": (
         "prune//wanda-50//calibration//tokens", "noise",

@@ -7,6 +7,7 @@ import pytest
 
 from stages.core.errors import Refusal
 from stages.reporting.statistics.holm import holm
+from stages.reporting.study import Missing
 from stages.reporting.verdicts import judge_studies, nested_verdicts
 from tests.claims import ACC, difference, judged, study
 from tests.results import of_items
@@ -35,6 +36,24 @@ def test_p_is_corrected_within_the_study_alone():
     assert "60 items show" in verdicts[2].why
     opposite = judge_studies(TABLE, {"s": study(b=difference("prune/b", expect="above"))})
     assert opposite[0].verdict == "contradicted"
+
+
+def test_a_hypothesis_without_data_is_undecided_and_corrects_nothing():
+    one = {name: difference(f"prune/{name}") for name in ("a", "b")}
+    missing = {"time": Missing(claim="It is faster.", why="no suite has timings.")}
+    whole = study(**one).model_copy(update={"no_data": missing})
+    verdicts = judge_studies(TABLE, {"s": whole})
+    assert verdicts[:2] == judge_studies(TABLE, {"s": study(**one)})
+    last = verdicts[2]
+    assert (last.hypothesis, last.verdict, last.claim) == ("time", "undecided", "It is faster.")
+    assert last.why == "no data: no suite has timings."
+    written = json.loads(json.dumps(nested_verdicts(verdicts), allow_nan=False))["s"]["time"]
+    assert (written["verdict"], written["effect"], written["p_holm"], written["items"]) == (
+        "undecided",
+        None,
+        None,
+        0,
+    )
 
 
 def test_a_hypothesis_needs_its_control():

@@ -27,6 +27,9 @@ def of_studies(params: Params, broken: set[str]) -> Iterator[str]:
     for name, study in params.studies.items():
         at = f"studies.{name}.hypotheses"
         yield from _of_controls(at, study)
+        for key in study.no_data:
+            if key in study.hypotheses:
+                yield f"studies.{name}.no_data.{key}: it is among hypotheses too; remove it from either."
         for key, hypothesis in study.hypotheses.items():
             for mistake in _of_hypothesis(hypothesis, params, broken):
                 yield f"{at}.{key}: {mistake}"

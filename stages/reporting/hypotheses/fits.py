@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from stages.core.errors import Refusal
 from stages.core.lazy import np
 from stages.core.schema import Candidate
 from stages.reporting.hypotheses.readout import Axis, Readout
@@ -75,7 +76,10 @@ class FitTest(Tested):
             return score
         base = cells.base(candidate)
         floor = cells.needed_floor(candidate, self.readout)
-        return (score - floor) / (float(cells.items(base, self.readout).mean()) - floor)
+        whole = float(cells.items(base, self.readout).mean()) - floor
+        if whole <= 0:
+            raise Refusal(f"{base} is not above the floor on {self.readout.label()}, so it has no share.")
+        return (score - floor) / whole
 
 
 def _left_out(x: Floats, y: Floats, degree: int) -> Floats:

@@ -208,3 +208,12 @@ def test_tests_of_few_candidates_err_at_their_level():
     assert is_nominal(rest, LEVEL) and rate(rest_p(random, 2.0, 12) <= LEVEL for _ in range(150))[0] > 0.6
     ends = [plateau_p(random, 0.0) <= LEVEL for _ in range(300)]
     assert is_at_most(ends, 0.06) and rate(plateau_p(random, 0.15) <= LEVEL for _ in range(60))[0] > 0.6
+
+
+def test_a_share_of_a_base_at_its_floor_is_refused():
+    items = {name: [0.0, 1.0] for name in ("base/m", *(f"prune/p{i}" for i in range(8)))}
+    table = leveled({"one": items}, floor=0.5)
+    names = [f"prune/p{i}" for i in range(8)]
+    axes = {"better": {"values": list(range(8))}, "worse": {"values": list(range(8))}}
+    with pytest.raises(Refusal, match="base/m is not above the floor on s acc"):
+        judged(table, test="fit", readout=ACC, candidates=names, share=True, **axes)

@@ -1,0 +1,117 @@
+"""Forecast: which stages a run would execute, and what stages of their kind took on this machine.
+
+DVC tells what is stale; whatever depends on that may be stale too, which only a run finds out. The minutes
+of a stage are those of its own last run here, if dvc.lock has it and all above it with the settings that
+params.yaml has now. Otherwise they are the median over stages that do the same to the same base: a method, or
+a suite. Without any there are none: nothing is guessed from other settings, another model or machine.
+"""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from flows import graph
+from flows.graph import Graph, Stage
+from stages.core.files import read_json
+from stages.core.schema import RECIPES
+from stages.job.load import PARAMS, load, read
+from stages.job.locked import locked_stages
+from stages.job.params import SUITES, Params
+
+
+class StageKind(NamedTuple):
+    """The stages of one kind."""
+
+    kind: str
+    """Such as `quantize gptq, smollm2`."""
+    stages: int
+    would_run: int
+    measured: int
+    """How many of those that would run have run here before."""
+    minutes: float | None
+    """CPU minutes of those that would run; None if no stage of the kind has run here."""
+
+
+def forecast() -> list[StageKind]:
+    """Return a row for each kind of stage, upstream first.
+
+    Raises:
+        Refusal: params.yaml has mistakes, or DVC cannot read the graph.
+    """
+    params, raw = load(device=False), read()
+    stages, stale = graph.consult(lambda project: (project.graph(), project.stale()))
+    todo = graph.below(stages, stale)
+    same = _unchanged(stages, raw)
+    kinds: dict[str, list[str]] = {}
+    for name in stages:
+        kinds.setdefault(_kind(name, params), []).append(name)
+    rows = []
+    for kind, names in kinds.items():
+        seconds = {
+            name: value for name in names if name in same and (value := _seconds(stages[name])) is not None
+        }
+        running = [name for name in names if name in todo]
+        minutes = None
+        if seconds or not running:
+            usual = statistics.median(seconds.values()) if seconds else 0.0
+            minutes = sum(seconds.get(name, usual) for name in running) / 60
+        rows.append(StageKind(kind, len(names), len(running), len(seconds.keys() & set(running)), minutes))
+    return rows
+
+
+def forecast_table(rows: list[StageKind]) -> Table:
+    """Return what would run ready to print, with its sum."""
+    running = [row for row in rows if row.would_run]
+    table = Table("stages", box=box.SIMPLE)
+    for column in ("would run", "of these measured here", "CPU minutes"):
+        table.add_column(column, justify="right")
+    for row in running:
+        minutes = "none ran here" if row.minutes is None else f"{row.minutes:.1f}"
+        table.add_row(row.kind, str(row.would_run), str(row.measured), minutes)
+    more = " and more" if any(row.minutes is None for row in running) else ""
+    table.add_row(
+        "all", f"{sum(row.would_run for row in rows)} of {sum(row.stages for row in rows)}",
+        str(sum(row.measured for row in running)),
+        f"{sum(row.minutes or 0.0 for row in running):.1f}{more}",
+    )  # fmt: skip
+    return table
+
+
+def _kind(name: str, params: Params) -> str:
+    """Return what a stage of DVC does and, where it reads a model, to which base."""
+    group, _, key = name.partition("@")
+    if group in SUITES:  # the name is <candidate>-<suite>
+        suite = max((suite for suite in params.suites.by_name() if key.endswith(f"-{suite}")), key=len)
+        return f"evaluate {suite}, {params.base_of(key.removesuffix(f'-{suite}'))}"
+    if group in RECIPES:
+        method = getattr(getattr(params, group)[key], "method", "")
+        return f"{group} {method}".rstrip() + f", {params.base_of(f'{group}/{key}')}"
+    return f"profile, {params.base_of(key)}" if group == "profile" else group
+
+
+def _unchanged(stages: Graph, raw: Mapping[str, Any]) -> set[str]:
+    """Return the stages that dvc.lock has, and all above them too, with the settings in params.yaml."""
+    entries, same = locked_stages(), set[str]()
+    for name, stage in stages.items():
+        if name in entries and same.issuperset(stage.upstream):
+            settings = entries[name].get("params", {}).get(str(PARAMS), {})
+            if all(_setting(raw, key) == value for key, value in settings.items()):
+                same.add(name)
+    return same
+
+
+def _setting(raw: Mapping[str, Any], key: str) -> Any:
+    """Return what params.yaml has at a path such as `prune.wanda-50`; None if nothing."""
+    value: Any = raw
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _seconds(stage: Stage) -> float | None:
+    """Return the processor seconds of a stage's last run here, None if it failed or never ran."""
+    record: dict[str, Any] = read_json(stage.record) if stage.record.exists() else {}
+    return record.get("cpu_seconds") if record.get("state") == "done" else None
