@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -264,7 +265,7 @@ def test_the_experts_of_a_mixture_can_be_ignored():
 
 def test_a_linear_the_forward_never_reaches_is_refused():
     model = families.model("llama")
-    blocks(model)[0][1].spare = torch.nn.Linear(4, 4)
+    blocks(model)[0][1].spare = torch.nn.Linear(4, 4, device=families.DEVICE)
     with pytest.raises(Refusal, match=r"never reaches model\.layers\.0\.spare"):
         walk(model, halve, windows=windows(), statistic=ColumnNorm)
     assert hooks(model) == 0
@@ -411,13 +412,16 @@ def test_every_tensor_is_on_the_device_of_the_weights(sequential, family):
 
 
 @pytest.mark.parametrize("sequential", ["linear", "block", "none"])
-def test_a_block_whose_mlp_gets_no_token_is_refused(sequential, monkeypatch):
+def test_a_block_whose_mlp_gets_no_token_is_refused(sequential):
     model = families.model("llama")
     mlp = model.model.layers[1].mlp
     whole = mlp.forward
     message = r"layers\.1\.mlp\.gate_proj: no token of the calibration text reached it; calibrate"
-    with monkeypatch.context() as patch, pytest.raises(Refusal, match=message):
-        patch.setattr(mlp, "forward", lambda x: torch.cat([whole(x[:, :0]), torch.zeros_like(x)], 1))
+
+    def empty(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([whole(x[:, :0]), torch.zeros_like(x)], 1)
+
+    with mock.patch.object(mlp, "forward", empty), pytest.raises(Refusal, match=message):
         walk(model, halve, windows=windows(), statistic=ColumnNorm, sequential=sequential)
     assert hooks(model) == 0
 
