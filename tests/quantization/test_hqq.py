@@ -126,9 +126,7 @@ class Splitting:
         return (fitted if fitted > 0 else s), z
 
 
-@pytest.mark.cpu(
-    "the slow reference takes its powers on the CPU, whose last bits decide"
-)
+@pytest.mark.cpu("the slow reference takes its powers on the CPU, whose last bits decide")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("p", "beta", "kappa"), [(0.7, 10.0, 1.01), (0.7, 1.0, 1.01), (0.4, 30.0, 1.2)])
 @pytest.mark.parametrize("symmetric", [True, False])
