@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from stages.compress.walk import Home
 
 MOST_TOKENS = 512
-"""Tokens compared, at least one window: their outputs of all blocks are in memory together."""
+"""Tokens compared at most: their outputs of all blocks are in the CPU's memory together."""
 _DIGITS = 3
 """Digits recorded; the rest differs between processors."""
 
 
 def sample_windows(calibration: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor | None:
-    """Return the first windows of a calibration, `[n, tokens]`; None if it reads none.
+    """Return the first windows of a calibration, or a part of one, `[n, tokens]`; None if it reads none.
 
     For text that a model generates these are the windows of the data set that it continues.
 
@@ -46,13 +46,13 @@ def sample_windows(calibration: Any, tokenizer: PreTrainedTokenizerBase, vocab_s
         return None
     draw = calibration_windows if calibration.tokens == "random" else text_windows
     windows: Tensor = draw(tokenizer, calibration, vocab_size)
-    return windows[: max(1, MOST_TOKENS // windows.shape[1])]
+    return windows[: max(1, MOST_TOKENS // windows.shape[1]), :MOST_TOKENS]
 
 
 def block_outputs(
     model: PreTrainedModel, windows: Tensor, home: Home, *, dense: bool = False
 ) -> list[Tensor]:
-    """Return the output of every block for the windows, `[n, tokens, hidden]`.
+    """Return the output of every block for the windows, `[n, tokens, hidden]` on the CPU.
 
     Args:
         home: where the weights live.
@@ -65,7 +65,7 @@ def block_outputs(
         def run(*args: Any, **kwargs: Any) -> Any:
             with home.block(name, block, dense=dense):
                 output = original(*args, **kwargs)
-            outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+            outputs.append((output if isinstance(output, torch.Tensor) else output[0]).cpu())
             return output
 
         return run

@@ -16,12 +16,12 @@ from __future__ import annotations
 import logging
 from functools import cache
 from itertools import accumulate, pairwise
-from subprocess import CalledProcessError
 from typing import TYPE_CHECKING
 
 from stages.compress.rounding import Rounding
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
+from stages.core.memory import exhausted
 from stages.core.numbers import finite
 from stages.model.grid import bounds
 
@@ -121,13 +121,13 @@ def compiles(device: torch.device) -> bool:
     try:
         small = torch.eye(16, device=device)
         _settle_fused(small, small, small > 0, None, torch.empty_like(small), slice(0, 16))
-    except (ImportError, CalledProcessError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+    except Exception as error:
+        if exhausted(error) or "out of memory" in str(error) or "CUDA error" in str(error):
             raise
         log.warning(
-            "%s: Triton cannot compile a kernel, so SparseGPT and GPTQ use a slower loop. Install gcc and "
-            "the headers of C and Python (%s).",
-            device, error,
+            "%s: Triton cannot compile a kernel, so SparseGPT and GPTQ use a slower loop (%s: %s). It needs "
+            "gcc, the headers of C and Python, and a folder to write to (TRITON_CACHE_DIR).",
+            device, type(error).__name__, error,
         )  # fmt: skip
         return False
     return True

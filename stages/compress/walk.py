@@ -197,7 +197,7 @@ class _Walk:
             if any(batch.dead for batch in running) or any(group is not reached[0] for group in reached):
                 raise Refusal(
                     f"{name} runs its linears in another order for some windows; set sequential: block or "
-                    "none."
+                    f"none, or a batch_size of num_samples."
                 )
             self.finish(reached[0])
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -81,6 +84,8 @@ class Run(Strict):
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
         if device.type == "cuda":
+            if device.index is not None:
+                torch.cuda.set_device(device)  # Triton launches there, whatever card tensors are on
             _fix_sums()
             _choose_attention()
         return device
@@ -88,14 +93,22 @@ class Run(Strict):
     def numerics(self) -> dict[str, Any]:
         """Return what the bytes of an artifact depend on beside its inputs; constant on one machine."""
         device = self.resolved_device()
+        card = {"kernels": _kernels()} if device.type == "cuda" else {}
         return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            **card,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cpu_matrix_units": [flag for flag in MATRIX_UNITS if torch.cpu.get_capabilities().get(flag)],
             "threads": self.threads,
             "dtype": self.dtype,
             "torch": str(torch.__version__),
         }
+
+
+def _kernels() -> str | None:
+    """Return the version of Triton, which compiles kernels; None without it or a C compiler."""
+    compiler = os.getenv("CC") or shutil.which("gcc") or shutil.which("clang")
+    return version("triton") if compiler and find_spec("triton") else None
 
 
 def _fix_sums() -> None:

@@ -7,6 +7,7 @@ The first number counts, whatever words, units or currencies are around it:
 - A minus touches its number, as a hyphen, U+2212 or a dash, or is the word minus or negative.
 - Of a calculation the result counts: `2(5 + 7) = 24` is 24. A calculation without a result is passed over,
   so `5 plus 7 is 12` and `the sum of 5 and 7 is 12` are 12 too. So is an equation to solve: `2x = 14`.
+- The number of a step is passed over: `Step 1: 7 + 5 = 12`, and a first `1.` with another number behind it.
 - The last `\boxed{}` comes before all other text, as in mathematics.
 
 A number that could be read in two ways is none, so it is never right by luck: `12,5`, `1.2.3`, `2:30`. Nor is
@@ -61,7 +62,8 @@ _OF_SEVERAL = re.compile(
 )
 _OPERATOR = re.compile(
     r"\s*(?:[-+*×x÷/^·⋅]|(?<=\s)%(?=\s)"
-    r"|\b(?:plus|minus|times|mod|modulo|to the power of|(?:is )?(?:divided|multiplied) by)\b)\s*",
+    r"|\b(?:plus|minus|times|mod|modulo|to the power of|(?:is )?(?:divided|multiplied) by"
+    r"|added to|more than|less than|take away)\b)\s*",
     re.IGNORECASE,
 )
 _AND = re.compile(r"\s*(?:,\s+and|,|\b(?:and|by|from|to|with)\b)\s*", re.IGNORECASE)
@@ -71,6 +73,10 @@ _UNKNOWNS = ("x", "y", "z")
 _UNKNOWN = re.compile(r"[xyz](?![^\W_])", re.IGNORECASE)
 _FACTOR = re.compile(r"\s?[xyz](?=\s*[-+*×÷/^=])", re.IGNORECASE)
 _EQUALS = re.compile(r"\s*=+\s*")
+_STEP = re.compile(
+    r"^[ \t]*step[ \t]+\d+[ \t]*[:.)][ \t]*(?=\S)|\A\s*1[.)][ \t]+(?=[^\n]*\d)", re.IGNORECASE | re.MULTILINE
+)
+"""The number of a step, at the begin of its line."""
 
 
 def first_number(text: str) -> Fraction | None:
@@ -217,6 +223,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"(?<=\d)\*\*(?=\d)", "^", text)
     text = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)|[$€£¥`]", "", text)
     text = _WORD.sub(lambda word: _WORDS[word[1].lower()], text)
+    text = _STEP.sub("", text)
     boxes: list[str] = re.findall(r"\\boxed\s*\{([^{}]*)\}", text)
     return boxes[-1] if boxes else text
 

@@ -240,7 +240,8 @@ class SharedPrefixLM(HFLM):
         new = longest - len(self._prefix)
         predicting = max(len(row.tokens) - len(row.context) for row in ordered) + 1
         spread = len(ordered[0].context) - len(ordered[-1].context)
-        size = override_bs or self._rows(longest, new, min(new, predicting + spread))
+        fitting = self._rows(longest, new, min(new, predicting + spread))
+        size = min(override_bs or fitting, fitting)
         bar = tqdm(total=len(requests), initial=len(too_long), disable=disable_tqdm, desc="Likelihoods")
         for first in range(0, len(ordered), size):
             batch = ordered[first : first + size]
@@ -258,8 +259,10 @@ class SharedPrefixLM(HFLM):
         """Do as `_loglikelihood_tokens`, with nothing shared."""
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
         longest = min(longest, self.max_length)
-        with mock.patch.object(self, "batch_size_per_gpu", self._rows(longest, longest, longest)):
-            return list(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
+        fitting = self._rows(longest, longest, longest)
+        with mock.patch.object(self, "batch_size_per_gpu", fitting):
+            size = min(override_bs, fitting) if override_bs else None
+            return list(super()._loglikelihood_tokens(requests, disable_tqdm, size))
 
     def _rows(self, tokens: int, new: int, predicting: int) -> int:
         """Return the batch size, or as many rows as fit into memory; see `fitting_rows`."""

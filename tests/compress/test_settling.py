@@ -38,7 +38,7 @@ def test_it_settles_columns_on_a_gpu_only(device):
 
 @pytest.mark.parametrize(
     "error", [ImportError("No module named 'triton'"), RuntimeError("Failed to find C compiler."),
-              CalledProcessError(1, "gcc")],
+              CalledProcessError(1, "gcc"), PermissionError("/.triton"), OSError(28, "No space left on device")],
 )  # fmt: skip
 def test_the_loop_takes_its_place_where_it_cannot_be_compiled(error, device, fused, monkeypatch, caplog):
     surgeon.compiles.cache_clear()
@@ -47,7 +47,7 @@ def test_the_loop_takes_its_place_where_it_cannot_be_compiled(error, device, fus
     monkeypatch.setattr(settling, "settle", Mock(side_effect=error))
     logging.disable(logging.NOTSET)
     assert not surgeon.compiles(device)
-    assert "use a slower loop. Install gcc" in caplog.text and str(error) in caplog.text
+    assert "use a slower loop" in caplog.text and str(error) in caplog.text
     surgeon.compiles.cache_clear()
     monkeypatch.setattr(settling, "settle", Mock(side_effect=RuntimeError("Triton Error: out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
