@@ -18,7 +18,8 @@ Four parts, each with a share of the time; a case for which none is left is skip
   the rates of a product and of copies that are measured first; `disk` is the time to read and write its bytes
   with the best number of threads.
 
-Each line is a JSON object; a plain table follows. The exit code is 1 if a bound is broken or a case failed.
+Each line is a JSON object; a plain table follows. The exit code is 1 if a bound is broken or a case failed, and
+2 if none did and cases were skipped.
 """
 
 import argparse
@@ -158,6 +159,10 @@ class Report:
         self.options, self.sound = options, True
         self.lines: list[dict[str, Any]] = []
         self._end = self._deadline = time.monotonic() + options.seconds
+
+    def exit_code(self) -> int:
+        """Return 1 if something is wrong, else 2 if something was not tried, else 0."""
+        return 1 if not self.sound else 2 if any("skipped" in line for line in self.lines) else 0
 
     def give(self, share: float) -> None:
         """Begin a part that may take a share of the time that is left."""
@@ -576,7 +581,7 @@ def main() -> None:
     show_table(report)
     if options.json:
         options.json.write_text("".join(f"{json.dumps(line)}\n" for line in report.lines))
-    raise SystemExit(not report.sound)
+    raise SystemExit(report.exit_code())
 
 
 if __name__ == "__main__":

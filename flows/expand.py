@@ -117,15 +117,19 @@ def write_study(origin: Chosen, into: Path, force: bool) -> Params:
             f"{into} holds study {before.study} already, with profile {before.profile} and mirror "
             f"{before.mirror or 'none'}; name another file with --into, or start it again with --force."
         )
-    text = expanded_text([*origins, *([] if origin in origins else [origin])])
+    held = yaml.safe_load(old) if origins else {}
+    text = expanded_text([*origins, *([] if origin in origins else [origin])], held)
     params = checked_params(yaml.safe_load(text), f"{into} as expanded", device=False)
     if text != old:
         write_text(into, text)
     return params
 
 
-def expanded_text(origins: Sequence[Chosen]) -> str:
+def expanded_text(origins: Sequence[Chosen], held: Mapping[str, Any]) -> str:
     """Return the params.yaml that these studies expand to.
+
+    Args:
+        held: what the file holds so far; commits of branches that it names stay.
 
     Raises:
         Refusal: a line each mistake in the study files, all of them.
@@ -133,7 +137,7 @@ def expanded_text(origins: Sequence[Chosen]) -> str:
     mistakes: list[str] = []
     expansions = []
     for origin in origins:
-        expander = _Expander(origin)
+        expander = _Expander(origin, held)
         expansions.append(expander.expand())
         mistakes += [f"{origin.file}: {mistake}" for mistake in expander.mistakes]
     merged = _composed(expansions, mistakes)
@@ -219,8 +223,8 @@ def _composed(expansions: Sequence[Expansion], mistakes: list[str]) -> Expansion
 class _Expander:
     """Turns a study file into explicit sections; `mistakes` has a sentence for all that is wrong."""
 
-    def __init__(self, origin: Chosen) -> None:
-        self.origin = origin
+    def __init__(self, origin: Chosen, held: Mapping[str, Any]) -> None:
+        self.origin, self.held = origin, held
         self.mistakes: list[str] = []
         self.words: dict[str, Any] = {}
 
@@ -241,12 +245,16 @@ class _Expander:
                 whole.sections[section] = {
                     kind: self._entries(f"suites.{kind}", entries, whole.notes)
                     for kind, entries in content.items()
+                    if self._is_mapping(entries, f"suites.{kind}")
                 }
             else:
                 whole.sections[section] = self._filled(content, self.words, section)
         self._pin(whole.sections)
         for section in ("evaluate", "profile"):
             listed = whole.sections[section].get("candidates", [])
+            if not isinstance(listed, list):
+                self.mistakes.append(f"{section}.candidates must be a list, such as [base/smollm2, prune/*].")
+                listed = []
             whole.sections[section]["candidates"] = self._chosen(
                 listed, _artifacts(whole.sections), f"{section}.candidates"
             )
@@ -288,10 +296,15 @@ class _Expander:
         for name, content in list(parts.items()):
             if name not in known:
                 self.mistakes.append(f"profile {profile} has no part {name!r}; {allowed(known, name)}.")
-            elif not isinstance(content, dict):
-                self.mistakes.append(f"{name} must be a mapping.")
+            elif not self._is_mapping(content, name):
                 del parts[name]
         return study, parts
+
+    def _is_mapping(self, value: Any, at: str) -> bool:
+        """Tell whether a part is a mapping; it is a mistake if not."""
+        if not isinstance(value, dict):
+            self.mistakes.append(f"{at} must be a mapping.")
+        return isinstance(value, dict)
 
     def _entries(
         self, section: str, entries: Mapping[str, Any], notes: dict[tuple[str, str], str]
@@ -299,8 +312,7 @@ class _Expander:
         """Return the entries of a section, one for every combination of `each`."""
         expanded: dict[str, Any] = {}
         for pattern, entry in entries.items():
-            if not isinstance(entry, dict):
-                self.mistakes.append(f"{section}.{pattern} must be a mapping.")
+            if not self._is_mapping(entry, f"{section}.{pattern}"):
                 continue
             content = {key: value for key, value in entry.items() if key not in ("each", "note")}
             each = self._filled(entry.get("each", {}), self.words, f"{section}.{pattern}.each")
@@ -351,8 +363,12 @@ class _Expander:
                 return value
         if whole := _WORD.fullmatch(value):
             content = words[whole[1]]
-            return self._filled(content.value if isinstance(content, _Named) else content, words, at)
-        return _WORD.sub(lambda match: str(words[match[1]]), value)
+            return self._inner(whole[1], content.value if isinstance(content, _Named) else content, words, at)
+        return _WORD.sub(lambda match: str(self._inner(match[1], str(words[match[1]]), words, at)), value)
+
+    def _inner(self, word: str, content: Any, words: Mapping[str, Any], at: str) -> Any:
+        """Replace the words within the value of a word, which may not name itself."""
+        return self._filled(content, {name: other for name, other in words.items() if name != word}, at)
 
     def _resolved(self, value: Any, known: Sequence[str], at: str) -> Any:
         """Resolve the patterns in the lists of candidates of a hypothesis."""
@@ -383,8 +399,14 @@ class _Expander:
             for name, entry in sections[kind].items():
                 match = re.fullmatch(r"hub:(.+?)@(.+)", str(entry.get("source", "")))
                 if match and not re.fullmatch(r"[0-9a-f]{40}", match[2]):
+                    before = self.held.get(kind, {}).get(name, {}).get("source", "")
                     try:
-                        entry["source"] = f"hub:{match[1]}@{_commit_of(kind, match[1], match[2])}"
+                        pinned = f"hub:{match[1]}@"
+                        entry["source"] = (
+                            before
+                            if before.startswith(pinned)
+                            else f"{pinned}{_commit_of(kind, match[1], match[2])}"
+                        )
                     except Exception as error:  # the network's, and whatever the hub's client makes of it
                         self.mistakes.append(
                             f"{kind}.{name}: the hub does not say at which commit {match[1]}@{match[2]} is "
@@ -443,14 +465,14 @@ def _lines(name: str, value: Any, opened: int, notes: Mapping[tuple[str, str], s
         if note := notes.get((at, key)):
             yield f"{indent}# {note}"
         if opened and isinstance(value, dict) and value:
-            yield f"{indent}{key}:"
+            yield f"{indent}{_flow(key)}:"
             for inner, content in value.items():
                 yield from block(inner, content, opened - 1, indent + "  ", f"{at}.{key}".lstrip("."))
         elif isinstance(value, list) and value and (opened or isinstance(value[0], dict)) and indent:
-            yield f"{indent}{key}:"
+            yield f"{indent}{_flow(key)}:"
             yield from (f"{indent}  - {_flow(item)}" for item in value)
         else:
-            yield f"{indent}{key}: {_flow(value)}"
+            yield f"{indent}{_flow(key)}: {_flow(value)}"
 
     yield from block(name, value, opened, "", "")
 

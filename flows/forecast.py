@@ -3,7 +3,7 @@
 DVC tells what is stale; whatever depends on that may be stale too, which only a run finds out. The minutes
 of a stage are those of its own last run here, if dvc.lock has it and all above it with the settings that
 params.yaml has now. Otherwise they are the median over stages that do the same to the same base: a method, or
-a suite. Without any there are none: nothing is guessed from other settings, another model or machine.
+a suite, whatever their steps and samples. Without any there are none.
 """
 
 import statistics

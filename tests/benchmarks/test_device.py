@@ -78,6 +78,9 @@ def test_a_case_that_fails_or_has_no_time_is_a_line_and_the_rest_goes_on(capsys)
     told.case("table", "third", lambda: {"value": 2})
     assert "ValueError: no such thing" in told.lines[0]["error"]
     assert told.lines[1]["value"] == 1 and told.lines[2]["skipped"].startswith("no time left")
+    assert told.exit_code() == 1
+    told.sound = True
+    assert told.exit_code() == 2, "what was not tried is no success"
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == told.lines
 
 

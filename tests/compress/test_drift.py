@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stages.compress.drift import error_note
-from stages.corpus.windows import Windows, calibration_windows
+from stages.compress.drift import MOST_TOKENS, error_note, sample_windows
+from stages.corpus.windows import Calibration, Windows, calibration_windows
 from stages.model.blocks import blocks, forward
 from tests import families
 from tests.pipeline import NONE, TEXT, dense, do, load, params, record
@@ -86,3 +86,9 @@ def test_a_token_counts_as_much_as_another_however_large():
     after = torch.tensor([[[1.5, 0.0], [0.0, 1000.0]]])
     assert error_note([before], [after]) == {"block_errors": {"tokens": 2, "errors": [0.25]}}
     assert error_note([before], [after * torch.inf])["block_errors"]["errors"] == [None]
+
+
+def test_no_more_than_512_tokens_are_compared():
+    calibration = Calibration(dataset="none", num_samples=2, sequence_length=600, tokens="random", seed=0)
+    sample = sample_windows(calibration, families.tokenizer(), families.VOCAB)
+    assert sample.shape == (1, MOST_TOKENS)

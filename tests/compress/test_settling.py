@@ -38,7 +38,7 @@ def test_it_settles_columns_on_a_gpu_only(device):
 
 @pytest.mark.parametrize(
     "error", [ImportError("No module named 'triton'"), RuntimeError("Failed to find C compiler."),
-              CalledProcessError(1, "gcc"), PermissionError("/.triton"), OSError(28, "No space left on device")],
+              CalledProcessError(1, "gcc"), PermissionError("/.triton"), OSError(28, "No space left")],
 )  # fmt: skip
 def test_the_loop_takes_its_place_where_it_cannot_be_compiled(error, device, fused, monkeypatch, caplog):
     surgeon.compiles.cache_clear()

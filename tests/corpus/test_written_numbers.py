@@ -9,6 +9,10 @@ from hypothesis import strategies as st
 from stages.corpus.written_numbers import first_number
 
 WRITTEN = {
+    "1. 27 + 15 = 42": 42, "1) 42": 42, "1. Add 27 and 15 to get 42": 42, "Step 1: 27 + 15 = 42": 42,
+    "Step 1: Add the ones.\nStep 2: 7 + 5 = 12": 12, "1. The end": 1, "1.": 1, "12. Next": 12, "Step 3": 3,
+    "27 added to 15 is 42": 42, "15 more than 27 is 42": 42, "4 less than 10 is 6": 6,
+    "10 take away 4 is 6": 6, "42 more than enough": 42,
     # plain
     "12": 12, "12.": 12, "12...": 12, "+3": 3, "-3": -3, "−3": -3, "–3": -3, "- 3": 3, "minus 3": -3,
     "Negative 3": -3, "007": 7, "１２": 12, "(12)": 12, "12\n13": 12, "100 100": 100, "1, 2": 1, "7 or 8": 7,

@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +173,24 @@ def test_a_tokenizer_without_an_end_uses_the_models():
 def test_only_models_that_a_trial_lets_pass_are_padded(name, kind):
     for dtype in (torch.float32, torch.bfloat16):
         assert batching(generators.model(name).to(dtype)) == kind
+
+
+def test_rounding_of_inputs_is_no_wrong_mask():
+    """One code more or less moves logits by more than fp32 rounds."""
+    model = families.wide("llama")
+
+    def rounded(_: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        scale = args[0].abs().amax(-1, keepdim=True).clamp(min=1e-9) / 7
+        return ((args[0] + 0.05 * len(args[0]) * scale) / scale).round() * scale  # a batch is a little off
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounded)
+    assert batching(model) == "equal lengths"
+    scheme = SimpleNamespace(input_activations={"num_bits": 4})
+    again = copy.deepcopy(model)
+    again.model.layers[0].mlp.gate_proj.quantization_scheme = scheme
+    assert batching(again) == "padded"
 
 
 @pytest.mark.parametrize("name", generators.NAMES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from stages.evaluation import room, shared
 from tests import families
@@ -54,6 +55,16 @@ def test_no_forward_outgrows_the_memory_and_scores_stay_the_same(monkeypatch):
     assert answers[1][0] == pytest.approx(answers[0][0], abs=1e-3)
     assert answers[1][1] == pytest.approx(answers[0][1], abs=1e-3)
     assert answers[1][2] == answers[0][2]
+
+
+def test_windows_of_a_long_text_fit_into_memory_as_well(monkeypatch):
+    lm = shared.SharedPrefixLM(
+        pretrained=families.wide("llama"), tokenizer=families.tokenizer(), batch_size=64, memory=0
+    )
+    seen = spy(monkeypatch, lm)
+    text = Instance("loglikelihood_rolling", {}, (" ".join(map(str, range(400))),), 0)
+    lm.loglikelihood_rolling([text], disable_tqdm=True)
+    assert len(seen) > 4 and {rows for rows, _ in seen} == {1}
 
 
 def test_the_rows_of_a_suite_without_a_batch_size_are_recorded(workspace):

@@ -251,6 +251,34 @@ def test_every_mistake_of_a_study_is_named(folder):
     assert not Path("params.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('candidates: [base/tiny, "quantize/*"]', "candidates: null", "candidates must be a list"),
+        ('candidates: [base/tiny, "quantize/*"]', 'candidates: "prune/*"', "candidates must be a list"),
+        ("    graded:\n      sums: {shots: 1, batch_size: 2}", "    graded: [sums]", "suites.graded must be"),
+        ("group: 32}", "group: \"{group}\"}", "{group} has no value"),
+    ],
+)  # fmt: skip
+def test_plain_mistakes_are_sentences(folder, old, new, sentence):
+    assert old in STUDY
+    save("small", STUDY.replace(old, new))
+    assert sentence in run("small", "--profile", "laptop", code=2)
+    assert not Path("params.yaml").exists()
+
+
+def test_a_word_may_stand_in_another(folder):
+    text = STUDY.replace("claim: Answers fall.", 'claim: "Answers of {model} fall."')
+    save(
+        "small",
+        text.replace(
+            "words: {bits: [8, 4, 2],", 'words: {size: 135M, model: "SmolLM2-{size}", bits: [8, 4, 2],'
+        ),
+    )
+    run("small", "--profile", "laptop")
+    assert load().studies["small"].hypotheses["falls"].claim == "Answers of SmolLM2-135M fall."
+
+
 def test_mistakes_of_the_expanded_params_are_named(folder):
     save("small", STUDY.replace("metric: acc", "metric: f1").replace("shots: 1", "shots: 9"))
     said = run("small", "--profile", "laptop", code=2)
@@ -300,6 +328,8 @@ def test_a_branch_of_the_hub_becomes_its_commit(folder, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(expand, "_commit_of", away)
+    run("small", "--profile", "laptop")
+    assert load().models["tiny"].source == f"hub:org/model@{'1' * 40}", "a commit that is there stays"
     said = run("small", "--profile", "laptop", "--into", "other.yaml", code=2)
     assert "models.tiny: the hub does not say at which commit org/model@main is (ConnectionError)" in said
     assert not Path("other.yaml").exists()
@@ -310,7 +340,7 @@ def test_a_branch_of_the_hub_becomes_its_commit(folder, monkeypatch):
 def test_the_projects_studies_are_sound_and_small(name, profile, monkeypatch, tmp_path):
     monkeypatch.chdir(project.ROOT)
     monkeypatch.setattr(expand, "_commit_of", lambda *_: "0" * 40)
-    text = expanded_text([Chosen(name, profile, None)])
+    text = expanded_text([Chosen(name, profile, None)], {})
     (tmp_path / "params.yaml").write_text(text)
     assert read(tmp_path / "params.yaml") == yaml.safe_load(text), "DVC reads what was checked"
     params = checked_params(yaml.safe_load(text), device=False)
@@ -326,7 +356,7 @@ def test_the_projects_studies_are_sound_and_small(name, profile, monkeypatch, tm
 
 def test_the_projects_laptop_studies_go_together(monkeypatch):
     monkeypatch.chdir(project.ROOT)
-    text = expanded_text([Chosen(name, "laptop", None) for name in STUDIES])
+    text = expanded_text([Chosen(name, "laptop", None) for name in STUDIES], {})
     assert list(checked_params(yaml.safe_load(text), device=False).studies) == STUDIES
 
 
@@ -334,7 +364,7 @@ def test_calibrated_recipes_have_noise_of_their_own(monkeypatch):
     """Where single calibrated recipes are compared, three draws of their text stand beside each other."""
     monkeypatch.chdir(project.ROOT)
     for name in STUDIES:
-        text = expanded_text([Chosen(name, "laptop", None)])
+        text = expanded_text([Chosen(name, "laptop", None)], {})
         recipes = checked_params(yaml.safe_load(text), device=False).recipes()
         drawn = {key.rpartition("-draw-")[0] for key in recipes if "-draw-" in key}
         assert drawn or name == "width-dichotomy", "every method but those of width reads text"
