@@ -18,8 +18,8 @@ Four parts, each with a share of the time; a case for which none is left is skip
   the rates of a product and of copies that are measured first; `disk` is the time to read and write its bytes
   with the best number of threads.
 
-Each line is a JSON object; a plain table follows. The exit code is 1 if a bound is broken or a case failed, and
-2 if none did and cases were skipped.
+Each line is a JSON object; a plain table follows. The exit code is 1 if a bound is broken or a case failed,
+and 2 if none did and cases were skipped.
 """
 
 import argparse
