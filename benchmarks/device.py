@@ -295,7 +295,7 @@ def download_smollm2(file: Path) -> dict[str, Any]:
     """Make `base/smollm2` of its GGUF file."""
     raw = {
         "source": f"path:{file.parent}", "format": "gguf", "file": file.name, "sha256": sha256(file),
-        "in_features": [576, 1536],
+        "in_features": (576, 1536),
     }  # fmt: skip
     Gguf.model_validate(raw).download("smollm2", run_on("cpu"))
     return {}
