@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from flows.exporting import Target
 from stages.core.errors import Refusal
 
 app = typer.Typer(
@@ -198,6 +199,26 @@ def diff(
         from flows.terminal import console
 
         show_diff(changes, console)
+
+
+@app.command()
+def export(
+    artifact: Annotated[str, typer.Argument(help="A model, such as quantize/gptq-w4g64.")],
+    to: Annotated[Target, typer.Option(help="transformers, llama.cpp, Ollama, or a hub's repository.")],
+    output: Annotated[
+        str | None, typer.Option(help="A new folder, or org/name on the hub; default: exports/<recipe>-<to>.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="For the model card, as hubs name it, such as apache-2.0.")
+    ] = None,
+) -> None:
+    """Hand a model to other programs, its codes unchanged, with a model card."""
+    with refusals():
+        from flows.exporting.ship import export as ship
+
+        sentences = ship(artifact, to, output, licence)
+    for sentence in sentences:
+        typer.echo(sentence)
 
 
 @app.command()

@@ -1,0 +1,12 @@
+"""Hand an artifact to other programs: transformers, llama.cpp, Ollama, a hub."""
+
+from enum import StrEnum
+
+
+class Target(StrEnum):
+    """Who will read the export."""
+
+    hf = "hf"
+    gguf = "gguf"
+    ollama = "ollama"
+    hub = "hub"

@@ -1,0 +1,133 @@
+"""The model card of an artifact: what it is, how it scores, what to watch, how to load and repeat it.
+
+Written at export from the artifact's record and the last report, so no stage depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stages.core.files import REPORT
+from stages.reporting.words import number
+
+NO_SCORES = "This artifact is not in the last report, so no scores are given."
+_RESULTS = REPORT / "results.parquet"
+_NO_LICENCE = "Licence: that of the base; read it before you share the model."
+_GRID = (
+    "The base's weights lie on a quantized grid already ({format}, groups of {group_size}), which flatters "
+    "quantization to as many bits."
+)
+
+
+def model_card(record: Mapping[str, Any], loading: str, licence: str | None, commit: str | None) -> str:
+    """Return the card as Markdown, with the front matter that hubs read.
+
+    Args:
+        record: the artifact's `artifact.json`.
+        loading: how to load what was exported, Markdown.
+        licence: as hubs name it, such as apache-2.0; None leaves it to the reader.
+        commit: of the project that made the artifact; None if it is not in git.
+    """
+    artifact, base = record["artifact"], record["base"]
+    front = {
+        "base_model": _hub_name(base["source"]), "license": licence, "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }  # fmt: skip
+    lines = [
+        "---",
+        *(f"{key}: {value}" for key, value in front.items() if value),
+        "---",
+        "",
+        f"# {artifact}",
+        "",
+    ]
+    lines += [f"{_summary(record)} Its base is `{base['source']}`.", ""]
+    lines += [
+        f"Licence: {licence}." if licence else _NO_LICENCE,
+        "", "## Scores", "", *_scores(artifact), "", "## Size", "",
+        f"{record['num_parameters']:,} parameters, {record['bytes_on_disk'] / 1e6:,.1f} MB on disk, "
+        f"{record['bits_per_weight']:.2f} bits a parameter"
+        + (f"; {record['sparsity']:.1%} of the compressed weights are zero." if record["sparsity"] else "."),
+        "", "## Load", "", loading, "", "## Recipe", "",
+        "Each step, from the base on, with every setting:", "",
+    ]  # fmt: skip
+    for name in record["lineage"]:
+        lines.append(
+            f"- `{name}`"
+            + (f": `{json.dumps(record['recipes'][name])}`" if name in record["recipes"] else "")
+        )
+    lines += [
+        "",
+        "## Repeat it",
+        "",
+        "```sh",
+        *_repeat(artifact, commit),
+        "```",
+        "",
+        _where(record.get("numerics", {})),
+    ]
+    if grid := base.get("grid"):
+        lines += ["", _GRID.format(**grid)]
+    return "\n".join(lines) + "\n"
+
+
+def _hub_name(source: str) -> str | None:
+    """Return `org/name` of a `hub:` source, None of any other."""
+    return source.removeprefix("hub:").partition("@")[0] if source.startswith("hub:") else None
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    steps = [name for name in record["lineage"] if name in record["recipes"]]
+    if not steps:
+        return "An uncompressed model."
+    words = [f"{record['recipes'][name]['method']} ({name})" for name in steps]
+    return f"A language model after {', then '.join(words)}."
+
+
+def _scores(artifact: str) -> list[str]:
+    """Return a table of the headline scores in the last report, beside the base's, floors and noise."""
+    if not _RESULTS.exists():
+        return [NO_SCORES]
+    rows = pd.read_parquet(_RESULTS)
+    rows = rows[(rows["candidate"] == artifact) & (rows["difficulty"] == "all") & rows["counted"].isna()]
+    if rows.empty:
+        return [NO_SCORES]
+    lines = [
+        "| suite | metric | score | base | floor | noise | against the base |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows.to_dict("records"):
+        metric = str(row["metric"])
+        values = [number(row[name], metric) for name in ("value", "reference_value", "floor", "noise")]
+        lines.append(f"| {row['suite']} | {metric} | {' | '.join(values)} | {row['verdict'] or '–'} |")
+    return [
+        *lines, "",
+        "A score counts from its floor, which needs no knowledge. A difference below the noise is none. "
+        "Perplexity is better when lower.",
+    ]  # fmt: skip
+
+
+def _repeat(artifact: str, commit: str | None) -> list[str]:
+    stage, _, name = artifact.partition("/")
+    target = f"model@{name}" if stage == "base" else f"{stage}@{name}"
+    return [*([f"git checkout {commit}"] if commit else []), f"prunequant run {target}"]
+
+
+def _where(numerics: Mapping[str, Any]) -> str:
+    known = ", ".join(
+        f"{key} {numerics[key]}"
+        for key in ("device", "dtype", "threads", "torch", "cpu_capability")
+        if key in numerics
+    )
+    with_ = f"Computed with {known}. " if known else ""
+    return f"{with_}Other processors, devices or versions may give other last bits."
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write the card where hubs look for it."""
+    (folder / "README.md").write_text(text, encoding="utf-8")

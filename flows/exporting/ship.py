@@ -1,0 +1,141 @@
+"""Export an artifact: check it, write it into a folder of its own, and upload that folder if asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flows.exporting import Target
+from flows.exporting.card import model_card, write_card
+from stages.core.errors import Refusal
+from stages.core.files import MODELS
+from stages.model.artifact import load_record
+
+TOKEN = "HF_TOKEN"
+"""The environment variable with the hub's token. It is read from nowhere else."""
+
+
+_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```
+{needs}"""
+_NEEDS = "\nIts weights are packed, so it needs the package compressed-tensors.\n"
+_LLAMA = """```sh
+llama-cli -m {file} -p "Hello"
+```"""
+_OLLAMA = """```sh
+ollama create {name} -f Modelfile
+ollama run {name}
+```"""
+
+
+def export(artifact: str, to: Target, place: str | None, licence: str | None) -> list[str]:
+    """Export an artifact; return sentences that say where it is and what changed on the way.
+
+    Args:
+        artifact: `<stage>/<recipe>`.
+        place: a new folder, for `hub` a repository `org/name`; None is `exports/<recipe>-<to>`.
+        licence: for the model card, as hubs name it.
+
+    Raises:
+        Refusal: there is no such artifact, something is at the place already, or the target cannot hold the
+            artifact as it is.
+    """
+    if not (MODELS / artifact / "artifact.json").exists():
+        raise Refusal(
+            f"there is no artifact {artifact} in {MODELS}; `prunequant run` makes it, `dvc pull` fetches it."
+        )
+    record = load_record(artifact)
+    name = artifact.partition("/")[2]
+    if to is Target.hub:
+        from flows.exporting.upload import upload
+
+        if place is None or place.count("/") != 1:
+            raise Refusal(f"--to hub needs a repository: --output org/name, not {place}.")
+        if not os.environ.get(TOKEN):
+            raise Refusal(
+                f"--to hub needs a token with write access in the environment: export {TOKEN}=hf_..."
+            )
+        with _folder(MODELS.parent / "scratch" / f"export-{name}", replace=True) as folder:
+            _copy(artifact, folder)
+            _card(folder, record, _by_transformers(record, place), licence)
+            address = upload(folder, place, os.environ[TOKEN])
+        shutil.rmtree(folder)
+        return [f"{artifact} is at {address}."]
+    target = Path(place) if place else Path("exports") / f"{name}-{to}"
+    with _folder(target) as folder:
+        if to is Target.hf:
+            _copy(artifact, folder)
+            _card(folder, record, _by_transformers(record, f"./{target.name}"), licence)
+            return [f"{artifact} is in {target}, for transformers and serving engines that read its layout."]
+        from flows.exporting.ggml_file import write_gguf
+
+        file = folder / f"{name}.gguf"
+        written = write_gguf(artifact, MODELS / artifact, file)
+        loading = _LLAMA.format(file=file.name)
+        if to is Target.ollama:
+            (folder / "Modelfile").write_text(f"FROM ./{file.name}\n", encoding="utf-8")
+            loading = _OLLAMA.format(name=name)
+        _card(folder, record, loading, licence)
+    kinds = ", ".join(f"{count} as {kind}" for kind, count in written.matrices.items())
+    size = f"{written.size / 1e6:,.1f} MB"
+    sentences = [
+        f"{artifact} is in {target / file.name}, {size}: of its matrices {kinds}, with their codes unchanged."
+    ]
+    if written.rounding:
+        sentences.append(
+            "Zero points became minimums in fp16, which moves weights by at most "
+            f"{written.rounding:.1e} of a step."
+        )
+    return sentences
+
+
+@contextmanager
+def _folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a folder that becomes `target` once all is written; nothing of it stays otherwise."""
+    if target.exists() and not replace:
+        raise Refusal(f"{target} exists; name another folder with --output, or remove it.")
+    unfinished = target.with_name(f".{target.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise Refusal(
+            f"{target} cannot be written ({error.strerror}); name another folder with --output."
+        ) from None
+    try:
+        yield unfinished
+        if not replace:
+            unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _copy(artifact: str, folder: Path) -> None:
+    """Copy a checkpoint, without links into the project's cache."""
+    for file in sorted((MODELS / artifact).iterdir()):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _by_transformers(record: dict[str, Any], place: str) -> str:
+    needs = _NEEDS if str(record["layout"]) != "dense" else ""
+    return _TRANSFORMERS.format(place=place, needs=needs)
+
+
+def _card(folder: Path, record: dict[str, Any], loading: str, licence: str | None) -> None:
+    write_card(folder, model_card(record, loading, licence, _commit()))
+
+
+def _commit() -> str | None:
+    """Return the commit that is checked out, None outside git."""
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
