@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType, RopeScalingType, get_tensor_name_map
@@ -48,6 +48,9 @@ _FILE_TYPES = {
     Kind.Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
 
+Parameter: TypeAlias = "tuple[str, Callable[[Tensor | None], Stored]]"
+"""A name, and a function that reads the tensor with its outputs in a given order."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -61,13 +64,14 @@ class Written:
     """Bytes."""
 
 
-def write_gguf(artifact: str, folder: Path, file: Path) -> Written:
+def write_gguf(artifact: str, folder: Path, file: Path, store: Callable[[Tensor], Stored] = plain) -> Written:
     """Write a checkpoint as GGUF.
 
     Args:
         artifact: its name, for the file's metadata and for refusals.
         folder: of the checkpoint; only read.
         file: to write; nothing is there if the writing fails.
+        store: how to store a tensor that lies on no grid.
 
     Raises:
         Refusal: GGUF cannot hold this checkpoint as it is; all matrices that do not fit are named.
@@ -82,7 +86,9 @@ def write_gguf(artifact: str, folder: Path, file: Path) -> Written:
     writer = GGUFWriter(unfinished, MODEL_ARCH_NAMES[arch], use_temp_file=True)
     try:
         _write_settings(writer, config, artifact)
-        kinds, rounding = _write_tensors(writer, config, folder, artifact)
+        kinds, rounding = _write_tensors(
+            writer, config, _parameters(folder, scheme_of(config), artifact, store), artifact
+        )
         write_vocabulary(writer, folder, config.vocab_size, artifact)
         writer.add_file_type(_FILE_TYPES[kinds.most_common(1)[0][0]])
         writer.add_quantization_version(2)
@@ -158,12 +164,12 @@ def _rope_factors(config: Any) -> np.ndarray[Any, Any]:
 
 
 def _write_tensors(
-    writer: GGUFWriter, config: Any, folder: Path, artifact: str
+    writer: GGUFWriter, config: Any, parameters: Iterator[Parameter], artifact: str
 ) -> tuple[Counter[Kind], float]:
     """Add all tensors; return the types of the matrices and the largest rounding of a minimum."""
     names = get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     kinds, rounding, unfit = Counter[Kind](), 0.0, []
-    for name, read in _parameters(folder, scheme_of(config), artifact):
+    for name, read in parameters:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -203,8 +209,8 @@ def _order(name: str, config: Any) -> Tensor | None:
 
 
 def _parameters(
-    folder: Path, scheme: Scheme | None, artifact: str
-) -> Iterator[tuple[str, Callable[[Tensor | None], Stored]]]:
+    folder: Path, scheme: Scheme | None, artifact: str, store: Callable[[Tensor], Stored]
+) -> Iterator[Parameter]:
     """Yield each parameter's name with a function that reads it, its outputs in a given order."""
     with ExitStack() as opened, reading(artifact):
         files = [opened.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
@@ -217,14 +223,14 @@ def _parameters(
             if linear in linears and kind.startswith("weight"):
                 linears[linear].append(name)
             else:
-                yield name, partial(_plain, where[name], name)
+                yield name, partial(_dense, where[name], name, store)
         for linear, names in linears.items():
             yield f"{linear}.weight", partial(_packed, {name: where[name] for name in names}, linear, scheme)
 
 
-def _plain(file: Any, name: str, order: Tensor | None) -> Stored:
+def _dense(file: Any, name: str, store: Callable[[Tensor], Stored], order: Tensor | None) -> Stored:
     tensor = file.get_tensor(name)
-    return plain(tensor if order is None else tensor[order])
+    return store(tensor if order is None else tensor[order])
 
 
 def _packed(files: Mapping[str, Any], linear: str, scheme: Scheme | None, order: Tensor | None) -> Stored:
