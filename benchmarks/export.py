@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
 from benchmarks.figures import show, tell
-from flows.exporting.ggml import BLOCK, Stored, plain
+from flows.exporting.ggml import PER_SCALE, Stored, plain
 from flows.exporting.ggml_file import write_gguf
 from stages.core.files import MODELS
 from stages.core.lazy import torch
@@ -106,7 +106,7 @@ def compare(ours: list[Answer], theirs: list[Answer]) -> tuple[int, float]:
 
 def rounded(tensor: Any) -> Stored:
     """Store a matrix as Q8_0, as llama.cpp's own tool rounds it."""
-    if tensor.dim() < 2 or tensor.shape[1] % BLOCK:
+    if tensor.dim() < 2 or tensor.shape[1] % PER_SCALE:
         return plain(tensor)
     return Stored(Kind.Q8_0, quantize(tensor.float().contiguous().numpy(), Kind.Q8_0))
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flows.exporting import Target
+from flows.exporting import Destination
 from stages.core.errors import Refusal
 
 app = typer.Typer(
@@ -204,7 +204,7 @@ def diff(
 @app.command()
 def export(
     artifact: Annotated[str, typer.Argument(help="A model, such as quantize/gptq-w4g64.")],
-    to: Annotated[Target, typer.Option(help="transformers, llama.cpp, Ollama, or a hub's repository.")],
+    to: Annotated[Destination, typer.Option(help="transformers, llama.cpp, Ollama, or a hub's repository.")],
     output: Annotated[
         str | None, typer.Option(help="A new folder, or org/name on the hub; default: exports/<recipe>-<to>.")
     ] = None,

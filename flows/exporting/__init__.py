@@ -3,7 +3,7 @@
 from enum import StrEnum
 
 
-class Target(StrEnum):
+class Destination(StrEnum):
     """Who will read the export."""
 
     hf = "hf"

@@ -25,7 +25,7 @@ from stages.model.grid import Codes, Quantized
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 32
+PER_SCALE = 32
 """Weights that share a scale."""
 
 
@@ -70,18 +70,18 @@ def packed(code: Quantized, order: Tensor | None = None) -> Stored:
         code = replace(code, codes=code.codes[order], scale=code.scale[order], zero_point=zero_point)
     columns = code.codes.shape[1]
     group = code.group_size or columns
-    if group % BLOCK:
-        raise Unfit(f"groups of {group} columns do not split into blocks of {BLOCK}")
+    if group % PER_SCALE:
+        raise Unfit(f"groups of {group} columns do not split into blocks of {PER_SCALE}")
     if code.bits > 4 and (code.bits != 8 or code.zero_point is not None):
         asymmetric = "asymmetric " if code.zero_point is not None else ""
         raise Unfit(f"GGUF has no type for {asymmetric}codes of {code.bits} bits")
-    scale = _half(code.scale, "scale").repeat_interleave(group // BLOCK, dim=1)
-    codes = code.codes.unflatten(1, (-1, BLOCK))
+    scale = _half(code.scale, "scale").repeat_interleave(group // PER_SCALE, dim=1)
+    codes = code.codes.unflatten(1, (-1, PER_SCALE))
     if code.bits == 8:
         return Stored(Kind.Q8_0, _rows(_bytes(scale), codes.view(torch.uint8)))
     # The signed code c is stored as c + 8.
     nibbles = (codes + 8).to(torch.uint8)
-    halves = nibbles[..., : BLOCK // 2] | nibbles[..., BLOCK // 2 :] << 4
+    halves = nibbles[..., : PER_SCALE // 2] | nibbles[..., PER_SCALE // 2 :] << 4
     if code.zero_point is None:
         return Stored(Kind.Q4_0, _rows(_bytes(scale), halves))
     low = -(code.zero_point.double() + 8) * code.scale.double()
@@ -90,7 +90,7 @@ def packed(code: Quantized, order: Tensor | None = None) -> Stored:
         raise Unfit("a minimum is beyond the range of fp16")
     steps = code.scale.double().clamp_min(torch.finfo(torch.float64).tiny)
     rounding = float(((minimum.double() - low).abs() / steps).max())
-    minimum = minimum.repeat_interleave(group // BLOCK, dim=1)
+    minimum = minimum.repeat_interleave(group // PER_SCALE, dim=1)
     return Stored(Kind.Q4_1, _rows(_bytes(scale), _bytes(minimum), halves), rounding)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flows.exporting import Target
+from flows.exporting import Destination
 from flows.exporting.card import model_card, write_card
 from stages.core.errors import Refusal
 from stages.core.files import MODELS
@@ -37,7 +37,7 @@ ollama run {name}
 ```"""
 
 
-def export(artifact: str, to: Target, place: str | None, licence: str | None) -> list[str]:
+def export(artifact: str, to: Destination, place: str | None, licence: str | None) -> list[str]:
     """Export an artifact; return sentences that say where it is and what changed on the way.
 
     Args:
@@ -55,7 +55,7 @@ def export(artifact: str, to: Target, place: str | None, licence: str | None) ->
         )
     record = load_record(artifact)
     name = artifact.partition("/")[2]
-    if to is Target.hub:
+    if to is Destination.hub:
         from flows.exporting.upload import upload
 
         if place is None or place.count("/") != 1:
@@ -72,7 +72,7 @@ def export(artifact: str, to: Target, place: str | None, licence: str | None) ->
         return [f"{artifact} is at {address}."]
     target = Path(place) if place else Path("exports") / f"{name}-{to}"
     with _folder(target) as folder:
-        if to is Target.hf:
+        if to is Destination.hf:
             _copy(artifact, folder)
             _card(folder, record, _by_transformers(record, f"./{target.name}"), licence)
             return [f"{artifact} is in {target}, for transformers and serving engines that read its layout."]
@@ -81,7 +81,7 @@ def export(artifact: str, to: Target, place: str | None, licence: str | None) ->
         file = folder / f"{name}.gguf"
         written = write_gguf(artifact, MODELS / artifact, file)
         loading = _LLAMA.format(file=file.name)
-        if to is Target.ollama:
+        if to is Destination.ollama:
             (folder / "Modelfile").write_text(f"FROM ./{file.name}\n", encoding="utf-8")
             loading = _OLLAMA.format(name=name)
         _card(folder, record, loading, licence)

@@ -26,7 +26,7 @@ from transformers import (
 
 from flows.exporting.ggml_file import write_gguf
 from flows.exporting.ggml_vocabulary import SPLITTERS, splitter
-from flows.exporting.ship import Target, export
+from flows.exporting.ship import Destination, export
 from stages.core.errors import Refusal
 from stages.model.packed import scheme_of, weight_from
 from tests import families
@@ -62,7 +62,7 @@ def family(request, workspace):
     "artifact", ["base/tiny", "prune/half", "quantize/w4", "quantize/w4-asymmetric", "quantize/w8"]
 )
 def test_a_gguf_file_holds_every_weight(family, artifact):
-    (sentence, *more) = export(artifact, Target.gguf, "out", None)
+    (sentence, *more) = export(artifact, Destination.gguf, "out", None)
     assert bool(more) == (artifact == "quantize/w4-asymmetric")
     (file,) = Path("out").glob("*.gguf")
     # transformers reads no size of heads for Qwen3
@@ -93,7 +93,7 @@ def test_a_gguf_file_holds_every_weight(family, artifact):
 
 def test_the_stored_codes_are_the_artifacts(workspace):
     do(params("qwen3", RECIPES))
-    export("quantize/w4", Target.gguf, "out", None)
+    export("quantize/w4", Destination.gguf, "out", None)
     with safe_open("data/models/quantize/w4/model.safetensors", "pt") as stored:
         name = "model.layers.1.mlp.down_proj.weight"
         words, scale = stored.get_tensor(f"{name}_packed"), stored.get_tensor(f"{name}_scale")
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(workspace, family, art
     do(params(family, RECIPES if family == "llama" else {}))
     before = sorted(Path().iterdir())
     with pytest.raises(Refusal, match=words):
-        export(artifact, Target.gguf, "out", None)
+        export(artifact, Destination.gguf, "out", None)
     assert sorted(Path().iterdir()) == before
 
 
@@ -153,13 +153,13 @@ def test_nothing_is_overwritten(workspace):
     do(params("llama", {}))
     Path("out").mkdir()
     with pytest.raises(Refusal, match="out exists; name another folder"):
-        export("base/tiny", Target.hf, "out", None)
+        export("base/tiny", Destination.hf, "out", None)
     assert not any(Path("out").iterdir())
 
 
 def test_a_folder_loads_and_its_card_says_what_it_is(workspace):
     do(params("llama", RECIPES))
-    export("quantize/w4", Target.hf, "out/mine", "apache-2.0")
+    export("quantize/w4", Destination.hf, "out/mine", "apache-2.0")
     model = AutoModelForCausalLM.from_pretrained("out/mine")
     assert "pack-quantized" in str(model.config.quantization_config)
     card = Path("out/mine/README.md").read_text()
@@ -175,7 +175,7 @@ def test_a_folder_loads_and_its_card_says_what_it_is(workspace):
 
 def test_an_ollama_folder_names_its_file(workspace):
     do(params("llama", {}))
-    export("base/tiny", Target.ollama, "out", None)
+    export("base/tiny", Destination.ollama, "out", None)
     assert Path("out/Modelfile").read_text() == "FROM ./tiny.gguf\n"
     assert "ollama create tiny -f Modelfile" in Path("out/README.md").read_text()
 
@@ -272,14 +272,14 @@ def hub(monkeypatch):
 
 def test_a_repository_is_filled_once(workspace, hub):
     do(params("llama", RECIPES))
-    (sentence,) = export("quantize/w4", Target.hub, "org/new", None)
+    (sentence,) = export("quantize/w4", Destination.hub, "org/new", None)
     assert "org/new" in sentence and "hf_secret" not in sentence
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "artifact.json"} <= hub[
         "org/new"
     ].keys()
     held = dict(hub["org/new"])
     with pytest.raises(Refusal, match=r"org/new exists on .* and is not overwritten"):
-        export("quantize/w4", Target.hub, "org/new", None)
+        export("quantize/w4", Destination.hub, "org/new", None)
     assert hub["org/new"] == held
     assert not any(path.name.startswith(("export", ".export")) for path in Path("data/scratch").glob("*"))
 
@@ -288,7 +288,7 @@ def test_a_hub_needs_a_token_and_a_repository(workspace, monkeypatch):
     do(params("llama", {}))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(Refusal, match=r"needs a token .* HF_TOKEN"):
-        export("base/tiny", Target.hub, "org/new", None)
+        export("base/tiny", Destination.hub, "org/new", None)
     with pytest.raises(Refusal, match="--output org/name"):
-        export("base/tiny", Target.hub, None, None)
+        export("base/tiny", Destination.hub, None, None)
     assert "HF_TOKEN" not in os.environ
