@@ -51,7 +51,7 @@ class Answer(NamedTuple):
 
 def by_llama(file: Path, tokens: int) -> list[Answer]:
     """Answer all prompts by llama.cpp."""
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-not-found]
 
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
