@@ -22,24 +22,25 @@ from pydantic import Field
 from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd, torch
-from stages.core.numbers import spaced
+from stages.core.numbers import apportion, spaced
 from stages.core.schema import Slug, Strict
 from stages.corpus.bos import Bos, begin, bos_tokens
 from stages.corpus.rows import Example, Row, example, pack
 from stages.corpus.taught import TAUGHT, GradedExample, read_lesson
 from stages.corpus.windows import (
     Windows,
-    begin_windows,
     check_token_ids,
-    cut_windows,
-    distinct_rows,
-    read_documents,
+    distinct_windows,
+    read_parts,
     text_windows,
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+TEXTS = ("text", "mix")
+"""The kinds of data sets whose windows are learned from."""
 T = TypeVar("T")
 
 
@@ -138,7 +139,7 @@ def choose_examples(
             tokens without a row in the embedding.
     """
     kind, text_config = _kind(chosen.dataset), config.get_text_config()
-    if kind == "text":
+    if kind in TEXTS:
         learned, held_out = _window_examples(chosen, sequence_length, tokenizer, text_config.vocab_size)
     elif kind == TAUGHT:
         train, rest = read_lesson(chosen.dataset, tokenizer)
@@ -158,7 +159,7 @@ def choose_examples(
     if limit is not None and longest > limit:
         raise Refusal(
             f"data set {chosen.dataset}: an example has {longest} tokens, but the model reads at most "
-            f"{limit}; {'lower sequence_length' if kind == 'text' else 'use another data set or split'}."
+            f"{limit}; {'lower sequence_length' if kind in TEXTS else 'use another data set or split'}."
         )
     check_token_ids(torch.cat(examples), text_config.vocab_size, f"data set {chosen.dataset}", tokenizer)
     return learned, held_out
@@ -316,11 +317,14 @@ def _window_examples(
     )
     learned = text_windows(tokenizer, wanted, vocab_size)
     bos = bos_tokens(tokenizer, chosen.bos)
-    text = cut_windows(tokenizer, read_documents(chosen.dataset, "evaluation"), sequence_length)
-    evaluation = distinct_rows(begin_windows(text, bos)[:, :sequence_length])
-    held_out = take_evenly(
-        chosen, list(evaluation), "held_out", f"held-out windows of {sequence_length} tokens"
-    )
+    parts = distinct_windows(tokenizer, read_parts(chosen.dataset, "evaluation"), sequence_length, bos)
+    counts = apportion({part.name: part.share * chosen.held_out for part, _ in parts}, chosen.held_out)
+    held_out: list[Tensor] = []
+    for part, windows in parts:
+        if count := counts[part.name]:
+            noun = " ".join(filter(None, [f"held-out windows of {sequence_length} tokens", part.name]))
+            share = chosen.model_copy(update={"held_out": count})
+            held_out += take_evenly(share, list(windows), "held_out", noun)
     learned_examples, held_out_examples = (
         [GradedExample(example(row, len(bos))) for row in rows] for rows in (learned, held_out)
     )

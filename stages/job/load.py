@@ -10,6 +10,7 @@ from ruamel.yaml.error import YAMLError
 from stages.core.errors import Refusal
 from stages.job import checks
 from stages.job.checks import entries
+from stages.job.checks.windows import of_windows
 from stages.job.params import Params
 from stages.job.sentences import follows, sentence
 
@@ -82,7 +83,7 @@ def checked_params(raw: dict[str, Any], where: str = "params.yaml", device: bool
 
 
 def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
-    """Read and check `path`, and compare `path:` sources with their hashes.
+    """Read and check `path`, compare `path:` sources with their hashes, and count the windows of texts.
 
     Called once a run, not once a stage, as it reads all that these sources hold.
 
@@ -91,6 +92,7 @@ def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
     """
     params = load(path, device)
     _refuse(list(checks.changed_paths(params)), str(path))
+    _refuse(of_windows(params)[0], str(path))
     return params
 
 

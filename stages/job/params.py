@@ -51,6 +51,7 @@ from stages.sources.graded.classification import Classification
 from stages.sources.graded.instructions import Instructions
 from stages.sources.graded.letters import Letters
 from stages.sources.graded.sorting import Sorting
+from stages.sources.mix import Mix
 from stages.sources.safetensors import Safetensors
 from stages.sources.text import Text
 from stages.teaching.answers import Answers
@@ -59,7 +60,7 @@ from stages.teaching.teaching import Teaching
 
 AnyModel = Annotated[Gguf | Safetensors, Field(discriminator="format")]
 AnyDataset = Annotated[
-    Text | Arithmetic | Brackets | Letters | Sorting | Classification | Instructions | Benchmark,
+    Text | Mix | Arithmetic | Brackets | Letters | Sorting | Classification | Instructions | Benchmark,
     Field(discriminator="kind"),
 ]
 Prune = Annotated[

@@ -10,6 +10,7 @@ from stages.job.params import Params
 from stages.job.sentences import allowed
 from stages.sources.benchmark import Benchmark
 from stages.sources.graded.items import GradedData
+from stages.sources.mix import Mix
 from stages.sources.text import Text
 from stages.teaching.answers import Answers
 from stages.teaching.logits import Logits
@@ -18,6 +19,7 @@ from stages.teaching.teaching import Teaching
 PAIRED = ("split", "prompt", "completion")
 FIT: tuple[tuple[type[Strict], str, tuple[str, ...], tuple[str, ...]], ...] = (
     (Text, "running text", ("difficulty", "chat_template", "packing", *PAIRED), ()),
+    (Mix, "running text", ("difficulty", "chat_template", "packing", *PAIRED), ()),
     (GradedData, "graded items", PAIRED, ()),
     (Benchmark, "a benchmark", ("difficulty",), PAIRED),
     (Teaching, "made by a teacher, in tokens already", ("chat_template", "bos", *PAIRED), ()),
@@ -39,8 +41,8 @@ def of_chosen(at: str, chosen: Selection, params: Params) -> Iterator[str]:
         yield all_evaluated(at, name, dataset)
     kind, unusable, needed = next(facts for config, *facts in FIT if isinstance(dataset, config))
     answers = isinstance(chosen, Answers)
-    if answers and isinstance(dataset, Text | Teaching):
-        asking = [key for key, other in params.datasets.items() if not isinstance(other, Text)]
+    if answers and isinstance(dataset, Text | Mix | Teaching):
+        asking = [key for key, other in params.datasets.items() if not isinstance(other, Text | Mix)]
         yield f"{at}.dataset: {name} is {kind}, with no questions to answer; {allowed(asking)}."
         return
     fields = type(chosen).model_fields
@@ -103,4 +105,4 @@ def learnable(dataset: Any) -> bool:
     """Tell whether part of a data set is set apart to be learned from."""
     if isinstance(dataset, GradedData):
         return dataset.train > 0
-    return isinstance(dataset, Text) and dataset.calibration > 0
+    return isinstance(dataset, Mix) or (isinstance(dataset, Text) and dataset.calibration > 0)

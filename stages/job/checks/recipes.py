@@ -11,6 +11,7 @@ from stages.job.sentences import allowed
 from stages.pruning.depth.tasks import Items
 from stages.pruning.policy import ALLOW, Command
 from stages.sources.graded.items import GradedData
+from stages.sources.mix import Mix
 from stages.sources.text import Text
 
 
@@ -65,7 +66,7 @@ def _of_items(at: str, items: Items, params: Params) -> Iterator[str]:
 
 def _of_text(at: str, name: str, params: Params) -> Iterator[str]:
     dataset = params.datasets.get(name)
-    if not isinstance(dataset, Text | GradedData):
+    if not isinstance(dataset, Text | Mix | GradedData):
         texts = [key for key, other in params.datasets.items() if learnable(other)]
         fault = f"{name!r} is no text" if dataset else f"there is no {name!r}"
         yield f"{at}.dataset: {fault}; {allowed(texts, name)}."

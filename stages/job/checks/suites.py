@@ -12,6 +12,7 @@ from stages.job.checks.learning import too_many_shots
 from stages.job.params import SUITES, Params
 from stages.job.sentences import allowed, tag
 from stages.sources.graded.items import GradedData, Level
+from stages.sources.mix import Mix
 from stages.sources.text import Text
 
 SCORED = ("test", "validation")
@@ -24,6 +25,8 @@ class _Learned:
 
     texts: dict[str, str] = field(default_factory=dict)
     """sha256 of a text -> its data set."""
+    parts: dict[str, tuple[str, Text]] = field(default_factory=dict)
+    """sha256 of a text in a mix -> the data set of the mix, and the part."""
     levels: list[tuple[Level, str]] = field(default_factory=list)
     """The levels of graded items as `asked`, and their data set."""
     splits: dict[str, str] = field(default_factory=dict)
@@ -62,6 +65,8 @@ def _learned(params: Params) -> _Learned:
             dataset = params.datasets.get(name)
             if isinstance(dataset, Text):
                 learned.texts[dataset.sha256] = name
+            elif isinstance(dataset, Mix):
+                learned.parts |= {part.sha256: (name, part) for part in dataset.parts.values()}
             elif isinstance(dataset, GradedData):
                 learned.levels += [(level.asked(), name) for level in dataset.levels]
             elif isinstance(text, Selection) and text.split in SCORED:
@@ -93,6 +98,14 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
             f": it would score the very file that recipes learn from as datasets.{other}; name the suite "
             f"{other}, whose two splits are kept apart."
         )
+    if isinstance(dataset, Text) and dataset.sha256 in learned.parts:
+        mix, part = learned.parts[dataset.sha256]
+        fields = ("documents", "column", "calibration")
+        if other := [key for key in fields if getattr(part, key) != getattr(dataset, key)]:
+            return (
+                f": recipes learn from its file as a part of datasets.{mix} with another {', '.join(other)}, "
+                "so they may learn from what it scores; give both the same."
+            )
     if isinstance(dataset, GradedData):
         levels = [level.asked() for level in dataset.levels]
         if shared := sorted(other for level, other in learned.levels if other != name and level in levels):
