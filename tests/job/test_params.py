@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from stages.core.consent import ALLOW
 from stages.core.errors import Refusal
 from stages.job.load import checked_params, load
 from stages.job.params import Params, methods
-from stages.pruning.policy import ALLOW
 from tests import project
 from tests.pipeline import NONE, TEXT
 

@@ -43,7 +43,9 @@ def test_the_stage_has_as_many_windows_as_are_counted(raw):
 
 def test_too_few_windows_are_refused_before_anything_runs(raw):
     raw["prune"]["wanda-50"]["calibration"]["num_samples"] = 1000
-    raw["finetune"]["wanda-50-lora"]["train"] |= {"held_out": 2000}
+    raw["finetune"]["wanda-50-lora"]["train"] = {
+        **raw["finetune"]["wanda-50-lora"]["train"], "num_samples": 4, "held_out": 2000,
+    }  # fmt: skip
     raw["suites"]["perplexity"]["news"]["windows"] = 3000
     project.write(Path(), raw)
     with pytest.raises(Refusal) as caught:

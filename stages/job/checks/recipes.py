@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from typing import Literal, get_origin
 
+from stages.core.consent import ALLOW, commands_are_allowed
 from stages.core.schema import Strict
 from stages.corpus.examples import Selection
 from stages.job.checks.learning import all_evaluated, learnable, of_chosen, too_many_shots
 from stages.job.params import Params
 from stages.job.sentences import allowed
 from stages.pruning.depth.tasks import Items
-from stages.pruning.policy import ALLOW, Command
+from stages.pruning.policy import Command
 from stages.sources.graded.items import GradedData
 from stages.sources.mix import Mix
 from stages.sources.text import Text
@@ -23,7 +24,7 @@ def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
     """
     for artifact, recipe in params.recipes().items():
         at = artifact.replace("/", ".", 1)
-        if isinstance(policy := getattr(recipe, "policy", None), Command) and not policy.is_allowed():
+        if isinstance(policy := getattr(recipe, "policy", None), Command) and not commands_are_allowed():
             yield (
                 f"{at}.policy: it runs the program {policy.command[0]!r} on this machine; if you trust "
                 f"params.yaml, set {ALLOW}=1 in the environment."

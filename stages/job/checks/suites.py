@@ -2,17 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from stages.core.files import sha256
 from stages.core.schema import Strict
 from stages.corpus.examples import Selection
 from stages.corpus.taught import downloaded
 from stages.evaluation.graded import GradedSuite
+from stages.evaluation.stock import BenchmarkSuite
 from stages.evaluation.suite import Suite
 from stages.job.checks.learning import too_many_shots
 from stages.job.params import SUITES, Params
 from stages.job.sentences import allowed, tag
 from stages.sources.graded.items import GradedData, Level
 from stages.sources.mix import Mix
+from stages.sources.task import OwnTask
 from stages.sources.text import Text
 
 SCORED = ("test", "validation")
@@ -81,7 +86,10 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
         scores: the kind of data set that a suite of this kind scores.
     """
     dataset = params.datasets.get(name)
-    if not isinstance(dataset, scores):
+    if isinstance(suite, BenchmarkSuite) and (suite.own or isinstance(dataset, OwnTask)):
+        if mistake := _of_own_task(name, suite, dataset):
+            return mistake
+    elif not isinstance(dataset, scores):
         fitting = [key for key, other in params.datasets.items() if isinstance(other, scores)]
         kind = "a graded kind" if scores is GradedData else f"kind {tag(scores)}"
         return (
@@ -116,3 +124,24 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
         if isinstance(suite, GradedSuite):
             return too_many_shots("", name, suite.shots, dataset) or ""
     return ""
+
+
+def _of_own_task(name: str, suite: BenchmarkSuite, dataset: Any) -> str:
+    """Say that a suite's own task and the data set of its name are not the same YAML."""
+    if isinstance(dataset, OwnTask):
+        if suite.task == dataset.name:
+            return ""
+        return (
+            f".task: {suite.task!r} given, but datasets.{name} is {dataset.name}; write task: {dataset.name}."
+        )
+    source, _, file = suite.task.rpartition("/")
+    folder = Path(source.removeprefix("path:"))
+    if not source or not (folder / file).is_file():
+        return (
+            f".task: {suite.task} is no YAML file in a folder; name one that lies with its data in a folder "
+            "of its own, such as path:my_tasks/qa.yaml."
+        )
+    return (
+        f".task: {suite.task} needs a data set of the suite's name that hashes its folder; write datasets: "
+        f"{{{name}: {{kind: task, source: {source}, yaml: {file}, sha256: {sha256(folder)}}}}}."
+    )
