@@ -282,8 +282,9 @@ def chat_example(
             (before, prompt), (after, answered) = encoded(at, ask=True), encoded(at + 1, ask=False)
             if not (whole.startswith(after) and after.startswith(before)):
                 raise Refusal(
-                    "the chat template of the model's tokenizer changes earlier turns once later ones follow, "
-                    "so responses cannot be separated from prompts; use conversations of a single response."
+                    "the chat template of the model's tokenizer changes earlier turns once later ones "
+                    "follow, so responses cannot be separated from prompts; use conversations of a single "
+                    "response."
                 )
             part = slice(max(_shared(prompt, tokens), 1), _shared(answered, tokens))
             labels[part] = ids[part]

@@ -32,36 +32,17 @@ class Safetensors(Model):
         Raises:
             Refusal: the checkpoint has no safetensors, is incomplete, or needs code of its own.
         """
-        from transformers import AutoConfig, CompressedTensorsConfig
+        from transformers import CompressedTensorsConfig
 
         with fetched(self.source, self.folder, self.sha256) as path:
-            _check_adapter(path, self.source)
-            if not list(path.glob("*.safetensors")):
-                raise Refusal(
-                    f"{self.source} has no safetensors, and pickle formats are never loaded; use a "
-                    "checkpoint in safetensors."
-                )
-            if not (path / "config.json").exists():
-                raise Refusal(f"{self.source} has no config.json; use a transformers checkpoint.")
-            with reading(f"the config of {self.source}"):
-                config = read_json(path / "config.json")
-                if not isinstance(config, dict):
-                    raise TypeError(f"config.json holds a {type(config).__name__}, not settings by name")
-                quantization = config.get("quantization_config") or {}
-                packing = quantization.get("quant_method")
+            config = checkpoint_config(path, self.source)
+            quantization = config.get("quantization_config") or {}
+            packing = quantization.get("quant_method")
             if quantization and packing != "compressed-tensors":
                 raise Refusal(
                     f"{self.source} is quantized with {packing!r}; use a plain checkpoint or one of "
-                    "compressed-tensors."
+                    "compressed-tensors, or set format: packed to evaluate it as it is."
                 )
-            _check_shards(path, self.source)
-            if "auto_map" in config:
-                raise Refusal(
-                    f"{self.source} needs code of its own (auto_map), which is never run; use a model that "
-                    "transformers has built in."
-                )
-            with reading(f"the config of {self.source}"):  # the tokenizer reads it too, and would be blamed
-                AutoConfig.from_pretrained(path, local_files_only=True)
             original_tokenizer(path, self.source).save_pretrained(folder)
             model = pretrained(
                 self.source,
@@ -74,6 +55,39 @@ class Safetensors(Model):
             facts = write_checkpoint(model, self.source, folder)
         grid = {"format": packing, **quantization} if quantization else None
         return {"grid": grid, **facts}
+
+
+def checkpoint_config(path: Path, source: str) -> dict[str, Any]:
+    """Return the config of the checkpoint in the folder `path`; no weight is read.
+
+    Raises:
+        Refusal: the folder has no safetensors or no config, is an adapter, or needs code of its own.
+    """
+    from transformers import AutoConfig
+
+    if path.is_file():
+        raise Refusal(f"{source}: {path.name} is a file; name the folder of the checkpoint.")
+    _check_adapter(path, source)
+    if not list(path.glob("*.safetensors")):
+        raise Refusal(
+            f"{source} has no safetensors, and pickle formats are never loaded; use a checkpoint in "
+            "safetensors."
+        )
+    if not (path / "config.json").exists():
+        raise Refusal(f"{source} has no config.json; use a transformers checkpoint.")
+    with reading(f"the config of {source}"):
+        config = read_json(path / "config.json")
+        if not isinstance(config, dict):
+            raise TypeError(f"config.json holds a {type(config).__name__}, not settings by name")
+    _check_shards(path, source)
+    if "auto_map" in config:
+        raise Refusal(
+            f"{source} needs code of its own (auto_map), which is never run; use a model that transformers "
+            "has built in."
+        )
+    with reading(f"the config of {source}"):  # the tokenizer reads it too, and would be blamed
+        AutoConfig.from_pretrained(path, local_files_only=True)
+    return config
 
 
 def _check_adapter(folder: Path, source: str) -> None:

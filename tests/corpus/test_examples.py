@@ -186,7 +186,9 @@ def chats(*conversations: list[str], system: str = "") -> None:
 
 def test_of_a_conversation_all_responses_are_predicted_and_nothing_else():
     chats(["hi", "yes", "and?", "no"], ["what", "fine", "so?", "bye"], system="be brief")
-    train, held_out = loaded(dataset="chats", num_samples=1, held_out=1, chat_template=True)
+    train, held_out = loaded(
+        dataset="chats", num_samples=1, held_out=1, chat_template=True, sequence_length=128
+    )
     (item,) = train
     assert answer(item) == "assistant: yes\nassistant: no\n"
     assert question(item) == "system: be brief\nuser: hi\nuser: and?\n"
@@ -202,15 +204,16 @@ def test_a_conversation_of_one_response_is_a_question_and_its_answer():
 
 
 def test_a_prompt_that_is_learned_is_not_held_out():
-    chats(["hi", "yes"], ["hi", "no"], ["hi", "maybe"], ["what", "fine"])
-    train, held_out = loaded(dataset="chats", num_samples=3, held_out=1)
-    assert {question(item) for item in train} == {"hi"} or {question(item) for item in held_out} == {"what"}
-    assert not {question(item) for item in train} & {question(item) for item in held_out}
+    chats(["hi", "yes"], ["hi", "no"], ["what", "fine"], ["hi", "maybe"])
+    train, held_out = loaded(dataset="chats", num_samples=1, held_out=1)
+    assert [question(item) for item in train + held_out] == ["hi", "what"]
+    with pytest.raises(Refusal, match="has 1 other conversations, fewer than the 2"):
+        loaded(dataset="chats", num_samples=1, held_out=2)
 
 
 def test_several_turns_need_a_chat_template_that_leaves_earlier_turns_alone():
     chats(["hi", "yes", "and?", "no"], ["what", "fine", "so?", "bye"])
-    with pytest.raises(Refusal, match="conversations of several turns, .*; set chat_template: true"):
+    with pytest.raises(Refusal, match=r"conversations of several turns, .*; set chat_template: true"):
         loaded(dataset="chats", num_samples=1, held_out=1)
     tokenizer = families.tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -14,7 +14,7 @@ from tests import project
 
 FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WRONG_HASH = re.compile(r"- ([\w.-]+)\.sha256: \S+ has ([0-9a-f]{64}); write this hash")
-SMALL = {"num_samples": 4, "held_out": 2, "sequence_length": 64, "windows": 2, "steps": 2, "batch_size": 2}
+SMALL = {"num_samples": 4, "held_out": 2, "sequence_length": 64, "windows": 2, "steps": 2}
 
 
 def blocks(name: str, language: str = "yaml", file: str = "") -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal, get_origin
 
 from stages.core.consent import ALLOW, commands_are_allowed
-from stages.core.schema import Strict
+from stages.core.schema import CONTROLS, Strict
 from stages.corpus.examples import Selection
 from stages.job.checks.learning import all_evaluated, learnable, of_chosen, too_many_shots
 from stages.job.params import Params
@@ -13,6 +13,7 @@ from stages.pruning.depth.tasks import Items
 from stages.pruning.policy import Command
 from stages.sources.graded.items import GradedData
 from stages.sources.mix import Mix
+from stages.sources.packed import Packed
 from stages.sources.text import Text
 
 
@@ -40,6 +41,13 @@ def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
             else:
                 yield from _of_text(where, text.dataset, params)
         base = params.base_of(artifact)
+        if base and isinstance(params.models[base], Packed):
+            if not artifact.startswith(CONTROLS):
+                yield (
+                    f"{at}.source: base/{base} is a published compressed checkpoint (format: packed), "
+                    "which is only evaluated; start from the model that it was made from."
+                )
+            continue
         # Which widths there are is known only at run time if linears are ignored, or cut on the way.
         if base and not getattr(recipe, "ignore", ()) and not _reshaped(params, artifact):
             widths = params.models[base].in_features
