@@ -148,10 +148,11 @@ class Packed(Model):
         """Load the copy with plain weights, to count zeros; None if transformers only loads it packed."""
         if method != "compressed-tensors":
             return None
-        from transformers import CompressedTensorsConfig
+        from transformers import AutoConfig
 
-        plain = CompressedTensorsConfig(dequantize=True)
-        return pretrained(self.source, folder, dtype="auto", quantization_config=plain)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config.quantization_config["dequantize"] = True
+        return pretrained(self.source, folder, dtype="auto", config=config)
 
 
 def _not_quantized(source: str) -> Refusal:

@@ -79,6 +79,7 @@ def checkpoint_config(path: Path, source: str) -> dict[str, Any]:
         config = read_json(path / "config.json")
         if not isinstance(config, dict):
             raise TypeError(f"config.json holds a {type(config).__name__}, not settings by name")
+        (config.get("quantization_config") or {}).get("quant_method")
     _check_shards(path, source)
     if "auto_map" in config:
         raise Refusal(

@@ -11,6 +11,7 @@ from stages.corpus.windows import Windows, calibration_windows
 from stages.job.checks import windows
 from stages.job.checks.windows import COUNTS, of_windows
 from stages.job.load import checked_params, load_verified
+from stages.job.pieces import scope
 from tests import families, project
 
 
@@ -114,7 +115,8 @@ def test_a_suite_must_not_score_what_a_mix_learns_from(raw):
     parts = {name: {**raw["datasets"][name], "share": 0.5} for name in ("news", "speeches")}
     raw["datasets"]["blend"] = {"kind": "mix", "parts": parts}
     raw["prune"]["wanda-50"]["calibration"]["dataset"] = "blend"
-    assert "blend" in checked_params(raw).datasets
+    learned = scope(checked_params(raw)).learned_from("prune/wanda-50")
+    assert learned == ["blend", "news", "speeches"]  # so the report marks what is in their domain
     parts["news"]["calibration"] = 0.7
     with pytest.raises(
         Refusal, match=r"suites.perplexity.news: recipes learn from .* with another calibration"

@@ -28,6 +28,8 @@ def add(values: dict[str, Any], block: str) -> None:
     parsed = yaml.safe_load(block.replace("base/smollm2", "base/tiny"))
     merge(values, parsed)
     shrink(values)
+    for suite in values["suites"]["perplexity"].values():
+        suite.setdefault("sequence_length", SMALL["sequence_length"])
 
 
 def merge(values: dict[str, Any], more: dict[str, Any]) -> None:
