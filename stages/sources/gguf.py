@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
+from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.reading import reading
 from stages.core.schema import Sha256, Strict
@@ -75,6 +76,8 @@ class Gguf(Model):
         # The conversion logs its whole map of tensors; the progress bar is enough.
         logging.getLogger("gguf").setLevel(logging.WARNING)
         with self.fetched() as path:
+            if path.is_dir():
+                raise Refusal(f"{self.source} {self.file} is a folder; name the .gguf file in it.")
             with reading(f"the tokenizer of {self.source}"):
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             tokenizer.save_pretrained(folder)
