@@ -39,7 +39,7 @@ def check() -> None:
     """Check params.yaml, and that every result was computed from what dvc.lock says; run nothing."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     with refusals():
-        from stages.job.checks.windows import of_windows
+        from stages.job.checks.counts import of_windows
         from stages.job.entry import outdated
         from stages.job.load import load_verified
         from stages.job.locked import locked_stages

@@ -7,8 +7,8 @@ as one document, whose lines are its training items, question and answer. Window
 cannot enter a statistic. Each part of a mix (see `stages.sources.mix`) is cut on its own and gives its share
 of the windows, one part after the other. Windows are disjoint pieces of the text, so they are distinct unless
 the text itself repeats, and repeated windows are dropped. Evaluation reads the other split (see
-`stages.sources.text`), which shares no document and no run of 13 words with this one; the splits of a graded
-data set share no item.
+`stages.sources.documents`), which shares no document and no run of 13 words with this one; the splits of a
+graded data set share no item.
 
 Where the model expects it, BOS is the first of a window's tokens (see `stages.corpus.bos`), and the last of
 its text gives way. So a window has `sequence_length` tokens and begins at the same place of the text, with
@@ -153,7 +153,7 @@ def read_documents(dataset: str, split: str, root: Path = DATASETS) -> list[str]
     return documents
 
 
-class Part(NamedTuple):
+class TextPart(NamedTuple):
     """A text of a mix, or the only one of another data set, whose name is empty and whose share is 1."""
 
     name: str
@@ -161,7 +161,7 @@ class Part(NamedTuple):
     documents: list[str]
 
 
-def read_parts(dataset: str, split: str, root: Path = DATASETS) -> list[Part]:
+def read_parts(dataset: str, split: str, root: Path = DATASETS) -> list[TextPart]:
     """Return the parts of a data set's split, `calibration` or `evaluation`, in order.
 
     The training items of a graded data set are its calibration split: the lines of one document.
@@ -169,13 +169,13 @@ def read_parts(dataset: str, split: str, root: Path = DATASETS) -> list[Part]:
     from pyarrow import parquet
 
     if split == "calibration" and (root / dataset / "train.parquet").exists():
-        return [Part("", 1.0, ["\n".join(read_documents(dataset, "train", root))])]
+        return [TextPart("", 1.0, ["\n".join(read_documents(dataset, "train", root))])]
     rows = parquet.ParquetFile(root / dataset / f"{split}.parquet").read()
     if "part" not in rows.column_names:
-        return [Part("", 1.0, read_documents(dataset, split, root))]
-    parts: dict[str, Part] = {}
+        return [TextPart("", 1.0, read_documents(dataset, split, root))]
+    parts: dict[str, TextPart] = {}
     for row in rows.to_pylist():
-        parts.setdefault(row["part"], Part(row["part"], row["share"], [])).documents.append(row["text"])
+        parts.setdefault(row["part"], TextPart(row["part"], row["share"], [])).documents.append(row["text"])
     return list(parts.values())
 
 
@@ -223,8 +223,8 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size
 
 
 def distinct_windows(
-    tokenizer: PreTrainedTokenizerBase, parts: list[Part], sequence_length: int, bos: list[int]
-) -> list[tuple[Part, Tensor]]:
+    tokenizer: PreTrainedTokenizerBase, parts: list[TextPart], sequence_length: int, bos: list[int]
+) -> list[tuple[TextPart, Tensor]]:
     """Return each part with its windows `[n, sequence_length]`, int64, after `bos`; all are distinct.
 
     Args:

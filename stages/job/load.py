@@ -10,9 +10,9 @@ from ruamel.yaml.error import YAMLError
 from stages.core.errors import Refusal
 from stages.job import checks
 from stages.job.checks import entries
+from stages.job.checks.counts import of_windows
 from stages.job.checks.learning import of_conversations
-from stages.job.checks.tasks import of_tasks
-from stages.job.checks.windows import of_windows
+from stages.job.checks.own_tasks import of_tasks
 from stages.job.params import Params
 from stages.job.sentences import follows, sentence
 

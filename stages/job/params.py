@@ -53,7 +53,7 @@ from stages.sources.graded.instructions import Instructions
 from stages.sources.graded.letters import Letters
 from stages.sources.graded.sorting import Sorting
 from stages.sources.mix import Mix
-from stages.sources.packed import Packed
+from stages.sources.published import Published
 from stages.sources.safetensors import Safetensors
 from stages.sources.task import OwnTask
 from stages.sources.text import Text
@@ -61,7 +61,7 @@ from stages.teaching.answers import Answers
 from stages.teaching.logits import Logits
 from stages.teaching.teaching import Teaching
 
-AnyModel = Annotated[Gguf | Safetensors | Packed, Field(discriminator="format")]
+AnyModel = Annotated[Gguf | Safetensors | Published, Field(discriminator="format")]
 AnyDataset = Annotated[
     Text
     | Mix

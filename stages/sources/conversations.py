@@ -16,8 +16,8 @@ from stages.core.errors import Refusal
 from stages.core.lazy import pd
 from stages.core.schema import Sha256
 from stages.sources.dataset import Dataset
+from stages.sources.documents import json_lines
 from stages.sources.origin import InnerPath, Origin, fetched
-from stages.sources.text import json_lines
 
 _SHOWN = 4
 """Faulty lines that a refusal lists."""

@@ -4,8 +4,8 @@ The text that a method is calibrated on decides which weights look useless. Spar
 a model on a uniform mix of sources than on web text alone (2606.03328). Each part is a text with its own
 settings, split as if it stood alone, and a share: each part gives its share of the windows that a recipe asks
 for (see `stages.corpus.windows`). An evaluation document that overlaps the calibration part of any text is
-dropped (see `stages.sources.text`); the others serve as held-out text in training. Suites score single texts:
-give a part an entry of its own with the same settings.
+dropped (see `stages.sources.documents`); the others serve as held-out text in training. Suites score single
+texts: give a part an entry of its own with the same settings.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from stages.core.errors import Refusal
 from stages.core.lazy import pd
 from stages.core.schema import Slug
 from stages.sources.dataset import Dataset
+from stages.sources.documents import Documents, without_overlap
 from stages.sources.origin import portable
-from stages.sources.text import Text, without_overlap
 
 _ROUNDING = 1e-6
 """By how much shares may miss 1, as thirds have to."""
 
 
-class Part(Text):
+class MixPart(Documents):
     """A text of a mix."""
 
     kind: Literal["text"] = "text"
@@ -35,7 +35,7 @@ class Part(Text):
     """Its share of the windows."""
 
 
-def _whole(parts: dict[str, Part]) -> dict[str, Part]:
+def _whole(parts: dict[str, MixPart]) -> dict[str, MixPart]:
     """Require shares that make 1, texts to learn from, and no file twice."""
     total = math.fsum(part.share for part in parts.values())
     if abs(total - 1) > _ROUNDING:
@@ -53,7 +53,7 @@ class Mix(Dataset):
     """Two or more texts in shares."""
 
     kind: Literal["mix"]
-    parts: Annotated[dict[Slug, Part], Field(min_length=2), AfterValidator(_whole)]
+    parts: Annotated[dict[Slug, MixPart], Field(min_length=2), AfterValidator(_whole)]
 
     def splits(self) -> dict[str, tuple[list[str], list[str], int]]:
         """Return (calibration, evaluation, number of evaluation documents dropped) of each part.

@@ -29,7 +29,7 @@ from stages.sources.origin import InnerPath, Origin, fetched
 
 FOLDER = "task"
 """The folder of the YAML in the downloaded data set."""
-FORMATS = ("json", "csv", "parquet")
+_FORMATS = ("json", "csv", "parquet")
 """The values of `dataset_path` that are formats of files."""
 
 
@@ -139,10 +139,10 @@ def data_files(config: Mapping[str, Any], root: Path, file: str) -> dict[str, li
         Refusal: the task reads no files, or some are missing or lie outside the folder.
     """
     kind, given = config.get("dataset_path"), (config.get("dataset_kwargs") or {}).get("data_files")
-    if kind not in FORMATS or not given:
+    if kind not in _FORMATS or not given:
         raise Refusal(
-            f"{root / file} has dataset_path {kind!r}; set it to {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, "
-            "and dataset_kwargs: {data_files: {test: <file beside the YAML>}}."
+            f"{root / file} has dataset_path {kind!r}; set it to {', '.join(_FORMATS[:-1])} or "
+            f"{_FORMATS[-1]}, and dataset_kwargs: {{data_files: {{test: <file beside the YAML>}}}}."
         )
     by_split = given if isinstance(given, Mapping) else {"train": given}
     folder = (root / file).parent

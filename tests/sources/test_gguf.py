@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.core.files import sha256
-from stages.sources.gguf import Gguf, count_grids
+from stages.sources.ggml import count_grids
+from stages.sources.gguf import Gguf
 from tests.ggufs import write_model
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from stages.core.errors import Refusal
 from stages.core.files import sha256
-from stages.corpus.windows import Calibration, Part, calibration_windows, read_parts
+from stages.corpus.windows import Calibration, TextPart, calibration_windows, read_parts
 from stages.sources.mix import Mix
 from tests import families, project
 
@@ -88,7 +88,7 @@ def test_a_part_with_too_few_windows_is_named(parts):
 
 
 def test_windows_of_two_parts_are_distinct(parts, monkeypatch):
-    same = [Part("a", 0.5, [project.text(1)]), Part("b", 0.5, [project.text(1)])]
+    same = [TextPart("a", 0.5, [project.text(1)]), TextPart("b", 0.5, [project.text(1)])]
     monkeypatch.setattr("stages.corpus.windows.read_parts", lambda *_: same)
     with pytest.raises(Refusal, match="part b, has 0 distinct windows"):
         calibration_windows(TOKENIZER, wanted(), families.VOCAB)

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from stages.core.errors import Refusal
 from stages.core.files import sha256
-from stages.sources.text import Text, split_calibration, split_documents
+from stages.sources.documents import split_calibration, split_documents
+from stages.sources.text import Text
 
 WORDS = st.sampled_from(["a", "b", "c", "d"])
 DOCUMENTS = st.lists(st.lists(WORDS, min_size=1, max_size=40).map(" ".join), max_size=25).map(

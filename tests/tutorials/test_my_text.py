@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from stages.job.checks.windows import of_windows
+from stages.job.checks.counts import of_windows
 from tests import pipeline, project
 from tests.tutorials import lesson
 

@@ -13,7 +13,7 @@ from stages.pruning.depth.tasks import Items
 from stages.pruning.policy import Command
 from stages.sources.graded.items import GradedData
 from stages.sources.mix import Mix
-from stages.sources.packed import Packed
+from stages.sources.published import Published
 from stages.sources.text import Text
 
 
@@ -41,7 +41,7 @@ def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
             else:
                 yield from _of_text(where, text.dataset, params)
         base = params.base_of(artifact)
-        if base and isinstance(params.models[base], Packed):
+        if base and isinstance(params.models[base], Published):
             if not artifact.startswith(CONTROLS):
                 yield (
                     f"{at}.source: base/{base} is a published compressed checkpoint (format: packed), "

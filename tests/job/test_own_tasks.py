@@ -6,9 +6,9 @@ import pytest
 
 from stages.core.errors import Refusal
 from stages.core.files import sha256
-from stages.job.checks import tasks
+from stages.job.checks import own_tasks
 from stages.job.checks.learning import of_conversations
-from stages.job.checks.tasks import of_tasks
+from stages.job.checks.own_tasks import of_tasks
 from stages.job.load import checked_params
 from tests import project
 from tests.owntask import write_task
@@ -70,7 +70,9 @@ def test_a_name_that_is_no_task_of_lm_eval_is_named(raw, monkeypatch):
     words = {"kind": "benchmark", "source": "hub:org/words@" + "0" * 40, "config": "main"}
     raw["datasets"]["words"] = words
     raw["suites"]["benchmark"]["words"] = {"task": "gsm8kk"}
-    monkeypatch.setattr(tasks, "_tasks", lambda: frozenset({"gsm8k", "mmlu"}))  # reading all takes seconds
+    monkeypatch.setattr(
+        own_tasks, "_tasks", lambda: frozenset({"gsm8k", "mmlu"})
+    )  # reading all takes seconds
     (mistake,) = of_tasks(checked_params(raw))
     assert "suites.benchmark.words.task: lm-eval has no task 'gsm8kk'; did you mean gsm8k?" in mistake
     for known in ("gsm8k", "amc23"):
@@ -82,14 +84,14 @@ def test_the_names_of_lm_evals_metrics_are_read_off_its_source():
     from lm_eval.api import metrics  # noqa: F401 - registers them
     from lm_eval.api.registry import metric_registry
 
-    assert set(tasks._metrics()) == set(metric_registry)
+    assert set(own_tasks._metrics()) == set(metric_registry)
 
 
 @pytest.mark.drill
 def test_the_names_of_lm_evals_tasks_are_read_off_its_files():
     from lm_eval.tasks import TaskManager
 
-    assert set(TaskManager().all_tasks) <= tasks._tasks()
+    assert set(TaskManager().all_tasks) <= own_tasks._tasks()
 
 
 def test_a_suite_of_ones_own_task_needs_its_data_set(raw):

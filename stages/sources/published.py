@@ -26,9 +26,8 @@ from stages.core.schema import Sha256
 from stages.model.artifact import bytes_on_disk, pretrained, write_record
 from stages.model.causal import check_causal
 from stages.sources.base import Model
-from stages.sources.gguf import Gguf
+from stages.sources.checkpoints import checkpoint_config
 from stages.sources.origin import InnerPath, fetched, portable
-from stages.sources.safetensors import checkpoint_config
 from stages.sources.tokenizer import original_tokenizer
 
 if TYPE_CHECKING:
@@ -36,11 +35,11 @@ if TYPE_CHECKING:
 
     from stages.core.run import Run
 
-PACKAGES = {"gptq": "gptqmodel optimum", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes"}
+INSTALLS = {"gptq": "gptqmodel optimum", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes"}
 """The packages that read each way of quantizing, beside those that the project installs."""
 
 
-class Packed(Model):
+class Published(Model):
     """A folder with quantized `*.safetensors`, or a `.gguf` file."""
 
     format: Literal["packed"]
@@ -100,12 +99,10 @@ class Packed(Model):
         """Write the weights of the file as `dtype`; return facts, and the bytes of its tensors."""
         from gguf import GGUFReader
 
-        assert self.sha256 is not None
-        gguf = Gguf(format="gguf", source=self.source, file=self.file, sha256=self.sha256, in_features=(1,))
-        facts = gguf.write(folder, dtype)
-        if not facts["grid"]:
-            raise _not_quantized(self.source)
-        with gguf.fetched() as path:
+        with fetched(self.source, self.file, self.sha256) as path:
+            facts = dequantized_gguf(path, f"{self.source} {self.file}", folder, dtype)
+            if not facts["grid"]:
+                raise _not_quantized(self.source)
             stored = sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
             return {**facts, "bytes": path.stat().st_size}, stored
 
@@ -136,7 +133,7 @@ class Packed(Model):
         except ImportError as error:
             method = "" if plain else json.loads((folder / "config.json").read_text())["quantization_config"]
             name = method.get("quant_method") if isinstance(method, dict) else ""
-            package = PACKAGES.get(str(name))
+            package = INSTALLS.get(str(name))
             cure = f"run pip install {package}" if package else "install it"
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise Refusal(

@@ -2,8 +2,8 @@
 
 Texts and tokenizers that are on this machine, in a `path:` source or downloaded already, are counted with the
 functions that the stages use, so the numbers are theirs. Others are left to the stages. A text of more than
-`LARGEST` bytes is left too, as counting would take minutes. Counts are kept in `data/runs/windows.json` by
-the hash of everything they depend on, so an unchanged text is counted once.
+`LARGEST_TEXT` bytes is left too, as counting would take minutes. Counts are kept in `data/runs/windows.json`
+by the hash of everything they depend on, so an unchanged text is counted once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stages.core.files import (
 from stages.core.numbers import apportion
 from stages.corpus.bos import Bos, bos_tokens
 from stages.corpus.examples import Train
-from stages.corpus.windows import Part, Tokens, Windows, cut_windows, distinct_windows, read_parts
+from stages.corpus.windows import TextPart, Tokens, Windows, cut_windows, distinct_windows, read_parts
 from stages.job.params import Params
 from stages.sources.mix import Mix
 from stages.sources.origin import portable
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 COUNTS = RUNS / "windows.json"
 """The kept counts."""
-LARGEST = 2**23
+LARGEST_TEXT = 2**23
 """Bytes of a text that is counted; its overlaps are looked for in memory."""
 Split = Literal["calibration", "evaluation"]
-Splits = dict[str, dict[Split, list[Part]]]
+Splits = dict[str, dict[Split, list[TextPart]]]
 _DONE = {"calibration": "to learn from", "evaluation": "to score or hold out"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -70,7 +70,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Count:
+class Counted:
     """The windows of each part of a data set; the only part of one that is no mix has no name."""
 
     wanted: Wanted
@@ -149,7 +149,7 @@ def _wanted(params: Params) -> Iterator[Wanted]:
             yield Wanted(at, base, name, "evaluation", length, suite.windows, suite.bos, distinct=False)
 
 
-def _counted(params: Params, wanted: Wanted, read: Splits) -> Count | None:
+def _counted(params: Params, wanted: Wanted, read: Splits) -> Counted | None:
     """Count the windows, or recall their number; None if the text or the tokenizer is not here.
 
     Args:
@@ -171,11 +171,11 @@ def _counted(params: Params, wanted: Wanted, read: Splits) -> Count | None:
         tokenizer = _tokenizer(folder, f"base/{wanted.model}")
         kept[key] = _count(wanted, tokenizer, _parts(origin, wanted.dataset, dataset, wanted.split, read))
         write_json(COUNTS, kept)
-    return Count(wanted, tuple((name, share, count) for name, share, count in kept[key]))
+    return Counted(wanted, tuple((name, share, count) for name, share, count in kept[key]))
 
 
 def _count(
-    wanted: Wanted, tokenizer: PreTrainedTokenizerBase, parts: list[Part]
+    wanted: Wanted, tokenizer: PreTrainedTokenizerBase, parts: list[TextPart]
 ) -> list[tuple[str, float, int]]:
     """Return the name, share and number of windows of each part."""
     bos = bos_tokens(tokenizer, wanted.bos)
@@ -223,9 +223,9 @@ def _origin(name: str, dataset: Text | Mix) -> Literal["path", "downloaded"] | N
         if text.source.startswith("path:")
     ]
     if len(files) == len(texts):
-        return "path" if sum(map(_size, files)) <= LARGEST else None
+        return "path" if sum(map(_size, files)) <= LARGEST_TEXT else None
     folder = DATASETS / name
-    if not (folder / DATASET).exists() or _size(folder) > LARGEST:
+    if not (folder / DATASET).exists() or _size(folder) > LARGEST_TEXT:
         return None
     settings = portable(dataset.model_dump(mode="json"))
     return "downloaded" if settings.items() <= read_json(folder / DATASET).items() else None
@@ -236,7 +236,7 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _parts(origin: str, name: str, dataset: Text | Mix, split: Split, read: Splits) -> list[Part]:
+def _parts(origin: str, name: str, dataset: Text | Mix, split: Split, read: Splits) -> list[TextPart]:
     """Return the parts of a data set's split.
 
     Args:
@@ -250,7 +250,7 @@ def _parts(origin: str, name: str, dataset: Text | Mix, split: Split, read: Spli
         else:
             splits = [("", 1.0, dataset.split())]
         read[name] = {
-            "calibration": [Part(part, share, texts[0]) for part, share, texts in splits],
-            "evaluation": [Part(part, share, texts[1]) for part, share, texts in splits],
+            "calibration": [TextPart(part, share, texts[0]) for part, share, texts in splits],
+            "evaluation": [TextPart(part, share, texts[1]) for part, share, texts in splits],
         }
     return read[name][split]

@@ -13,7 +13,7 @@ from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.job.load import checked_params
 from stages.job.params import Params
-from stages.sources.packed import Packed
+from stages.sources.published import Published
 from tests import pipeline, project
 from tests.ggufs import write_model
 from tests.scoring import changed, scored
@@ -139,4 +139,4 @@ def test_a_recipe_on_packed_weights_is_refused_by_name(section, recipe, tmp_path
 def test_a_file_other_than_gguf_is_refused():
     for wrong in ({"file": "model.safetensors"}, {"file": "m.gguf"}, {"file": "m.gguf", "folder": "a"}):
         with pytest.raises(ValidationError, match=r"file is a single \.gguf|needs its sha256"):
-            Packed(source="path:theirs", format="packed", **wrong)
+            Published(source="path:theirs", format="packed", **wrong)

@@ -8,8 +8,8 @@ import pytest
 from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.corpus.windows import Windows, calibration_windows
-from stages.job.checks import windows
-from stages.job.checks.windows import COUNTS, of_windows
+from stages.job.checks import counts
+from stages.job.checks.counts import COUNTS, of_windows
 from stages.job.load import checked_params, load_verified
 from stages.job.pieces import scope
 from tests import families, project
@@ -70,7 +70,7 @@ def test_a_length_that_the_model_does_not_read_is_refused(raw):
 def test_a_text_is_counted_once(raw, monkeypatch):
     before = of_windows(checked_params(raw))
     kept = json.loads(COUNTS.read_text())
-    monkeypatch.setattr(windows, "_count", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(counts, "_count", lambda *_: pytest.fail("counted again"))
     assert of_windows(checked_params(raw)) == before
     assert json.loads(COUNTS.read_text()) == kept
 
@@ -86,7 +86,7 @@ def test_what_is_not_here_is_left_to_the_stages(raw, monkeypatch):
     raw["datasets"]["news"]["source"] = "hub:org/news@" + "0" * 40
     assert of_windows(checked_params(raw)) == ([], [])
     raw["datasets"]["news"]["source"] = raw["datasets"]["speeches"]["source"]
-    monkeypatch.setattr(windows, "LARGEST", 10)
+    monkeypatch.setattr(counts, "LARGEST_TEXT", 10)
     assert of_windows(checked_params(raw)) == ([], [])
 
 
