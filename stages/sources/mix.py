@@ -81,11 +81,15 @@ class Mix(Dataset):
             Refusal: see `splits`.
         """
         splits = self.splits()
-        for at, split in enumerate(("calibration", "evaluation")):
+        documents = {
+            "calibration": {name: calibration for name, (calibration, _, _) in splits.items()},
+            "evaluation": {name: evaluation for name, (_, evaluation, _) in splits.items()},
+        }
+        for split, texts in documents.items():
             rows = [
                 {"text": text, "part": name, "share": self.parts[name].share}
-                for name, texts in splits.items()
-                for text in texts[at]
+                for name in texts
+                for text in texts[name]
             ]
             pd.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
         return {

@@ -27,6 +27,7 @@ from stages.model.artifact import bytes_on_disk, pretrained, write_record
 from stages.model.causal import check_causal
 from stages.sources.base import Model
 from stages.sources.checkpoints import checkpoint_config
+from stages.sources.ggml import dequantized_gguf
 from stages.sources.origin import InnerPath, fetched, portable
 from stages.sources.tokenizer import original_tokenizer
 
@@ -122,9 +123,7 @@ class Published(Model):
             ):
                 for file in path.glob(pattern):
                     shutil.copyfile(file, folder / file.name)
-        sizes = {"group_size": quantization.get("group_size"), "bits": quantization.get("bits")}
-        grid = {**quantization, "format": quantization.get("quant_method"), **_grid_of(quantization, sizes)}
-        return {"grid": grid}, sum(map(_tensor_bytes, folder.glob("*.safetensors")))
+        return {"grid": _grid_of(quantization)}, sum(map(_tensor_bytes, folder.glob("*.safetensors")))
 
     def _loaded(self, folder: Path, dtype: torch.dtype, *, plain: bool) -> PreTrainedModel:
         """Load the copy as evaluation will."""
@@ -159,12 +158,19 @@ def _not_quantized(source: str) -> Refusal:
     )
 
 
-def _grid_of(quantization: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
-    """Return the bits and the group size that a config names, from its first group in compressed-tensors."""
-    groups = quantization.get("config_groups") or {}
-    weights = next(iter(groups.values()), {}).get("weights") or {}
-    named = {"group_size": weights.get("group_size"), "bits": weights.get("num_bits")}
-    return {key: value for key in sizes if (value := sizes[key] or named[key]) is not None}
+def _grid_of(quantization: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's own settings with its format, bits and group size by the names of a record's grid.
+
+    compressed-tensors names them for each group of linears; the first counts.
+    """
+    groups: dict[str, Any] = quantization.get("config_groups") or {"": {}}
+    weights: dict[str, Any] = next(iter(groups.values())).get("weights") or {}
+    return {
+        **quantization,
+        "format": quantization.get("quant_method"),
+        "bits": quantization.get("bits", weights.get("num_bits")),
+        "group_size": quantization.get("group_size", weights.get("group_size")),
+    }
 
 
 def _weights(model: PreTrainedModel) -> int:

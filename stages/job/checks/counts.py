@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from stages.core import identity
 from stages.core.errors import Refusal
@@ -38,9 +38,6 @@ from stages.sources.origin import portable
 from stages.sources.safetensors import Safetensors
 from stages.sources.text import Text
 from stages.sources.tokenizer import original_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 COUNTS = RUNS / "windows.json"
 """The kept counts."""
@@ -156,7 +153,9 @@ def _counted(params: Params, wanted: Wanted, read: Splits) -> Counted | None:
         read: see `_parts`.
     """
     folder, dataset = _checkpoint(params, wanted.model), params.datasets.get(wanted.dataset)
-    if folder is None or dataset is None or (origin := _origin(wanted.dataset, dataset)) is None:
+    if folder is None or not isinstance(dataset, Text | Mix):
+        return None
+    if (origin := _origin(wanted.dataset, dataset)) is None:
         return None
     facts = [
         identity.digest("download", type(dataset).__module__),
@@ -174,9 +173,7 @@ def _counted(params: Params, wanted: Wanted, read: Splits) -> Counted | None:
     return Counted(wanted, tuple((name, share, count) for name, share, count in kept[key]))
 
 
-def _count(
-    wanted: Wanted, tokenizer: PreTrainedTokenizerBase, parts: list[TextPart]
-) -> list[tuple[str, float, int]]:
+def _count(wanted: Wanted, tokenizer: Any, parts: list[TextPart]) -> list[tuple[str, float, int]]:
     """Return the name, share and number of windows of each part."""
     bos = bos_tokens(tokenizer, wanted.bos)
     if wanted.distinct:
@@ -187,7 +184,7 @@ def _count(
 
 
 @cache
-def _tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, source: str) -> Any:
     return original_tokenizer(folder, source)
 
 

@@ -109,9 +109,9 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
     if isinstance(dataset, Text) and dataset.sha256 in learned.parts:
         mix, part = learned.parts[dataset.sha256]
         fields = ("documents", "column", "calibration")
-        if other := [key for key in fields if getattr(part, key) != getattr(dataset, key)]:
+        if unlike := [key for key in fields if getattr(part, key) != getattr(dataset, key)]:
             return (
-                f": recipes learn from its file as a part of datasets.{mix} with another {', '.join(other)}, "
+                f": recipes learn from its file as a part of datasets.{mix} with another {', '.join(unlike)}, "
                 "so they may learn from what it scores; give both the same."
             )
     if isinstance(dataset, GradedData):
