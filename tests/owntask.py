@@ -1,4 +1,4 @@
-"""A task of one's own in a folder, as a user writes it."""
+"""A user's own task in a folder, as a user writes it."""
 
 import json
 from pathlib import Path

@@ -41,7 +41,7 @@ OURS = beside(__file__, "tasks")
 
 
 class BenchmarkSuite(Suite):
-    """A stock task of lm-eval, a group of them, or a task of one's own, such as `path:my_tasks/qa.yaml`.
+    """A stock task of lm-eval, a group of them, or a user's own task, such as `path:my_tasks/qa.yaml`.
 
     Each task is cut to its first `limit` items (null: all).
     """

@@ -1,4 +1,4 @@
-"""Instruction data of one's own: JSON Lines with a conversation a line.
+"""A user's own instruction data: JSON Lines with a conversation a line.
 
 A line is `{"prompt": ..., "response": ...}`, or `{"messages": [...]}` with the turns of a chat, each
 `{"role": ..., "content": ...}`. After an optional system turn, user and assistant take turns, the user first

@@ -121,9 +121,9 @@ class Documents(Dataset):
         if path.is_file():
             yield path, self.name
             return
-        found = [(file, file.relative_to(path)) for file in contents(path) if file.is_file()]
-        for file, inner in found:
-            if any(part.startswith(".") for part in inner.parts):
+        for file in contents(path):
+            inner = file.relative_to(path)
+            if not file.is_file() or any(part.startswith(".") for part in inner.parts):
                 continue
             if mistake := _contradiction(inner.name, self.documents):
                 raise Refusal(f"{self.name}: in this folder, {mistake}, or move the file out of it.")

@@ -1,4 +1,4 @@
-"""A task of one's own: lm-eval's YAML with its data beside it, in a folder outside the project's source.
+"""A user's own task: lm-eval's YAML with its data beside it, in a folder outside the project's source.
 
 The YAML is lm-eval's (its docs/new_task_guide.md describes it). Its data lies in the same folder:
 `dataset_path: json` (JSON or JSON Lines), `csv` or `parquet`, and the files of each split in `dataset_kwargs:
@@ -144,16 +144,16 @@ def data_files(config: Mapping[str, Any], root: Path, file: str) -> dict[str, li
             f"{root / file} has dataset_path {kind!r}; set it to {', '.join(_FORMATS[:-1])} or "
             f"{_FORMATS[-1]}, and dataset_kwargs: {{data_files: {{test: <file beside the YAML>}}}}."
         )
-    by_split = given if isinstance(given, Mapping) else {"train": given}
+    named = given if isinstance(given, Mapping) else {"train": given}
     folder = (root / file).parent
-    found = {
+    by_split = {
         str(split): [folder / str(name) for name in (names if isinstance(names, list) else [names])]
-        for split, names in by_split.items()
+        for split, names in named.items()
     }
     inside = root.resolve()
     if lost := [
         path
-        for paths in found.values()
+        for paths in by_split.values()
         for path in paths
         if not path.is_file() or not path.resolve().is_relative_to(inside)
     ]:
@@ -161,7 +161,7 @@ def data_files(config: Mapping[str, Any], root: Path, file: str) -> dict[str, li
             f"{root / file} names {', '.join(str(path.relative_to(folder)) for path in lost)}, which is no "
             "file of its folder; put the data beside the YAML."
         )
-    return found
+    return by_split
 
 
 def _write_split(kind: str, files: list[Path], target: Path) -> None:

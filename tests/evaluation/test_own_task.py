@@ -1,4 +1,4 @@
-"""A task of one's own is scored as its YAML says, from the files beside it."""
+"""A user's own task is scored as its YAML says, from the files beside it."""
 
 import json
 from pathlib import Path

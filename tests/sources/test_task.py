@@ -1,4 +1,4 @@
-"""A task of one's own: its YAML, its data in every format, and what is no task."""
+"""A user's own task: its YAML, its data in every format, and what is no task."""
 
 import json
 from pathlib import Path

@@ -111,8 +111,8 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
         fields = ("documents", "column", "calibration")
         if unlike := [key for key in fields if getattr(part, key) != getattr(dataset, key)]:
             return (
-                f": recipes learn from its file as a part of datasets.{mix} with another {', '.join(unlike)}, "
-                "so they may learn from what it scores; give both the same."
+                f": recipes learn from its file as a part of datasets.{mix} with another "
+                f"{', '.join(unlike)}, so they may learn from what it scores; give both the same."
             )
     if isinstance(dataset, GradedData):
         levels = [level.asked() for level in dataset.levels]
