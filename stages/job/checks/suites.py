@@ -15,6 +15,7 @@ from stages.evaluation.suite import Suite
 from stages.job.checks.learning import too_many_shots
 from stages.job.params import SUITES, Params
 from stages.job.sentences import allowed, tag
+from stages.sources.documents import Documents
 from stages.sources.graded.items import GradedData, Level
 from stages.sources.mix import Mix
 from stages.sources.task import OwnTask
@@ -30,7 +31,7 @@ class _Learned:
 
     texts: dict[str, str] = field(default_factory=dict)
     """sha256 of a text -> its data set."""
-    parts: dict[str, tuple[str, Text]] = field(default_factory=dict)
+    parts: dict[str, tuple[str, Documents]] = field(default_factory=dict)
     """sha256 of a text in a mix -> the data set of the mix, and the part."""
     levels: list[tuple[Level, str]] = field(default_factory=list)
     """The levels of graded items as `asked`, and their data set."""
