@@ -48,6 +48,10 @@ def test_too_few_windows_are_refused_before_anything_runs(raw):
         **raw["finetune"]["wanda-50-lora"]["train"], "num_samples": 4, "held_out": 2000,
     }  # fmt: skip
     raw["suites"]["perplexity"]["news"]["windows"] = 3000
+    raw["teach"]["lesson"] = {
+        "source": "base/tiny", "method": "logits", "dataset": "news", "num_samples": 4000, "held_out": 1,
+        "sequence_length": 32, "batch_size": 2,
+    }  # fmt: skip
     project.write(Path(), raw)
     with pytest.raises(Refusal) as caught:
         load_verified()
@@ -55,6 +59,7 @@ def test_too_few_windows_are_refused_before_anything_runs(raw):
         ("prune.wanda-50.calibration.num_samples", 1000),
         ("finetune.wanda-50-lora.train.held_out", 2000),
         ("suites.perplexity.news.windows", 3000),
+        ("teach.lesson.num_samples", 4000),
     ):
         assert f"{place}: {number} window(s) asked for, but data set news has 23" in str(caught.value)
     assert not Path("data/datasets").exists()

@@ -30,8 +30,8 @@ from stages.core.files import (
 )
 from stages.core.numbers import apportion
 from stages.corpus.bos import Bos, bos_tokens
-from stages.corpus.examples import Train
-from stages.corpus.windows import TextPart, Tokens, Windows, cut_windows, distinct_windows, read_parts
+from stages.corpus.examples import Selection
+from stages.corpus.windows import TextPart, Tokens, cut_windows, distinct_windows, read_parts
 from stages.job.params import Params
 from stages.sources.mix import Mix
 from stages.sources.origin import portable
@@ -124,17 +124,17 @@ def _wanted(params: Params) -> Iterator[Wanted]:
         base = params.base_of(artifact)
         for field, text in recipe.reads().items():
             dataset = params.datasets.get(text.dataset)
-            if base is None or not isinstance(dataset, Text | Mix) or not isinstance(text, Windows | Train):
+            length: int | None = getattr(text, "sequence_length", None)
+            if base is None or not isinstance(dataset, Text | Mix) or length is None:
                 continue
             if isinstance(text, Tokens) and text.tokens == "random":
                 continue
-            at = f"{artifact.replace('/', '.', 1)}.{field}"
-            known = (base, text.dataset)
-            length, bos = text.sequence_length, text.bos
+            at = f"{artifact.replace('/', '.', 1)}.{field}".rstrip(".")
+            known, bos = (base, text.dataset), text.bos
             yield Wanted(
                 f"{at}.num_samples", *known, "calibration", length, text.num_samples, bos, distinct=True
             )
-            if isinstance(text, Train):
+            if isinstance(text, Selection):
                 yield Wanted(
                     f"{at}.held_out", *known, "evaluation", length, text.held_out, bos, distinct=True
                 )
