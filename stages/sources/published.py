@@ -105,6 +105,8 @@ class Published(Model):
             if not facts["grid"]:
                 raise _not_quantized(self.source)
             stored = sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
+            bits = next(int(letter) for letter in facts["grid"]["format"] if letter.isdigit())
+            facts["grid"] |= {"bits": bits}  # Q4_K and IQ4_XS are of 4 bits
             return {**facts, "bytes": path.stat().st_size}, stored
 
     def _write_packed(self, folder: Path) -> tuple[dict[str, Any], int]:

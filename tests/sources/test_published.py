@@ -65,6 +65,7 @@ def test_a_checkpoint_of_compressed_tensors_is_scored_as_it_is(compressed):
     )  # fmt: skip
     assert scores.value.tolist() == ours.value.tolist()
     assert (scores.base_grid == "compressed-tensors g32").all()
+    assert (scores.bits == 4).all() and (scores.group_size == 32).all()
 
 
 def test_a_gguf_has_the_sizes_of_its_file(workspace):
@@ -78,7 +79,7 @@ def test_a_gguf_has_the_sizes_of_its_file(workspace):
     assert record["num_parameters"] == matrices + norms
     assert record["bytes_ideal"] == matrices * 34 // 32 + norms * 2
     assert record["bytes_on_disk"] == Path("theirs/m.gguf").stat().st_size
-    assert record["base"]["grid"]["format"] == "Q8_0"
+    assert (record["base"]["grid"]["format"], record["base"]["grid"]["bits"]) == ("Q8_0", 8)
     with torch.no_grad():
         assert (
             pipeline.load("base/theirs")(input_ids=torch.zeros(1, 4, dtype=torch.long))
