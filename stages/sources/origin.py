@@ -38,7 +38,7 @@ _HUB_FILES = [
     "*.txt",
     "*.parquet",
 ]
-_HUB_TEXTS = ["*.csv", "*.jsonl", "*.md", "*.yaml"]
+_HUB_TEXTS = ["*.csv", "*.jsonl", "*.yaml"]
 """What is fetched of a data set's folder beside these."""
 
 
