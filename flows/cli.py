@@ -40,6 +40,7 @@ def check() -> None:
     """Check params.yaml, and that every result was computed from what dvc.lock says; run nothing."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     with refusals():
+        from stages.job.checks.counts import of_windows
         from stages.job.entry import outdated
         from stages.job.load import load_verified
         from stages.job.locked import locked_stages
@@ -51,6 +52,8 @@ def check() -> None:
         f"params.yaml is sound: {len(params.models)} model(s), {len(params.recipes())} recipe(s), "
         f"{len(params.evaluate.candidates)} candidate(s) on {len(params.suites.by_name())} suite(s)."
     )
+    for line in of_windows(params)[1]:
+        typer.echo(line)
     for stage, inputs in wrong.items():
         typer.echo(
             f"{stage}: dvc.lock lists other inputs than its result was computed from ({inputs}); do not push "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import ceil
 from typing import TYPE_CHECKING, TypeAlias
 
 from stages.core.lazy import np, torch
@@ -28,21 +27,6 @@ def random_scores(seed: int, name: str, *shape: int) -> Tensor:
 def wanda_scores(weight: Tensor, norm: Tensor) -> Scores:
     """Score `weight` `[out, in]` by |w| times the norm `[in]` of its input (Wanda, 2306.11695)."""
     return lambda rows: weight[rows].float().abs() * norm
-
-
-def apportion(parts: dict[str, float], total: int) -> dict[str, int]:
-    """Round `parts`, none negative, to whole numbers that sum to `total`, each within one of its part.
-
-    The largest remainders are rounded up; ties go to the first.
-
-    Args:
-        total: less than one away from the sum of all parts.
-    """
-    counts = {name: max(ceil(part) - 1, 0) for name, part in parts.items()}
-    order = sorted(parts, key=lambda name: counts[name] - parts[name])
-    for name in order[: total - sum(counts.values())]:
-        counts[name] += 1
-    return counts
 
 
 def smallest(scores: Tensor, count: int | Tensor) -> Tensor:

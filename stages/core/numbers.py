@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from functools import wraps
-from math import floor
+from math import ceil, floor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from stages.core.errors import Refusal
@@ -24,6 +24,21 @@ def count_of(share: float, total: int) -> int:
     The slack keeps a decimal share from losing one to binary rounding: 0.29 of 100 is 29.
     """
     return floor(total * share + 1e-6)
+
+
+def apportion(parts: dict[str, float], total: int) -> dict[str, int]:
+    """Round `parts`, none negative, to whole numbers that sum to `total`, each within one of its part.
+
+    The largest remainders are rounded up; ties go to the first.
+
+    Args:
+        total: less than one away from the sum of all parts.
+    """
+    counts = {name: max(ceil(part) - 1, 0) for name, part in parts.items()}
+    order = sorted(parts, key=lambda name: counts[name] - parts[name])
+    for name in order[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
 
 
 def spaced(total: int, count: int) -> Tensor:

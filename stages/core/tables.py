@@ -35,7 +35,8 @@ class Subject:
     lineage: list[str]
     """Its ancestors from the base on, and itself."""
     prune_method: str | None = None
-    sparsity: float
+    sparsity: float | None
+    """None for a published checkpoint whose weights are only read packed."""
     structure: str
     quantize_method: str | None = None
     bits: int | None = None
@@ -166,6 +167,8 @@ def subject(record: Mapping[str, Any]) -> Subject:
     """Say what a candidate is, from its `artifact.json`."""
     facts: dict[str, Any] = {"structure": "dense"}
     read: list[str] = []
+    if record["layout"] != "dense" and not record["recipes"]:  # a published compressed checkpoint
+        facts |= {key: record["base"]["grid"].get(key) for key in ("bits", "group_size")}
     for artifact in record["lineage"]:  # the last recipe of a stage names its method
         if artifact not in record["recipes"]:
             continue

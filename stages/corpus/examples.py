@@ -3,9 +3,9 @@
 Running text is cut into windows, and every token of a window except the first is predicted. Of a question
 with its answer only the answer is predicted, including the end of text, so that the model learns to give
 answers and not to write questions (completion-only loss). Both begin with BOS where the model expects it
-(see `stages.corpus.bos`). Held-out examples are never trained on: they come
-from the evaluation split of a text, the test items of a graded data set, or other rows of a benchmark's
-split.
+(see `stages.corpus.bos`). Of a conversation all responses are predicted, each with the mark that ends it.
+Held-out examples are never trained on: they come from the evaluation split of a text, the test items of a
+graded data set, other rows of a benchmark's split, or other conversations.
 
 `num_samples` is the size of the training set whatever the data set: spread evenly over the levels of a graded
 data set, or taken from one `difficulty`, so that levels are compared at equal amounts of training.
@@ -13,6 +13,7 @@ data set, or taken from one `difficulty`, so that levels are compared at equal a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -22,24 +23,25 @@ from pydantic import Field
 from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd, torch
-from stages.core.numbers import spaced
+from stages.core.numbers import apportion, spaced
 from stages.core.schema import Slug, Strict
 from stages.corpus.bos import Bos, begin, bos_tokens
-from stages.corpus.rows import Example, Row, example, pack
+from stages.corpus.rows import IGNORED, Example, Row, example, pack
 from stages.corpus.taught import TAUGHT, GradedExample, read_lesson
 from stages.corpus.windows import (
     Windows,
-    begin_windows,
     check_token_ids,
-    cut_windows,
-    distinct_rows,
-    read_documents,
+    distinct_windows,
+    read_parts,
     text_windows,
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+TEXTS = ("text", "mix")
+"""The kinds of data sets whose windows are learned from."""
 T = TypeVar("T")
 
 
@@ -56,7 +58,8 @@ class Selection(Strict):
     levels."""
     chat_template: bool = False
     """Whether a question is the user's turn and its answer the assistant's. Otherwise a space separates them
-    and the end of text follows. Only for data sets of questions: graded ones and benchmarks."""
+    and the end of text follows. Only for graded data sets, benchmarks, tasks and conversations; those of
+    several turns need it."""
     bos: Bos = "auto"
     """Whether BOS is put before an example; a chat template may write it all the same."""
     split: str | None = None
@@ -138,12 +141,17 @@ def choose_examples(
             tokens without a row in the embedding.
     """
     kind, text_config = _kind(chosen.dataset), config.get_text_config()
-    if kind == "text":
+    if kind in TEXTS:
         learned, held_out = _window_examples(chosen, sequence_length, tokenizer, text_config.vocab_size)
     elif kind == TAUGHT:
         train, rest = read_lesson(chosen.dataset, tokenizer)
         learned = take_evenly(chosen, train, "num_samples", "examples")
         held_out = take_evenly(chosen, rest, "held_out", "held-out examples")
+    elif kind == "conversations":
+        learned, held_out = (
+            [GradedExample(chat_example(turns, chosen, tokenizer)) for turns in part]
+            for part in _choose_chats(chosen)
+        )
     else:
         learned, held_out = (
             [
@@ -158,7 +166,7 @@ def choose_examples(
     if limit is not None and longest > limit:
         raise Refusal(
             f"data set {chosen.dataset}: an example has {longest} tokens, but the model reads at most "
-            f"{limit}; {'lower sequence_length' if kind == 'text' else 'use another data set or split'}."
+            f"{limit}; {'lower sequence_length' if kind in TEXTS else 'use another data set or split'}."
         )
     check_token_ids(torch.cat(examples), text_config.vocab_size, f"data set {chosen.dataset}", tokenizer)
     return learned, held_out
@@ -170,7 +178,7 @@ def choose_questions(chosen: Selection) -> tuple[list[Question], list[Question]]
     Raises:
         Refusal: the data set has too few.
     """
-    if _kind(chosen.dataset) == "benchmark":
+    if _kind(chosen.dataset) in ("benchmark", "task"):
         pool = _benchmark_questions(chosen)
         learned = take_evenly(chosen, pool, "num_samples", f"questions in split {chosen.split}")
     else:
@@ -240,10 +248,53 @@ def answer_example(question: Question, chosen: Selection, tokenizer: PreTrainedT
     prompt = begin(tokenizer.encode(before, add_special_tokens=False), bos)
     tokens = begin(tokenizer.encode(whole, add_special_tokens=False), bos) + end
     # A tokenizer may merge the prompt's last letters with the answer; that token is predicted too.
-    start = next(
-        (at for at, pair in enumerate(zip(prompt, tokens, strict=False)) if len(set(pair)) > 1), len(prompt)
-    )
-    return example(torch.tensor(tokens), start)
+    return example(torch.tensor(tokens), _shared(prompt, tokens))
+
+
+def chat_example(
+    turns: list[dict[str, str]], chosen: Selection, tokenizer: PreTrainedTokenizerBase
+) -> Example:
+    """Return a conversation as an `Example` that predicts the assistant's turns.
+
+    Raises:
+        Refusal: it has several turns and no chat template is asked for, or the template does not show where a
+            response begins or ends.
+    """
+    if not chosen.chat_template:
+        if [turn["role"] for turn in turns] != ["user", "assistant"]:
+            raise Refusal(
+                f"data set {chosen.dataset} has conversations of several turns, or with a system turn, which "
+                "only a chat template can write; set chat_template: true."
+            )
+        return answer_example(Question(turns[0]["content"], turns[1]["content"]), chosen, tokenizer)
+    prompt_text("", chat_template=True, tokenizer=tokenizer)  # refuses a tokenizer without a template
+
+    def encoded(count: int, *, ask: bool) -> tuple[str, list[int]]:
+        text = str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=ask))
+        return text, begin(tokenizer.encode(text, add_special_tokens=False), bos)
+
+    bos = bos_tokens(tokenizer, chosen.bos)
+    whole, tokens = encoded(len(turns), ask=False)
+    ids = torch.tensor(tokens)
+    labels = torch.full_like(ids, IGNORED)
+    for at, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            (before, prompt), (after, answered) = encoded(at, ask=True), encoded(at + 1, ask=False)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise Refusal(
+                    "the chat template of the model's tokenizer changes earlier turns once later ones "
+                    "follow, so responses cannot be separated from prompts; use conversations of a single "
+                    "response."
+                )
+            part = slice(max(_shared(prompt, tokens), 1), _shared(answered, tokens))
+            labels[part] = ids[part]
+    return Example(ids, labels)
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """Return the number of tokens that two rows have in common before they first differ."""
+    pairs = zip(first, second, strict=False)
+    return next((at for at, pair in enumerate(pairs) if len(set(pair)) > 1), min(len(first), len(second)))
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -316,11 +367,14 @@ def _window_examples(
     )
     learned = text_windows(tokenizer, wanted, vocab_size)
     bos = bos_tokens(tokenizer, chosen.bos)
-    text = cut_windows(tokenizer, read_documents(chosen.dataset, "evaluation"), sequence_length)
-    evaluation = distinct_rows(begin_windows(text, bos)[:, :sequence_length])
-    held_out = take_evenly(
-        chosen, list(evaluation), "held_out", f"held-out windows of {sequence_length} tokens"
-    )
+    parts = distinct_windows(tokenizer, read_parts(chosen.dataset, "evaluation"), sequence_length, bos)
+    counts = apportion({part.name: part.share * chosen.held_out for part, _ in parts}, chosen.held_out)
+    held_out: list[Tensor] = []
+    for part, windows in parts:
+        if count := counts[part.name]:
+            noun = " ".join(filter(None, [f"held-out windows of {sequence_length} tokens", part.name]))
+            share = chosen.model_copy(update={"held_out": count})
+            held_out += take_evenly(share, list(windows), "held_out", noun)
     learned_examples, held_out_examples = (
         [GradedExample(example(row, len(bos))) for row in rows] for rows in (learned, held_out)
     )
@@ -349,6 +403,20 @@ def _benchmark_questions(chosen: Selection) -> list[Question]:
     distinct = rows.drop_duplicates(chosen.prompt)
     answers = distinct[chosen.completion] if chosen.completion else [""] * len(distinct)
     return [Question(*row) for row in zip(distinct[chosen.prompt], answers, strict=True)]
+
+
+def _choose_chats(chosen: Selection) -> tuple[list[list[dict[str, str]]], list[list[dict[str, str]]]]:
+    """Return the conversations to learn from and those held out; no first prompt is in both."""
+    rows = pd.read_parquet(DATASETS / chosen.dataset / "train.parquet")["messages"]
+    pool = [json.loads(turns) for turns in rows]
+    learned = take_evenly(chosen, pool, "num_samples", "conversations")
+    seen = {_first_prompt(turns) for turns in learned}
+    rest = [turns for turns in pool if _first_prompt(turns) not in seen]
+    return learned, take_evenly(chosen, rest, "held_out", "other conversations")
+
+
+def _first_prompt(turns: list[dict[str, str]]) -> str:
+    return next(turn["content"] for turn in turns if turn["role"] == "user")
 
 
 def _is_text(column: pd.Series) -> bool:

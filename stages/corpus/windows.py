@@ -4,9 +4,11 @@ Documents of a data set's calibration split are joined by a blank line, tokenize
 non-overlapping windows of equal length; the tail is dropped. Windows are spread evenly over the text, or
 drawn from it with `seed`: other windows in another order show the noise of a method. A graded data set counts
 as one document, whose lines are its training items, question and answer. Windows are never padded, so padding
-cannot enter a statistic. They are disjoint pieces of the text, so they are distinct unless the text itself
-repeats, and repeated windows are dropped. Evaluation reads the other split (see `stages.sources.text`), which
-shares no document and no run of 13 words with this one; the splits of a graded data set share no item.
+cannot enter a statistic. Each part of a mix (see `stages.sources.mix`) is cut on its own and gives its share
+of the windows, one part after the other. Windows are disjoint pieces of the text, so they are distinct unless
+the text itself repeats, and repeated windows are dropped. Evaluation reads the other split (see
+`stages.sources.documents`), which shares no document and no run of 13 words with this one; the splits of a
+graded data set share no item.
 
 Where the model expects it, BOS is the first of a window's tokens (see `stages.corpus.bos`), and the last of
 its text gives way. So a window has `sequence_length` tokens and begins at the same place of the text, with
@@ -23,14 +25,14 @@ rows, `vocab_size`: random ids are drawn below it, and text with other tokens is
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from stages.core.errors import Refusal
 from stages.core.files import DATASETS
 from stages.core.lazy import torch
-from stages.core.numbers import generator, spaced
+from stages.core.numbers import apportion, generator, spaced
 from stages.core.schema import NoData, Seed, Slug, Strict
 from stages.corpus.bos import Bos, bos_tokens
 
@@ -151,11 +153,30 @@ def read_documents(dataset: str, split: str, root: Path = DATASETS) -> list[str]
     return documents
 
 
-def training_documents(dataset: str, root: Path = DATASETS) -> list[str]:
-    """Return the documents that may be learned from; the items of a graded data set are the lines of one."""
-    if (root / dataset / "train.parquet").exists():
-        return ["\n".join(read_documents(dataset, "train", root))]
-    return read_documents(dataset, "calibration", root)
+class TextPart(NamedTuple):
+    """A text of a mix, or the only one of another data set, whose name is empty and whose share is 1."""
+
+    name: str
+    share: float
+    documents: list[str]
+
+
+def read_parts(dataset: str, split: str, root: Path = DATASETS) -> list[TextPart]:
+    """Return the parts of a data set's split, `calibration` or `evaluation`, in order.
+
+    The training items of a graded data set are its calibration split: the lines of one document.
+    """
+    from pyarrow import parquet
+
+    if split == "calibration" and (root / dataset / "train.parquet").exists():
+        return [TextPart("", 1.0, ["\n".join(read_documents(dataset, "train", root))])]
+    rows = parquet.ParquetFile(root / dataset / f"{split}.parquet").read()
+    if "part" not in rows.column_names:
+        return [TextPart("", 1.0, read_documents(dataset, split, root))]
+    parts: dict[str, TextPart] = {}
+    for row in rows.to_pylist():
+        parts.setdefault(row["part"], TextPart(row["part"], row["share"], [])).documents.append(row["text"])
+    return list(parts.values())
 
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size: int) -> Tensor:
@@ -181,22 +202,51 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, wanted: Windows, vocab_size
 
     They are spread evenly over it in its order, or drawn if `wanted` is text with a seed.
     """
-    tokens = bos_tokens(tokenizer, wanted.bos)
-    text = cut_windows(tokenizer, training_documents(wanted.dataset), wanted.sequence_length)
-    distinct = distinct_rows(begin_windows(text, tokens)[:, : wanted.sequence_length])
-    if len(distinct) < wanted.num_samples:
-        raise Refusal(
-            f"data set {wanted.dataset} has {len(distinct)} distinct windows of {wanted.sequence_length} "
-            f"tokens to learn from, fewer than {wanted.num_samples}; lower num_samples or sequence_length, "
-            "or use a longer data set."
-        )
-    if isinstance(wanted, Tokens) and wanted.tokens == "text" and wanted.seed is not None:
-        order = torch.randperm(len(distinct), generator=generator(f"{wanted.seed} windows"))
-        chosen = distinct[order[: wanted.num_samples]]
-    else:
-        chosen = distinct[spaced(len(distinct), wanted.num_samples)]
-    check_token_ids(chosen, vocab_size, f"data set {wanted.dataset}", tokenizer)
-    return chosen
+    bos = bos_tokens(tokenizer, wanted.bos)
+    parts = distinct_windows(
+        tokenizer, read_parts(wanted.dataset, "calibration"), wanted.sequence_length, bos
+    )
+    counts = apportion({part.name: part.share * wanted.num_samples for part, _ in parts}, wanted.num_samples)
+    chosen = []
+    for part, distinct in parts:
+        count = counts[part.name]
+        if len(distinct) < count:
+            raise Refusal(too_few_windows(wanted, part.name, len(distinct), count))
+        if isinstance(wanted, Tokens) and wanted.tokens == "text" and wanted.seed is not None:
+            draw = generator(" ".join(filter(None, [str(wanted.seed), "windows", part.name])))
+            chosen.append(distinct[torch.randperm(len(distinct), generator=draw)[:count]])
+        else:
+            chosen.append(distinct[spaced(len(distinct), count)])
+    rows = torch.cat(chosen)
+    check_token_ids(rows, vocab_size, f"data set {wanted.dataset}", tokenizer)
+    return rows
+
+
+def distinct_windows(
+    tokenizer: PreTrainedTokenizerBase, parts: list[TextPart], sequence_length: int, bos: list[int]
+) -> list[tuple[TextPart, Tensor]]:
+    """Return each part with its windows `[n, sequence_length]`, int64, after `bos`; all are distinct.
+
+    Args:
+        bos: the tokens of `stages.corpus.bos.bos_tokens`.
+    """
+    known = torch.empty((0, sequence_length), dtype=torch.int64)
+    windows = []
+    for part in parts:
+        text = begin_windows(cut_windows(tokenizer, part.documents, sequence_length), bos)
+        before, known = len(known), distinct_rows(torch.cat([known, text[:, :sequence_length]]))
+        windows.append((part, known[before:]))
+    return windows
+
+
+def too_few_windows(wanted: Windows, part: str, available: int, count: int) -> str:
+    """Say that a data set, or a part of a mix, has fewer distinct windows to learn from than `count`."""
+    where = f"{wanted.dataset}, part {part}," if part else wanted.dataset
+    return (
+        f"data set {where} has {available} distinct windows of {wanted.sequence_length} "
+        f"tokens to learn from, fewer than {count}; lower num_samples or sequence_length, "
+        "or use a longer data set."
+    )
 
 
 def distinct_rows(rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A task is used as lm-eval ships it except for its data: it reads the parquet fil
 so nothing is fetched from the hub. A split that the task names and the data lacks is left out, as lm-eval
 asks for a training split even at zero shots. Random choices of a task, such as the order of GPQA's options,
 are drawn once: lm-eval would draw again between asking and scoring, and the two must agree. A few tasks that
-lm-eval lacks are in `stages/evaluation/tasks`.
+lm-eval lacks are in `stages/evaluation/tasks`; a user's own are data sets (see `stages.sources.task`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from stages.core.errors import Refusal
-from stages.core.files import DATASETS
+from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.identity import beside
+from stages.core.reading import reason
 from stages.evaluation import offline
 from stages.evaluation.floors import with_floors
 from stages.evaluation.lm_tasks import load_tasks, run_tasks
@@ -28,21 +29,26 @@ from stages.evaluation.suite import Penalties, Suite, SuiteRows
 from stages.evaluation.task_rows import rows_of
 from stages.evaluation.thinking.settings import Thinking
 from stages.sources.benchmark import Benchmark
+from stages.sources.task import FOLDER, read_task
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
     from lm_eval.tasks._index import Entry
 
-_TASKS = beside(__file__, "tasks")
+OURS = beside(__file__, "tasks")
+"""The tasks that lm-eval lacks."""
 
 
 class BenchmarkSuite(Suite):
-    """A stock task of lm-eval or a group of them, each task cut to its first `limit` items (null: all)."""
+    """A stock task of lm-eval, a group of them, or a user's own task, such as `path:my_tasks/qa.yaml`.
+
+    Each task is cut to its first `limit` items (null: all).
+    """
 
     scores = Benchmark
 
-    task: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    task: Annotated[str, Field(pattern=r"^(?:(?:path|hub|pypi):.+|[A-Za-z0-9][A-Za-z0-9_.-]*)$")]
     shots: Annotated[int, Field(ge=0)] | None = None
     """null: the number in the task's own config."""
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -56,6 +62,11 @@ class BenchmarkSuite(Suite):
     thinking: Thinking | None = None
     """Think before each generated answer; see `stages.evaluation.thinking.scaling`."""
 
+    @property
+    def own(self) -> bool:
+        """Whether the task is a YAML file and none of lm-eval's."""
+        return ":" in self.task
+
     def evaluate(self, lm: LM, name: str, seed: int) -> SuiteRows:
         """Score every metric of the task that is a number; a sample row is one item's metric.
 
@@ -66,7 +77,8 @@ class BenchmarkSuite(Suite):
         folder = DATASETS / name
         if (nltk_data := folder / "nltk_data").exists():
             offline.add_nltk_data(nltk_data)
-        stock = dict(self.stock())
+        stock = dict([own_task(folder)] if self.own else self.stock())
+        task_name = next(iter(stock)) if self.own else self.task
         tasks = load_tasks([self._config(task, config, folder, seed) for task, config in stock.items()])
         generating = [task for task in tasks if task.OUTPUT_TYPE == "generate_until"]
         options = self._generation()
@@ -87,7 +99,7 @@ class BenchmarkSuite(Suite):
                     lm,
                     self.thinking,
                     tasks,
-                    name=self.task,
+                    name=task_name,
                     limit=self.limit,
                     chat_template=self.chat_template,
                     seed=seed,
@@ -107,7 +119,7 @@ class BenchmarkSuite(Suite):
                 result,
                 list(stock),
                 lm=lm,
-                name=self.task,
+                name=task_name,
                 readout="generation" if kind == "generate_until" else "likelihood",
                 chat_template=self.chat_template,
                 seed=seed,
@@ -142,11 +154,7 @@ class BenchmarkSuite(Suite):
                 yield from self.stock(task)
             return
         # lm-eval gives no public way to change a stock task before it asks the hub for its data.
-        if (entry.cfg or {}).get("unsafe_code") and not self.allow_code_execution:
-            raise Refusal(
-                f"{name} runs the programs that the model writes; set allow_code_execution: true if this "
-                "machine may run them."
-            )
+        self._check_programs(name, entry.cfg or {})
         config = load_yaml(entry.yaml_path)
         if entry.kind is Kind.GROUP:
             for member in config["task"]:
@@ -166,8 +174,18 @@ class BenchmarkSuite(Suite):
         length = {} if self.max_gen_toks is None else {"max_gen_toks": self.max_gen_toks}
         return length | (self.penalties.options() if self.penalties else {})
 
+    def _check_programs(self, name: str, config: dict[str, Any]) -> None:
+        """Refuse a task that runs the programs that the model writes, unless the suite allows it."""
+        if config.get("unsafe_code") and not self.allow_code_execution:
+            raise Refusal(
+                f"{name} runs the programs that the model writes; set allow_code_execution: true if this "
+                "machine may run them."
+            )
+
     def _by_size(self) -> bool:
         """Tell whether a group's items count equally, rather than its tasks, as lm-eval's config says."""
+        if self.own:
+            return True
         listed = (all_tasks()[self.task].cfg or {}).get("aggregate_metric_list") or [{}]
         first = listed[0] if isinstance(listed, list) else listed
         return bool(first.get("weight_by_size", True))
@@ -201,6 +219,7 @@ class BenchmarkSuite(Suite):
             )
         if options := self._generation():
             config["generation_kwargs"] = (config.get("generation_kwargs") or {}) | options
+        self._check_programs(task, config)
         for structure in ("tag", "group", "task_list"):
             config.pop(structure, None)
         splits = load_splits(task, files, config, seed)
@@ -212,6 +231,29 @@ class BenchmarkSuite(Suite):
                     f"{shots}; download more, or set fewer shots."
                 )
         return config | {"task": task, "custom_dataset": lambda **_: splits}
+
+
+def own_task(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the name and config of the task in the data set at `folder`.
+
+    Raises:
+        Refusal: it runs code that is not allowed, or names code that cannot be imported.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    settings = read_json(folder / DATASET)
+    root, yaml = folder / FOLDER, settings["yaml"]
+    read_task(root, yaml)  # refuses code that is not allowed
+    try:
+        config = load_yaml(root / yaml)
+    except Exception as error:  # its code is imported, which may do anything
+        raise Refusal(
+            f"{settings['source']}/{yaml} names code that cannot be imported ({reason(error)}); put its "
+            "module beside the YAML."
+        ) from error
+    for key in ("dataset_name", "dataset_kwargs"):  # its data is read from `folder`
+        config.pop(key, None)
+    return config["task"], config
 
 
 def _check_lengths(tasks: Sequence[Task], lm: LM, name: str) -> None:
@@ -239,5 +281,5 @@ def all_tasks() -> dict[str, Entry]:
     """Return the index of all tasks; indexing lm-eval's takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
-    index: dict[str, Entry] = TaskManager(include_path=str(_TASKS)).task_index
+    index: dict[str, Entry] = TaskManager(include_path=str(OURS)).task_index
     return index

@@ -10,6 +10,9 @@ from ruamel.yaml.error import YAMLError
 from stages.core.errors import Refusal
 from stages.job import checks
 from stages.job.checks import entries
+from stages.job.checks.counts import of_windows
+from stages.job.checks.learning import of_conversations
+from stages.job.checks.own_tasks import of_tasks
 from stages.job.params import Params
 from stages.job.sentences import follows, sentence
 
@@ -82,7 +85,8 @@ def checked_params(raw: dict[str, Any], where: str = "params.yaml", device: bool
 
 
 def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
-    """Read and check `path`, and compare `path:` sources with their hashes.
+    """Read and check `path`, compare `path:` sources with their hashes, count the windows of texts, and
+    look at the user's own tasks and conversations.
 
     Called once a run, not once a stage, as it reads all that these sources hold.
 
@@ -91,6 +95,7 @@ def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
     """
     params = load(path, device)
     _refuse(list(checks.changed_paths(params)), str(path))
+    _refuse([*of_tasks(params), *of_conversations(params), *of_windows(params)[0]], str(path))
     return params
 
 

@@ -44,6 +44,7 @@ from stages.recovery.qat import QAT
 from stages.reporting.judging import Report
 from stages.reporting.study import Study
 from stages.sources.benchmark import Benchmark
+from stages.sources.conversations import Conversations
 from stages.sources.gguf import Gguf
 from stages.sources.graded.arithmetic import Arithmetic
 from stages.sources.graded.brackets import Brackets
@@ -51,15 +52,28 @@ from stages.sources.graded.classification import Classification
 from stages.sources.graded.instructions import Instructions
 from stages.sources.graded.letters import Letters
 from stages.sources.graded.sorting import Sorting
+from stages.sources.mix import Mix
+from stages.sources.published import Published
 from stages.sources.safetensors import Safetensors
+from stages.sources.task import OwnTask
 from stages.sources.text import Text
 from stages.teaching.answers import Answers
 from stages.teaching.logits import Logits
 from stages.teaching.teaching import Teaching
 
-AnyModel = Annotated[Gguf | Safetensors, Field(discriminator="format")]
+AnyModel = Annotated[Gguf | Safetensors | Published, Field(discriminator="format")]
 AnyDataset = Annotated[
-    Text | Arithmetic | Brackets | Letters | Sorting | Classification | Instructions | Benchmark,
+    Text
+    | Mix
+    | Arithmetic
+    | Brackets
+    | Letters
+    | Sorting
+    | Classification
+    | Instructions
+    | Benchmark
+    | OwnTask
+    | Conversations,
     Field(discriminator="kind"),
 ]
 Prune = Annotated[

@@ -14,6 +14,8 @@ from stages.job import lineage
 from stages.job.params import REGISTRY, SUITES, Params
 from stages.job.sentences import tag
 from stages.reporting.scope import Scope
+from stages.sources.mix import Mix
+from stages.sources.text import Text
 
 RUN = ("run.dtype", "run.seed", "run.threads")
 """The settings of the run that change results."""
@@ -123,7 +125,7 @@ STAGES: dict[str, Pieces] = {
     ),
     "report": Pieces(
         arguments=lambda params, name: (scope(params),),
-        keys=lambda params, name: ["evaluate", "models", "report", "studies", "suites", *RECIPES],
+        keys=lambda params, name: ["datasets", "evaluate", "models", "report", "studies", "suites", *RECIPES],
     ),
 }  # fmt: skip
 """By the stage's name, which is that of its file in `stages/`."""
@@ -150,6 +152,15 @@ def scope(params: Params) -> Scope:
         recipes=params.recipes(),
         report=params.report,
         studies=params.studies,
+        mixed={
+            mix: [
+                name
+                for name, text in params.datasets.items()
+                if isinstance(text, Text) and text.sha256 in {part.sha256 for part in dataset.parts.values()}
+            ]
+            for mix, dataset in params.datasets.items()
+            if isinstance(dataset, Mix)
+        },
     )
 
 

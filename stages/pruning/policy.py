@@ -21,8 +21,6 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from stages.core.errors import Refusal
 from stages.core.schema import Strict
 
-ALLOW = "PRUNEQUANT_ALLOW_COMMANDS"
-"""The environment variable without which no program is run, as params.yaml may be a stranger's."""
 SLACK = 1e-9
 """By how much a sum of decimal shares may exceed 1."""
 
@@ -126,11 +124,6 @@ class Command(Strict):
     """The program and its arguments."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds the program may take to answer."""
-
-    @staticmethod
-    def is_allowed() -> bool:
-        """Tell whether the environment lets recipes run programs."""
-        return os.environ.get(ALLOW) == "1"
 
     def decide(self, state: State) -> Answer:
         """Return the program's answer.

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from stages.compress.method import Change, Context, WholeModel
-from stages.compress.select import apportion, extend_by_row, wanda_scores
+from stages.compress.select import extend_by_row, wanda_scores
 from stages.compress.statistics import ColumnNorm, DeadInputs, Statistic
 from stages.compress.walk import walk
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
-from stages.core.numbers import count_of, spaced
+from stages.core.numbers import apportion, count_of, spaced
 from stages.core.schema import Sparsity
 from stages.corpus.windows import Tokens
 from stages.model.blocks import Linear, check_length, linears

@@ -1,7 +1,7 @@
 """The scope of a report: which results it compares, and the recipes behind them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from stages.corpus.taught import downloaded
@@ -31,9 +31,12 @@ class Scope:
     """What counts as the same, and whom candidates are compared with."""
     studies: Mapping[str, Study]
     """The hypotheses to judge, by study."""
+    mixed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The data sets whose file is a part of a mix, by the mix."""
 
     def learned_from(self, candidate: str) -> list[str]:
-        """Return every data set that a candidate's lineage learned from, and the sources of taught ones."""
+        """Return every data set that a candidate's lineage learned from, with the sources of taught ones
+        and the parts of mixes."""
         taught = {
             name.removeprefix("teach/"): self.recipes[name] for name in self.recipes if "teach/" in name
         }
@@ -41,6 +44,7 @@ class Scope:
         artifact = candidate
         while recipe := self.recipes.get(artifact):
             for text in recipe.reads().values():
-                names += [text.dataset, downloaded(taught, text.dataset)]
+                read = downloaded(taught, text.dataset)
+                names += [text.dataset, read, *self.mixed.get(read, ())]
             artifact = recipe.source
         return list(dict.fromkeys(names))

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 from stages.core.errors import Refusal
 from stages.core.files import contents
 from stages.core.lazy import pd
+from stages.core.reading import reading
 from stages.core.schema import Sha256, Strict
 from stages.sources.dataset import Dataset
 from stages.sources.origin import InnerPath, Origin, fetched
@@ -83,12 +84,21 @@ class Benchmark(Dataset):
                     splits += [f"{config}/{split}" for split in self._write(path, folder / config)]
         if self.nltk_data is not None:
             data = self.nltk_data
-            with fetched(data.source, data.file, data.sha256) as archive, zipfile.ZipFile(archive) as opened:
+            with (
+                fetched(data.source, data.file, data.sha256) as archive,
+                reading(f"nltk_data, {data.source} {data.file},"),
+                zipfile.ZipFile(archive) as opened,
+            ):
                 opened.extractall(folder / "nltk_data" / "tokenizers")
         return {"splits": splits}
 
     def _write(self, path: Path, folder: Path) -> list[str]:
         """Write each split of the config at `path` as one file into `folder`; return the splits' names."""
+        if path.is_file():
+            raise Refusal(
+                f"{self.source}: {path.name} is a file; name the folder of its parquet files, in config "
+                "or in source."
+            )
         files = [file for file in contents(path) if file.suffix == ".parquet"]
         if not files:
             raise Refusal(

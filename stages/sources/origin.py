@@ -38,6 +38,8 @@ _HUB_FILES = [
     "*.txt",
     "*.parquet",
 ]
+_HUB_TEXTS = ["*.csv", "*.jsonl", "*.yaml"]
+"""What is fetched of a data set's folder beside these."""
 
 
 def _valid(source: str) -> str:
@@ -171,7 +173,8 @@ def _from_hub(repository: str, revision: str, data: bool, inner: str, scratch: P
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    patterns = [f"{inner}/{p}" for p in _HUB_FILES] + [inner] if inner not in ("", ".") else _HUB_FILES
+    kinds = [*_HUB_FILES, *_HUB_TEXTS] if data else _HUB_FILES
+    patterns = [f"{inner}/{p}" for p in kinds] + [inner] if inner not in ("", ".") else kinds
     try:
         snapshot_download(
             repository,

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from stages.compress.select import (
     _threshold,
-    apportion,
     by_pieces,
     extend_by_row,
     extend_mask,
@@ -111,20 +110,6 @@ def test_a_mask_grows_by_the_lowest_scores_to_an_exact_count(data):
     before, after = gone.sum(1), extend_by_row(scores.__getitem__, gone, count).sum(1)
     raised = after[after > before]
     assert not raised.numel() or int(raised.max()) <= int(after.min()) + 1
-
-
-@given(st.lists(st.floats(0, 50), min_size=1, max_size=8))
-def test_whole_numbers_add_up(values):
-    parts = {str(number): value for number, value in enumerate(values)}
-    total = round(sum(values))
-    whole = apportion(parts, total)
-    assert sum(whole.values()) == total
-    assert all(abs(whole[name] - part) <= 1 for name, part in parts.items())
-
-
-def test_the_largest_remainders_are_rounded_up():
-    assert apportion({"a": 1.2, "b": 1.5, "c": 1.3}, 4) == {"a": 1, "b": 2, "c": 1}
-    assert apportion({"a": 0.5, "b": 0.5}, 1) == {"a": 1, "b": 0}
 
 
 @pytest.mark.cpu("pieces are larger elsewhere")

@@ -53,3 +53,17 @@ def test_no_gradients_are_recorded():
     weight = torch.ones(2, requires_grad=True)
     doubled = numbers.no_grad(lambda: weight * 2)()
     assert not doubled.requires_grad and torch.is_grad_enabled()
+
+
+@given(st.lists(st.floats(0, 50), min_size=1, max_size=8))
+def test_whole_numbers_add_up(values):
+    parts = {str(number): value for number, value in enumerate(values)}
+    total = round(sum(values))
+    whole = numbers.apportion(parts, total)
+    assert sum(whole.values()) == total
+    assert all(abs(whole[name] - part) <= 1 for name, part in parts.items())
+
+
+def test_the_largest_remainders_are_rounded_up():
+    assert numbers.apportion({"a": 1.2, "b": 1.5, "c": 1.3}, 4) == {"a": 1, "b": 2, "c": 1}
+    assert numbers.apportion({"a": 0.5, "b": 0.5}, 1) == {"a": 1, "b": 0}

@@ -14,6 +14,7 @@ from stages.core.files import DATASETS
 from stages.corpus.examples import Question, Train, answer_example, load_examples
 from stages.corpus.rows import IGNORED, Example
 from stages.corpus.windows import Windows, text_windows
+from stages.sources.conversations import Conversations
 from stages.sources.graded.arithmetic import Arithmetic
 from stages.sources.text import Text
 from tests import families, project
@@ -166,6 +167,59 @@ def test_in_a_chat_template_only_the_assistants_words_are_predicted():
     for item in loaded(chat_template=True)[0]:
         assert question(item).startswith("user: ") and question(item).endswith(" =\n")
         assert answer(item).startswith("assistant: ") and "<eos>" not in answer(item)
+
+
+def chats(*conversations: list[str], system: str = "") -> None:
+    """A data set of conversations, each of turns of the user and the assistant."""
+    rows = [
+        [{"role": "system", "content": system}] * bool(system)
+        + [
+            {"role": ("user", "assistant")[at % 2], "content": content}
+            for at, content in enumerate(conversation)
+        ]
+        for conversation in conversations
+    ]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows))
+    settings = {"kind": "conversations", "source": "path:chats.jsonl"}
+    Conversations(**settings, sha256=project.sha256(Path("chats.jsonl"))).download("chats")
+
+
+def test_of_a_conversation_all_responses_are_predicted_and_nothing_else():
+    chats(["hi", "yes", "and?", "no"], ["what", "fine", "so?", "bye"], system="be brief")
+    train, held_out = loaded(
+        dataset="chats", num_samples=1, held_out=1, chat_template=True, sequence_length=128
+    )
+    (item,) = train
+    assert answer(item) == "assistant: yes\nassistant: no\n"
+    assert question(item) == "system: be brief\nuser: hi\nuser: and?\n"
+    assert answer(held_out[0]) == "assistant: fine\nassistant: bye\n"
+
+
+def test_a_conversation_of_one_response_is_a_question_and_its_answer():
+    chats(["hi", "yes"], ["what", "fine"])
+    (item,), _ = loaded(dataset="chats", num_samples=1, held_out=1)
+    assert (question(item), answer(item)) == ("hi", " yes<eos>")
+    (item,), _ = loaded(dataset="chats", num_samples=1, held_out=1, chat_template=True)
+    assert (question(item), answer(item)) == ("user: hi\n", "assistant: yes\n")
+
+
+def test_a_prompt_that_is_learned_is_not_held_out():
+    chats(["hi", "yes"], ["hi", "no"], ["what", "fine"], ["hi", "maybe"])
+    train, held_out = loaded(dataset="chats", num_samples=1, held_out=1)
+    assert [question(item) for item in train + held_out] == ["hi", "what"]
+    with pytest.raises(Refusal, match="has 1 other conversations, fewer than the 2"):
+        loaded(dataset="chats", num_samples=1, held_out=2)
+
+
+def test_several_turns_need_a_chat_template_that_leaves_earlier_turns_alone():
+    chats(["hi", "yes", "and?", "no"], ["what", "fine", "so?", "bye"])
+    with pytest.raises(Refusal, match=r"conversations of several turns, .*; set chat_template: true"):
+        loaded(dataset="chats", num_samples=1, held_out=1)
+    tokenizer = families.tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    train = Train(dataset="chats", num_samples=1, held_out=1, chat_template=True)
+    with pytest.raises(Refusal, match="changes earlier turns once later ones follow"):
+        load_examples(train, tokenizer, CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from stages.corpus.windows import (
     text_token_ids,
 )
 from stages.job.load import load
+from stages.sources.documents import split_calibration
 from stages.sources.graded.arithmetic import Arithmetic, ArithmeticLevel
-from stages.sources.text import split_calibration
 from tests import families, fewrows, project
 from tests.lessons import SUMS
 from tests.pipeline import TEXT, do, download, params, prune, record

@@ -60,6 +60,7 @@ def test_check_passes_sound_params(folder):
     result = CliRunner().invoke(app, ["check"])
     assert result.exit_code == 0
     assert "5 recipe(s), 3 candidate(s) on 2 suite(s)" in result.output
+    assert "news: 232 window(s) of 32 tokens of base/tiny to learn from." in result.output
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -105,6 +106,7 @@ def test_check_outside_a_project(tmp_path, monkeypatch):
 
 
 def test_check_imports_nothing_that_takes_seconds(folder):
+    CliRunner().invoke(app, ["check"])  # counts the windows of the texts, once
     code = "import sys; from typer.testing import CliRunner; from flows.cli import app\n"
     code += "assert CliRunner().invoke(app, ['check']).exit_code == 0\n"
     code += "slow = {'prefect', 'dvc', 'lm_eval', 'peft', 'transformers.models', 'scipy'}\n"

@@ -2,10 +2,10 @@
 
 import pytest
 
+from stages.core.consent import ALLOW
 from stages.core.errors import Refusal
 from stages.job import checks
 from stages.job.load import checked_params, load
-from stages.pruning.policy import ALLOW
 from tests import project
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from stages.core.consent import ALLOW
 from stages.core.errors import Refusal
 from stages.job.load import checked_params, load
 from stages.job.params import Params, methods
-from stages.pruning.policy import ALLOW
 from tests import project
 from tests.pipeline import NONE, TEXT
 
@@ -545,7 +545,8 @@ def test_all_offenders_at_once(raw):
         "prune.five.source: a cycle", "prune.six.sparsity:", "prune.seven.sparsity:", "prune.ei.ght: bad name",
         "quantize.nine.bits:", "quantize.ten.group_size:", "quantize.x; touch y: bad name",
         "evaluate.candidates: there is no 'prune/eleven'", "suites.perplexity.twelve:",
-        "datasets.speeches.documents: 'pages' given; it must be 'lines', 'paragraphs', 'csv' or 'parquet'", "run.device:", "noise:",
+        "datasets.speeches.documents: 'pages' given; it must be 'lines', 'paragraphs', 'files', 'csv', 'parquet' or "
+        "'jsonl'", "run.device:", "noise:",
         "evaluate.candidates: there is no 'noise/tiny-batch-3'",
     ]  # fmt: skip
     for start in starts:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from stages.core.consent import ALLOW
 from stages.core.errors import Refusal
-from stages.pruning.policy import ALLOW, Answer, Block, Command, Rules, State, Step, ask
+from stages.pruning.policy import Answer, Block, Command, Rules, State, Step, ask
 from tests import project
 from tests.pipeline import TEXT, do, params, record
 

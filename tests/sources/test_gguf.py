@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.core.files import sha256
-from stages.sources.gguf import Gguf, count_grids
+from stages.sources.ggml import count_grids
+from stages.sources.gguf import Gguf
+from tests.ggufs import write_model
 
 
 def written(path: Path, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]) -> Path:
@@ -56,32 +58,6 @@ def test_parts_come_from_packages():
     for wrong in ({"source": "path:inputs"}, {"parts": ({**part, "source": "path:inputs"},)}):
         with pytest.raises(ValidationError, match="path:inputs is none; give one file instead"):
             Gguf(**settings | {"parts": (part,)} | wrong)
-
-
-def write_model(path: Path) -> dict[str, np.ndarray]:
-    """Write a Llama of one block with a tokenizer of eight tokens; return its tensors by their GGUF names."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {
-        "block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64,
-        "head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 10000.0,
-        "rope_dimension_count": 8, "vocab_size": 8, "tokenizer_model": "gpt2", "tokenizer_pre": "default",
-        "token_list": ["<s>", "</s>", "a", "b", "c", "d", "ab", "cd"], "token_types": [3, 3] + [1] * 6,
-        "token_merges": ["a b", "c d"], "bos_token_id": 0, "eos_token_id": 1,
-    }.items():  # fmt: skip
-        getattr(writer, f"add_{key}")(value)
-    random = np.random.default_rng(0)
-    shapes = {
-        "token_embd": (8, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,),
-        "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32),
-        "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32),
-        "blk.0.ffn_down": (32, 64),
-    }  # fmt: skip
-    tensors = {name: random.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
-    for name, values in tensors.items():
-        writer.add_tensor(f"{name}.weight", values)
-    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
-        getattr(writer, step)()
-    return tensors
 
 
 def test_a_model_in_a_file_becomes_a_checkpoint(tmp_path):

@@ -259,6 +259,10 @@ def repository(inputs: Path) -> dict[str, bytes]:
     }  # fmt: skip
 
 
+ROWS = {"rows/a.jsonl": b'{"text": "a b"}\n', "rows/b.jsonl": b'{"text": "c d"}\n'}
+"""A folder of text on the hub."""
+
+
 def hub_params(workspace: Path) -> dict:
     raw = project.params(Path("inputs"))
     raw["models"]["tiny"] = {
@@ -268,6 +272,12 @@ def hub_params(workspace: Path) -> dict:
     raw["datasets"]["prose"] = {
         "kind": "text", "source": f"hub:org/sums@{hub.COMMIT}", "file": "prose.txt", "documents": "lines",
         "calibration": 0.5, "sha256": hashlib.sha256(b"a b\nc d\n").hexdigest(),
+    }  # fmt: skip
+    Path("rows").mkdir()
+    for file, content in ROWS.items():
+        Path(file).write_bytes(content)
+    raw["datasets"]["rows"] = {
+        **raw["datasets"]["prose"], "file": "rows", "documents": "jsonl", "sha256": sha256(Path("rows")),
     }  # fmt: skip
     return raw
 
@@ -319,7 +329,7 @@ def test_a_missing_repository_is_refused(workspace):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["sums", "prose"])
+@pytest.mark.parametrize("name", ["sums", "prose", "rows"])
 def test_a_data_set_from_the_hub(name, workspace, tmp_path):
     frame = pd.DataFrame({"question": [f"q{i}" for i in range(4)], "answer": list("abcd")})
     parts = {}
@@ -329,6 +339,7 @@ def test_a_data_set_from_the_hub(name, workspace, tmp_path):
     files = parts | {
         "main/test-00000-of-00001.parquet": parts["main/train-00000-of-00002.parquet"],
         "other/test-00000-of-00001.parquet": b"x", "sums.py": b"1/0", "prose.txt": b"a b\nc d\n",
+        **ROWS,
     }  # fmt: skip
     with hub.serving({"datasets/org/sums": files}) as (address, log):
         done = over_hub(workspace, address, hub_params(workspace), f"datasets/{name}")

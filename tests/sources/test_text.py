@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from stages.core.errors import Refusal
 from stages.core.files import sha256
-from stages.sources.text import Text, split_calibration, split_documents
+from stages.sources.documents import split_calibration, split_documents
+from stages.sources.text import Text
 
 WORDS = st.sampled_from(["a", "b", "c", "d"])
 DOCUMENTS = st.lists(st.lists(WORDS, min_size=1, max_size=40).map(" ".join), max_size=25).map(
@@ -114,6 +116,78 @@ def test_a_parquet_whose_texts_are_no_strings_is_refused(values, kinds, tmp_path
     pd.DataFrame({"text": values}).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(Refusal, match=f"^t.parquet: its column text holds {kinds}; write it as strings"):
         split_documents((tmp_path / "t.parquet").read_bytes(), "parquet", "t.parquet")
+
+
+def test_documents_of_json_lines_are_a_field_of_each_object():
+    text = '{"body": "a\\nb", "text": 1}\r\n\n{"body": null}\n{"body": "c\u2028d"}\n{"body": "a b"}\n'
+    assert split_documents(("\ufeff" + text).encode(), "jsonl", "t", "body") == ["a b", "c d"]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "t.jsonl: line 2 is not JSON .*; write one whole object a line"),
+        ("[1]", "t.jsonl: line 2 is a list, not an object"),
+        (
+            '{"body": "b"}',
+            "line 2 of t.jsonl has no column text, only body; set column to the one of documents",
+        ),
+        ('{"text": ["b"]}', "t.jsonl: in line 2 text is list, not text; write it as a string"),
+    ],
+)
+def test_a_broken_line_of_json_is_named(line, sentence):
+    with pytest.raises(Refusal, match=f"^{sentence}"):
+        split_documents(f'{{"text": "a"}}\n{line}\n'.encode(), "jsonl", "t.jsonl")
+
+
+def folder_of(path: Path, documents: str, **files: str) -> Text:
+    (path / "texts" / "b").mkdir(parents=True)
+    for name, text in files.items():
+        (path / "texts" / name.replace("__", "/").replace("_", ".")).write_text(text)
+    settings = {"documents": documents, "calibration": 0, "sha256": sha256(path / "texts")}
+    return Text(kind="text", source=f"path:{path / 'texts'}", **settings)
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
+    files = {"c_txt": "x y\n\nz", "b__a_txt": "a b\nc", "_gitignore": "no text"}
+    assert folder_of(tmp_path, "files", **files).read() == ["a b c", "x y z"]
+    by_line = Text(**{**folder_of(tmp_path / "lines", "lines", **files).model_dump(), "documents": "lines"})
+    assert by_line.read() == ["a b", "c", "x y", "z"]
+
+
+def test_a_file_of_another_format_in_a_folder_is_refused(tmp_path):
+    text = folder_of(tmp_path, "files", a_txt="a", b_jsonl="{}")
+    with pytest.raises(Refusal, match=r"in this folder, b.jsonl ends in .jsonl.*documents: jsonl, or move"):
+        text.read()
+
+
+@pytest.mark.parametrize("how", ["lines", "files", "csv", "parquet", "jsonl"])
+def test_an_empty_folder_is_refused(how, tmp_path):
+    with pytest.raises(Refusal, match=r"texts has no (lines|files|rows) with text; .*choose another file"):
+        folder_of(tmp_path, how).read()
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "sentence"),
+    [
+        ("a.jsonl", {"documents": "lines"}, "a.jsonl ends in .jsonl, .*; write documents: jsonl"),
+        ("a.csv", {"documents": "jsonl"}, "write documents: csv"),
+        ("a.json", {"documents": "lines"}, "a.json is JSON, not text; write an object a line as .jsonl"),
+        ("a.txt", {"documents": "lines", "column": "body"}, "documents: lines has no columns; leave column"),
+    ],
+)
+def test_a_suffix_or_column_that_contradicts_the_format_is_refused(file, options, sentence):
+    settings = {"kind": "text", "source": "path:x", "sha256": "0" * 64, "calibration": 0.5}
+    with pytest.raises(ValidationError, match=sentence):
+        Text(**settings, file=file, **options)
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet", "jsonl"])
+def test_a_column_of_another_name_is_read(how, tmp_path):
+    frame = pd.DataFrame({"body": ["a b", "c d"], "text": ["no", "no"]})
+    write = {"csv": frame.to_csv, "parquet": frame.to_parquet, "jsonl": frame.to_json}[how]
+    write(tmp_path / "t", **({"orient": "records", "lines": True} if how == "jsonl" else {"index": False}))
+    assert split_documents((tmp_path / "t").read_bytes(), how, "t", "body") == ["a b", "c d"]
 
 
 def dataset(folder: Path, text: bytes, **options) -> Text:

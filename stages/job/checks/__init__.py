@@ -20,6 +20,7 @@ from stages.job.checks.studies import of_studies
 from stages.job.checks.suites import of_suites
 from stages.job.params import Params
 from stages.sources.benchmark import Benchmark
+from stages.sources.mix import Mix
 
 log = logging.getLogger(__name__)
 SOURCED = ("models", "datasets")
@@ -84,6 +85,9 @@ def _sourced(params: Params) -> Iterator[tuple[str, Any]]:
             yield f"{section}.{name}", entry
             if isinstance(entry, Benchmark) and entry.nltk_data:
                 yield f"{section}.{name}.nltk_data", entry.nltk_data
+            if isinstance(entry, Mix):
+                for part, text in entry.parts.items():
+                    yield f"{section}.{name}.parts.{part}", text
 
 
 def changed_paths(params: Params) -> Iterator[str]:

@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from typing import Any
 
+from stages.core.errors import Refusal
 from stages.core.schema import Strict
 from stages.corpus.examples import Selection
 from stages.job.lineage import ancestors
 from stages.job.params import Params
 from stages.job.sentences import allowed
 from stages.sources.benchmark import Benchmark
+from stages.sources.conversations import Conversations
 from stages.sources.graded.items import GradedData
+from stages.sources.mix import Mix
+from stages.sources.task import OwnTask
 from stages.sources.text import Text
 from stages.teaching.answers import Answers
 from stages.teaching.logits import Logits
@@ -18,8 +22,11 @@ from stages.teaching.teaching import Teaching
 PAIRED = ("split", "prompt", "completion")
 FIT: tuple[tuple[type[Strict], str, tuple[str, ...], tuple[str, ...]], ...] = (
     (Text, "running text", ("difficulty", "chat_template", "packing", *PAIRED), ()),
+    (Mix, "running text", ("difficulty", "chat_template", "packing", *PAIRED), ()),
     (GradedData, "graded items", PAIRED, ()),
     (Benchmark, "a benchmark", ("difficulty",), PAIRED),
+    (OwnTask, "a task", ("difficulty",), PAIRED),
+    (Conversations, "conversations", ("difficulty", *PAIRED), ()),
     (Teaching, "made by a teacher, in tokens already", ("chat_template", "bos", *PAIRED), ()),
 )
 """Kinds of data sets: class, name in messages, settings of `Selection` they cannot use, those they need."""
@@ -31,7 +38,9 @@ def of_chosen(at: str, chosen: Selection, params: Params) -> Iterator[str]:
     dataset = params.datasets.get(name) or params.teach.get(name)
     if dataset is None:
         usable = [
-            key for key, other in params.datasets.items() if isinstance(other, Benchmark) or learnable(other)
+            key
+            for key, other in params.datasets.items()
+            if isinstance(other, Benchmark | OwnTask | Conversations) or learnable(other)
         ]
         yield f"{at}.dataset: there is no {name!r}; {allowed([*usable, *params.teach], name)}."
         return
@@ -39,8 +48,13 @@ def of_chosen(at: str, chosen: Selection, params: Params) -> Iterator[str]:
         yield all_evaluated(at, name, dataset)
     kind, unusable, needed = next(facts for config, *facts in FIT if isinstance(dataset, config))
     answers = isinstance(chosen, Answers)
-    if answers and isinstance(dataset, Text | Teaching):
-        asking = [key for key, other in params.datasets.items() if not isinstance(other, Text)]
+    if isinstance(chosen, Teaching) and isinstance(dataset, Conversations):
+        yield f"{at}.dataset: {name} is conversations, which have their responses; train on them directly."
+        return
+    if answers and isinstance(dataset, Text | Mix | Teaching):
+        asking = [
+            key for key, other in params.datasets.items() if not isinstance(other, Text | Mix | Conversations)
+        ]
         yield f"{at}.dataset: {name} is {kind}, with no questions to answer; {allowed(asking)}."
         return
     fields = type(chosen).model_fields
@@ -77,6 +91,25 @@ def of_teaching(params: Params) -> Iterator[str]:
             )
 
 
+def of_conversations(params: Params) -> Iterator[str]:
+    """Yield conversations on this machine that cannot be read, or that are fewer than recipes take."""
+    for name, dataset in params.datasets.items():
+        if not isinstance(dataset, Conversations) or not dataset.source.startswith("path:"):
+            continue
+        try:
+            count = len(dataset.read())
+        except Refusal as refusal:
+            yield f"datasets.{name}: {refusal}"
+            continue
+        for key, recipe in params.finetune.items():
+            chosen = recipe.train
+            if chosen.dataset == name and (needed := chosen.num_samples + chosen.held_out) > count:
+                yield (
+                    f"finetune.{key}.train: num_samples {chosen.num_samples} and held_out {chosen.held_out} "
+                    f"take {needed} conversations, but {name} has {count}; lower them."
+                )
+
+
 def too_many_shots(at: str, name: str, shots: int, dataset: Any) -> str | None:
     """Say that `shots` exceed the few-shot examples of a data set; only graded ones have any."""
     available = dataset.num_examples if isinstance(dataset, GradedData) else 0
@@ -103,4 +136,4 @@ def learnable(dataset: Any) -> bool:
     """Tell whether part of a data set is set apart to be learned from."""
     if isinstance(dataset, GradedData):
         return dataset.train > 0
-    return isinstance(dataset, Text) and dataset.calibration > 0
+    return isinstance(dataset, Mix) or (isinstance(dataset, Text) and dataset.calibration > 0)

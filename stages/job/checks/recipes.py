@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 from typing import Literal, get_origin
 
-from stages.core.schema import Strict
+from stages.core.consent import ALLOW, commands_are_allowed
+from stages.core.schema import CONTROLS, Strict
 from stages.corpus.examples import Selection
 from stages.job.checks.learning import all_evaluated, learnable, of_chosen, too_many_shots
 from stages.job.params import Params
 from stages.job.sentences import allowed
 from stages.pruning.depth.tasks import Items
-from stages.pruning.policy import ALLOW, Command
+from stages.pruning.policy import Command
 from stages.sources.graded.items import GradedData
+from stages.sources.mix import Mix
+from stages.sources.published import Published
 from stages.sources.text import Text
 
 
@@ -22,7 +25,7 @@ def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
     """
     for artifact, recipe in params.recipes().items():
         at = artifact.replace("/", ".", 1)
-        if isinstance(policy := getattr(recipe, "policy", None), Command) and not policy.is_allowed():
+        if isinstance(policy := getattr(recipe, "policy", None), Command) and not commands_are_allowed():
             yield (
                 f"{at}.policy: it runs the program {policy.command[0]!r} on this machine; if you trust "
                 f"params.yaml, set {ALLOW}=1 in the environment."
@@ -38,6 +41,13 @@ def of_recipes(params: Params, broken: set[str]) -> Iterator[str]:
             else:
                 yield from _of_text(where, text.dataset, params)
         base = params.base_of(artifact)
+        if base and isinstance(params.models[base], Published):
+            if not artifact.startswith(CONTROLS):
+                yield (
+                    f"{at}.source: base/{base} is a published compressed checkpoint (format: packed), "
+                    "which is only evaluated; start from the model that it was made from."
+                )
+            continue
         # Which widths there are is known only at run time if linears are ignored, or cut on the way.
         if base and not getattr(recipe, "ignore", ()) and not _reshaped(params, artifact):
             widths = params.models[base].in_features
@@ -65,7 +75,7 @@ def _of_items(at: str, items: Items, params: Params) -> Iterator[str]:
 
 def _of_text(at: str, name: str, params: Params) -> Iterator[str]:
     dataset = params.datasets.get(name)
-    if not isinstance(dataset, Text | GradedData):
+    if not isinstance(dataset, Text | Mix | GradedData):
         texts = [key for key, other in params.datasets.items() if learnable(other)]
         fault = f"{name!r} is no text" if dataset else f"there is no {name!r}"
         yield f"{at}.dataset: {fault}; {allowed(texts, name)}."

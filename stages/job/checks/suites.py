@@ -2,16 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from stages.core.files import sha256
 from stages.core.schema import Strict
 from stages.corpus.examples import Selection
 from stages.corpus.taught import downloaded
 from stages.evaluation.graded import GradedSuite
+from stages.evaluation.stock import BenchmarkSuite
 from stages.evaluation.suite import Suite
 from stages.job.checks.learning import too_many_shots
 from stages.job.params import SUITES, Params
 from stages.job.sentences import allowed, tag
+from stages.sources.documents import Documents
 from stages.sources.graded.items import GradedData, Level
+from stages.sources.mix import Mix
+from stages.sources.task import OwnTask
 from stages.sources.text import Text
 
 SCORED = ("test", "validation")
@@ -24,6 +31,8 @@ class _Learned:
 
     texts: dict[str, str] = field(default_factory=dict)
     """sha256 of a text -> its data set."""
+    parts: dict[str, tuple[str, Documents]] = field(default_factory=dict)
+    """sha256 of a text in a mix -> the data set of the mix, and the part."""
     levels: list[tuple[Level, str]] = field(default_factory=list)
     """The levels of graded items as `asked`, and their data set."""
     splits: dict[str, str] = field(default_factory=dict)
@@ -62,6 +71,8 @@ def _learned(params: Params) -> _Learned:
             dataset = params.datasets.get(name)
             if isinstance(dataset, Text):
                 learned.texts[dataset.sha256] = name
+            elif isinstance(dataset, Mix):
+                learned.parts |= {part.sha256: (name, part) for part in dataset.parts.values()}
             elif isinstance(dataset, GradedData):
                 learned.levels += [(level.asked(), name) for level in dataset.levels]
             elif isinstance(text, Selection) and text.split in SCORED:
@@ -76,7 +87,10 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
         scores: the kind of data set that a suite of this kind scores.
     """
     dataset = params.datasets.get(name)
-    if not isinstance(dataset, scores):
+    if isinstance(suite, BenchmarkSuite) and (suite.own or isinstance(dataset, OwnTask)):
+        if mistake := _of_own_task(name, suite, dataset):
+            return mistake
+    elif not isinstance(dataset, scores):
         fitting = [key for key, other in params.datasets.items() if isinstance(other, scores)]
         kind = "a graded kind" if scores is GradedData else f"kind {tag(scores)}"
         return (
@@ -93,6 +107,14 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
             f": it would score the very file that recipes learn from as datasets.{other}; name the suite "
             f"{other}, whose two splits are kept apart."
         )
+    if isinstance(dataset, Text) and dataset.sha256 in learned.parts:
+        mix, part = learned.parts[dataset.sha256]
+        fields = ("documents", "column", "calibration")
+        if unlike := [key for key in fields if getattr(part, key) != getattr(dataset, key)]:
+            return (
+                f": recipes learn from its file as a part of datasets.{mix} with another "
+                f"{', '.join(unlike)}, so they may learn from what it scores; give both the same."
+            )
     if isinstance(dataset, GradedData):
         levels = [level.asked() for level in dataset.levels]
         if shared := sorted(other for level, other in learned.levels if other != name and level in levels):
@@ -103,3 +125,24 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
         if isinstance(suite, GradedSuite):
             return too_many_shots("", name, suite.shots, dataset) or ""
     return ""
+
+
+def _of_own_task(name: str, suite: BenchmarkSuite, dataset: Any) -> str:
+    """Say that a suite's own task and the data set of its name are not the same YAML."""
+    if isinstance(dataset, OwnTask):
+        if suite.task == dataset.name:
+            return ""
+        return (
+            f".task: {suite.task!r} given, but datasets.{name} is {dataset.name}; write task: {dataset.name}."
+        )
+    source, _, file = suite.task.rpartition("/")
+    folder = Path(source.removeprefix("path:"))
+    if not source or not (folder / file).is_file():
+        return (
+            f".task: {suite.task} is no YAML file in a folder; name one that lies with its data in a folder "
+            "of its own, such as path:my_tasks/qa.yaml."
+        )
+    return (
+        f".task: {suite.task} needs a data set of the suite's name that hashes its folder; write datasets: "
+        f"{{{name}: {{kind: task, source: {source}, yaml: {file}, sha256: {sha256(folder)}}}}}."
+    )

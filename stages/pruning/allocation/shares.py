@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 from math import floor, isfinite
 from typing import TYPE_CHECKING, ClassVar
 
-from stages.compress.select import apportion
 from stages.core.errors import Refusal
-from stages.core.numbers import count_of
+from stages.core.numbers import apportion, count_of
 from stages.core.schema import NoData, Strict
 from stages.corpus.windows import Tokens
 from stages.model.blocks import Linear, blocks, linears
