@@ -15,7 +15,7 @@ from stages.job.params import REGISTRY, SUITES, Params
 from stages.job.sentences import tag
 from stages.reporting.scope import Scope
 
-RUN = ("run.dtype", "run.seed", "run.threads")
+RUN = ("run.dtype", "run.numerics", "run.seed", "run.threads")
 """The settings of the run that change results."""
 
 
@@ -113,7 +113,7 @@ STAGES: dict[str, Pieces] = {
         models=lambda params, name: [name],
         keys=lambda params, name: [
             "profile.batch_sizes", "profile.new_tokens", "profile.prompt_tokens", "profile.repeats",
-            "profile.threads", "profile.warmup", "run.dtype", "run.seed",
+            "profile.threads", "profile.warmup", "run.dtype", "run.numerics", "run.seed",
         ],
         computes=True,
     ),

@@ -30,7 +30,7 @@ STUDY = f"""
 claim: Fewer bits, fewer answers.
 source: arXiv:0000.00000
 shared:
-  run: {{device: cpu, dtype: bfloat16, threads: 1, seed: 0}}
+  run: {{device: cpu, dtype: bfloat16, threads: 1, seed: 0, numerics: fast}}
   models:
     tiny: {MODEL}
   datasets:
