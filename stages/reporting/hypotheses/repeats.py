@@ -30,21 +30,21 @@ def over_repeats(
         means: `[terms]`, the mean score of each.
         statistic: from the means of terms `[..., terms]` to the effect `[...]`.
     """
-    scores = {
-        place: np.array([float(cells.items(name, term.readout).mean()) for name in group])
+    scores: dict[int, Floats] = {
+        place: np.array([float(cells.items(name, term.readout).mean()) for name in names])
         for place, term in enumerate(terms)
-        if (group := cells.repeats(term.candidate))
+        if (names := cells.repeats(term.candidate))
     }
     if not scores or any(term.agrees_with for term in terms):
         return None
     center = np.array(means, np.float64)
-    for place, group in scores.items():
-        center[place] = group.mean()
+    for place, repeated in scores.items():
+        center[place] = repeated.mean()
     shares: dict[tuple[str, ...], Floats] = {}
-    for place, group in scores.items():
+    for place, repeated in scores.items():
         step = np.zeros_like(center)
         step[place] = _STEP * max(1.0, abs(center[place]))
         slope = (statistic(center + step) - statistic(center - step)) / (2 * step[place])
-        name = cells.repeats(terms[place].candidate)
-        shares[name] = shares.get(name, np.zeros(len(group))) + slope * group
+        group = cells.repeats(terms[place].candidate)
+        shares[group] = shares.get(group, np.zeros(len(group))) + slope * repeated
     return luck_of(float(statistic(center)), list(shares.values()))
