@@ -38,6 +38,7 @@ def test_a_value_has_its_noise_whatever_lies_beside_it(device):
     assert with_noise(edges, keys(3).to(device), SIZE).cpu().tolist()[:2] == [0.0, torch.inf]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_block_adds_noise_of_its_own(family):
     ids = families.windows(3, 12)
