@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="rows of a forward; what suites get that name none")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
-    run = Run(device=options.device, dtype=options.dtype, threads=options.threads, seed=0)
+    run = Run(device=options.device, dtype=options.dtype, threads=options.threads, seed=0, numerics="fast")
     device = run.start()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=run.torch_dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -163,7 +163,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (MODEL / "model.safetensors").exists():
         raise SystemExit(f"{MODEL} is missing; run dvc repro model@smollm2 dataset@news.")
-    Run(device="cpu", dtype="bfloat16", threads=options.threads, seed=0).start()
+    Run(device="cpu", dtype="bfloat16", threads=options.threads, seed=0, numerics="fast").start()
     tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
     text = Train(dataset="news", num_samples=64, held_out=1, sequence_length=options.sequence_length)
     rows = load_examples(text, tokenizer, load(torch.bfloat16).config)

@@ -2,7 +2,7 @@
 
 It is read from git and DVC's cache alone: changed params, artifacts whose hash differs (models tensor by
 tensor), scores that differ, and items whose answer turned from right to wrong or back. Beside each changed
-score stand its noise, how far the same measure moves when only batch size or dtype changes (`noise/`
+score stand its noise, how far the same measure moves when only its arithmetic changes (`noise/`
 candidates), and the word of the report for the difference: same, worse, below noise, or not settled over
 these items. Hypotheses whose verdict turned come first.
 """

@@ -7,8 +7,8 @@ and what the publication did. Shorthands keep it short; the expanded file has no
 - `words` of a profile: `{base}` stands for a value of any type, in names and in values.
 - `each: {bits: [8, 4]}` makes an entry for each value, with `{bits}` in its name. `{50: 0.5}` in place of a
   list gives each value a word for the name. Several words make all combinations.
-- Candidates may be patterns, such as `prune/wanda-*`: in `evaluate` over all recipes, in hypotheses over
-  `evaluate.candidates`.
+- Candidates may be patterns, such as `prune/wanda-*`: in `evaluate` over all recipes, in hypotheses and in
+  `report.noise` over `evaluate.candidates`.
 - `mirror` holds what published data sets add; `--mirror FOLDER` adds it, with `{mirror}` for the folder.
 - `hub:<name>@<branch>` becomes `hub:<name>@<commit>`, the commit at which the branch is.
 - `note` of an entry becomes a comment above it.
@@ -43,7 +43,7 @@ _SECTIONS = tuple(name for name in Params.model_fields if name != "studies")
 _NAMED = ("models", "datasets", *RECIPES, *_PARTS)
 """The parts whose entries have names, so that `each` and `note` apply."""
 _WORD = re.compile(r"\{([a-z_]+)\}")
-_OPENED = {"models": 2, "datasets": 2, "suites": 2, "evaluate": 2, "studies": 4, "profile": 0}
+_OPENED = {"models": 2, "datasets": 2, "suites": 2, "evaluate": 2, "report": 2, "studies": 4, "profile": 0}
 """Levels of a section that are written in lines of their own; others: its entries, a line each."""
 _FIRST = (
     "# Written by `prunequant study`; while the rest of this file has sha256 {seal}, nobody has edited it."
@@ -215,7 +215,7 @@ def _composed(expansions: Sequence[Expansion], mistakes: list[str]) -> Expansion
     for expansion in expansions:
         for section, content in expansion.sections.items():
             add(whole.sections.setdefault(section, {}), content, f"{section}.", expansion.origin.study,
-                1 if section == "suites" else 0)  # fmt: skip
+                1 if section in ("suites", "report") else 0)  # fmt: skip
         whole.notes |= expansion.notes
     return whole
 
@@ -259,6 +259,14 @@ class _Expander:
                 listed, _artifacts(whole.sections), f"{section}.candidates"
             )
         known = whole.sections["evaluate"]["candidates"]
+        noise = whole.sections["report"].get("noise", {})
+        if self._is_mapping(noise, "report.noise") and noise:
+            whole.sections["report"]["noise"] = {
+                group: self._chosen(names, known, f"report.noise.{group}")
+                if isinstance(names, list)
+                else names
+                for group, names in noise.items()
+            }
         judged = self._entries("hypotheses", parts.get("hypotheses", {}), {})
         missing = self._entries("no_data", parts.get("no_data", {}), {})
         whole.sections["studies"] = {

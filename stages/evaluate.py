@@ -22,12 +22,12 @@ def evaluate(suite: Suite, run: Run, name: str) -> None:
     kept = KeptAnswers(candidate, suite_name, batch_size, adjusted, type(suite).__module__)
     lm = load_candidate(record, adjusted, batch_size, kept, fit=named is None)
     scores, samples = suite.evaluate(lm, suite_name, run.seed)
-    numerics = adjusted.numerics()
+    arithmetic = adjusted.arithmetic()
     setting = Setting(
         suite=suite_name,
         dataset_source=source_of(suite_name),
         batch_size=batch_size,
-        **{key: numerics[key] for key in ("dtype", "device", "threads")},
+        **{key: arithmetic[key] for key in ("dtype", "device", "threads")},
     )
     with writing(RESULTS / name) as folder:
         write_tables(

@@ -11,7 +11,7 @@ def report(scope: Scope) -> None:
     results = collect.collect(scope.evaluations, scope.candidates, scope.suites)
     compared = comparison.compare_candidates(results, scope.report)
     agreements = agreement.agreement(results, scope.report.reference)
-    judged = verdicts.judge_studies(results, scope.studies)
+    judged = verdicts.judge_studies(results, scope.studies, scope.report.noise)
     drawn = {"quality": figures.draw_quality(compared), "difficulty": figures.draw_difficulty(compared)}
     with writing(REPORT) as folder:
         export.write_data(folder, results, compared, agreements, judged)

@@ -47,9 +47,9 @@ def hypothesis(**settings: Any) -> Tested:
     return tested
 
 
-def judged(results: Results, **settings: Any) -> Evidence:
-    """Judge a hypothesis given as settings."""
-    return hypothesis(**settings).judge(Cells(results))
+def judged(results: Results, noise: Mapping[str, tuple[str, ...]] | None = None, **settings: Any) -> Evidence:
+    """Judge a hypothesis given as settings; `noise` names repeats as in `report.noise`."""
+    return hypothesis(**settings).judge(Cells(results, noise))
 
 
 def study(**hypotheses: dict[str, Any]) -> Study:

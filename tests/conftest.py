@@ -80,7 +80,7 @@ def pytest_runtest_call() -> Generator[None, None, None]:
 
 
 def _run() -> Run:
-    return Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0)
+    return Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0, numerics="fast")
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def params(folder: Path) -> dict[str, Any]:
         }  # fmt: skip
 
     return {
-        "run": {"device": families.DEVICE, "dtype": "bfloat16", "threads": 1, "seed": 0},
+        "run": {"device": families.DEVICE, "dtype": "bfloat16", "threads": 1, "seed": 0, "numerics": "fast"},
         "models": {
             "tiny": {
                 "source": f"path:{folder / 'tiny'}", "format": "safetensors",

@@ -1,9 +1,9 @@
 """Candidates that are not compressed models: a model computed differently, and responders without knowledge.
 
-A `noise` candidate is its source, evaluated at another batch size or in another dtype. What differs is
-numerical noise, and no smaller difference between two models means anything. A `floor` candidate is one
-responder without knowledge (see `stages.controls.responders`); a task's floor is the best score of all
-of them.
+A `noise` candidate is its source, evaluated at another batch size, in another dtype, or with rounding noise
+after every block (`stages.controls.injected`). What differs is numerical noise, and no smaller difference
+between two models means anything. A `floor` candidate is one responder without knowledge (see
+`stages.controls.responders`); a task's floor is the best score of all of them.
 """
 
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 
 from stages.controls.responders import RESPONDERS
 from stages.core.run import Dtype
-from stages.core.schema import Base, Source, Strict
+from stages.core.schema import Base, Seed, Source, Strict
 
 
 def _known(responder: str) -> str:
@@ -21,12 +21,21 @@ def _known(responder: str) -> str:
     return responder
 
 
+class Injected(Strict):
+    """Noise on the output of every block, in proportion to each value."""
+
+    size: Annotated[float, Field(gt=0, lt=1)]
+    """Its standard deviation as a share of the value: 2^-9 (0.001953125) is about what bf16 rounds away."""
+    seed: Seed
+
+
 class Noise(Strict):
-    """Section `noise`: a model evaluated at another batch size or in another dtype."""
+    """Section `noise`: a model evaluated at another batch size, in another dtype, or with rounding noise."""
 
     source: Source
     batch_size: Annotated[int, Field(ge=1)] | None = None
     dtype: Dtype | None = None
+    rounding: Injected | None = None
 
     def reads(self) -> dict[str, Any]:
         """Return no data set: only the source is read."""

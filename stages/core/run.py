@@ -12,10 +12,11 @@ import re
 import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
+from stages.core import portable
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed, Strict
@@ -45,6 +46,18 @@ class Run(Strict):
     """CPU threads of each stage."""
     seed: Seed
     """Seeds every random draw that a recipe does not seed itself."""
+    numerics: Literal["fast", "portable"]
+    """`portable`: fp32 and fixed kernels on the CPU, so that bytes agree between processors
+    (`stages.core.portable`)."""
+
+    @model_validator(mode="after")
+    def _portable(self) -> Self:
+        if self.numerics == "portable" and (self.dtype != "float32" or self.device not in ("auto", "cpu")):
+            raise ValueError(
+                f"numerics portable needs dtype float32 and device cpu or auto, not {self.dtype} "
+                f"and {self.device}"
+            )
+        return self
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,6 +70,8 @@ class Run(Strict):
         Raises:
             Refusal: this machine has no such device.
         """
+        if self.numerics == "portable":
+            return torch.device("cpu")
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         device = torch.device(self.device)
@@ -68,9 +83,18 @@ class Run(Strict):
         return device
 
     def start(self) -> torch.device:
-        """Fix threads, seeds and every switch that changes results; return the device."""
+        """Fix threads, seeds and every switch that changes results; return the device.
+
+        Raises:
+            Refusal: this machine lacks the device, or ignores the switches of `numerics: portable`.
+        """
         from stages.core.memory import keep_freed
 
+        if self.numerics == "portable" and (ignored := portable.ignored_switch()):
+            raise Refusal(
+                f"run.numerics is portable, but here a switch does not work: {ignored}; use numerics: fast, "
+                "or a processor of Intel with AVX2."
+            )
         keep_freed()
         # cuBLAS reads this when it starts: without it deterministic algorithms are refused on CUDA.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -90,15 +114,22 @@ class Run(Strict):
             _choose_attention()
         return device
 
-    def numerics(self) -> dict[str, Any]:
-        """Return what the bytes of an artifact depend on beside its inputs; constant on one machine."""
+    def arithmetic(self) -> dict[str, Any]:
+        """Return what the bytes of an artifact depend on beside its inputs.
+
+        It is constant on one machine; with `numerics: portable`, on all that honour its switches.
+        """
         device = self.resolved_device()
+        fixed = self.numerics == "portable"
         card = {"kernels": _kernels()} if device.type == "cuda" else {}
         return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             **card,
+            **({"numerics": self.numerics} if fixed else {}),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "cpu_matrix_units": [flag for flag in MATRIX_UNITS if torch.cpu.get_capabilities().get(flag)],
+            "cpu_matrix_units": [
+                flag for flag in MATRIX_UNITS if torch.cpu.get_capabilities().get(flag) and not fixed
+            ],
             "threads": self.threads,
             "dtype": self.dtype,
             "torch": str(torch.__version__),

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from stages.controls.candidates import Injected
+from stages.controls.injected import inject
 from stages.model import artifact
 
 if TYPE_CHECKING:
@@ -33,9 +35,12 @@ def load_candidate(
     from stages.evaluation.shared import SharedPrefixLM
 
     logging.getLogger("lm_eval.models.huggingface").addFilter(_is_news)
+    model = artifact.load_model(candidate, run, dequantize=False)
+    if rounding := record.get("rounding"):
+        inject(model, Injected(**rounding))
     return SharedPrefixLM(
         kept_answers=kept,
-        pretrained=artifact.load_model(candidate, run, dequantize=False),
+        pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
         memory=memory_of(run.resolved_device()) if fit else None,

@@ -38,7 +38,7 @@ class KeptAnswers:
     def __init__(self, candidate: str, suite: str, batch_size: int, run: Run, module: str) -> None:
         self._device = run.resolved_device()
         code = [identity.digest("evaluate", module), identity.versions()]
-        key = json.dumps([batch_size, run.seed, run.numerics(), _files(MODELS / candidate), code])
+        key = json.dumps([batch_size, run.seed, run.arithmetic(), _files(MODELS / candidate), code])
         folder = ANSWERS / f"{candidate}/{suite}".replace("/", "__")
         self._folder = folder / text_sha256(key)[:16]
         for other in folder.glob("*"):

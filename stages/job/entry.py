@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.core import disk, identity
+from stages.core import disk, identity, portable
 from stages.core.errors import Refusal
 from stages.core.files import CODE, DATASETS, MODELS, RESULTS, checking
 from stages.job import lineage, provenance
@@ -48,6 +48,8 @@ def entry(work: Callable[..., None]) -> None:
         params = checked_params(raw, device=False)  # a stage that computes asks for it itself
         name = _recipe_of(stage, params, name)
         _check_name(pieces, params, name)
+        if params.run.numerics == "portable" and "run.numerics" in pieces.keys(params, name):
+            portable.hold_kernels()
         sound = True
         planned = provenance.inputs(stage, name, raw, params, whole_params)
         _check_inputs(planned, params)

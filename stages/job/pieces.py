@@ -17,7 +17,7 @@ from stages.reporting.scope import Scope
 from stages.sources.mix import Mix
 from stages.sources.text import Text
 
-RUN = ("run.dtype", "run.seed", "run.threads")
+RUN = ("run.dtype", "run.numerics", "run.seed", "run.threads")
 """The settings of the run that change results."""
 
 
@@ -115,7 +115,7 @@ STAGES: dict[str, Pieces] = {
         models=lambda params, name: [name],
         keys=lambda params, name: [
             "profile.batch_sizes", "profile.new_tokens", "profile.prompt_tokens", "profile.repeats",
-            "profile.threads", "profile.warmup", "run.dtype", "run.seed",
+            "profile.threads", "profile.warmup", "run.dtype", "run.numerics", "run.seed",
         ],
         computes=True,
     ),

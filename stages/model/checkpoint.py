@@ -102,7 +102,7 @@ def lineage(artifact: str, recipe: Recipe, run: Run, notes: Mapping[str, Any] | 
         "base": source["base"],
         "texts": {**source.get("texts", {}), **_texts(recipe)},
         "notes": {**source.get("notes", {}), **({artifact: dict(notes)} if notes else {})},
-        "numerics": run.numerics(),
+        "numerics": run.arithmetic(),
     }
 
 

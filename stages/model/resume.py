@@ -44,6 +44,6 @@ def _fingerprint(stage: str, recipe: Recipe, inputs: list[Path], run: Run) -> st
             files += [(str(file), checksum(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
     code = identity.digest(stage, type(recipe).__module__)
     origins = [
-        recipe.model_dump(mode="json"), run.numerics(), run.seed, files, code, identity.versions(),
+        recipe.model_dump(mode="json"), run.arithmetic(), run.seed, files, code, identity.versions(),
     ]  # fmt: skip
     return text_sha256(json.dumps(origins, sort_keys=True))[:16]

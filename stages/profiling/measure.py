@@ -71,7 +71,7 @@ def measure_candidate(settings: Profile, run: Run, name: str) -> None:
             "bytes_ideal": record["bytes_ideal"],
             "num_parameters": record["num_parameters"],
             **settings.model_dump(mode="json", exclude={"candidates", "batch_sizes"}),
-            **run.numerics(),
+            **run.arithmetic(),
             "processor": processor(),
             "cores": psutil.cpu_count(),
             "batches": batches,

@@ -101,7 +101,7 @@ def by_measure(rows: pd.DataFrame) -> dict[Measure, pd.DataFrame]:
 
 
 def is_noise(rows: pd.DataFrame) -> "pd.Series[bool]":
-    """Mark rows of noise candidates: the weights of another candidate at another batch size or dtype."""
+    """Mark rows of noise candidates: the weights of another candidate, computed differently."""
     return rows["candidate"].str.startswith("noise/")
 
 
@@ -111,7 +111,7 @@ def competes(rows: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def noise_by_measure(*tables: pd.DataFrame) -> pd.DataFrame:
-    """Measure how far each score of a base moves when only batch size or dtype changes.
+    """Measure how far each score of a base moves when only its arithmetic changes.
 
     Args:
         tables: score rows, of one revision each.

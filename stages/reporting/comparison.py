@@ -2,12 +2,14 @@
 
 The reference is the dense base of each candidate, or the one candidate that params.yaml names. A difference
 is judged item by item (see `stages.reporting.statistics.paired`), beside the noise: how far the score of the
-same weights moves when only batch size or dtype changes (the `noise` candidates). The words are those of
-`stages.reporting.margins`. Beside single scores, all right or wrong answers of the headline metrics are
-pooled over suites into one decision a candidate: is this model worse (2602.10144)?
+same weights moves when only their arithmetic changes (the `noise` candidates), and that of the same recipe
+on other draws of its text (`report.noise`). The words are those of `stages.reporting.margins`. Beside single
+scores, all right or wrong answers of the headline metrics are pooled over suites into one decision a
+candidate: is this model worse (2602.10144)?
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +28,10 @@ from stages.reporting.collect import (
     noise_by_measure,
     records,
 )
-from stages.reporting.judging import Report
+from stages.reporting.judging import Report, repeats_of
 from stages.reporting.margins import margin_of, with_verdicts
 from stages.reporting.statistics import paired
+from stages.reporting.statistics.luck import Luck, luck_of
 from stages.reporting.statistics.retention import Retention, retention
 
 HEADLINES = ("perplexity", "acc", "exact_match", "prompt_level_strict_acc", "pass@1")
@@ -102,6 +105,8 @@ def compare_candidates(results: Results, report: Report) -> Comparison:
     - `change`: the mean difference an item; `low`, `high`: its 95 % interval; `p`; `p_same`: that of a
       difference as large as the margin, corrected; `smallest`: the smallest change that the items show.
     - `noise`: the largest |delta| of the base's noise candidates on this measure.
+    - `repeated_delta`, `repeated_noise`: the delta over the repeats that `report.noise` names, and the
+      half-width of its 95 % interval (`stages.reporting.statistics.luck`).
     - `p_corrected`: p over the family; `family`: its size, 0 for scores that nobody asks about.
     - `retention`, `retention_low`, `retention_high`: the share kept above the score's floor.
     - `verdict`: see `stages.reporting.margins`.
@@ -112,6 +117,7 @@ def compare_candidates(results: Results, report: Report) -> Comparison:
     references = "base/" + scores["base"] if report.reference is None else report.reference
     of = pd.Series(references, index=scores.index)
     rows = _with_noise(_against(scores, of, items, report.margin), scores)
+    rows = _with_repeats(rows, report.noise, items.value)
     kept = [_kept(row, items) for row in records(rows)]
     for column, end in (("retention", "value"), ("retention_low", "low"), ("retention_high", "high")):
         rows[column] = [getattr(share, end, math.nan) for share in kept]
@@ -119,17 +125,20 @@ def compare_candidates(results: Results, report: Report) -> Comparison:
     return Comparison(
         with_verdicts(rows, headline & competes(rows), report.margin),
         _against(noisy, noisy["source"], items, report.margin),
-        compare_pooled(rows[headline], items, report.margin),
+        compare_pooled(rows[headline], items, report.margin, report.noise),
     )
 
 
-def compare_pooled(rows: pd.DataFrame, items: "_Items", margin: float) -> pd.DataFrame:
+def compare_pooled(
+    rows: pd.DataFrame, items: "_Items", margin: float, groups: Mapping[str, tuple[str, ...]]
+) -> pd.DataFrame:
     """Pool the answers of every candidate over suites and compare them with its reference's, by item.
 
     An item counts once: the change of an item asked in both readouts is the mean of both.
 
     Args:
         rows: headline scores, with their references.
+        groups: which candidates repeat each other.
 
     Returns:
         A row a competing candidate: `candidate`, `reference`, `suites` and the columns of a comparison.
@@ -172,6 +181,12 @@ def compare_pooled(rows: pd.DataFrame, items: "_Items", margin: float) -> pd.Dat
     pooled = pooled[competes(pooled)].reset_index(drop=True)
     pooled["noise"] = pooled["base"].map(noise).astype("float64")
     pooled["delta"] = pooled["change"]
+    changes_of = dict(zip(pooled["candidate"], pooled["change"], strict=True))
+
+    def change_of(candidate: str, row: dict[str, Any]) -> float | None:
+        return 0.0 if candidate == row["reference"] else changes_of.get(candidate)
+
+    pooled = _with_repeats(pooled, groups, change_of)
     return with_verdicts(pooled, pd.Series(True, index=pooled.index), margin)
 
 
@@ -222,6 +237,44 @@ class _Items:
 
 def _with_noise(rows: pd.DataFrame, *tables: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(noise_by_measure(*tables), on=["base", *KEY], how="left")
+
+
+def _with_repeats(
+    rows: pd.DataFrame,
+    groups: Mapping[str, tuple[str, ...]],
+    value: Callable[[str, dict[str, Any]], float | None],
+) -> pd.DataFrame:
+    """Add `repeated_delta` and `repeated_noise`, missing where neither candidate nor reference has repeats.
+
+    Args:
+        groups: which candidates repeat each other.
+        value: the score of a candidate on the measure of a row.
+    """
+    lucks = [_luck(row, groups, value) if row["delta"] is not None else None for row in records(rows)]
+    return rows.assign(
+        repeated_delta=[luck.value if luck else math.nan for luck in lucks],
+        repeated_noise=[luck.noise if luck else math.nan for luck in lucks],
+    )
+
+
+def _luck(
+    row: dict[str, Any],
+    groups: Mapping[str, tuple[str, ...]],
+    value: Callable[[str, dict[str, Any]], float | None],
+) -> Luck | None:
+    ours, theirs = (repeats_of(row[side], groups) for side in ("candidate", "reference"))
+    if not ours and not theirs:
+        return None
+    sides = [
+        [value(name, row) for name in group or (row[side],)]
+        for group, side in ((ours, "candidate"), (theirs, "reference"))
+    ]
+    known = [[score for score in scores if score is not None] for scores in sides]
+    if list(map(len, known)) != list(map(len, sides)):
+        return None
+    means = [math.fsum(scores) / len(scores) for scores in known]
+    repeated = [scores for scores, group in zip(known, (ours, theirs), strict=True) if group]
+    return luck_of(means[0] - means[1], repeated)
 
 
 def _kept(row: dict[str, Any], items: _Items) -> Retention | None:

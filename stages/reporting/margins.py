@@ -2,7 +2,8 @@
 
 - `same within the margin`: the difference is surely smaller than the margin (two one-sided tests).
 - `slightly worse`, `worse`: surely a loss; by no more than the margin, or by more. Likewise `better`.
-- `below noise`: no larger than what another batch size or dtype changes, and not shown to be the same.
+- `below noise`: no larger than what other arithmetic changes (the `noise` candidates), or, over the repeats
+  that `report.noise` names, than their spread; and not shown to be the same.
 - `not settled`: anything else. Beside it stands the smallest loss that these items show in four of five
   evaluations, so that a large difference of few items is not read as none.
 
@@ -41,6 +42,8 @@ def _verdict(row: dict[str, Any], margin: float) -> str:
     if row["delta"] is None:
         return ""
     noisy = row["noise"] is not None and abs(row["delta"]) <= row["noise"]
+    if row.get("repeated_delta") is not None:  # two revisions have no repeats
+        noisy |= abs(row["repeated_delta"]) <= row["repeated_noise"]
     if row["p_corrected"] is None:
         return BELOW_NOISE if noisy else "untested"
     sure = row["p_corrected"] <= LEVEL

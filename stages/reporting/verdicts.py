@@ -15,15 +15,20 @@ from stages.reporting.study import Study
 from stages.reporting.words import p_value
 
 
-def judge_studies(results: Results, studies: Mapping[str, Study]) -> list[Verdict]:
+def judge_studies(
+    results: Results, studies: Mapping[str, Study], noise: Mapping[str, tuple[str, ...]] | None = None
+) -> list[Verdict]:
     """Return a verdict for every hypothesis, in the order of params.yaml; those without data last.
+
+    Args:
+        noise: which candidates repeat each other, as in `report.noise`.
 
     Raises:
         Refusal: a hypothesis names a score that the results lack; a line each, all of them.
     """
     if not studies:
         return []
-    cells = Cells(results)
+    cells = Cells(results, noise)
     mistakes: list[str] = []
     findings: dict[str, dict[str, Evidence]] = {}
     for name, study in studies.items():
@@ -126,6 +131,8 @@ def nested_verdicts(verdicts: list[Verdict]) -> dict[str, Any]:
             "smallest": _number(finding.smallest),
             "floors": finding.floors,
             "noise": _number(finding.noise),
+            "over_repeats": _number(finding.repeats.value if finding.repeats else None),
+            "noise_of_repeats": _number(finding.repeats.noise if finding.repeats else None),
             "control": verdict.control,
             "why": verdict.why,
         }

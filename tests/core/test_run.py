@@ -10,7 +10,8 @@ from stages.core.run import MATRIX_UNITS, Run
 
 
 def settings(**changed) -> Run:
-    return Run(**({"device": "cpu", "dtype": "bfloat16", "threads": 1, "seed": 0} | changed))
+    sound = {"device": "cpu", "dtype": "bfloat16", "threads": 1, "seed": 0, "numerics": "fast"}
+    return Run(**(sound | changed))
 
 
 def on_cards(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +87,20 @@ def test_on_cuda_attention_is_deterministic_and_sums_are_fp32(monkeypatch):
             setattr(matmul, name, allowed)
 
 
+def test_portable_numerics_name_nothing_that_differs_between_processors(monkeypatch):
+    fixed = settings(numerics="portable", dtype="float32", device="auto")
+    on_cards(1, monkeypatch)
+    assert fixed.resolved_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(MATRIX_UNITS, True))
+    assert fixed.arithmetic() == {
+        "device": "cpu", "numerics": "portable", "cpu_capability": "AVX2", "cpu_matrix_units": [],
+        "threads": 1, "dtype": "float32", "torch": torch.__version__,
+    }  # fmt: skip
+
+
 def test_numerics_name_what_bytes_depend_on(monkeypatch):
-    assert settings().numerics() == {
+    assert settings().arithmetic() == {
         "device": "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_matrix_units": [unit for unit in MATRIX_UNITS if torch.cpu.get_capabilities()[unit]],
@@ -97,4 +110,4 @@ def test_numerics_name_what_bytes_depend_on(monkeypatch):
     }
     on_cards(2, monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU at {device}")
-    assert settings(device="cuda:1").numerics()["device"] == "GPU at cuda:1"
+    assert settings(device="cuda:1").arithmetic()["device"] == "GPU at cuda:1"

@@ -39,3 +39,18 @@ def test_noise_in_another_dtype_is_computed_in_it(workspace):
     in_float32 = changed(chosen, run=chosen.run.model_dump(mode="json") | {"dtype": "float32"}, noise={})
     scores, _ = scored(in_float32, "base/tiny", "news")
     assert scores["value"].iloc[0] == values["float32"] != values["bfloat16"]
+
+
+def test_noise_after_every_block_is_noise_of_its_source(workspace):
+    again = {"source": "base/tiny", "rounding": {"size": 0.1, "seed": 0}}
+    chosen = params("llama", {"noise/again": again, "noise/same": again, "noise/other": again})
+    other = {"noise": chosen.model_dump(mode="json")["noise"]}
+    other["noise"]["other"]["rounding"]["seed"] = 1
+    chosen = changed(chosen, **other)
+    do(chosen)
+    values = {
+        name: scored(chosen, name, "news")[0]["value"].iloc[0]
+        for name in ("base/tiny", "noise/again", "noise/same", "noise/other")
+    }
+    assert values["noise/again"] == values["noise/same"]
+    assert len(set(values.values())) == 3

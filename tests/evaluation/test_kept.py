@@ -12,7 +12,7 @@ from stages.evaluation.kept import ANSWERS, KeptAnswers
 from tests import families
 from tests.pipeline import do, download, evaluate, params
 
-RUN = Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0)
+RUN = Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0, numerics="fast")
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(workspace, monkeypatch):

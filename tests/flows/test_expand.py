@@ -30,7 +30,7 @@ STUDY = f"""
 claim: Fewer bits, fewer answers.
 source: arXiv:0000.00000
 shared:
-  run: {{device: cpu, dtype: bfloat16, threads: 1, seed: 0}}
+  run: {{device: cpu, dtype: bfloat16, threads: 1, seed: 0, numerics: fast}}
   models:
     tiny: {MODEL}
   datasets:
@@ -376,3 +376,30 @@ def test_calibrated_recipes_have_noise_of_their_own(monkeypatch):
                 for recipe in family
             }
             assert len(plain) == 1, key
+
+
+def test_repeats_are_written_out_and_those_of_two_studies_go_together(folder):
+    draws = (
+        "prune:\n    NAME-{d}: {each: {d: [1, 2, 3]}, source: base/tiny, method: random, sparsity: SHARE, "
+    )
+    repeated = STUDY
+    for old, new in (
+        ("reference: null}\n", "reference: null, noise: {of-NAME: [prune/NAME-*]}}\n"),
+        ("prune:\n", draws + 'seed: "{d}", calibration: {dataset: none}}\n'),
+        ('"quantize/*"]', '"quantize/*", "prune/NAME-*"]'),
+    ):
+        assert repeated.count(old) == 1
+        repeated = repeated.replace(old, new)
+    for name, share in (("first", "0.5"), ("second", "0.6")):
+        save(name, repeated.replace("NAME", name).replace("SHARE", share))
+        run(name, "--profile", "laptop")
+    assert "    of-first: [prune/first-1, prune/first-2, prune/first-3]\n" in Path("params.yaml").read_text()
+    assert load().report.noise == {
+        f"of-{name}": tuple(f"prune/{name}-{draw}" for draw in (1, 2, 3)) for name in ("first", "second")
+    }
+    save(
+        "third", repeated.replace("NAME", "third").replace("SHARE", "0.5").replace("third-*]}", "thirty-*]}")
+    )
+    assert "report.noise.of-third: 'prune/thirty-*' matches nothing" in run(
+        "third", "--profile", "laptop", "--into", "other.yaml", code=2
+    )

@@ -20,7 +20,7 @@ from stages.core.run import Run
 from stages.job.pieces import STAGES
 from tests import toy
 
-RUN = Run(device="auto", dtype="float32", threads=2, seed=0)
+RUN = Run(device="auto", dtype="float32", threads=2, seed=0, numerics="fast")
 
 needs = st.builds(
     Need, threads=st.integers(1, 6), gib=st.floats(0, 10), card=st.booleans(), alone=st.booleans()

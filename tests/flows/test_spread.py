@@ -97,7 +97,7 @@ def workers(tmp_path, monkeypatch):
     toy.make(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dvc.lock").write_text(joined({"a": entry("a")}))
-    run = Run(device="cpu", dtype="float32", threads=1, seed=0)
+    run = Run(device="cpu", dtype="float32", threads=1, seed=0, numerics="fast")
     monkeypatch.setattr(spread, "_POLL", 0.01)
     monkeypatch.setattr(spread.graph, "read_graph", lambda: toy.GRAPH)
     monkeypatch.setattr(spread.commits, "dvc", lambda *arguments, ok=True, stopped=None: None)

@@ -30,6 +30,71 @@ def test_a_noise_candidate_must_differ_in_its_batch_size(raw):
     assert "noise.tiny-batch-3.batch_size: 2 is already the batch size of suite(s) news" in refusal(raw)
 
 
+def test_rounding_alone_makes_a_noise_candidate(raw):
+    raw["noise"]["tiny-batch-3"] = {"source": "base/tiny", "rounding": {"size": 2.0**-9, "seed": 0}}
+    assert checked_params(raw).noise["tiny-batch-3"].rounding.size == 2.0**-9
+    raw["noise"]["tiny-batch-3"] = {"source": "base/tiny"}
+    assert "nothing differs from its source; give it a batch_size, a dtype or rounding" in refusal(raw)
+
+
+def repeats_of_wanda(raw) -> list[str]:
+    """Add two draws of wanda-50 and name all three as repeats."""
+    names = ["prune/wanda-50"]
+    for draw in (1, 2):
+        recipe = raw["prune"]["wanda-50"]
+        name = f"wanda-50-draw-{draw}"
+        raw["prune"][name] = {**recipe, "calibration": {**recipe["calibration"], "seed": draw}}
+        names.append(f"prune/{name}")
+    raw["evaluate"]["candidates"] += names[1:]
+    raw["report"]["noise"] = {"wanda": names}
+    return names
+
+
+def test_repeats_are_recipes_that_differ_in_seeds_alone(raw):
+    names = repeats_of_wanda(raw)
+    assert checked_params(raw).report.noise["wanda"] == tuple(names)
+    raw["quantize"] |= {
+        f"g-{draw}": {
+            **raw["quantize"]["wanda-50-gptq-w4g32"], "source": name,
+            "calibration": raw["prune"][name.removeprefix("prune/")]["calibration"],
+        }
+        for draw, name in enumerate(names)
+    }  # fmt: skip
+    chained = [f"quantize/g-{draw}" for draw in range(3)]
+    raw["evaluate"]["candidates"] += chained
+    raw["report"]["noise"]["gptq"] = chained
+    assert checked_params(raw).report.noise["gptq"] == tuple(chained)
+    raw["prune"]["wanda-50-draw-2"]["sparsity"] = 0.6
+    found = refusal(raw)
+    assert "report.noise.wanda: prune/wanda-50-draw-2 and prune/wanda-50 differ in more than seeds" in found
+    assert "report.noise.gptq: quantize/g-2 and quantize/g-0 differ in more than seeds" in found
+
+
+def test_repeats_are_evaluated_distinct_and_named_once(raw):
+    names = repeats_of_wanda(raw)
+    raw["prune"]["wanda-50-draw-2"] = raw["prune"]["wanda-50-draw-1"]
+    raw["report"]["noise"]["again"] = [*names[:2], "prune/wanda-90"]
+    found = refusal(raw)
+    assert "report.noise.wanda: some of these are equal in every setting; give each another seed" in found
+    assert "report.noise.again: prune/wanda-50 is in wanda already; list each candidate once" in found
+    assert "report.noise.again: 'prune/wanda-90' is not among evaluate.candidates" in found
+    raw["report"]["noise"] = {"wanda": names[:2]}
+    assert "report.noise.wanda: a list given; allowed: three candidates or more" in refusal(raw)
+
+
+def test_portable_numerics_are_fp32_on_the_cpu(raw):
+    raw["run"] |= {"numerics": "portable", "device": "cpu"}
+    assert "numerics portable needs dtype float32 and device cpu or auto, not bfloat16 and cpu" in refusal(
+        raw
+    )
+    raw["run"]["dtype"] = "float32"
+    assert checked_params(raw).run.numerics == "portable"
+    raw["noise"]["tiny-half"] = {"source": "base/tiny", "dtype": "bfloat16"}
+    assert "noise.tiny-half.dtype: bfloat16 given; numerics portable is fp32" in refusal(raw)
+    raw["run"]["device"] = "cuda"
+    assert "not float32 and cuda" in refusal(raw)
+
+
 def test_a_suite_must_not_score_the_file_that_recipes_learn_from(raw):
     raw["datasets"]["all-news"] = {**raw["datasets"]["news"], "calibration": 0.0}
     raw["suites"]["perplexity"]["all-news"] = raw["suites"]["perplexity"]["news"]
@@ -182,7 +247,10 @@ def test_a_name_given_twice_is_refused(raw, tmp_path):
 @pytest.mark.parametrize(
     ("variant", "sentence"),
     [
-        ({}, "noise.tiny-batch-3: nothing differs from its source; give it a batch_size or a dtype"),
+        (
+            {},
+            "noise.tiny-batch-3: nothing differs from its source; give it a batch_size, a dtype or rounding",
+        ),
         ({"dtype": "bfloat16"}, "noise.tiny-batch-3.dtype: bfloat16 is already run.dtype"),
         ({"dtype": "float32"}, None),
         ({"dtype": "float32", "batch_size": 2}, None),

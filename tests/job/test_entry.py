@@ -110,6 +110,31 @@ def test_a_refusal_and_an_interruption_follow_the_names_of_stage_and_recipe(work
         assert capsys.readouterr().err.splitlines()[-1] == f"validate all: {words}"
 
 
+def test_a_portable_stage_holds_its_kernels_before_it_looks_at_its_inputs(workspace, monkeypatch, capsys):
+    def hold() -> None:
+        raise Refusal("kernels are held.")
+
+    def prune() -> None:
+        raise AssertionError
+
+    def noise() -> None:
+        raise AssertionError
+
+    values = project.params(Path("inputs"))
+    values["run"] |= {"device": "cpu", "dtype": "float32", "numerics": "portable"}
+    project.write(workspace, values)
+    monkeypatch.setattr(command.portable, "hold_kernels", hold)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    for work, recipe, words in (
+        (prune, "wanda-50", "kernels are held."),
+        (noise, "tiny-batch-3", "nothing was run"),
+    ):
+        monkeypatch.setattr(sys, "argv", [work.__name__, recipe])
+        with pytest.raises(SystemExit, match="2"):
+            command.entry(work)
+        assert words in capsys.readouterr().err
+
+
 def test_validate_marks_good_params_and_refuses_bad_ones(workspace):
     raw = project.params(Path("inputs"))
     project.write(workspace, raw)

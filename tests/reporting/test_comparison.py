@@ -53,6 +53,37 @@ def test_noise_is_the_distance_of_noise_candidates_from_their_source():
     assert comparison.noise["reference"].tolist() == ["base/m", "base/m"]
 
 
+def test_repeats_of_a_recipe_bend_the_words_of_the_table():
+    def right(count: int) -> list[float]:
+        return [1.0] * count + [0.0] * (100 - count)
+
+    items = {"base/m": right(80)} | {
+        f"prune/{name}": right(count) for name, count in (("w", 70), ("w-1", 79), ("w-2", 84), ("far", 30))
+    }
+    table = of_items(items)
+    assert by_candidate(compared(table)).loc["prune/w", "verdict"] == "worse"
+    comparison = compared(table, noise={"wanda": ("prune/w", "prune/w-1", "prune/w-2")})
+    rows = by_candidate(comparison)
+    assert rows.loc["prune/w", "verdict"] == "below noise"
+    assert rows.loc["prune/w", ["repeated_delta", "repeated_noise"]].tolist() == pytest.approx(
+        [-0.0233, 2.484 * 0.0709], abs=1e-3
+    )
+    assert rows.loc[["prune/far", "base/m"], "repeated_delta"].isna().all()
+    assert rows.loc["prune/far", "verdict"] == "worse"
+    pooled = comparison.pooled.set_index("candidate")
+    assert pooled.loc["prune/w", "verdict"] == "below noise" and pooled.loc["prune/far", "verdict"] == "worse"
+    assert pooled.loc["prune/w", "repeated_delta"] == pytest.approx(-0.0233, abs=1e-3)
+
+
+def test_repeats_of_the_reference_count_too():
+    counts = {"base/m": 90, "prune/a": 60, "quantize/g": 80, "quantize/g-1": 60, "quantize/g-2": 70}
+    table = of_items({name: [1.0] * n + [0.0] * (100 - n) for name, n in counts.items()})
+    groups = {"gptq": ("quantize/g", "quantize/g-1", "quantize/g-2")}
+    row = by_candidate(compared(table, reference="quantize/g", noise=groups)).loc["prune/a"]
+    assert (row["delta"], row["repeated_delta"]) == (pytest.approx(-0.2), pytest.approx(-0.1))
+    assert (row["repeated_noise"], row["verdict"]) == (pytest.approx(0.2484, abs=1e-3), "below noise")
+
+
 def test_a_difference_within_the_noise_is_noise_however_sure():
     base = [2.0, 2.1, 2.2, 2.3]
     surely = [x + 0.01 for x in base]

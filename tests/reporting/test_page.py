@@ -130,6 +130,7 @@ def test_two_runs_give_the_same_bytes(whole, tmp_path, monkeypatch):
 
 
 SUITES = yaml.safe_load((results.ROOT / "params.yaml").read_text())["suites"]
+PROFILE = yaml.safe_load((results.ROOT / "params.yaml").read_text())["profile"] | {"candidates": []}
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,32 @@ def test_a_benchmark_alone_is_enough(tmp_path, monkeypatch):
         "candidate", "suite", "family", "megabytes", "perplexity",
     ]  # fmt: skip
     assert "arc-easy.acc" in pd.read_csv(tmp_path / "data/report/summary.csv")
+
+
+def test_the_mean_of_repeats_stands_beside_the_noise(tmp_path, monkeypatch):
+    wanda = yaml.safe_load((results.ROOT / "params.yaml").read_text())["prune"]["wanda-50"]
+    drawn = {
+        f"wanda-50-draw-{d}": wanda | {"calibration": wanda["calibration"] | {"seed": d}} for d in (1, 2)
+    }
+    for name, harm in zip(drawn, (0.3, 0.4), strict=True):
+        monkeypatch.setitem(results.HARM, name, (harm, *results.HARM["wanda-50"][1:]))
+    repeats = [f"prune/{name}" for name in ("wanda-50", *drawn)]
+    wanted = results.params(
+        prune={"wanda-50": wanda} | drawn, quantize={}, finetune={},
+        evaluate={"candidates": ["base/smollm2", *repeats]}, profile=PROFILE,
+        suites=results.without(SUITES, "graded"),
+        report={"margin": 0.02, "reference": None, "noise": {"wanda-50": repeats}},
+    )  # fmt: skip
+    results.write(tmp_path / "data/results", wanted)
+    monkeypatch.chdir(tmp_path)
+    report(wanted, "all")
+    rows = pd.read_parquet(tmp_path / "data/report/results.parquet").set_index(["candidate", "suite"])
+    means = rows.loc[[(name, "news") for name in repeats], "delta"]
+    row = rows.loc[("prune/wanda-50", "news")]
+    assert row["repeated_delta"] == pytest.approx(means.mean())
+    assert row["repeated_noise"] == pytest.approx(means.std() * 2.484, rel=1e-3)
+    shown = f"repeats: +{row['repeated_delta']:.2f} ± {row['repeated_noise']:.2f}"
+    assert shown in (tmp_path / "data/report/index.html").read_text()
 
 
 def test_measures_of_one_metric_are_shown_apart():

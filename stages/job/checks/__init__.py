@@ -56,14 +56,16 @@ def between(params: Params, broken: set[str], device: bool) -> Iterator[str]:
 def _of_noise(params: Params) -> Iterator[str]:
     """Yield noise candidates that do not differ from their source, for every suite or for some."""
     for name, variant in params.noise.items():
+        if params.run.numerics == "portable" and variant.dtype not in (None, "float32"):
+            yield f"noise.{name}.dtype: {variant.dtype} given; numerics portable is fp32; leave dtype out."
         if variant.dtype == params.run.dtype:
             omit = ", or leave dtype out" if variant.batch_size else ""
             yield f"noise.{name}.dtype: {variant.dtype} is already run.dtype; choose another dtype{omit}."
-        elif variant.dtype is None and variant.batch_size is None:
-            yield f"noise.{name}: nothing differs from its source; give it a batch_size or a dtype."
+        elif variant.dtype is None and variant.batch_size is None and variant.rounding is None:
+            yield f"noise.{name}: nothing differs from its source; give it a batch_size, a dtype or rounding."
         suites = params.suites.by_name().items()
         same = [suite for suite, settings in suites if settings.batch_size == variant.batch_size]
-        if same and variant.dtype is None:
+        if same and variant.dtype is None and variant.rounding is None:
             yield (
                 f"noise.{name}.batch_size: {variant.batch_size} is already the batch size of suite(s) "
                 f"{', '.join(same)}, so nothing would differ; choose another."

@@ -8,7 +8,7 @@ from stages.job.params import SUITES
 from stages.job.sentences import allowed
 
 PLACEHOLDERS: dict[str, dict[str, Any]] = {
-    "run": {"device": "auto", "dtype": "float32", "threads": 1, "seed": 0},
+    "run": {"device": "auto", "dtype": "float32", "threads": 1, "seed": 0, "numerics": "fast"},
     "evaluate": {"candidates": ("base/none",)},
     "profile": {
         "candidates": (), "batch_sizes": (1,), "prompt_tokens": 1, "new_tokens": 2, "warmup": 1, "repeats": 3,

@@ -1,6 +1,7 @@
 """Names in studies: candidates, suites, levels, budgets, metrics and controls must exist."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from stages.evaluation.graded import GradedSuite
 from stages.evaluation.perplexity import PerplexitySuite
@@ -16,7 +17,7 @@ ENTROPY = "entropy"
 
 
 def of_studies(params: Params, broken: set[str]) -> Iterator[str]:
-    """Yield the mistakes of every study, and of the report's reference.
+    """Yield the mistakes of every study, and of the report's reference and noise.
 
     Args:
         broken: data sets with mistakes of their own, whose levels are not known.
@@ -24,6 +25,7 @@ def of_studies(params: Params, broken: set[str]) -> Iterator[str]:
     known = list(params.evaluate.candidates)
     if params.report.reference not in (None, *known):
         yield f"report.reference: {_unknown(params.report.reference, known)}"
+    yield from _of_repeats(params)
     for name, study in params.studies.items():
         at = f"studies.{name}.hypotheses"
         yield from _of_controls(at, study)
@@ -37,6 +39,47 @@ def of_studies(params: Params, broken: set[str]) -> Iterator[str]:
 
 def _unknown(name: str | None, known: Sequence[str]) -> str:
     return f"{name!r} is not among evaluate.candidates; {allowed(known, name)}."
+
+
+def _of_repeats(params: Params) -> Iterator[str]:
+    """Yield repeats that are not evaluated, are listed twice, or differ in more than seeds."""
+    known = list(params.evaluate.candidates)
+    first: dict[str, str] = {}
+    for group, names in params.report.noise.items():
+        at = f"report.noise.{group}"
+        for name in names:
+            if name not in known:
+                yield f"{at}: {_unknown(name, known)}"
+            if name in first:
+                yield f"{at}: {name} is in {first[name]} already; list each candidate once."
+            first.setdefault(name, group)
+        others = [name for name in names if _seedless(name, params) != _seedless(names[0], params)]
+        if others:
+            yield (
+                f"{at}: {', '.join(others)} and {names[0]} differ in more than seeds; list recipes that are "
+                "equal but for the seeds of their calibration or training, and of their sources'."
+            )
+        elif len({repr(_lineage(name, params)) for name in names}) < len(set(names)):
+            yield f"{at}: some of these are equal in every setting; give each another seed."
+
+
+def _lineage(artifact: str, params: Params) -> list[Any]:
+    """Return the base of an artifact and the settings of every recipe on the way, sources left out."""
+    recipes = params.recipes()
+    chain = params.lineage(artifact)
+    steps = [recipes[name].model_dump(mode="json", exclude={"source"}) for name in chain if name in recipes]
+    return [chain[-1], *steps]
+
+
+def _seedless(artifact: str, params: Params) -> Any:
+    """Return `_lineage` without seeds."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(inner) for key, inner in value.items() if key != "seed"}
+        return list(map(without, value)) if isinstance(value, list) else value
+
+    return without(_lineage(artifact, params))
 
 
 def _of_controls(at: str, study: Study) -> Iterator[str]:

@@ -5,7 +5,7 @@ candidates, both readouts or several budgets answer it. An item drawn several ti
 mean of its draws. Perplexity is read in nats a token, a window an item.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from stages.reporting.agreement import choice_entropy
 from stages.reporting.collect import Results, is_noise, records
 from stages.reporting.comparison import PER_ITEM
 from stages.reporting.hypotheses.readout import Axis, Readout
+from stages.reporting.judging import repeats_of
 from stages.reporting.statistics.paired import LEVEL
 from stages.reporting.words import SHARES
 
@@ -50,16 +51,29 @@ class ItemGrid:
     strata: NDArray[np.int64]
     """`[items]`: items of the same terms share a number, from 0 on."""
 
+    def means(self) -> Floats:
+        """Return the mean of each term over its items, `[terms]`."""
+        return np.asarray(np.nanmean(self.values, axis=0))
+
 
 class Cells:
-    """The tables of a report, indexed for hypotheses."""
+    """The tables of a report, indexed for hypotheses.
 
-    def __init__(self, results: Results) -> None:
+    Args:
+        noise: which candidates repeat each other, as in `report.noise`.
+    """
+
+    def __init__(self, results: Results, noise: Mapping[str, tuple[str, ...]] | None = None) -> None:
+        self._repeats = noise or {}
         self._scores = dict(iter(results.scores.groupby("candidate", sort=False)))
         items = results.samples[results.samples["draw"].isna()]
         self._samples = dict(iter(items.groupby("candidate", sort=False)))
         noisy = results.scores[is_noise(results.scores)].drop_duplicates("candidate")
         self._noise = list(zip(noisy["candidate"], noisy["base"], noisy["source"], strict=True))
+
+    def repeats(self, candidate: str) -> tuple[str, ...]:
+        """Return the repeats of a candidate, itself included; empty if none are known."""
+        return repeats_of(candidate, self._repeats)
 
     def grid(self, terms: Sequence[Term]) -> ItemGrid:
         """Return the items that all candidates of a readout answered, by term.

@@ -141,38 +141,50 @@ class ContrastTest(Tested):
     def judge(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import unit_of
         from stages.reporting.hypotheses.effect import drawn, evidence_of, weighted_sum
+        from stages.reporting.hypotheses.repeats import over_repeats
 
         names = [name for side in self.sides for name in side.names()]
-        factors = [readout.weight for readout in self.readouts]
+        between = [readout.weight for readout in self.readouts]
         guard = cells.guard(
             self.reference,
             names,
             self._guarded(),
-            interaction=self.measure == "difference" and min(factors) < 0 < max(factors),
+            interaction=self.measure == "difference" and min(between) < 0 < max(between),
         )
         pairs = [(side, readout) for side in self.sides for readout in self.readouts]
         weights = [side.weight * readout.weight for side, readout in pairs]
         if self.measure == "difference" and self.at is None:
-            grid = cells.grid([_points(side, readout)[0] for side, readout in pairs])
+            terms = [_points(side, readout)[0] for side, readout in pairs]
+            grid = cells.grid(terms)
+            factors = np.array(weights)
             return evidence_of(
-                weighted_sum(grid, np.array(weights)),
+                weighted_sum(grid, factors),
                 self.expect,
                 self.bound,
                 unit=unit_of(self.readouts[0]),
                 n=len(grid.values),
                 guard=guard,
                 noise=self._noise(cells, names[0]),
+                repeats=over_repeats(cells, terms, grid.means(), lambda means: np.asarray(means @ factors)),
             )
         sheet = _Sheet(cells, self.at)
         reads = [self._read(sheet, side, readout, guard.reference) for side, readout in pairs]
         grid = cells.grid(sheet.terms)
-        effect = drawn(
-            grid,
-            lambda means: np.asarray(sum(w * read(means) for w, read in zip(weights, reads, strict=True))),
-        )
+
+        def total(means: Floats) -> Floats:
+            return np.asarray(sum(w * read(means) for w, read in zip(weights, reads, strict=True)))
+
         unit = "share of the reference" if self.measure == "retention" else unit_of(self.readouts[0])
-        finding = evidence_of(effect, self.expect, self.bound, unit=unit, n=len(grid.values), guard=guard)
-        return replace(finding, blocked=finding.blocked or sheet.outside(np.nanmean(grid.values, axis=0)))
+        finding = evidence_of(
+            drawn(grid, total),
+            self.expect,
+            self.bound,
+            unit=unit,
+            n=len(grid.values),
+            guard=guard,
+            repeats=over_repeats(cells, sheet.terms, grid.means(), total),
+        )
+        return replace(finding, blocked=finding.blocked or sheet.outside(grid.means()))
 
     def _guarded(self) -> list[Readout]:
         """Return the readouts, at the largest budget that is read."""

@@ -25,6 +25,7 @@ from stages.core.errors import Refusal
 from stages.reporting.hypotheses.cells import Floats, Guard, ItemGrid
 from stages.reporting.hypotheses.evidence import Evidence, Side
 from stages.reporting.statistics.bootstrap import bootstrap
+from stages.reporting.statistics.luck import Luck
 from stages.reporting.statistics.paired import LEVEL, POWER, discordant, mcnemar
 
 Expect = Literal["above", "below", "within"]
@@ -43,7 +44,7 @@ class Effect:
     p: Callable[[float], float]
 
 
-def decide(effect: Effect, expect: Expect, bound: float) -> tuple[float, Side]:
+def decide(effect: Effect | Luck, expect: Expect, bound: float) -> tuple[float, Side]:
     """Return the p-value of the side of the claim that the effect lies on, and that side.
 
     `within` is two one-sided tests (Schuirmann 1987); beyond the bound it is the test against the nearer end.
@@ -220,14 +221,27 @@ def evidence_of(
     n: int,
     guard: Guard,
     noise: float | None = None,
+    repeats: Luck | None = None,
 ) -> Evidence:
-    """Return the finding of an effect against a bound; an effect within the noise of its bound is blocked."""
+    """Return the finding of an effect against a bound.
+
+    It is blocked if the effect is within numerical noise of its bound, or over repeats not surely on its side
+    of it.
+    """
     p, side = decide(effect, expect, bound)
     blocked = guard.blocked
     distance = abs(effect.value - bound)
     if not blocked and expect != "within" and noise is not None and distance <= noise:
         blocked = f"the effect is {distance:.3g} from its bound, within numerical noise ({noise:.3g})"
+    if not blocked and repeats is not None:
+        luck, turned = decide(repeats, expect, bound)
+        if luck > LEVEL or turned != side:
+            blocked = (
+                f"over the repeats of its recipes the effect is {repeats.value:.3g} \N{PLUS-MINUS SIGN} "
+                f"{repeats.noise:.3g}, so other draws may turn it"
+            )
     return Evidence(
         effect=effect.value, low=effect.low, high=effect.high, unit=unit, p=p, side=side, n=n,
-        smallest=effect.smallest, floors=guard.floors, noise=noise, blocked=blocked,
+        smallest=effect.smallest, floors=guard.floors, noise=noise, repeats=repeats,
+        blocked=blocked,
     )  # fmt: skip

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from stages.reporting.statistics.luck import Luck
+
 Side: TypeAlias = Literal["supported", "contradicted"]
 
 
@@ -28,6 +30,8 @@ class Evidence:
     """The floor of each readout that has one."""
     noise: float | None = None
     """How far the effect moves by numerical noise alone; None if unknown."""
+    repeats: Luck | None = None
+    """The effect over the repeats of its recipes; None if `report.noise` names none of its candidates."""
     blocked: str = ""
     """Why nothing may be concluded, whatever p is; empty if nothing stands against it."""
 

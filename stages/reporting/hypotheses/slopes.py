@@ -88,29 +88,34 @@ class SlopeTest(Tested):
     def judge(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import Term, unit_of
         from stages.reporting.hypotheses.effect import evidence_of, weighted_sum
+        from stages.reporting.hypotheses.repeats import over_repeats
 
         weights: dict[Term, float] = {}
         for sign, line in zip((1.0, -1.0), self.lines, strict=False):
             terms = [Term(candidate, readout) for candidate, readout in self._points(line)]
             x = cells.x(line.x, line.candidates)
-            factors = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-            for term, factor in zip(terms, factors, strict=True):
-                weights[term] = weights.get(term, 0.0) + sign * float(factor)
+            steps = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+            for term, step in zip(terms, steps, strict=True):
+                weights[term] = weights.get(term, 0.0) + sign * float(step)
         grid = cells.grid(list(weights))
+        factors = np.array(list(weights.values()))
         names = self.candidates_read()
         axis = self.lines[0].x
-        step = f"{'doubling' if axis.log2 else '1'} of {axis.column or 'x'}"
+        per = f"{'doubling' if axis.log2 else '1'} of {axis.column or 'x'}"
         return evidence_of(
-            weighted_sum(grid, np.array(list(weights.values()))),
+            weighted_sum(grid, factors),
             self.expect,
             self.bound,
-            unit=f"{unit_of(self.readout)} per {step}",
+            unit=f"{unit_of(self.readout)} per {per}",
             n=len(grid.values),
             guard=cells.guard(
                 self.reference,
                 names,
                 self.readouts_read(),
                 interaction=any(line.levels for line in self.lines),
+            ),
+            repeats=over_repeats(
+                cells, list(weights), grid.means(), lambda means: np.asarray(means @ factors)
             ),
         )
 

@@ -41,7 +41,7 @@ def graded(source: Callable[[nn.Module], nn.Module]) -> nn.Module:
 @pytest.fixture
 def prune() -> Callable[..., dict[str, Any]]:
     """Run a recipe, on base/deep unless it says otherwise, as prune/made, and return its record."""
-    run = Run(device=families.DEVICE, dtype="float32", threads=1, seed=0)
+    run = Run(device=families.DEVICE, dtype="float32", threads=1, seed=0, numerics="fast")
 
     def execute(artifact: str = "prune/made", **settings: Any) -> dict[str, Any]:
         recipe = {
