@@ -212,10 +212,11 @@ class WeightMethod(Compression):
         sample = drift.sample_windows(self.calibration, source.tokenizer, embedding_rows(source.model))
         if sample is None:
             return {}
-        if not self.statistic:
+        outputs = []
+        for dense in (True, False):
             source.bring_rest()
-        before = drift.block_outputs(source.model, sample, source, dense=True)
-        return drift.error_note(before, drift.block_outputs(source.model, sample, source))
+            outputs.append(drift.block_outputs(source.model, sample, source, dense=dense))
+        return drift.error_note(*outputs)
 
     def _replace_all(self, source: Streamed, plan: Any, windows: Tensor | None) -> None:
         """Walk over the blocks of `source` and replace the weight of every linear."""

@@ -188,15 +188,29 @@ class Empty:
         return load_source(self.name, self._run)
 
     def bring_rest(self) -> None:
-        """Load what text passes through outside the blocks: embeddings, norms."""
+        """Load what text passes through outside the blocks: embeddings, norms; never the output head.
+
+        The first block drops the embeddings, a large part of a small model and gigabytes of a card. So call
+        this before each pass of text.
+        """
+        for name, module in self._outside():
+            self._fill(name, module, self._request(name, module, self._source.read, recurse=False))
+        self.model.tie_weights()
+
+    def _outside(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules outside the blocks that text passes through, by full name."""
         body: Any = self.model.base_model
         inside = {id(module) for _, block in self._blocks for module in block.modules()}
         names = {id(module): name for name, module in self.model.named_modules()}
-        for module in body.modules():
-            if id(module) not in inside:
-                name = names[id(module)]
-                self._fill(name, module, self._request(name, module, self._source.read, recurse=False))
-        self.model.tie_weights()
+        return ((names[id(module)], module) for module in body.modules() if id(module) not in inside)
+
+    def _drop_embeddings(self) -> None:
+        """Free the embeddings, which no model reads once text has reached its first block."""
+        embeddings = [module for _, module in self._outside() if isinstance(module, torch.nn.Embedding)]
+        if any(not parameter.is_meta for module in embeddings for parameter in module.parameters()):
+            for module in embeddings:
+                self._drop(module)
+            self.model.tie_weights()  # or a tied head would keep its weight
 
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
@@ -213,6 +227,8 @@ class Empty:
         Args:
             dense: see `_reader`.
         """
+        if name == self._blocks[0][0]:
+            self._drop_embeddings()
         if self._ahead is None or self._ahead[0] != (name, dense):
             self._ahead = (name, dense), self._request(name, block, self._reader(name, dense))
         tensors = self._ahead[1]
