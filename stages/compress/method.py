@@ -17,8 +17,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stages.compress import drift
+from stages.compress.home import InMemory
 from stages.compress.statistics import DeadInputs, Statistic
-from stages.compress.walk import InMemory, walk
+from stages.compress.walk import walk
 from stages.core.schema import NoData, Recipe
 from stages.corpus.bos import bos_tokens
 from stages.corpus.generation import model_windows
@@ -166,7 +167,7 @@ class WeightMethod(Compression):
         """Change a block before any of its weights is replaced; called if `prepares` is set.
 
         Args:
-            block: see `stages.compress.walk.Prepare`.
+            block: see `stages.compress.block_steps.Prepare`.
 
         Returns:
             Notes on this block; the artifact's record joins the lists of all blocks.
