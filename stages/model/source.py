@@ -119,7 +119,7 @@ class Files:
 
 
 class Loaded:
-    """The parameters of a model whose files store them differently; it is loaded whole at the first read."""
+    """The parameters of a model whose files store them differently; `load` gives all at the first read."""
 
     def __init__(self, names: Iterable[str], load: Callable[[], PreTrainedModel]) -> None:
         self._names, self._load, self._lock = set(names), load, Lock()
@@ -168,7 +168,8 @@ class Empty:
                 "%s: its files store %d parameters (%s) differently from the model, so it is loaded whole",
                 artifact, len(others), ", ".join(others[:3]),
             )  # fmt: skip
-            self._source = Loaded(self.model.state_dict(), self.whole)
+            in_cpu = run.model_copy(update={"device": "cpu"})  # a card holds one block of it, as of any other
+            self._source = Loaded(self.model.state_dict(), lambda: load_source(artifact, in_cpu))
         self._device, self._dtype = run.resolved_device(), run.torch_dtype
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -214,7 +215,7 @@ class Empty:
 
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
-        """Hold the source's weights of the block; see `stages.compress.walk.Home`."""
+        """Hold the source's weights of the block; see `stages.compress.home.Home`."""
         self._bring(name, block, dense=True)
         try:
             yield False

@@ -19,7 +19,7 @@ from stages.core.errors import Refusal
 from stages.core.files import MODELS, checksum
 from stages.core.run import Run
 from stages.corpus.windows import calibration_windows
-from stages.model import checkpoint, stream
+from stages.model import checkpoint, source, stream
 from stages.model.artifact import load_model, load_tokenizer
 from stages.model.blocks import blocks, linears
 from stages.model.source import Empty, Files
@@ -387,7 +387,10 @@ def test_the_experts_of_a_mixture_are_kept(tmp_path, monkeypatch):
         method="magnitude", source="base/tiny", sparsity=0.5, scope="matrix", ignore=families.EXPERTS,
         calibration={"dataset": "none"},
     )  # fmt: skip
-    recipe.execute("prune/made", Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0))
+    loaded, load = [], source.load_source
+    monkeypatch.setattr(source, "load_source", lambda name, run: loaded.append(run.device) or load(name, run))
+    recipe.execute("prune/made", Run(device="auto", dtype="bfloat16", threads=1, seed=0))
+    assert loaded == ["cpu"], "a card holds a block at a time"
     pruned = AutoModelForCausalLM.from_pretrained(MODELS / "prune/made")
     for name, parameter in model.named_parameters():
         if name.endswith(families.EXPERTS):
