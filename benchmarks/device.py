@@ -127,11 +127,11 @@ ON_SMOLLM2: dict[str, Bound] = {
 
 No device is at fault where they differ, so the bounds rest on what two kinds of kernel of one CPU differ by
 on the same calibration: those with AVX-512 and bf16 products, and those that these variables choose:
-ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2. Their shares and perplexities differ by
+ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2. Shares and perplexities differ by
 0.0043 and 0.0067 (wanda), 0.072 and 0.0053 (sparsegpt), 0.28 and 0.065 (gptq); on wanda bf16 and fp32 differ
-by 0.0050 and 0.011. Bounds are about twice that, and twice wanda's larger perplexity at least. The share grows
-from block to block (wanda: 0.0005 in the second, 0.008 in the last), in fp32 too, from the first near-tie that
-is decided otherwise.
+by 0.0050 and 0.011. Bounds are about twice that, and twice wanda's larger perplexity at least. A share grows
+from block to block (wanda: 0.0005 in the second, 0.008 in the last), in fp32 too, from the first near-tie
+that is decided otherwise.
 """
 ENGLISH: Settings = {
     "dataset": "english", "tokens": "text", "seed": None, "num_samples": 8, "sequence_length": 128,
