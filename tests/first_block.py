@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.compress.walk import input_groups
+from stages.compress.capture import input_groups
 from stages.model.blocks import blocks, linears
 from stages.quantization.feeds import find_feeds
 from tests import families

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from stages.compress.home import InMemory
 from stages.compress.statistics import ColumnNorm, Hessian
-from stages.compress.walk import InMemory
 from stages.pruning.magnitude import Magnitude
 from stages.pruning.pruner import Pruner
 from stages.pruning.random import Random

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.compress.walk import Home
+    from stages.compress.home import Home
 
 MOST_TOKENS = 512
 """Tokens compared at most: their outputs of all blocks are in the CPU's memory together."""

@@ -17,8 +17,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stages.compress import drift
+from stages.compress.home import InMemory
 from stages.compress.statistics import DeadInputs, Statistic
-from stages.compress.walk import InMemory, walk
+from stages.compress.walk import walk
 from stages.core.schema import NoData, Recipe
 from stages.corpus.bos import bos_tokens
 from stages.corpus.generation import model_windows
@@ -166,7 +167,7 @@ class WeightMethod(Compression):
         """Change a block before any of its weights is replaced; called if `prepares` is set.
 
         Args:
-            block: see `stages.compress.walk.Prepare`.
+            block: see `stages.compress.block_steps.Prepare`.
 
         Returns:
             Notes on this block; the artifact's record joins the lists of all blocks.
@@ -212,10 +213,11 @@ class WeightMethod(Compression):
         sample = drift.sample_windows(self.calibration, source.tokenizer, embedding_rows(source.model))
         if sample is None:
             return {}
-        if not self.statistic:
+        outputs = []
+        for dense in (True, False):
             source.bring_rest()
-        before = drift.block_outputs(source.model, sample, source, dense=True)
-        return drift.error_note(before, drift.block_outputs(source.model, sample, source))
+            outputs.append(drift.block_outputs(source.model, sample, source, dense=dense))
+        return drift.error_note(*outputs)
 
     def _replace_all(self, source: Streamed, plan: Any, windows: Tensor | None) -> None:
         """Walk over the blocks of `source` and replace the weight of every linear."""

@@ -119,7 +119,7 @@ class Files:
 
 
 class Loaded:
-    """The parameters of a model whose files store them differently; it is loaded whole at the first read."""
+    """The parameters of a model whose files store them differently; `load` gives all at the first read."""
 
     def __init__(self, names: Iterable[str], load: Callable[[], PreTrainedModel]) -> None:
         self._names, self._load, self._lock = set(names), load, Lock()
@@ -168,7 +168,8 @@ class Empty:
                 "%s: its files store %d parameters (%s) differently from the model, so it is loaded whole",
                 artifact, len(others), ", ".join(others[:3]),
             )  # fmt: skip
-            self._source = Loaded(self.model.state_dict(), self.whole)
+            in_cpu = run.model_copy(update={"device": "cpu"})  # a card holds one block of it, as of any other
+            self._source = Loaded(self.model.state_dict(), lambda: load_source(artifact, in_cpu))
         self._device, self._dtype = run.resolved_device(), run.torch_dtype
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -188,19 +189,33 @@ class Empty:
         return load_source(self.name, self._run)
 
     def bring_rest(self) -> None:
-        """Load what text passes through outside the blocks: embeddings, norms."""
+        """Load what text passes through outside the blocks: embeddings, norms; never the output head.
+
+        The first block drops the embeddings, a large part of a small model and gigabytes of a card. So call
+        this before each pass of text.
+        """
+        for name, module in self._outside():
+            self._fill(name, module, self._request(name, module, self._source.read, recurse=False))
+        self.model.tie_weights()
+
+    def _outside(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules outside the blocks that text passes through, by full name."""
         body: Any = self.model.base_model
         inside = {id(module) for _, block in self._blocks for module in block.modules()}
         names = {id(module): name for name, module in self.model.named_modules()}
-        for module in body.modules():
-            if id(module) not in inside:
-                name = names[id(module)]
-                self._fill(name, module, self._request(name, module, self._source.read, recurse=False))
-        self.model.tie_weights()
+        return ((names[id(module)], module) for module in body.modules() if id(module) not in inside)
+
+    def _drop_embeddings(self) -> None:
+        """Free the embeddings, which no model reads once text has reached its first block."""
+        embeddings = [module for _, module in self._outside() if isinstance(module, torch.nn.Embedding)]
+        if any(not parameter.is_meta for module in embeddings for parameter in module.parameters()):
+            for module in embeddings:
+                self._drop(module)
+            self.model.tie_weights()  # or a tied head would keep its weight
 
     @contextmanager
     def block(self, name: str, block: nn.Module, *, dense: bool = False) -> Iterator[bool]:
-        """Hold the source's weights of the block; see `stages.compress.walk.Home`."""
+        """Hold the source's weights of the block; see `stages.compress.home.Home`."""
         self._bring(name, block, dense=True)
         try:
             yield False
@@ -213,6 +228,8 @@ class Empty:
         Args:
             dense: see `_reader`.
         """
+        if name == self._blocks[0][0]:
+            self._drop_embeddings()
         if self._ahead is None or self._ahead[0] != (name, dense):
             self._ahead = (name, dense), self._request(name, block, self._reader(name, dense))
         tensors = self._ahead[1]

@@ -6,8 +6,9 @@ block, the embeddings where text passes through, and the calibration's activatio
 
 Reading and writing go on beside the arithmetic. Threads read the next block while this one is compressed.
 The finished one is copied off the device; a thread writes it, checks the file, and only then marks the block
-as finished. So the CPU's memory holds at most one block ahead and one behind, and the current block if the
-device is the CPU.
+as finished. Next to a card two threads do so, since a block of a fast method takes less time to compress than
+to write and check. So the CPU's memory holds three blocks at most: one ahead, the current one and one behind,
+or one ahead and two behind if the current one is on a card.
 
 A killed run leaves its finished shards in a folder named after everything they were computed from, and the
 next run starts from them. A refused run deletes them, unless files could not be read. Once all blocks are
@@ -18,6 +19,7 @@ block.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
 
 RESUME = SCRATCH / "resume"
 
+WRITERS = {"cpu": 1, "cuda": 2}
+"""Blocks that are written at a time, by the type of device. On a CPU they share its cores and memory."""
+
 log = logging.getLogger(__name__)
 
 
@@ -70,9 +75,10 @@ class Streamed(Empty):
         self._linears = linears(self.model, recipe.ignore)
         self._prunable = {f"{linear.name}.weight" for linear in linears(self.model, partial=True)}
         self._loads_packed = loads_packed(self.model, [linear.name for linear in self._linears])
-        self._writer = ThreadPoolExecutor(1, "writer")
-        self._behind: Future[None] | None = None
-        """The write of the block before."""
+        self._most_behind = WRITERS.get(self._device.type, 1)
+        self._writers = ThreadPoolExecutor(self._most_behind, "writer")
+        self._behind: deque[Future[None]] = deque()
+        """The writes of the blocks before, the oldest first."""
         self._check_rest()
         _ = self.tokenizer  # refused now rather than at the end
         stage = artifact.split("/")[0]
@@ -93,8 +99,7 @@ class Streamed(Empty):
             with self._weights(name, block, dense) as done:
                 yield done
         except BaseException as error:
-            if self._behind is not None:
-                wait([self._behind])
+            wait(self._behind)
             if isinstance(error, Refusal) and not isinstance(error, Unreadable):
                 self._shards.delete()
             raise
@@ -144,9 +149,9 @@ class Streamed(Empty):
             if local in dict(block.named_buffers())
         }  # fmt: skip
         facts = BlockFacts(sizes.counts, scheme, bool(codes) and not packed, sorted(codes), noted)
-        self._settle()
+        self._settle(self._most_behind - 1)
         dense, codes = off_device(dense, codes if packed else {})
-        self._behind = self._writer.submit(self._save, name, dense, codes, facts)
+        self._behind.append(self._writers.submit(self._save, name, dense, codes, facts))
 
     def _computed(self, linear: str, codes: Mapping[str, Quantized]) -> Tensor:
         """Return the weight of a linear, by its full name, that is written as codes or as it is."""
@@ -174,11 +179,10 @@ class Streamed(Empty):
             written = check_written(partial, stored)
         self._shards.finish(name, facts, written)
 
-    def _settle(self) -> None:
-        """Wait until the block before is written; raise what went wrong there."""
-        behind, self._behind = self._behind, None
-        if behind is not None:
-            behind.result()
+    def _settle(self, most: int = 0) -> None:
+        """Wait until at most so many blocks are being written; raise what went wrong with the others."""
+        while len(self._behind) > most:
+            self._behind.popleft().result()
 
     def finish(self, notes: Mapping[str, Any]) -> dict[str, Any]:
         """Put the shards together into the artifact and return its record."""

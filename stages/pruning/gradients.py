@@ -115,7 +115,7 @@ def sketches(model: PreTrainedModel, windows: Tensor, names: Collection[str]) ->
 def _add(sketch: Tensor, values: Tensor, seed: int) -> None:
     """Add the values, with random signs, to random buckets of the sketch in place."""
     draw = torch.Generator().manual_seed(seed)
-    buckets = torch.randint(2 * WIDTH, values.shape, generator=draw).to(values.device)
+    buckets = torch.randint(2 * WIDTH, values.shape, generator=draw, dtype=torch.int32).to(values.device)
     signed = torch.where(buckets < WIDTH, values.float(), -values.float())
     # A sum by one-hot products would be larger than the gradient; index_add sums in order on a CPU.
     sketch.index_add_(0, buckets % WIDTH, signed)

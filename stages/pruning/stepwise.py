@@ -189,8 +189,8 @@ class Work:
         for linear in self._linears:
             scores = wanda_scores(linear.weight, self._norms[linear.name])(slice(None))
             moved = linear.weight.float() * gradients.pop(linear.name)
-            wanda[linear.block] += float(scores.sum(dtype=torch.float64))
-            slope[linear.block] += float(moved.abs().sum(dtype=torch.float64))
+            wanda[linear.block] += wide_sum(scores)
+            slope[linear.block] += wide_sum(moved.abs())
         wanda_z, slope_z = (
             zscores([sums[name] / max(left[name], 1) for name in sizes]) for sums in (wanda, slope)
         )
@@ -240,6 +240,11 @@ class Work:
             sizes[linear.block] += linear.weight.numel()
             left[linear.block] += linear.weight.numel() - self._zeros[linear.name]
         return sizes, left
+
+
+def wide_sum(values: Tensor) -> float:
+    """Sum in fp64; on the CPU if the device has no fp64, as Apple's."""
+    return float((values.cpu() if values.device.type == "mps" else values).sum(dtype=torch.float64))
 
 
 def zscores(values: list[float]) -> list[float]:

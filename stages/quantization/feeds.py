@@ -104,7 +104,7 @@ def find_feeds(groups: list[Group], block: Callable[[], list[Tensor]]) -> list[F
 
     Args:
         groups: the groups of one block, in the order in which they compute.
-        block: see `stages.compress.walk.Prepare`.
+        block: see `stages.compress.block_steps.Prepare`.
     """
     expected = block()
     feeds: list[Feed | None] = []

@@ -14,6 +14,7 @@ from benchmarks.device import METHODS, Report, block_times, compared, llama
 from benchmarks.limits import BlockWork, Limits
 from stages.compress.method import WeightMethod
 from stages.job.params import methods
+from stages.sources.text import split_calibration
 from tests import families, project
 
 ROOT = project.ROOT
@@ -98,8 +99,8 @@ def test_a_broken_bound_is_not_sound(capsys):
 def test_parity_counts_the_entries_and_codes_that_differ(name, workspace, monkeypatch):
     """The device is the CPU, with one weight in ten moved on its way."""
     device.write_random(Path("data/models/base/small"), llama(64, 2, 256), families.tokenizer())
-    windows = {"num_samples": 4, "sequence_length": 32}
-    same = compared("cpu", "base/small", name, windows)
+    rest = {"num_samples": 4, "sequence_length": 32}, families.windows(2, 32), METHODS[name].bound
+    same = compared("cpu", "base/small", name, *rest)
     assert same["share"] == 0 and same["perplexity"] == 0 and same["ok"]
 
     plain, calls = device.choices, []
@@ -114,8 +115,16 @@ def test_parity_counts_the_entries_and_codes_that_differ(name, workspace, monkey
         return chosen
 
     monkeypatch.setattr(device, "choices", moved)
-    other = compared("cpu", "base/small", name, windows)
+    other = compared("cpu", "base/small", name, *rest)
     assert other["share"] == pytest.approx(0.1, abs=0.01) and not other["ok"]
+
+
+def test_the_text_for_smollm2_has_enough_english_in_both_parts():
+    calibration, evaluation, dropped = split_calibration(device.english().split("\n\n"), 0.5)
+    calibrated = device.ENGLISH["num_samples"] * device.ENGLISH["sequence_length"]
+    for documents, tokens in ((calibration, calibrated), (evaluation, 16 * 128)):
+        assert len(" ".join(documents).split()) > tokens  # a word is a token or more
+    assert dropped < 10 and " the " in evaluation[0]
 
 
 def test_blocks_are_timed_in_the_stages_own_walk(workspace):

@@ -54,23 +54,47 @@ def test_the_loop_takes_its_place_where_it_cannot_be_compiled(error, device, fus
         surgeon.compiles(device)
 
 
-@pytest.mark.parametrize("grid", [None, Integers(4, 8), Integers(3, None), Integers(8, 8, symmetric=False)])
+GRIDS = [None, Integers(4, 8), Integers(3, None), Integers(2, 8), Integers(8, 8, symmetric=False)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_it_settles_as_the_loop_does(dtype, grid, device, fused):
-    """On numbers whose sums and products are exact, so that their order is free."""
+    weight, (work, errors, *codes) = settled(grid, dtype, device, 40, 11, slice(9, 33))
+    assert errors.any() and errors.isfinite().all()
+    assert torch.equal(work[:9], weight[:9]) and torch.equal(work[33:], weight[33:])
+    assert not codes or (codes[0][9:33].any() and not codes[0][:9].any() and not codes[0][33:].any())
+
+
+@pytest.mark.parametrize("grid", [None, Integers(2, None), Integers(4, None, symmetric=False)])
+@pytest.mark.parametrize(("columns", "rows"), [(1, 11), (17, 1), (1, 1)])
+def test_it_settles_a_matrix_of_one_column_or_row(columns, rows, grid, device, fused):
+    _, (work, errors, *_) = settled(grid, torch.bfloat16, device, columns, rows, slice(0, columns))
+    assert work.shape == errors.shape == (columns, rows) and errors.isfinite().all()
+
+
+def settled(
+    grid: Integers | None, dtype: torch.dtype, device: torch.device, columns: int, rows: int, block: slice
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A weight `[columns, rows]`, and what loop and kernel alike make of its `block`.
+
+    Its sums and products are exact, so their order is free.
+    """
     draw = torch.Generator().manual_seed(1)
 
     def whole(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=draw).float().to(device)
 
-    weight, block = whole(-255, 256, 40, 11) / 64, slice(9, 33)
-    gone = whole(0, 4, 40, 11) == 0
-    moves = (whole(-1, 2, 40, 40) * (whole(0, 6, 40, 40) == 0)).triu(1) + torch.eye(40, device=device)
+    weight = whole(-255, 256, columns, rows) / 64
+    gone = whole(0, 4, columns, rows) == 0
+    moves = whole(-1, 2, columns, columns) * (whole(0, 6, columns, columns) == 0)
+    moves = moves.triu(1) + torch.eye(columns, device=device)
     results = []
     for settle in (surgeon._settle, partial(settling.settle, rows=8)):
-        work, errors, rounding = weight.clone(), torch.full((24, 11), torch.nan, device=device), None
+        work, rounding = weight.clone(), None
+        errors = torch.full((block.stop - block.start, rows), torch.nan, device=device)
         if grid:
-            order = torch.randperm(40, generator=torch.Generator().manual_seed(1)).to(device)
+            order = torch.randperm(columns, generator=torch.Generator().manual_seed(1)).to(device)
             rounding = Rounding(grid, work, dtype, order)
             shape = rounding.scale.shape
             few = torch.Generator().manual_seed(2)
@@ -79,14 +103,11 @@ def test_it_settles_as_the_loop_does(dtype, grid, device, fused):
                 rounding.zero.copy_(torch.randint(-9, 9, shape, generator=few))
         settle(work, moves, gone, rounding, errors, block)
         results.append(
-            [work, errors] + ([rounding.codes, rounding.result(slice(0, 11)).codes] if rounding else [])
+            [work, errors] + ([rounding.codes, rounding.result(slice(0, rows)).codes] if rounding else [])
         )
     for mine, loop in zip(*results, strict=True):
         assert torch.equal(mine, loop)
-    work, errors, *codes = results[0]
-    assert errors.any() and errors.isfinite().all()
-    assert torch.equal(work[:9], weight[:9]) and torch.equal(work[33:], weight[33:])
-    assert not codes or (codes[0][9:33].any() and not codes[0][:9].any() and not codes[0][33:].any())
+    return weight, results[0]
 
 
 @pytest.mark.parametrize(

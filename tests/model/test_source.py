@@ -37,6 +37,39 @@ def test_a_block_has_weights_only_while_it_is_held(workspace):
     assert not Path("data/scratch/resume").exists()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gemma4"])  # gpt2 and gemma3 tie their heads
+def test_no_embedding_is_in_memory_once_text_has_reached_the_blocks(family, workspace):
+    chosen = params(family, {})
+    do(chosen)
+    empty, plain, held = Empty("base/tiny", chosen.run), load("base/tiny"), list[set[str]]()
+    names = {id(parameter): name for name, parameter in plain.named_parameters()}
+    wide = {names[id(each.weight)] for each in plain.modules() if isinstance(each, torch.nn.Embedding)}
+
+    def step(name: str, block: torch.nn.Module) -> Any:
+        forward = block.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with empty.block(name, block):
+                held.append({n for n, p in empty.model.named_parameters() if not p.is_meta})
+                return forward(*args, **kwargs)
+
+        return run
+
+    windows = families.windows(2, 24)
+    outputs = []
+    for name, block in blocks(empty.model):
+        block.forward = step(name, block)
+    for _ in range(2):
+        empty.bring_rest()
+        assert wide <= {n for n, p in empty.model.named_parameters() if not p.is_meta}
+        with torch.no_grad():
+            outputs.append(empty.model.base_model(input_ids=windows, use_cache=False).last_hidden_state)
+    assert held and wide and not any(wide & names for names in held)
+    with torch.no_grad():
+        expected = plain.base_model(input_ids=windows, use_cache=False).last_hidden_state
+    assert torch.equal(outputs[0], expected) and torch.equal(outputs[1], expected)
+
+
 def test_a_source_of_another_dtype_is_read_in_the_runs(workspace):
     chosen = params("llama", {"prune/made": {"source": "base/tiny", **WANDA}})
     do(params("llama", {}))

@@ -19,7 +19,7 @@ from stages.core.errors import Refusal
 from stages.core.files import MODELS, checksum
 from stages.core.run import Run
 from stages.corpus.windows import calibration_windows
-from stages.model import checkpoint, stream
+from stages.model import checkpoint, source, stream
 from stages.model.artifact import load_model, load_tokenizer
 from stages.model.blocks import blocks, linears
 from stages.model.source import Empty, Files
@@ -217,8 +217,10 @@ def test_the_last_block_is_finished_before_errors_are_measured(workspace, monkey
     assert len(record("prune/made")["notes"]["prune/made"]["block_errors"]["errors"]) == 1
 
 
-def test_the_next_block_is_read_while_this_one_is_compressed(workspace, monkeypatch):
-    """At most one block is ahead and one behind, so three are in memory."""
+@pytest.mark.parametrize("behind", [1, 2])
+def test_the_next_block_is_read_while_this_one_is_compressed(behind, workspace, monkeypatch):
+    """At most one block is ahead and, on a CPU, one behind, so three are in memory."""
+    monkeypatch.setattr(stream, "WRITERS", dict.fromkeys(stream.WRITERS, behind))
     rebuild(6)
     events, saved, held = [threading.Event() for _ in range(6)], set[int](), list[set[int]]()
     read, save, weights = Files._tensor, stream.Streamed._save, Magnitude.weights
@@ -247,7 +249,35 @@ def test_the_next_block_is_read_while_this_one_is_compressed(workspace, monkeypa
     assert len(held) == 42 and saved == set(range(6))
     for number, blocks_held in enumerate(held):
         block = number // 7
-        assert {block, min(block + 1, 5)} <= blocks_held <= set(range(block - 1, block + 2))
+        assert {block, min(block + 1, 5)} <= blocks_held <= set(range(block - behind, block + 2))
+
+
+def test_a_block_is_written_while_the_one_before_is_checked(workspace, monkeypatch):
+    """Killed then, the run keeps the later block and ends with the same bytes."""
+    monkeypatch.setattr(stream, "WRITERS", dict.fromkeys(stream.WRITERS, 2))
+    rebuild(3)
+    expected = files(execute(WANDA))
+    check, written, checked = stream.check_written, threading.Event(), []
+
+    def first_waits(file: Path, tensors: dict[str, torch.Tensor]) -> str:
+        if "model.layers.0.mlp.up_proj.weight" in tensors:
+            assert written.wait(60), "the next block is written meanwhile"
+            raise Killed
+        result = check(file, tensors)
+        checked.append(file.name)
+        written.set()
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stream, "check_written", first_waits)
+        execute(WANDA)
+    assert {file.name for file in leftovers()} >= {"00001.json", "00001.safetensors"}
+    assert "00000.json" not in {file.name for file in leftovers()}
+
+    compressed = counted(monkeypatch)
+    assert files(execute(WANDA)) == expected
+    assert compressed[:7] == [name for name in compressed if name.startswith("model.layers.0.")]
+    assert not any(name.startswith("model.layers.1.") for name in compressed) and not leftovers()
 
 
 def test_codes_that_change_in_packing_are_detected(workspace, monkeypatch):
@@ -357,9 +387,10 @@ def test_the_experts_of_a_mixture_are_kept(tmp_path, monkeypatch):
         method="magnitude", source="base/tiny", sparsity=0.5, scope="matrix", ignore=families.EXPERTS,
         calibration={"dataset": "none"},
     )  # fmt: skip
-    recipe.execute(
-        "prune/made", Run(device=families.DEVICE, dtype="bfloat16", threads=1, seed=0, numerics="fast")
-    )
+    loaded, load = [], source.load_source
+    monkeypatch.setattr(source, "load_source", lambda name, run: loaded.append(run.device) or load(name, run))
+    recipe.execute("prune/made", Run(device="auto", dtype="bfloat16", threads=1, seed=0, numerics="fast"))
+    assert loaded == ["cpu"], "a card holds a block at a time"
     pruned = AutoModelForCausalLM.from_pretrained(MODELS / "prune/made")
     for name, parameter in model.named_parameters():
         if name.endswith(families.EXPERTS):

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from stages.core.errors import Refusal
 from stages.model.blocks import Linear, linears
 from stages.pruning.policy import Answer, State
-from stages.pruning.stepwise import Stepwise, Work, zscores
+from stages.pruning.stepwise import Stepwise, Work, wide_sum, zscores
 from tests import families
 from tests.pipeline import NONE, TEXT, do, load, params, record
 
@@ -223,6 +224,12 @@ def test_a_broken_source_is_refused():
     linears(model)[0].weight.fill_(torch.nan)
     with pytest.raises(Refusal, match="perplexity is not finite"):
         stepwise().prune(model, windows())
+
+
+def test_a_device_without_fp64_sums_on_the_cpu():
+    values = Mock(sum=Mock(side_effect=TypeError("MPS has no float64")), cpu=lambda: torch.ones(3))
+    values.device.type = "mps"
+    assert wide_sum(values) == 3
 
 
 def test_zscores():

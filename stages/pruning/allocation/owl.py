@@ -72,4 +72,4 @@ class OWL(BlockAllocation):
 def outlier_share(scores: Tensor, multiple: float) -> float:
     """Return the share of `scores` `[n]` above `multiple` times their mean; NaN if the mean is not finite."""
     mean = scores.mean()
-    return float((scores > multiple * mean).double().mean()) if mean.isfinite() else nan
+    return int((scores > multiple * mean).count_nonzero()) / scores.numel() if mean.isfinite() else nan
