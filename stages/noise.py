@@ -1,4 +1,4 @@
-"""Noise: a model as a candidate again, to be evaluated at another batch size or in another dtype.
+"""Noise: a model as a candidate again, to be evaluated at another batch size, in another dtype or engine.
 
 The weights are those of the source, byte for byte; only the arithmetic differs. In bf16 the batch size alone
 changes some answers, and a difference between two models that is no larger than this means nothing.
@@ -20,7 +20,7 @@ def noise(variant: Noise, name: str) -> None:
         record |= {
             "artifact": f"noise/{name}",
             "lineage": [*record["lineage"], f"noise/{name}"],
-            **variant.model_dump(include={"batch_size", "dtype"}, exclude_none=True),
+            **variant.model_dump(include={"batch_size", "dtype", "backend"}, exclude_none=True),
         }
         write_json(folder / RECORD, record)
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from stages.core.backend import MISSING, installed
+from stages.core.errors import Refusal
 from stages.core.schema import Strict
 from stages.corpus.examples import Selection
 from stages.corpus.taught import downloaded
@@ -75,6 +77,8 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
     Args:
         scores: the kind of data set that a suite of this kind scores.
     """
+    if mistake := _of_backend(suite):
+        return mistake
     dataset = params.datasets.get(name)
     if not isinstance(dataset, scores):
         fitting = [key for key, other in params.datasets.items() if isinstance(other, scores)]
@@ -103,3 +107,16 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
         if isinstance(suite, GradedSuite):
             return too_many_shots("", name, suite.shots, dataset) or ""
     return ""
+
+
+def _of_backend(suite: Suite) -> str:
+    """Say why vLLM cannot answer a suite that asks for it, in the form of `_mistake`."""
+    if suite.backend != "vllm":
+        return ""
+    try:
+        reason = suite.refuses_vllm()
+    except Refusal as refusal:  # lm-eval has no such task
+        return f": {refusal}"
+    if reason:
+        return f".backend: vLLM cannot answer this suite: {reason}; leave backend out."
+    return "" if installed() else f".backend: {MISSING}."
