@@ -182,7 +182,10 @@ def test_a_name_given_twice_is_refused(raw, tmp_path):
 @pytest.mark.parametrize(
     ("variant", "sentence"),
     [
-        ({}, "noise.tiny-batch-3: nothing differs from its source; give it a batch_size or a dtype"),
+        (
+            {},
+            "noise.tiny-batch-3: nothing differs from its source; give it a batch_size, a dtype or a backend",
+        ),
         ({"dtype": "bfloat16"}, "noise.tiny-batch-3.dtype: bfloat16 is already run.dtype"),
         ({"dtype": "float32"}, None),
         ({"dtype": "float32", "batch_size": 2}, None),
