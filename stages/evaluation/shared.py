@@ -18,7 +18,7 @@ Sums of floats are taken in another order than lm-eval's; in exact arithmetic no
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 _SHORTEST_PREFIX = 4
 """A common prefix shorter than this is not worth reusing."""
+_ENCODED = 256
+"""Requests whose texts are encoded together; their tokens are kept meanwhile."""
 _BLIND_TO_PADDING = {"attention_mask", "do_sample", "temperature", "top_k", "top_p", "min_p"}
 """Options of `generate` that look at the next token alone; a penalty, for example, counts padding as text."""
 TokenIds = tuple[int, ...]
@@ -109,6 +111,8 @@ class SharedPrefixLM(HFLM):
         if reliable := reliable_length(self.model):
             self._max_length = min(self.max_length, reliable)
         self._begin = bos_tokens(tokenizer, "auto") if closes(tokenizer) else None
+        self._encoded: dict[str, list[int]] = {}
+        self._pending: Iterator[Sequence[Instance]] = iter(())
         self._prefix: TokenIds = ()
         self._prefix_cache: Cache | None = None
         self.kept_answers = kept_answers
@@ -145,12 +149,37 @@ class SharedPrefixLM(HFLM):
         **options: Any,
     ) -> list[int]:
         """Return the tokens of a text, without the end of text that some tokenizers put after each."""
+        if add_special_tokens is None and left_truncate_len is None and not options:
+            if string not in self._encoded and (requests := next(self._pending, None)):
+                self._encoded = self._encode_all(requests)
+            if string in self._encoded:
+                return self._encoded[string]
         if self._begin is None:
             return list(super().tok_encode(string, add_special_tokens, left_truncate_len, **options))
         ids = list(self.tokenizer.encode(string, add_special_tokens=False, **options))
         if add_special_tokens is not False and self.add_bos_token is not False:
             ids = begin(ids, self._begin)
         return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def _encode_all(self, requests: Sequence[Instance]) -> dict[str, list[int]]:
+        """Return the tokens of the texts that lm-eval encodes for these likelihoods, as `tok_encode` does.
+
+        lm-eval encodes the context again for every choice, one text after the other. Here the tokenizer gets
+        each text once and all of them together, to share out to its threads.
+        """
+        pairs = [(context, continuation) for context, continuation in (request.args for request in requests)]
+        texts = dict.fromkeys(text for pair in pairs for text in ("".join(pair), pair[0].rstrip()))
+        start = self.tokenizer.decode(self.prefix_token_id)
+        encoded: dict[str, list[int]] = {}
+        for begun in (False, True):
+            if group := [text for text in texts if text.startswith(start) == begun]:
+                adds = False if begun or self._begin is not None else self.add_bos_token
+                special = {} if adds is None else {"add_special_tokens": adds}
+                rows = self.tokenizer(group, **special).input_ids
+                if self._begin is not None and self.add_bos_token is not False:
+                    rows = [begin(row, self._begin) for row in rows]
+                encoded.update(zip(group, rows, strict=True))
+        return encoded
 
     def tok_batch_encode(
         self,
@@ -171,7 +200,9 @@ class SharedPrefixLM(HFLM):
         """Return each continuation's log-likelihood in nats, and whether greedy decoding gives it."""
 
         def ask() -> list[Any]:
-            return super(SharedPrefixLM, self).loglikelihood(requests, disable_tqdm=disable_tqdm)
+            parts = [requests[at : at + _ENCODED] for at in range(0, len(requests), _ENCODED)]
+            with mock.patch.multiple(self, _pending=iter(parts), _encoded={}):
+                return super(SharedPrefixLM, self).loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         return [(total, greedy) for total, greedy in self._answers("loglikelihood", requests, ask)]
 
