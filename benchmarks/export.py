@@ -74,7 +74,7 @@ def by_llama(file: Path, tokens: int) -> list[Answer]:
 
 def by_transformers(artifact: str, tokens: int) -> list[Answer]:
     """Answer all prompts by transformers, in fp32."""
-    run = Run(device="cpu", dtype="float32", threads=2, seed=0)
+    run = Run(device="cpu", dtype="float32", threads=2, seed=0, numerics="fast")
     run.start()
     model, tokenizer = load_model(artifact, run, dequantize=True), load_tokenizer(artifact)
     answers = []

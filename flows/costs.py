@@ -72,6 +72,8 @@ def trials(params: Params, candidate: str, suite: str, items: int, repeats: int 
     if "responder" in load_record(candidate):
         raise Refusal(f"{candidate} has no model and is as fast at any batch size; name a model.")
     settings = params.suites.by_name()[suite]
+    if settings.backend == "vllm":
+        raise Refusal(f"{suite} is answered by vLLM, which forms batches itself; leave batch_size out there.")
     thinking = getattr(settings, "thinking", None)
     device = params.run.start()
     tokenizer = load_tokenizer(candidate)

@@ -186,7 +186,10 @@ def machine_changes(old: Revision, new: Revision) -> Iterator[str]:
 def run_changes(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     """Return a sentence for each candidate and suite that the sides evaluated under different conditions."""
     sentences: list[str] = []
-    key, columns = ["candidate", "suite"], ["device", "threads", "dtype", "batch_size"]
+    key = ["candidate", "suite"]
+    columns = ["device", "threads", "dtype", "batch_size"]
+    if "backend" in old and "backend" in new:  # older results do not say
+        columns.append("backend")
     sides = [side.drop_duplicates(key)[[*key, *columns]] for side in (old, new)]
     for row in records(sides[0].merge(sides[1], on=key, suffixes=("_old", "_new"))):
         for column in columns:

@@ -1,4 +1,4 @@
-"""Noise: a model as a candidate again, at another batch size, in another dtype or with rounding noise.
+"""Noise: a model as a candidate again, its arithmetic changed by batch size, dtype, engine or rounding noise.
 
 The weights are those of the source, byte for byte; only the arithmetic differs. In bf16 the batch size alone
 changes some answers, and a difference between two models that is no larger than this means nothing.
@@ -20,7 +20,7 @@ def noise(variant: Noise, name: str) -> None:
         record |= {
             "artifact": f"noise/{name}",
             "lineage": [*record["lineage"], f"noise/{name}"],
-            **variant.model_dump(include={"batch_size", "dtype", "rounding"}, exclude_none=True),
+            **variant.model_dump(include={"batch_size", "dtype", "backend", "rounding"}, exclude_none=True),
         }
         write_json(folder / RECORD, record)
 

@@ -19,14 +19,26 @@ hypothesis.settings.register_profile("tests", deadline=None)  # a slow or busy m
 hypothesis.settings.load_profile("tests")
 
 
-LACKING = [name for name in ("prefect", "dvc", "reasoning_gym") if find_spec(name) is None]
-"""Libraries that a machine which only computes may lack; tests that need one are skipped there."""
-collect_ignore = ["flows"] if {"prefect", "dvc"} & {*LACKING} else []
+LACKING = [name for name in ("prefect", "dvc", "reasoning_gym", "flows") if find_spec(name) is None]
+"""Packages that a machine which only computes may lack; tests that need one are skipped there."""
+collect_ignore = (
+    ["flows", "test_deploy.py", "benchmarks/test_drill.py"]
+    if {"prefect", "dvc", "flows"} & {*LACKING}
+    else []
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let tests compute elsewhere than on the CPU."""
     parser.addoption("--device", default=families.DEVICE, help="where the tests compute, such as cuda")
+
+
+def pytest_report_header() -> str | None:
+    """Name what this machine lacks, as the reason why tests are skipped or left out."""
+    if not LACKING:
+        return None
+    left_out = f"; left out: {', '.join(collect_ignore)}" if collect_ignore else ""
+    return f"this machine lacks {', '.join(LACKING)}: tests that need them are skipped{left_out}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextmanager
 def _skipping() -> Iterator[None]:
-    """Skip a test that needs a library of `LACKING`."""
+    """Skip a test that needs a package of `LACKING`."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -67,14 +79,14 @@ def _skipping() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Generator[None, None, None]:
-    """Skip a test whose fixture needs a library that this machine lacks."""
+    """Skip a test whose fixture needs a package that this machine lacks."""
     with _skipping():
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, None, None]:
-    """Skip a test that needs a library that this machine lacks."""
+    """Skip a test that needs a package that this machine lacks."""
     with _skipping():
         return (yield)
 

@@ -51,7 +51,7 @@ def write(root: Path, wanted: Params, *, response: str = "7") -> None:
         for suite in wanted.suites.by_name():
             setting = Setting(
                 suite=suite, dataset_source=getattr(wanted.datasets[suite], "source", "reasoning-gym"),
-                batch_size=5 if candidate.startswith("noise/") else 8,
+                backend="transformers", batch_size=5 if candidate.startswith("noise/") else 8,
                 dtype="bfloat16", device="cpu", threads=1,
             )  # fmt: skip
             answered = _text if suite in wanted.suites.perplexity else _items
@@ -188,8 +188,9 @@ def of_items(items: dict[str, Sequence[float]], **measure: Any) -> Results:
             The items of a perplexity are its windows, in nats a token.
     """
     setting = Setting(
-        suite="s", dataset_source="path:s", batch_size=1, dtype="float32", device="cpu", threads=1
-    )
+        suite="s", dataset_source="path:s", backend="transformers", batch_size=1, dtype="float32",
+        device="cpu", threads=1,
+    )  # fmt: skip
     named = {"task": "t", "readout": "likelihood", "metric": "acc"} | measure
     nats = named["metric"] == "perplexity"
     scores, samples = [], []

@@ -57,6 +57,8 @@ class Setting:
 
     suite: str
     dataset_source: str
+    backend: str | None
+    """`transformers`, or vLLM with its version, which no lock file pins; None for a responder."""
     batch_size: int
     dtype: str
     device: str

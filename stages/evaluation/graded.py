@@ -6,10 +6,12 @@ answer ends with its line. The data set says how an answer is read and how long 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from stages.core.backend import FORCED, unserved
 from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd
 from stages.corpus.readings import is_right, read_answer
@@ -40,9 +42,18 @@ class GradedSuite(Suite):
     thinking: Thinking | None = None
     """Think before each answer, by generation only; see `stages.evaluation.thinking.scaling`."""
 
+    def refuses_vllm(self) -> str | None:
+        """Say why vLLM cannot generate the answers; None if it can."""
+        return FORCED if self.thinking else unserved(self.penalties.options() if self.penalties else {})
+
     def evaluate(self, lm: LM, name: str, seed: int) -> SuiteRows:
-        """Score overall and by difficulty; a sample row is one item in one readout."""
-        tasks = load_tasks(self.tasks(name))
+        """Score overall and by difficulty; a sample row is one item in one readout.
+
+        vLLM, or any model of a suite that it answers, is asked to generate alone.
+        """
+        alone = self.backend == "vllm" or getattr(lm, "generates_only", False)
+        readouts = {"generation": _METRICS["generation"]} if alone else _METRICS
+        tasks = load_tasks(self.tasks(name, readouts))
 
         def ask(lm: LM) -> SuiteRows:
             if self.thinking:
@@ -52,7 +63,7 @@ class GradedSuite(Suite):
                 return scaling.score_draws(
                     lm,
                     self.thinking,
-                    tasks[1:],
+                    tasks[-1:],
                     name=name,
                     limit=None,
                     chat_template=self.chat_template,
@@ -72,7 +83,7 @@ class GradedSuite(Suite):
                     seed=seed,
                     metrics=(metric,),
                 )
-                for readout, metric in _METRICS.items()
+                for readout, metric in readouts.items()
             ]
             return [row for scores, _ in parts for row in scores], [
                 row for _, samples in parts for row in samples
@@ -80,8 +91,8 @@ class GradedSuite(Suite):
 
         return with_floors(lm, seed, ask)
 
-    def tasks(self, name: str) -> list[dict[str, Any]]:
-        """Return lm-eval's configs for both readouts of the data set `name`."""
+    def tasks(self, name: str, readouts: Iterable[str] = _METRICS) -> list[dict[str, Any]]:
+        """Return lm-eval's configs for readouts of the data set `name`."""
         import datasets
 
         splits = {
@@ -90,7 +101,7 @@ class GradedSuite(Suite):
             )
             for split in ("fewshot", "test")
         }
-        return [self._config(name, readout, splits) for readout in _METRICS]
+        return [self._config(name, readout, splits) for readout in readouts]
 
     def _config(self, name: str, readout: str, splits: dict[str, Any]) -> dict[str, Any]:
         """Return lm-eval's config for one readout."""

@@ -33,12 +33,15 @@ class KeptAnswers:
 
     Args:
         module: the module of the suite's kind; its code decides on answers.
+        engine: what the model computes in, with its version where no lock file pins it.
     """
 
-    def __init__(self, candidate: str, suite: str, batch_size: int, run: Run, module: str) -> None:
+    def __init__(
+        self, candidate: str, suite: str, batch_size: int, run: Run, module: str, engine: str
+    ) -> None:
         self._device = run.resolved_device()
         code = [identity.digest("evaluate", module), identity.versions()]
-        key = json.dumps([batch_size, run.seed, run.arithmetic(), _files(MODELS / candidate), code])
+        key = json.dumps([batch_size, run.seed, run.arithmetic(), _files(MODELS / candidate), code, engine])
         folder = ANSWERS / f"{candidate}/{suite}".replace("/", "__")
         self._folder = folder / text_sha256(key)[:16]
         for other in folder.glob("*"):

@@ -22,6 +22,10 @@ _STATES = 16
 """Tensors of the size of the hidden states that are in memory at once."""
 
 
+VLLM_ROWS = 256
+"""Requests that vLLM generates at once where a suite names no batch size, which is its own default."""
+
+
 def usual_rows(device: torch.device) -> int:
     """Return the most rows of a forward where a suite names no batch size."""
     return 64 if device.type == "cuda" else 8

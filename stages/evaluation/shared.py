@@ -18,7 +18,7 @@ Sums of floats are taken in another order than lm-eval's; in exact arithmetic no
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 _SHORTEST_PREFIX = 4
 """A common prefix shorter than this is not worth reusing."""
+_ENCODED = 256
+"""Requests whose texts are encoded together; their tokens are kept meanwhile."""
 _BLIND_TO_PADDING = {"attention_mask", "do_sample", "temperature", "top_k", "top_p", "min_p"}
 """Options of `generate` that look at the next token alone; a penalty, for example, counts padding as text."""
 TokenIds = tuple[int, ...]
@@ -59,6 +61,22 @@ class LikelihoodRow(NamedTuple):
     context: TokenIds
     tokens: TokenIds
     """The context included."""
+
+
+class Scored(NamedTuple):
+    """What a batch of continuations scored, on the device until it is read."""
+
+    totals: Tensor
+    """The log-likelihood of each token, in nats."""
+    likeliest: Tensor
+    """Whether each token is the likeliest."""
+    sizes: list[int]
+    """Tokens of each continuation."""
+
+    def read(self) -> list[tuple[float, bool]]:
+        """Return each continuation's log-likelihood, and whether all its tokens are the likeliest."""
+        totals, likeliest = self.totals.cpu().split(self.sizes), self.likeliest.cpu().split(self.sizes)
+        return [(float(each.sum()), bool(best.all())) for each, best in zip(totals, likeliest, strict=True)]
 
 
 class SharedPrefixLM(HFLM):
@@ -93,6 +111,8 @@ class SharedPrefixLM(HFLM):
         if reliable := reliable_length(self.model):
             self._max_length = min(self.max_length, reliable)
         self._begin = bos_tokens(tokenizer, "auto") if closes(tokenizer) else None
+        self._encoded: dict[str, list[int]] = {}
+        self._pending: Iterator[Sequence[Instance]] = iter(())
         self._prefix: TokenIds = ()
         self._prefix_cache: Cache | None = None
         self.kept_answers = kept_answers
@@ -129,12 +149,37 @@ class SharedPrefixLM(HFLM):
         **options: Any,
     ) -> list[int]:
         """Return the tokens of a text, without the end of text that some tokenizers put after each."""
+        if add_special_tokens is None and left_truncate_len is None and not options:
+            if string not in self._encoded and (requests := next(self._pending, None)):
+                self._encoded = self._encode_all(requests)
+            if string in self._encoded:
+                return self._encoded[string]
         if self._begin is None:
             return list(super().tok_encode(string, add_special_tokens, left_truncate_len, **options))
         ids = list(self.tokenizer.encode(string, add_special_tokens=False, **options))
         if add_special_tokens is not False and self.add_bos_token is not False:
             ids = begin(ids, self._begin)
         return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def _encode_all(self, requests: Sequence[Instance]) -> dict[str, list[int]]:
+        """Return the tokens of the texts that lm-eval encodes for these likelihoods, as `tok_encode` does.
+
+        lm-eval encodes the context again for every choice, one text after the other. Here the tokenizer gets
+        each text once and all of them together, to share out to its threads.
+        """
+        pairs = [(context, continuation) for context, continuation in (request.args for request in requests)]
+        texts = dict.fromkeys(text for pair in pairs for text in ("".join(pair), pair[0].rstrip()))
+        start = self.tokenizer.decode(self.prefix_token_id)
+        encoded: dict[str, list[int]] = {}
+        for begun in (False, True):
+            if group := [text for text in texts if text.startswith(start) == begun]:
+                adds = False if begun or self._begin is not None else self.add_bos_token
+                special = {} if adds is None else {"add_special_tokens": adds}
+                rows = self.tokenizer(group, **special).input_ids
+                if self._begin is not None and self.add_bos_token is not False:
+                    rows = [begin(row, self._begin) for row in rows]
+                encoded.update(zip(group, rows, strict=True))
+        return encoded
 
     def tok_batch_encode(
         self,
@@ -155,7 +200,9 @@ class SharedPrefixLM(HFLM):
         """Return each continuation's log-likelihood in nats, and whether greedy decoding gives it."""
 
         def ask() -> list[Any]:
-            return super(SharedPrefixLM, self).loglikelihood(requests, disable_tqdm=disable_tqdm)
+            parts = [requests[at : at + _ENCODED] for at in range(0, len(requests), _ENCODED)]
+            with mock.patch.multiple(self, _pending=iter(parts), _encoded={}):
+                return super(SharedPrefixLM, self).loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         return [(total, greedy) for total, greedy in self._answers("loglikelihood", requests, ask)]
 
@@ -189,7 +236,7 @@ class SharedPrefixLM(HFLM):
 
         return self._answers("generate_until", requests, ask)
 
-    def _check_token_ids(self, prompts: Iterable[list[int]]) -> None:
+    def _check_token_ids(self, prompts: Iterable[Sequence[int]]) -> None:
         """Refuse prompts with tokens that the model's embedding has no row for."""
         rows = self.model.get_input_embeddings().num_embeddings
         highest = max(map(max, filter(None, prompts)), default=0)
@@ -215,16 +262,19 @@ class SharedPrefixLM(HFLM):
         Raises:
             Refusal: the model's embedding has no row for some token.
         """
-        self._check_token_ids([*context, *continuation] for _, context, continuation in requests)
         rows: dict[LikelihoodRow, list[int]] = {}
+        reads = self.max_length  # lm-eval looks into the config at each call
         too_long = []  # lm-eval shortens these, with a warning
         for i, (_, context, continuation) in enumerate(requests):
-            if len(context) + len(continuation) > self.max_length + 1:
+            if len(context) + len(continuation) > reads + 1:
                 too_long.append(i)
             else:
                 row = LikelihoodRow(tuple(context), (*context, *continuation[:-1]))
                 rows.setdefault(row, []).append(i)
         questions = {row.context for row in rows}
+        self._check_token_ids(questions)
+        self._check_token_ids(requests[i][1] for i in too_long)
+        self._check_token_ids(continuation for _, _, continuation in requests)
         self._keep_prefix(questions)
         if self.batching != "padded" or (
             self._prefix_cache is None
@@ -243,16 +293,19 @@ class SharedPrefixLM(HFLM):
         fitting = self._rows(longest, new, min(new, predicting + spread))
         size = min(override_bs or fitting, fitting)
         bar = tqdm(total=len(requests), initial=len(too_long), disable=disable_tqdm, desc="Likelihoods")
+        scored: list[tuple[list[int], Scored]] = []
         for first in range(0, len(ordered), size):
             batch = ordered[first : first + size]
             asked = [(place, i) for place, row in enumerate(batch) for i in rows[row]]
             scores = self._scores(batch, [(place, requests[i][2]) for place, i in asked])
-            for (_, i), score in zip(asked, scores, strict=True):
+            scored.append(([i for _, i in asked], scores))
+            bar.update(len(asked))
+        bar.close()
+        for places, scores in scored:  # the device is waited for once all batches have been sent to it
+            for i, score in zip(places, scores.read(), strict=True):
                 answers[i] = score
                 if (name := requests[i][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", name, score)
-            bar.update(len(asked))
-        bar.close()
         return [answers[i] for i in range(len(requests))]
 
     def _whole(self, requests: Any, disable_tqdm: bool, override_bs: int | None) -> list[tuple[float, bool]]:
@@ -336,18 +389,16 @@ class SharedPrefixLM(HFLM):
             cache.batch_repeat_interleave(rows)
         return cache
 
-    def _scores(
-        self, batch: Sequence[LikelihoodRow], asked: Sequence[tuple[int, Sequence[int]]]
-    ) -> list[tuple[float, bool]]:
+    def _scores(self, batch: Sequence[LikelihoodRow], asked: Sequence[tuple[int, Sequence[int]]]) -> Scored:
         """Return the log-likelihood in nats of each continuation, and whether each token is the likeliest.
 
-        The device is waited for once a batch.
+        The device is not waited for.
 
         Args:
             batch: the rows to run.
             asked: the place of a row in the batch, and a continuation that it holds.
         """
-        logits, first = self._logits(batch)
+        first = min(len(row.context) for row in batch) - 1
         # A row's context predicts the first token of a continuation. Continuations share what predicts them.
         predicted = [
             ((place, len(batch[place].context) - 1 - first + offset), token)
@@ -355,18 +406,23 @@ class SharedPrefixLM(HFLM):
             for offset, token in enumerate(continuation)
         ]
         distinct = {at: number for number, at in enumerate(dict.fromkeys(at for at, _ in predicted))}
-        row, position = torch.tensor(list(distinct), device=self.device).T
-        log_probs = torch.log_softmax(logits[row, position], -1, dtype=self.softmax_dtype)
-        at, token = torch.tensor([(distinct[at], token) for at, token in predicted], device=self.device).T
+        row, position = self._sent(list(distinct)).T
+        at, token = self._sent([(distinct[at], token) for at, token in predicted]).T
+        log_probs = torch.log_softmax(self._logits(batch)[row, position], -1, dtype=self.softmax_dtype)
         sizes = [len(continuation) for _, continuation in asked]
-        totals = log_probs[at, token].cpu().split(sizes)
-        likeliest = (log_probs.argmax(-1)[at] == token).cpu().split(sizes)
-        return [(float(each.sum()), bool(best.all())) for each, best in zip(totals, likeliest, strict=True)]
+        return Scored(log_probs[at, token], log_probs.argmax(-1)[at] == token, sizes)
 
-    def _logits(self, batch: Sequence[LikelihoodRow]) -> tuple[Tensor, int]:
-        """Return logits `[rows, tokens, vocabulary]` of a batch, and the place of their first token in a row.
+    def _sent(self, values: Sequence[Any]) -> Tensor:
+        """Return integers on the model's device, int64, without waiting for what it computes."""
+        tensor = torch.tensor(values)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
-        Only tokens after the shortest context have logits, as no others are asked for.
+    def _logits(self, batch: Sequence[LikelihoodRow]) -> Tensor:
+        """Return logits `[rows, tokens, vocabulary]` of a batch.
+
+        Only tokens from the last of the shortest context on have logits, as no others are asked for.
         """
         questions = list(dict.fromkeys(row.context for row in batch))
         cache, done = self._repeated_prefix(len(questions)), len(self._prefix)
@@ -379,16 +435,18 @@ class SharedPrefixLM(HFLM):
                 done = shortest
             if cache is not None:
                 owners = [questions.index(row.context) for row in batch]
-                cache.batch_select_indices(torch.tensor(owners, device=self.device))
+                cache.batch_select_indices(self._sent(owners))
         longest = max(len(row.tokens) for row in batch)
         padded = [(*row.tokens[done:], *[0] * (longest - len(row.tokens))) for row in batch]
-        return self._forward(padded, cache, keep=longest - shortest).logits, shortest
+        logits: Tensor = self._forward(padded, cache, keep=longest - shortest).logits
+        return logits
 
     def _forward(self, rows: Sequence[TokenIds], cache: Cache | None, keep: int = 0) -> Any:
         """Run rows of one length after `cache`; return logits of the last `keep` tokens, 0 for all."""
-        ids = torch.tensor(rows, device=self.device)
         with torch.no_grad():
-            return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            return self.model(
+                input_ids=self._sent(rows), past_key_values=cache, use_cache=True, logits_to_keep=keep
+            )
 
 
 def _name_end(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

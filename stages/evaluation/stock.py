@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from stages.core.backend import FORCED, LIKELIHOOD, unserved
 from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.identity import beside
@@ -131,11 +132,29 @@ class BenchmarkSuite(Suite):
             raise Refusal(f"{self.task} has no score of a single item; choose a task that has.")
         return scores, samples
 
-    def stock(self, name: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    def refuses_vllm(self) -> str | None:
+        """Say why vLLM cannot answer the task or all tasks of the group; None if it can.
+
+        lm-eval's index of tasks is read, which takes ten seconds.
+        """
+        if self.thinking:
+            return FORCED
+        reasons = [
+            unserved((config.get("generation_kwargs") or {}) | self._generation())
+            if config.get("output_type", "generate_until") == "generate_until"
+            else LIKELIHOOD
+            for _, config in self.stock(functions=False)
+        ]
+        return next(filter(None, reasons), None)
+
+    def stock(
+        self, name: str | None = None, *, functions: bool = True
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the name and config of each of lm-eval's tasks behind the suite's task or group.
 
         Args:
             name: a part of the group; None is the whole.
+            functions: whether to import the functions that configs name.
         """
         from lm_eval.tasks._index import Kind
         from lm_eval.tasks._yaml_loader import load_yaml
@@ -151,11 +170,11 @@ class BenchmarkSuite(Suite):
                     f"{', '.join(sorted(entry.tags))}."
                 )
             for task in sorted(entry.tags):
-                yield from self.stock(task)
+                yield from self.stock(task, functions=functions)
             return
         # lm-eval gives no public way to change a stock task before it asks the hub for its data.
         self._check_programs(name, entry.cfg or {})
-        config = load_yaml(entry.yaml_path)
+        config = load_yaml(entry.yaml_path, resolve_func=functions)
         if entry.kind is Kind.GROUP:
             for member in config["task"]:
                 if not isinstance(member, str):
@@ -163,7 +182,7 @@ class BenchmarkSuite(Suite):
                         f"{name} defines tasks inside the group, which is not supported; name one of its "
                         "tasks."
                     )
-                yield from self.stock(member)
+                yield from self.stock(member, functions=functions)
         elif "class" in config:
             raise Refusal(f"{name} is a Python class of lm-eval; choose a task defined in YAML.")
         else:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
+from stages.core.backend import LIKELIHOOD, Backend
 from stages.core.schema import Strict
 from stages.core.tables import Sample, Score
 
@@ -48,6 +49,17 @@ class Suite(Strict):
     """The kind of data set it scores, which has the suite's own name."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Requests a forward; in bf16 it changes some answers. null: see `stages.evaluation.room`."""
+
+    backend: Backend = "transformers"
+    """The engine that answers; `vllm` where all answers are generated, see `stages.core.backend`."""
+
+    def refuses_vllm(self) -> str | None:
+        """Say why vLLM cannot answer the suite; None if it can.
+
+        Raises:
+            Refusal: the suite names a task that lm-eval lacks.
+        """
+        return LIKELIHOOD
 
     def evaluate(self, lm: LM, name: str, seed: int) -> SuiteRows:
         """Ask `lm` the suite `name`.

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from stages.core.lazy import torch
-from stages.model.grid import Quantized, round_scale
+from stages.model.grid import Quantized, divided, round_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ class Float8(Quantized):
     def nearest(cls, weight: Tensor, *, by_row: bool, dynamic: bool) -> Self:
         """Round `weight`, `[out, in]`, scaled so that the largest value (of each row or of all) is 448."""
         peak = weight.float().abs().amax(1, keepdim=True) if by_row else weight.float().abs().amax().view(1)
-        scale = round_scale(peak / E4M3_MAX, weight.dtype)
+        scale = round_scale(divided(peak, E4M3_MAX), weight.dtype)
         return cls(_to_e4m3(weight, scale), scale.to(weight.dtype), dynamic)
 
     def requantize(self, weight: Tensor) -> Self:
@@ -165,7 +165,7 @@ class NVFloat4(Float4):
         peak = peaks.amax().view(1)
         divisor = (E4M3_MAX * E2M1_MAX / peak).clamp(max=torch.finfo(torch.float32).max)
         divisor = torch.where(peak == 0, 1.0, divisor)
-        scale = (divisor * (peaks / E2M1_MAX)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+        scale = (divisor * divided(peaks, E2M1_MAX)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
         # A group too small for any scale gets the smallest.
         scale = torch.where(scale.float() == 0, 2.0**-9, scale.float()).to(torch.float8_e4m3fn)
         return cls(_to_e2m1(groups / (scale.float() / divisor)[..., None]), scale, divisor)

@@ -243,7 +243,7 @@ class Integers:
         low, high = bounds(self.bits)
         least = group.amin(1, keepdim=True).clamp(max=0)
         most = group.amax(1, keepdim=True).clamp(min=0)
-        scale = round_scale((most - least) / (high - low), dtype)
+        scale = round_scale(divided(most - least, high - low), dtype)
         return scale, (low - least / scale).round().clamp(low, high)
 
     def round(self, values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -273,7 +273,7 @@ def bounds(bits: int) -> tuple[int, int]:
 
 def scale_of(group: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Return the symmetric scale of each row of `group`, `[rows, columns]`: `[rows, 1]` fp32, of `dtype`."""
-    return round_scale(group.abs().amax(1, keepdim=True) / ((2**bits - 1) / 2), dtype)
+    return round_scale(divided(group.abs().amax(1, keepdim=True), (2**bits - 1) / 2), dtype)
 
 
 def round_to_codes(values: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
@@ -296,6 +296,14 @@ def dequantize(
 def _by_column(by_group: Tensor, codes: Tensor) -> Tensor:
     """Repeat a value per group, `[out, groups]`, for every column, `[out, in]`."""
     return by_group.repeat_interleave(codes.shape[1] // by_group.shape[1], 1)
+
+
+def divided(values: Tensor, number: float) -> Tensor:
+    """Divide `values`, fp32, by `number`, rounded to nearest on every device.
+
+    CUDA multiplies by the reciprocal of a Python number, which rounds twice; by a tensor it divides.
+    """
+    return values / values.new_full((), number)
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from pydantic import Field
 from stages.core.lazy import torch
 from stages.core.schema import NoData
 from stages.model.floats import E4M3_MAX
-from stages.model.grid import Quantized
+from stages.model.grid import Quantized, divided
 from stages.quantization.quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def round_scales(scale: Tensor) -> tuple[Tensor, int]:
     flat, mean = scale.flatten(), scale.mean()
     padding = -len(flat) % _SCALES_PER_CHUNK
     chunks = torch.nn.functional.pad(flat - mean, (0, padding)).view(-1, _SCALES_PER_CHUNK)
-    unit = chunks.abs().amax(1, keepdim=True) / E4M3_MAX
+    unit = divided(chunks.abs().amax(1, keepdim=True), E4M3_MAX)
     codes = (chunks / torch.where(unit == 0, 1.0, unit)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     rounded = (codes.float() * unit).flatten()[: len(flat)] + mean
     return rounded.clamp(min=0).view(scale.shape), len(flat) * 8 + unit.numel() * 32 + 32

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from flows import costs
 from stages.core.errors import Refusal
 from stages.evaluation import emergence
 from stages.evaluation.emergence import states
@@ -69,6 +68,8 @@ def test_a_responder_without_knowledge_has_no_blocks(workspace):
     do(chosen)
     scores, _ = scored(chosen, "floor/dot", "news")
     assert scores.metric.tolist() == ["perplexity", "bits_per_byte"]
+    from flows import costs
+
     assert [row["suite"] for row in costs.costs(chosen, "base/tiny")] == ["news"]
     assert costs.trials(chosen, "base/tiny", "news", items=2, repeats=1)
     with pytest.raises(Refusal, match=r"floor/dot has no model .* name a model"):

@@ -41,7 +41,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(workspace, monkeypatch):
 
 
 def kept_answers(run: Run = RUN, batch_size: int = 4) -> KeptAnswers:
-    return KeptAnswers("base/tiny", "news", batch_size, run, "stages.evaluation.perplexity")
+    return KeptAnswers("base/tiny", "news", batch_size, run, "stages.evaluation.perplexity", "transformers")
 
 
 def draw(answers: KeptAnswers, requests: list[str]) -> list[float]:

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
@@ -100,6 +101,29 @@ def test_no_prompt_ends_with_the_end_of_text_that_a_tokenizer_appends(closing, p
     context = begins.tokenizer(plain)("100 - 99 =").input_ids
     expected = log_likelihood(model, context, families.tokenizer()(" 1").input_ids)
     assert results[0][0][2][0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", begins.KINDS)
+@pytest.mark.parametrize("adds", [None, True, False])
+def test_texts_encoded_together_are_those_encoded_alone(kind, adds, monkeypatch):
+    """Contexts with trailing blanks, of blanks alone, empty, with BOS; a few requests at a time."""
+    monkeypatch.setattr(shared, "_ENCODED", 3)
+    options = {"tokenizer": begins.tokenizer(kind), "add_bos_token": adds, "batch_size": 2}
+    lm = shared.SharedPrefixLM(pretrained=families.wide("llama"), **options)
+    contexts = ("1 + 1 =", "1 + 1 = ", "<bos>1 + 1 =", " ", "", "2 + 2 =")
+    requests = likelihoods([(context, choice) for context in contexts for choice in (" 2", " 4", "5")])
+    sent: list[list[object]] = []
+
+    def keep(asked, **_):
+        sent.append(asked)
+        return [(0.0, True)] * len(asked)
+
+    monkeypatch.setattr(lm, "_loglikelihood_tokens", keep)
+    lm.loglikelihood(requests, disable_tqdm=True)
+    TemplateLM.loglikelihood(lm, requests, disable_tqdm=True)
+    assert len(sent) == 2 and sent[0] == sent[1]
+    monkeypatch.setattr(lm.tokenizer, "encode", None)  # no text is encoded alone
+    lm.loglikelihood(requests[:6], disable_tqdm=True)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

@@ -249,7 +249,7 @@ def test_a_name_given_twice_is_refused(raw, tmp_path):
     [
         (
             {},
-            "noise.tiny-batch-3: nothing differs from its source; give it a batch_size, a dtype or rounding",
+            "noise.tiny-batch-3: nothing differs from its source; give it a batch_size, a dtype, a backend or",
         ),
         ({"dtype": "bfloat16"}, "noise.tiny-batch-3.dtype: bfloat16 is already run.dtype"),
         ({"dtype": "float32"}, None),

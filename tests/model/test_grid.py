@@ -72,6 +72,17 @@ def test_scales_have_the_precision_they_are_stored_in():
     assert torch.equal(scale, scale.bfloat16().float())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_fp32_are_quotients_rounded_to_nearest(bits, symmetric):
+    """A product with the divisor's reciprocal would differ in the last bit; fp64 rounds to the quotient."""
+    values = draw(1000)
+    least, most = values.amin(1, keepdim=True).clamp(max=0), values.amax(1, keepdim=True).clamp(min=0)
+    width = 2 * values.abs().amax(1, keepdim=True) if symmetric else most - least
+    scale, _ = Integers(bits, None, symmetric).fit(values, torch.float32)
+    assert torch.equal(scale, (width.double() / (2**bits - 1)).float())
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_group_of_zeros_has_scale_one(bits):
     assert torch.equal(

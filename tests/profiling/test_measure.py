@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from flows import profiles
 from flows.graph import Stage
 from flows.plan import Plan
 from flows.resources import Pool
@@ -48,6 +47,8 @@ def test_the_figures_are_those_of_the_runs(workspace):
         assert (batch["joules_per_token"] is None) == (batch["energy"] == energy.NO_COUNTER)
     record = json.loads(Path("data/models/base/tiny/artifact.json").read_text())
     assert facts["bytes_on_disk"] == record["bytes_on_disk"]
+    from flows import profiles
+
     assert "base/tiny" in str(list(profiles.profile_table(profiles.read_profiles()).columns[0].cells))
 
 
@@ -86,6 +87,8 @@ def test_own_work_is_not_that_of_others():
 
 def test_profiles_that_do_not_exist_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    from flows import profiles
+
     with pytest.raises(Refusal, match="prunequant run profile"):
         profiles.read_profiles()
 

@@ -110,7 +110,7 @@ def deep(blocks: int) -> torch.nn.Module:
 def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
     """What `work` returns, the bytes it left allocated, and the most it had at a time."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watched:
         result = work()
         gc.collect()
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]

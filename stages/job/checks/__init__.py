@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stages.controls.candidates import Noise
+from stages.core.backend import MISSING, installed
 from stages.core.errors import Refusal
 from stages.core.files import sha256
+from stages.evaluation.suite import Suite
 from stages.job.checks.learning import of_teaching
 from stages.job.checks.recipes import of_recipes
 from stages.job.checks.studies import of_studies
@@ -61,15 +64,40 @@ def _of_noise(params: Params) -> Iterator[str]:
         if variant.dtype == params.run.dtype:
             omit = ", or leave dtype out" if variant.batch_size else ""
             yield f"noise.{name}.dtype: {variant.dtype} is already run.dtype; choose another dtype{omit}."
-        elif variant.dtype is None and variant.batch_size is None and variant.rounding is None:
-            yield f"noise.{name}: nothing differs from its source; give it a batch_size, a dtype or rounding."
+        elif not (variant.dtype or variant.batch_size or variant.backend or variant.rounding):
+            yield (
+                f"noise.{name}: nothing differs from its source; give it a batch_size, a dtype, a backend or "
+                "rounding."
+            )
+            continue
+        if variant.backend == "vllm" and not installed():
+            yield f"noise.{name}.backend: {MISSING}."
+            continue
+        if variant.dtype is not None or variant.rounding is not None:
+            continue
         suites = params.suites.by_name().items()
-        same = [suite for suite, settings in suites if settings.batch_size == variant.batch_size]
-        if same and variant.dtype is None and variant.rounding is None:
+        same = [
+            suite
+            for suite, settings in suites
+            if variant.batch_size in (None, settings.batch_size) and not _moves(variant, settings)
+        ]
+        if same and variant.backend:
+            yield (
+                f"noise.{name}.backend: suite(s) {', '.join(same)} would be answered by the engine and at "
+                "the batch size of its source, so nothing would differ; give it another batch_size too."
+            )
+        elif same:
             yield (
                 f"noise.{name}.batch_size: {variant.batch_size} is already the batch size of suite(s) "
                 f"{', '.join(same)}, so nothing would differ; choose another."
             )
+
+
+def _moves(variant: Noise, suite: Suite) -> bool:
+    """Tell whether a noise candidate changes the engine that answers a suite."""
+    if variant.backend in (None, suite.backend):
+        return False
+    return variant.backend == "transformers" or suite.refuses_vllm() is None
 
 
 def _of_source(at: str, entry: Any) -> Iterator[str]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.core.backend import MISSING, installed
+from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.core.schema import Strict
 from stages.corpus.examples import Selection
@@ -86,6 +88,8 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
     Args:
         scores: the kind of data set that a suite of this kind scores.
     """
+    if mistake := _of_backend(suite):
+        return mistake
     dataset = params.datasets.get(name)
     if isinstance(suite, BenchmarkSuite) and (suite.own or isinstance(dataset, OwnTask)):
         if mistake := _of_own_task(name, suite, dataset):
@@ -146,3 +150,16 @@ def _of_own_task(name: str, suite: BenchmarkSuite, dataset: Any) -> str:
         f".task: {suite.task} needs a data set of the suite's name that hashes its folder; write datasets: "
         f"{{{name}: {{kind: task, source: {source}, yaml: {file}, sha256: {sha256(folder)}}}}}."
     )
+
+
+def _of_backend(suite: Suite) -> str:
+    """Say why vLLM cannot answer a suite that asks for it, in the form of `_mistake`."""
+    if suite.backend != "vllm":
+        return ""
+    try:
+        reason = suite.refuses_vllm()
+    except Refusal as refusal:  # lm-eval has no such task
+        return f": {refusal}"
+    if reason:
+        return f".backend: vLLM cannot answer this suite: {reason}; leave backend out."
+    return "" if installed() else f".backend: {MISSING}."
