@@ -11,6 +11,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -67,6 +68,12 @@ RARE: dict[str, PreTrainedConfig] = {
         num_key_value_heads=2, head_dim=8, global_head_dim=8, sliding_window=16,
         layer_types=["sliding_attention", "full_attention"] * 2, **_IDS,
     ),
+    # its config has the size of heads by block, and raises when asked for one of all
+    "gemma4_unified": Gemma4UnifiedTextConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=16, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2, **_IDS,
+    ),
     # a multimodal wrapper, whose tensors on disk are named otherwise than its modules
     "gemma3_wrapper": Gemma3Config(
         text_config={**_GATED, "model_type": "gemma3_text", "sliding_window": 16},
@@ -106,6 +113,7 @@ REFUSALS: dict[str, dict[str, str]] = {
         "width": "has 2 MLPs", "heads": "has 0 attentions",
         "depth": "set of layer types producing a cache is different",
     },
+    "gemma4_unified": {"heads": "the widths of its attentions differ"},
     "mpt": _FIXED,
     "bloom": _FIXED,
 }  # fmt: skip
