@@ -50,13 +50,12 @@ def layout_of(model: PreTrainedModel, part: Part) -> HeadLayout:
             share, in an unknown order.
     """
     config: Any = model.config.get_text_config()
-    by_block = {"num_attention_heads", "num_key_value_heads", "head_dim"} & set(
-        config.per_layer_attributes or ()
-    )
+    heads = {"num_attention_heads", "num_key_value_heads", "head_dim"}
+    by_block = heads & set(config.per_layer_attributes or ())
     if by_block:
         raise Refusal(
-            f"{type(model).__name__} cannot lose heads: its config has {', '.join(sorted(by_block))} by block, "
-            "and all blocks must have the same; remove neurons or blocks instead."
+            f"{type(model).__name__} cannot lose heads: its config has {', '.join(sorted(by_block))} by "
+            "block, and all blocks must have the same; remove neurons or blocks instead."
         )
     queries: int = config.num_attention_heads
     layout = HeadLayout(
