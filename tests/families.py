@@ -114,9 +114,9 @@ RECURRENT: dict[str, PreTrainedConfig] = {
 """Families with convolutions in their blocks, which methods refuse unless `ignore` names these."""
 CONVOLUTIONS = {
     "qwen3_5": ["linear_attn.conv1d.weight"], "falcon_h1": ["mamba.conv1d.weight"],
-    "mamba": ["mixer.conv1d.weight", "mixer.A_log"], "nemotron_h": ["mixer.conv1d.weight"],
+    "mamba": ["mixer.conv1d.weight", "mixer.A_log", "mixer.dt_proj"], "nemotron_h": ["mixer.conv1d.weight"],
 }  # fmt: skip
-"""What `ignore` names in these."""
+"""What `ignore` names in these: convolutions, and a linear whose weight Mamba reads without calling it."""
 ALL = {**CONFIGS, **RARE, **RECURRENT}
 IN_FEATURES = {name: [32, 128] if name in ("gpt2", "bloom", "mpt") else [32, 64] for name in ALL}
 _FIXED = {
