@@ -176,8 +176,13 @@ def test_in_a_chat_template_only_the_assistants_words_are_predicted():
             "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
             "changes the question once it is answered, .*; set chat_template: false",
         ),
+        ("{% for m in messages %}{{ m.content", "fails on turns of user .*TemplateSyntaxError.*set chat_tem"),
+        (
+            "{% if messages[1:] %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}",
+            "fails on turns of user and assistant .*one turn.*; set chat_template: false",
+        ),
     ],
-    ids=["missing", "hides where the answer begins"],
+    ids=["missing", "hides where the answer begins", "damaged", "allows no answer"],
 )
 def test_an_unfit_chat_template_is_refused(template, message):
     tokenizer = families.tokenizer()
