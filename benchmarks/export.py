@@ -23,8 +23,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
 from benchmarks.figures import show, tell
-from flows.exporting.ggml import PER_SCALE, Stored, plain
 from flows.exporting.ggml_file import write_gguf
+from flows.exporting.ggml_types import PER_SCALE, Stored, plain
 from stages.core.files import MODELS
 from stages.core.lazy import torch
 from stages.core.run import Run

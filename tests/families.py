@@ -11,6 +11,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -18,6 +19,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     MptConfig,
+    NemotronHConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -67,6 +69,12 @@ RARE: dict[str, PreTrainedConfig] = {
         num_key_value_heads=2, head_dim=8, global_head_dim=8, sliding_window=16,
         layer_types=["sliding_attention", "full_attention"] * 2, **_IDS,
     ),
+    # its config has the size of heads by block, and raises when asked for one of all
+    "gemma4_unified": Gemma4UnifiedTextConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=16, sliding_window=16,
+        layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2, **_IDS,
+    ),
     # a multimodal wrapper, whose tensors on disk are named otherwise than its modules
     "gemma3_wrapper": Gemma3Config(
         text_config={**_GATED, "model_type": "gemma3_text", "sliding_window": 16},
@@ -96,16 +104,31 @@ RECURRENT: dict[str, PreTrainedConfig] = {
     "mamba": MambaConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=32, **_IDS
     ),
+    # a block is a Mamba, an MLP or an attention
+    "nemotron_h": NemotronHConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, hybrid_override_pattern="M-M*-M",
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, ssm_state_size=16, mamba_num_heads=4,
+        mamba_head_dim=16, n_groups=1, chunk_size=16, max_position_embeddings=256, **_IDS,
+    ),
 }  # fmt: skip
 """Families with convolutions in their blocks, which methods refuse unless `ignore` names these."""
+CONVOLUTIONS = {
+    "qwen3_5": ["linear_attn.conv1d.weight"], "falcon_h1": ["mamba.conv1d.weight"],
+    "mamba": ["mixer.conv1d.weight", "mixer.A_log", "mixer.dt_proj"], "nemotron_h": ["mixer.conv1d.weight"],
+}  # fmt: skip
+"""What `ignore` names in these: convolutions, and a linear whose weight Mamba reads without calling it."""
 ALL = {**CONFIGS, **RARE, **RECURRENT}
 IN_FEATURES = {name: [32, 128] if name in ("gpt2", "bloom", "mpt") else [32, 64] for name in ALL}
-_FIXED = {"width": "cannot lose neurons: its config has no setting", "heads": "cannot describe fewer heads"}
+_FIXED = {
+    "width": "cannot lose neurons: its config has no setting", "heads": "cannot describe fewer heads",
+    "resp-structures": "its config has no setting|cannot describe fewer heads",
+}  # fmt: skip
 REFUSALS: dict[str, dict[str, str]] = {
     "gemma4": {
-        "width": "has 2 MLPs", "heads": "has 0 attentions",
+        "width": "has 2 MLPs", "heads": "has 0 attentions", "resp-structures": "has 2 MLPs",
         "depth": "set of layer types producing a cache is different",
     },
+    "gemma4_unified": dict.fromkeys(("heads", "resp-structures"), "the widths of its attentions differ"),
     "mpt": _FIXED,
     "bloom": _FIXED,
 }  # fmt: skip

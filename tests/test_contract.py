@@ -4,6 +4,7 @@ It succeeds, and plain transformers loads the result, or the method has declared
 family (`refuses`), and says so before it reads a weight.
 """
 
+import copy
 import itertools
 import json
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from stages.model.checkpoint import zero_masks
 from stages.model.names import naming
 from stages.model.packed import code_from
 from stages.quantization.fold import Folding
-from tests import families
+from tests import families, reference
 from tests.pipeline import NONE, STAGES, TEXT, dense, do, load, params, record
 
 BLOCK = TEXT | {"sequential": "block"}
@@ -118,6 +119,7 @@ def test_every_method_is_tried_on_every_family():
         assert {case.split()[0] for case in cases} == set(methods(section)), (
             "give a new method a line in OPTIONS"
         )
+    assert set(reference.CHANGES) == {case for _, case in CASES}, "give a new method a reference in CHANGES"
     assert len(SERVED) + len(REFUSED) == len(CASES) * len(families.CONFIGS)
     assert len(SERVED) > 100 and REFUSED and len(families.CONFIGS) >= 7, (
         "the enumeration must not come out empty"
@@ -190,18 +192,32 @@ def test_a_family_is_served(section, case, family, workspace):
     check_served(section, case, family)
 
 
+SAMPLE = {
+    *((section, case, "llama") for section, case in CASES if case not in ("stepwise", "resp", "awq")),
+    *(("prune", case, "gpt2") for case in ("wanda", "width", "depth")), ("finetune", "lora", "gpt2"),
+}  # fmt: skip
+"""The cases whose logits are compared in every run of the tests, and the rest in drills."""
+IN_SUMS = ("sparsegpt", "gptq", "awq", "stepwise")
+"""Methods whose choices follow from sums of fp32 over windows, which batches change in the last digits."""
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("section", "case", "family"), [each for each in SERVED if each not in SAMPLE])
+def test_an_artifact_computes_what_its_reference_does(section, case, family, workspace):
+    artifact, tried = f"{section}/result", recipes(section, case)
+    do(params(family, tried))
+    check_logits(case, tried[artifact]["source"], artifact, record(artifact))
+
+
 def unserved(case: str, family: str) -> str | None:
     """The words with which a rare family is refused; None where it is served."""
-    if family in families.RECURRENT:
+    if family in families.RECURRENT and case != "depth":
         return "matrices that are no linear's weight"
     return families.REFUSALS.get(family, {}).get(case)
 
 
 RARE = [
-    (section, case, family)
-    for section, case in CASES
-    for family in {**families.RARE, **families.RECURRENT}
-    if case != "depth" or family not in families.RECURRENT
+    (section, case, family) for section, case in CASES for family in {**families.RARE, **families.RECURRENT}
 ]
 
 
@@ -226,7 +242,7 @@ def test_a_family_that_stores_tensors_under_other_names_is_served(section, case,
     check_served(section, case, "gemma3_wrapper")
 
 
-def reference(calibration: Calibration) -> torch.nn.Module:
+def by_plain_forwards(calibration: Calibration) -> torch.nn.Module:
     """The base with half of each row zeroed by Wanda, from plain forwards of one window at a time."""
     base, tokenizer = load("base/tiny"), AutoTokenizer.from_pretrained("data/models/base/tiny")
     squares: dict[str, torch.Tensor] = {}
@@ -262,12 +278,72 @@ def test_an_artifact_is_that_of_plain_forwards_whatever_its_batches(family, batc
     chosen = params(family, {"prune/result": wanda})
     wide = chosen.model_copy(update={"run": chosen.run.model_copy(update={"dtype": "float32"})})
     do(wide)
-    expected, model = reference(wide.prune["result"].calibration), load("prune/result")
+    expected, model = by_plain_forwards(wide.prune["result"].calibration), load("prune/result")
     for ours, theirs in zip(linears(model), linears(expected), strict=True):
         assert torch.equal(ours.weight, theirs.weight), ours.name
     with torch.no_grad():
         ids = torch.arange(24)[None]
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=0)
+
+
+READS = [
+    pytest.param(
+        *each, marks=[] if each[1:] in (("gptq", "llama"), ("depth", "llama")) else pytest.mark.drill
+    )
+    for each in SERVED + [rare for rare in RARE if not unserved(*rare[1:])]
+    if OPTIONS[each[0]][each[1]].get("calibration", NONE) != NONE
+]
+
+
+@pytest.mark.cpu("forwards of other sizes agree to the bit")
+@pytest.mark.parametrize(("section", "case", "family"), READS)
+def test_windows_in_batches_give_what_one_batch_gives(section, case, family, workspace):
+    """Some methods sum over windows, and a last digit may decide between two choices that are as good."""
+    chosen = {}
+    for size in (2, 5):
+        tried = recipes(section, case)
+        tried[f"{section}/size-{size}"] = recipe = tried.pop(f"{section}/result")
+        recipe["calibration"] = recipe["calibration"] | {"num_samples": 5, "batch_size": size}
+        chosen |= tried
+    wide = params(family, chosen)
+    do(wide.model_copy(update={"run": wide.run.model_copy(update={"dtype": "float32"})}))
+    folders = [Path("data/models", section, f"size-{size}") for size in (2, 5)]
+    apart, whole = (reference.plain(folder, Path(folder.name)) for folder in folders)
+    if case in IN_SUMS:
+        errors = [record(f"{section}/size-{size}")["notes"] for size in (2, 5)]
+        apart_errors, whole_errors = (
+            next(iter(notes.values()))["block_errors"]["errors"] for notes in errors
+        )
+        assert apart_errors == pytest.approx(whole_errors, rel=0.05)
+        return
+    for (name, ours), theirs in zip(apart.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("section", "case"), [("prune", "wanda"), ("quantize", "rtn")])
+@pytest.mark.parametrize("family", families.RECURRENT)
+def test_linears_beside_convolutions_compute_what_their_reference_does(section, case, family, workspace):
+    artifact = f"{section}/result"
+    settings = {**recipe(section, case), "ignore": families.CONVOLUTIONS[family]}
+    do(params(family, {artifact: settings}))
+    check_logits(case, "base/tiny", artifact, record(artifact))
+
+
+def check_logits(case: str, source: str, artifact: str, facts: dict[str, Any]) -> None:
+    """Assert that an artifact, as transformers loads it, has the logits of its reference."""
+    change = reference.CHANGES[case]
+    source_folder, folder = Path("data/models", source), Path("data/models", artifact)
+    read, expected = reference.plain(folder, Path("decoded")), reference.plain(source_folder, Path("source"))
+    before, loaded = copy.deepcopy(expected), load(artifact)
+    if facts["layout"] in ("dense", "fake_quantized"):  # where the last digit of a weight counts
+        before, loaded, read, expected = (model.float() for model in (before, loaded, read, expected))
+    change(expected, read, facts["notes"].get(artifact, {}))
+    ours, theirs = reference.logits(loaded), reference.logits(expected)
+    assert not torch.equal(ours, reference.logits(before)), "the method must change what the model computes"
+    # sums over fewer columns may round otherwise
+    close = 1e-6 if change is reference.switched_off else 0
+    torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
 
 
 def check_served(section: str, case: str, family: str) -> None:
@@ -280,6 +356,8 @@ def check_served(section: str, case: str, family: str) -> None:
     source = dense(load(tried[artifact]["source"]))
     AutoTokenizer.from_pretrained(folder)
     facts = record(artifact)
+    if family not in families.CONFIGS or (section, case, family) in SAMPLE:
+        check_logits(case, tried[artifact]["source"], artifact, facts)
     assert facts["lineage"] == [*dict.fromkeys(["base/tiny", *tried])]
     assert facts["recipes"][artifact]["method"] == method
     assert facts["base"]["name"] == "tiny"

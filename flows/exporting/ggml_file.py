@@ -1,7 +1,7 @@
 """An artifact as one GGUF file, for llama.cpp and what is built on it.
 
-Packed linears keep their codes (`flows.exporting.ggml`), all else keeps its floats. What this file cannot say
-as the checkpoint says it is refused by name: another family, another kind of rotary embedding, another grid.
+Packed linears keep their codes (`flows.exporting.ggml_types`), all else keeps its floats. What this file cannot
+say as the checkpoint says it is refused by name: another family, kind of rotary embedding or grid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType, RopeSc
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 
-from flows.exporting.ggml import Stored, Unfit, packed, plain
+from flows.exporting.ggml_types import Stored, Unfit, packed, plain
 from flows.exporting.ggml_vocabulary import write_vocabulary
 from stages.core.errors import Refusal
 from stages.core.lazy import torch

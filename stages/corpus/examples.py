@@ -24,6 +24,7 @@ from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd, torch
 from stages.core.numbers import apportion, spaced
+from stages.core.reading import reason
 from stages.core.schema import Slug, Strict
 from stages.corpus.bos import Bos, begin, bos_tokens
 from stages.corpus.rows import IGNORED, Example, Row, example, pack
@@ -210,7 +211,7 @@ def prompt_text(question: str, chat_template: bool, tokenizer: PreTrainedTokeniz
     """Return the text before an answer: the question, in the tokenizer's chat template if wanted.
 
     Raises:
-        Refusal: the tokenizer has no chat template.
+        Refusal: the tokenizer has no chat template, or one that fails.
     """
     if not chat_template:
         return question
@@ -218,8 +219,25 @@ def prompt_text(question: str, chat_template: bool, tokenizer: PreTrainedTokeniz
         raise Refusal(
             "chat_template is true, but the model's tokenizer has no chat template; set it to false."
         )
-    turns = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return _chat([{"role": "user", "content": question}], tokenizer, add_generation_prompt=True)
+
+
+def _chat(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+    """Return turns of a chat as one text.
+
+    Raises:
+        Refusal: the template is damaged, or does not allow these turns.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    except TemplateError as error:
+        raise Refusal(
+            f"the chat template of the model's tokenizer fails on turns of "
+            f"{' and '.join(turn['role'] for turn in turns)} ({reason(error)}); set chat_template: false, or "
+            "use a checkpoint with a sound template."
+        ) from error
 
 
 def answer_example(question: Question, chosen: Selection, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -234,7 +252,7 @@ def answer_example(question: Question, chosen: Selection, tokenizer: PreTrainedT
             {"role": "user", "content": question.prompt},
             {"role": "assistant", "content": question.completion},
         ]
-        whole, end = str(tokenizer.apply_chat_template(turns, tokenize=False)), []
+        whole, end = _chat(turns, tokenizer), []
         if not whole.startswith(before):
             raise Refusal(
                 "the chat template of the model's tokenizer changes the question once it is answered, so the "

@@ -7,11 +7,13 @@ The first number counts, whatever words, units or currencies are around it:
 - A minus touches its number, as a hyphen, U+2212 or a dash, or is the word minus or negative.
 - Of a calculation the result counts: `2(5 + 7) = 24` is 24. A calculation without a result is passed over,
   so `5 plus 7 is 12` and `the sum of 5 and 7 is 12` are 12 too. So is an equation to solve: `2x = 14`.
+- Verbs give results as well, with units or without: `27 and 15 make 42`, `5 km plus 7 km comes to 12 km`.
+- Numbers in words count where they calculate and where there are no digits (`stages.corpus.number_words`).
 - The number of a step is passed over: `Step 1: 7 + 5 = 12`, and a first `1.` with another number behind it.
 - The last `\boxed{}` comes before all other text, as in mathematics.
 
 A number that could be read in two ways is none, so it is never right by luck: `12,5`, `1.2.3`, `2:30`. Nor is
-a range, such as `3-4`, or a word, such as `twelve`. A plain space separates numbers, because damaged models
+a range, such as `3-4`. A plain space separates numbers, because damaged models
 repeat them: `100 100` is 100.
 """
 
@@ -21,6 +23,8 @@ import re
 import unicodedata
 from dataclasses import dataclass, replace
 from fractions import Fraction
+
+from stages.corpus.number_words import GIVES, digits
 
 _LONGEST = 100
 """A number with more characters than this is none."""
@@ -60,15 +64,20 @@ _OF_SEVERAL = re.compile(
     r"|add(?:ing)?|multiply(?:ing)?|subtract(?:ing)?|divid(?:e|ing))\s(?:the numbers? )?",
     re.IGNORECASE,
 )
-_OPERATOR = re.compile(
-    r"\s*(?:[-+*×x÷/^·⋅]|(?<=\s)%(?=\s)"
-    r"|\b(?:plus|minus|times|mod|modulo|to the power of|(?:is )?(?:divided|multiplied) by"
-    r"|added to|more than|less than|take away)\b)\s*",
-    re.IGNORECASE,
+_SPOKEN = (
+    r"\b(?:plus|minus|times|mod|modulo|to the power of|(?:is )?(?:divided|multiplied) by|added to|more than"
+    r"|less than|take away)\b"
 )
+_OPERATOR = re.compile(rf"\s*(?:[-+*×x÷/^·⋅]|(?<=\s)%(?=\s)|{_SPOKEN})\s*", re.IGNORECASE)
 _AND = re.compile(r"\s*(?:,\s+and|,|\b(?:and|by|from|to|with)\b)\s*", re.IGNORECASE)
 _POWER = re.compile(r"\s(?:squared|cubed)\b|!(?=\s*=)", re.IGNORECASE)
-_UNIT = re.compile(r"(?:%|°\w?|\s?(?![xyz]\b)[^\W\d_]{1,20})(?=\s*[-+*×÷/=])")
+_GIVES = re.compile(rf"{GIVES}(?=[-+.\d(])", re.IGNORECASE)
+_SUM = re.compile(r"\s*,?\s+and\s+|\s*,\s+(?=(?:[^\s,]+,\s+){0,8}[^\s,]+,?\s+and\s)", re.IGNORECASE)
+_UNIT = re.compile(
+    r"(?:%|°\w?|\s?(?!(?:[xyz]|and|is|are|plus|minus|times)\b)[^\W\d_]{1,20})"
+    rf"(?=\s*[-+*×÷/=]|\s+{_SPOKEN}|\s*,?\s+and\s|{GIVES})",
+    re.IGNORECASE,
+)
 _UNKNOWNS = ("x", "y", "z")
 _UNKNOWN = re.compile(r"[xyz](?![^\W_])", re.IGNORECASE)
 _FACTOR = re.compile(r"\s?[xyz](?=\s*[-+*×÷/^=])", re.IGNORECASE)
@@ -124,6 +133,9 @@ class _Reader:
     def equation(self, at: int) -> list[_Side]:
         """Return the sides of the equation that begins here; none if there is no number."""
         sides: list[_Side] = []
+        added = self._side(at, joint=_SUM) if self._loose else None
+        if added and not added.alone and (gives := _GIVES.match(self._text, added.end)):
+            sides, at = [added], gives.end()  # `27 and 15 make 42`
         while side := self._side(at):
             sides.append(side)
             equals = _EQUALS.match(self._text, side.end)
@@ -132,13 +144,13 @@ class _Reader:
             at = equals.end()
         return sides
 
-    def _side(self, at: int, depth: int = 0, *, several: bool = False) -> _Side | None:
-        """Read operands with operators between them; `several` takes `and` and commas for operators."""
+    def _side(self, at: int, depth: int = 0, *, joint: re.Pattern[str] | None = None) -> _Side | None:
+        """Read operands with operators between them; what `joint` matches counts as one."""
         side = self._operand(at, depth)
         while side:
             operator = _OPERATOR.match(self._text, side.end)
-            if operator is None and several:
-                operator = _AND.match(self._text, side.end)
+            if operator is None and joint:
+                operator = joint.match(self._text, side.end)
             operand = self._operand(operator.end(), depth) if operator else None
             if operand is None and self._loose and (factor := _FACTOR.match(self._text, side.end)):
                 operand = _Side(factor.end(), factor[0].strip())
@@ -169,7 +181,7 @@ class _Reader:
         if written := _NUMBER.match(text, at):
             return _Side(written.end(), written[0])
         if words := _OF_SEVERAL.match(text, at):
-            side = self._side(words.end(), depth + 1, several=True)
+            side = self._side(words.end(), depth + 1, joint=_AND)
             return side if side and not side.alone else None
         if words := _OF_ONE.match(text, at) or _ROOT.match(text, at):
             side = self._operand(words.end(), depth + 1)
@@ -186,7 +198,7 @@ class _Reader:
     def _enclosed(self, opening: re.Match[str], depth: int) -> _Side | None:
         """Read what is between parentheses or bars, the first of which is given."""
         kind = opening[0].strip()
-        side = self._side(opening.end(), depth + 1, several=len(kind) > 1)
+        side = self._side(opening.end(), depth + 1, joint=_AND if len(kind) > 1 else None)
         if side is None:
             return None
         closing = (_BAR if kind == "|" else _CLOSE).match(self._text, side.end)
@@ -222,10 +234,9 @@ def _plain(text: str) -> str:
     text = re.sub(r"\^\{(-?\d+)\}", r"^\1", text)
     text = re.sub(r"(?<=\d)\*\*(?=\d)", "^", text)
     text = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)|[$€£¥`]", "", text)
-    text = _WORD.sub(lambda word: _WORDS[word[1].lower()], text)
     text = _STEP.sub("", text)
     boxes: list[str] = re.findall(r"\\boxed\s*\{([^{}]*)\}", text)
-    return boxes[-1] if boxes else text
+    return _WORD.sub(lambda word: _WORDS[word[1].lower()], digits(boxes[-1] if boxes else text))
 
 
 def _fraction(character: str) -> str:

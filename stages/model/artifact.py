@@ -35,6 +35,9 @@ ONE_FILE = 2**30
 RESTORE = "Download the checkpoint again or restore its config."
 """The way out of a checkpoint that does not fit its config."""
 
+_DERIVED = ("inv_freq", "masked_bias", "position_ids", "cos_cached", "sin_cached")
+"""Last names of tensors that old checkpoints store and models compute by themselves."""
+
 
 class Unloadable(Refusal):
     """A checkpoint that was written and does not load; it has not been put in place."""
@@ -95,15 +98,16 @@ def check_text_model(label: str, config: Any) -> None:
 def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
     """Load a checkpoint by transformers, with every parameter and stored buffer read from its files.
 
-    transformers fills those that are missing or misshapen with random numbers; here they are refused.
+    transformers fills those that are missing or misshapen with random numbers, and leaves out tensors that
+    the model has no place for, such as a bias or blocks that the config does not name; here they are refused.
 
     Args:
         label: the checkpoint's name in a refusal.
         options: of `from_pretrained`.
 
     Raises:
-        Refusal: the checkpoint cannot be read, is no causal language model, or some parameter or buffer is
-            missing or of another shape.
+        Refusal: the checkpoint cannot be read, is no causal language model, some parameter or buffer is
+            missing or of another shape, or some tensor of a plain checkpoint has no place in the model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,6 +125,14 @@ def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
         raise Refusal(f"{label} lacks {', '.join(missing[:8])}, which its config asks for. {RESTORE}")
     if info["mismatched_keys"]:
         raise misshapen(label, sorted(info["mismatched_keys"]))
+    packed = "gguf_file" in options or getattr(config, "quantization_config", None)
+    unread = sorted(key for key in info["unexpected_keys"] if key.rpartition(".")[2] not in _DERIVED)
+    if unread and not packed:
+        raise Refusal(
+            f"{label} holds {len(unread)} tensors that its config has no place for, so they would be left "
+            f"out: {', '.join(unread[:8])}. {RESTORE} If the model is right without them, remove them from "
+            "its files."
+        )
     return model
 
 

@@ -155,7 +155,7 @@ def split_documents(content: bytes, how: str, file: str, column: str = "text") -
     """Return the documents of a file in order, white space folded, without empty and repeated ones.
 
     Lines end at \\n, \\r\\n and \\r only: form feeds and the separators of Unicode are white space within a
-    line. A byte-order mark is no part of the text.
+    line. A byte-order mark, of the file or of one that was put behind another, is no part of the text.
 
     Args:
         file: the file's name in a refusal.
@@ -174,6 +174,14 @@ def split_documents(content: bytes, how: str, file: str, column: str = "text") -
                 f"{file} is not UTF-8 text at byte {error.start}; save it in that encoding, or set documents "
                 "to the file's format."
             ) from None
+        if "\0" in text:
+            raise Refusal(
+                f"{file} has NUL characters, as UTF-16 and binary files have; save it as UTF-8 text, or set "
+                "documents to the file's format."
+            )
+        text = text.replace("\n\ufeff", "\n")  # of a file behind another
+        if how not in _TABLES:
+            _check_no_json(text, file)
         if how == "csv":
             pieces = _of_csv(text, file, column)
         elif how == "jsonl":
@@ -183,6 +191,25 @@ def split_documents(content: bytes, how: str, file: str, column: str = "text") -
         else:
             pieces = text.split("\n") if how == "lines" else re.split(r"\n\s*\n", text)
     return list(dict.fromkeys(folded for piece in pieces if (folded := " ".join(piece.split()))))
+
+
+def _check_no_json(text: str, file: str) -> None:
+    """Refuse JSON, whose names and brackets would be read as text.
+
+    Raises:
+        Refusal: the text begins with an object, or with a list of them.
+    """
+    start = text.lstrip()
+    if not re.match(r'(?:\[\s*)?\{\s*"', start):
+        return
+    try:
+        json.JSONDecoder().raw_decode(start)
+    except json.JSONDecodeError:
+        return
+    raise Refusal(
+        f"{file} is JSON, whose names and brackets would be read as text; write an object a "
+        "line as .jsonl and set documents: jsonl."
+    )
 
 
 def _of_csv(text: str, file: str, column: str) -> list[str]:

@@ -7,12 +7,16 @@ from typing import Any, Literal
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
+from stages.core.reading import reading
 from stages.core.schema import Sha256
 from stages.model.artifact import pretrained
 from stages.sources.base import Model, write_checkpoint
 from stages.sources.checkpoints import checkpoint_config
 from stages.sources.origin import InnerPath, fetched
 from stages.sources.tokenizer import original_tokenizer
+
+_FLOATS = ("F16", "BF16", "F32", "F64", "F8")
+"""How safetensors names the dtypes of weights that stand for themselves."""
 
 
 class Safetensors(Model):
@@ -26,7 +30,8 @@ class Safetensors(Model):
         """Write config, tokenizer and `dtype` safetensors into `folder`; return facts for the record.
 
         Raises:
-            Refusal: the checkpoint has no safetensors, is incomplete, or needs code of its own.
+            Refusal: the checkpoint has no safetensors, is incomplete, has tensors that no parameter takes or
+                weights that are no floats, or needs code of its own.
         """
         from transformers import CompressedTensorsConfig
 
@@ -39,6 +44,8 @@ class Safetensors(Model):
                     f"{self.source} is quantized with {packing!r}; use a plain checkpoint or one of "
                     "compressed-tensors, or set format: packed to evaluate it as it is."
                 )
+            if not quantization:
+                _check_floats(path, self.source)
             original_tokenizer(path, self.source).save_pretrained(folder)
             model = pretrained(
                 self.source,
@@ -51,3 +58,25 @@ class Safetensors(Model):
             facts = write_checkpoint(model, self.source, folder)
         grid = {"format": packing, **quantization} if quantization else None
         return {"grid": grid, **facts}
+
+
+def _check_floats(folder: Path, source: str) -> None:
+    """Refuse weights stored as other numbers than floats, which loading would take for the values.
+
+    Raises:
+        Refusal: by the names of the tensors.
+    """
+    from safetensors import safe_open
+
+    others = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with reading(f"{file.name} of {source}"), safe_open(file, framework="pt") as stored:
+            weights = [key for key in sorted(stored.keys()) if key.endswith("weight")]
+            dtypes = {key: stored.get_slice(key).get_dtype() for key in weights}
+        others += [f"{key} ({dtype})" for key, dtype in dtypes.items() if not dtype.startswith(_FLOATS)]
+    if others:
+        raise Refusal(
+            f"{source} stores {len(others)} weights as codes or other numbers than floats, without a "
+            f"quantization_config that says what they stand for: {', '.join(others[:8])}; use a checkpoint "
+            "in bfloat16, float16 or float32."
+        )

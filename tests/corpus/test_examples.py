@@ -230,8 +230,13 @@ def test_several_turns_need_a_chat_template_that_leaves_earlier_turns_alone():
             "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
             "changes the question once it is answered, .*; set chat_template: false",
         ),
+        ("{% for m in messages %}{{ m.content", "fails on turns of user .*TemplateSyntaxError.*set chat_tem"),
+        (
+            "{% if messages[1:] %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}",
+            "fails on turns of user and assistant .*one turn.*; set chat_template: false",
+        ),
     ],
-    ids=["missing", "hides where the answer begins"],
+    ids=["missing", "hides where the answer begins", "damaged", "allows no answer"],
 )
 def test_an_unfit_chat_template_is_refused(template, message):
     tokenizer = families.tokenizer()

@@ -49,12 +49,29 @@ WRITTEN = {
     "12 (5 + 7)": 12, "12(3)": 12, "12 (see 5)": 12, "answer(12)": 12, "12 is the sum of 5 and 7": 12,
     "a total of 12": 12, "The sum is 12": 12, "7 days - 3 left": 7, "|12|13|": 12, "| 12 | 13 |": 12,
     "12 x": 12,
+    # verbs and units
+    "27 and 15 make 42": 42, "27 and 15 makes 42": 42, "27 and 15 gives 42": 42, "27 and 15 is 42": 42,
+    "27 and 15 comes to 42": 42, "27 and 15 totals 42": 42, "27 and 15 together make 42": 42,
+    "2, 3 and 4 make 9": 9, "27 + 15 makes 42": 42, "5 plus 7 comes to 12": 12,
+    "5 dollars plus 7 dollars is 12 dollars": 12, "27 apples and 15 apples make 42 apples": 42,
+    "10 apples minus 3 apples leaves 7 apples": 7, "the sum of 5 km and 7 km is 12 km": 12,
+    "I have 2 apples": 2, "I have 2 apples and 3 pears": 2, "5 and 7 make a pair": 5, "5 and 7 are primes": 5,
+    "12 is 2 more than 10": 12, "5 + 7 = 12 is 3 dozen": 12,
+    # numbers in words
+    "The answer is twelve.": 12, "twelve": 12, "**Twelve**": 12, "twelve apples": 12, "minus twelve": -12,
+    r"\boxed{twelve}": 12, "forty-two": 42, "forty two": 42, "two hundred and five": 205, "zero": 0,
+    "one thousand two hundred": 1200, "one": 1, "The answer is one.": 1, "one plus one is two": 2,
+    "two plus 3 is 5": 5, "27 plus fifteen is 42": 42, "5 + 7 = twelve": 12, "5 + 7 is twelve": 12,
+    "27 and fifteen make 42": 42, "twenty-seven and fifteen make forty-two": 42, "half of twelve is 6": 6,
+    "the sum of five and 7 is 12": 12, "9 take away four is 5": 5, "three times 4 equals 12": 12,
+    "There are two ways: 5 + 7 = 12": 12, "One way: 5 + 7 = 12": 12, "It takes two: 12": 12, "often 12": 12,
     # words around
     "Q1: 12": 12, "No.7": 7, "top-3": 3, "12: yes": 12, "~12": 12,
 }  # fmt: skip
 UNREAD = [
-    "", ".", "twelve", "the sum of 5 and 7", "(5 + 7) × 2", "√16", "2x = 14", "5 + (-3) = ?", "(5 + 7",
-    "no idea", "12,5", "1,23,456", "0,500", "1.2.3", "2:30", "3-4", "5 + 7", "5 + 7 = ?",
+    "", ".", "the sum of 5 and 7", "five plus seven", "No one knows.", "One of them.", "two thirds",
+    "two point five", "a hundred", "I have one apple", "(5 + 7) × 2", "√16", "2x = 14", "5 + (-3) = ?",
+    "(5 + 7", "no idea", "12,5", "1,23,456", "0,500", "1.2.3", "2:30", "3-4", "5 + 7", "5 + 7 = ?",
     "10/11/2020", "1/0", "0x1F", "30D2", "1e999999999", "9" * 5000, r"12 or \boxed{}",
 ]  # fmt: skip
 
@@ -121,6 +138,52 @@ def test_the_result_of_any_calculation_is_read(calculation, equals, before, afte
     assert first_number(f"{before}{written}{equals}{value + 1}{after}") == value + 1
     assert first_number(f"{before}{value} = {written}{after}") == value
     assert first_number(f"{before}{written}{equals}?") is None
+
+
+UP_TO_19 = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def in_words(number: int) -> str:
+    """Write a number below a million as people do."""
+    for size, name in ((1000, "thousand"), (100, "hundred")):
+        if number >= size:
+            rest = f" {in_words(number % size)}" if number % size else ""
+            return f"{in_words(number // size)} {name}{rest}"
+    if number < 20:
+        return UP_TO_19[number]
+    return TENS[number // 10 - 2] + (f"-{UP_TO_19[number % 10]}" if number % 10 else "")
+
+
+SIZES = st.integers(0, 200) | st.integers(0, 999_999)
+WRITTEN_SIZES = SIZES.flatmap(lambda n: st.sampled_from([(str(n), n), (f"{n:,}", n), (in_words(n), n)]))
+THINGS = st.sampled_from(["", " apples", " dollars", " km"])
+VERBS = st.sampled_from(
+    ["make", "makes", "is", "are", "gives", "comes to", "totals", "add up to", "together make", "will be"]
+)
+
+
+@settings(max_examples=100)
+@given(
+    WRITTEN_SIZES, WRITTEN_SIZES, WRITTEN_SIZES, st.sampled_from(["and", "plus", "added to"]), VERBS, THINGS
+)
+def test_the_result_of_a_sentence_is_read(left, right, result, joint, verb, things):
+    """Whether it is right or not, and however each of its numbers is written."""
+    text = f"{left[0]}{things} {joint} {right[0]}{things} {verb} {result[0]}{things}."
+    assert first_number(text) == result[1], text
+    assert first_number(text.capitalize()) == result[1], text
+
+
+@settings(max_examples=100)
+@given(
+    WRITTEN_SIZES, SIZES, st.sampled_from(["I have {} apples", "I have {} apples and {} pears", "{} or {}"])
+)
+def test_the_first_number_that_is_no_operand_is_read(first, second, sentence):
+    text = sentence.format(first[0], in_words(second) if first[0][0].isalpha() else second)
+    assert first_number(text) == (None if first[0] == "one" and "have" in text else first[1]), text
 
 
 @settings(max_examples=50)

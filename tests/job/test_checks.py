@@ -116,6 +116,23 @@ def test_a_graded_suite_must_not_score_items_that_recipes_learn_from(raw):
     assert "drill" in checked_params(raw).datasets
 
 
+@pytest.mark.parametrize("options", [None, 2, 4])
+def test_the_same_rules_with_other_options_are_the_same_items(raw, options):
+    rules = {
+        "kind": "classification", "seed": 0, "test": 4, "train": 4, "fewshot": 1,
+        "levels": [{"name": "four", "chains": 4}],
+    }  # fmt: skip
+    raw["datasets"]["rules"] = rules
+    raw["datasets"]["drill"] = rules | {"levels": [{"name": "drill", "chains": 4, "options": options}]}
+    raw["suites"]["graded"]["rules"] = raw["suites"]["graded"]["arithmetic"]
+    raw["prune"]["wanda-50"]["calibration"] = {**raw["prune"]["wanda-50"]["calibration"], "dataset": "drill"}
+    assert "suites.graded.rules: it would score items that recipes learn from as datasets.drill" in refusal(
+        raw
+    )
+    raw["datasets"]["drill"]["levels"][0]["chains"] = 5
+    assert "drill" in checked_params(raw).datasets
+
+
 LOGITS = {"source": "base/tiny", "method": "logits", "dataset": "news", "batch_size": 2}
 
 
@@ -249,7 +266,7 @@ def test_a_name_given_twice_is_refused(raw, tmp_path):
     [
         (
             {},
-            "noise.tiny-batch-3: nothing differs from its source; give it a batch_size, a dtype, a backend or",
+            "noise.tiny-batch-3: nothing differs from its source; give it a batch_size, a dtype",
         ),
         ({"dtype": "bfloat16"}, "noise.tiny-batch-3.dtype: bfloat16 is already run.dtype"),
         ({"dtype": "float32"}, None),

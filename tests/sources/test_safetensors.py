@@ -125,3 +125,48 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "PACKAGES", {"json": "json", "nothing": "no.such.package"})
     with pytest.raises(Refusal, match=r"tokenizer.model, and nothing must be installed .* pip install"):
         written(source, tmp_path / "out")
+
+
+Q = "model.layers.0.self_attn.q_proj"
+LEFT_OUT = {
+    "a bias": {f"{Q}.bias": torch.ones(32)},
+    "a scale": {f"{Q}.weight_scale": torch.ones(1)},
+    "an adapter": {f"base_model.{Q}.lora_A.weight": torch.ones(2, 32)},
+    "another head": {"score.weight": torch.ones(2, 32)},
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_tensors_that_the_model_would_leave_out_are_refused(case, tmp_path):
+    source = families.save("llama", tmp_path / "in")
+    stored = load_file(source / "model.safetensors") | LEFT_OUT[case]
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    (name,) = LEFT_OUT[case]
+    with pytest.raises(Refusal, match=f"holds 1 tensors that its config has no place for.*: {name}\\."):
+        written(source, tmp_path / "out")
+
+
+def test_blocks_that_the_config_does_not_count_are_refused(tmp_path):
+    source = families.save("llama", tmp_path / "in")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(Refusal, match=r"holds 9 tensors .*model\.layers\.1\.input_layernorm\.weight"):
+        written(source, tmp_path / "out")
+
+
+def test_frequencies_that_old_checkpoints_store_are_no_obstacle(tmp_path):
+    source = families.save("llama", tmp_path / "in")
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    assert written(source, tmp_path / "out") == {"grid": None}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64"])
+def test_weights_that_are_no_floats_are_refused(dtype, tmp_path):
+    source = families.save("llama", tmp_path / "in")
+    stored = load_file(source / "model.safetensors")
+    stored[f"{Q}.weight"] = stored[f"{Q}.weight"].to(getattr(torch, dtype))
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=rf"stores 1 weights as codes .*: {Q}\.weight \("):
+        written(source, tmp_path / "out")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -96,11 +96,18 @@ def test_no_other_character_ends_a_line(how):
     assert documents[how != "csv" :] == [f"a b{ord(separator)}" for separator in SEPARATORS]
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=9), max_size=9))
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r\0"), max_size=9), max_size=9))
 def test_lines_are_the_files_lines(lines):
+    assume(not any(line.startswith(("\ufeff", "{", "[")) for line in lines))
     expected = dict.fromkeys(" ".join(line.split()) for line in lines)
     documents = split_documents(("\ufeff" + "\n".join(lines)).encode(), "lines", "t.txt")
     assert documents == [line for line in expected if line]
+
+
+@pytest.mark.parametrize("text", ["one\n\ufefftwo", '{"one\ntwo"', "[one]\ntwo", "[1]\n{}"])
+def test_marks_of_joined_files_and_brackets_in_text_are_no_obstacle(text):
+    pieces = split_documents(text.encode(), "lines", "t.txt")
+    assert pieces == text.replace("\ufeff", "").split("\n")
 
 
 def test_documents_of_a_parquet_are_its_texts(tmp_path):
@@ -216,6 +223,10 @@ def test_both_splits_are_written(tmp_path):
         (b"\xef\xbb\xbf", {}, "has no lines with text"),
         (b"\xff\xfe", {}, "is not UTF-8 text at byte 0; save it in that encoding"),
         ("a\nb".encode("utf-16"), {}, "is not UTF-8 text at byte 0"),
+        ("a\nb".encode("utf-16-le"), {}, "has NUL characters, as UTF-16 and binary files have"),
+        (b"text\na\0b\n", {"documents": "csv"}, "has NUL characters"),
+        (b'{"text": "a"}\n{"text": "b"}\n', {}, "is JSON, whose names and brackets would be read as text"),
+        (b'\n[\n {"text": "a"},\n {"text": "b"}\n]\n', {"documents": "paragraphs"}, "is JSON"),
         (b"a,b\n1,2\n", {"documents": "csv"}, "has no column text, only a, b"),
         (b"text,who,text\n1,2,3\n", {"documents": "csv"}, "has several columns text"),
         (b"", {"documents": "csv"}, "has no column text, for it is empty"),

@@ -36,7 +36,7 @@ class _Learned:
     parts: dict[str, tuple[str, Documents]] = field(default_factory=dict)
     """sha256 of a text in a mix -> the data set of the mix, and the part."""
     levels: list[tuple[Level, str]] = field(default_factory=list)
-    """The levels of graded items as `asked`, and their data set."""
+    """The `domain` of each level of graded items, and its data set."""
     splits: dict[str, str] = field(default_factory=dict)
     """A benchmark -> its split, where lm-eval scores it."""
 
@@ -76,7 +76,7 @@ def _learned(params: Params) -> _Learned:
             elif isinstance(dataset, Mix):
                 learned.parts |= {part.sha256: (name, part) for part in dataset.parts.values()}
             elif isinstance(dataset, GradedData):
-                learned.levels += [(level.asked(), name) for level in dataset.levels]
+                learned.levels += [(level.domain(), name) for level in dataset.levels]
             elif isinstance(text, Selection) and text.split in SCORED:
                 learned.splits[name] = text.split
     return learned
@@ -120,7 +120,7 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
                 f"{', '.join(unlike)}, so they may learn from what it scores; give both the same."
             )
     if isinstance(dataset, GradedData):
-        levels = [level.asked() for level in dataset.levels]
+        levels = [level.domain() for level in dataset.levels]
         if shared := sorted(other for level, other in learned.levels if other != name and level in levels):
             return (
                 f": it would score items that recipes learn from as datasets.{shared[0]}, with which it "

@@ -46,9 +46,17 @@ def layout_of(model: PreTrainedModel, part: Part) -> HeadLayout:
     linears are as wide as that.
 
     Raises:
-        Refusal: a linear holds keys and values that several query heads share, in an unknown order.
+        Refusal: blocks differ in their heads, or a linear holds keys and values that several query heads
+            share, in an unknown order.
     """
     config: Any = model.config.get_text_config()
+    heads = {"num_attention_heads", "num_key_value_heads", "head_dim"}
+    by_block = heads & set(config.per_layer_attributes or ())
+    if by_block:
+        raise Refusal(
+            f"{type(model).__name__} cannot lose heads: its config has {', '.join(sorted(by_block))} by "
+            "block, and all blocks must have the same; remove neurons or blocks instead."
+        )
     queries: int = config.num_attention_heads
     layout = HeadLayout(
         queries, getattr(config, "num_key_value_heads", None) or queries, part.width // queries

@@ -53,7 +53,9 @@ def width_setting(model: PreTrainedModel, cuts: Cuts, width: int, count: int) ->
 
 
 def _candidates(config: Any, width: int) -> Iterator[str]:
-    values = {field.name: getattr(config, field.name, None) for field in fields(config)}
+    by_block = config.per_layer_attributes or ()  # which raise when read
+    settings = [field for field in fields(config) if field.name not in by_block]
+    values = {field.name: getattr(config, field.name, None) for field in settings}
     yield from (key for key, value in values.items() if type(value) is int and value == width)
-    integers = {field.name for field in fields(config) if "int" in str(field.type)}
+    integers = {field.name for field in settings if "int" in str(field.type)}
     yield from (key for key, value in values.items() if value is None and key in integers)

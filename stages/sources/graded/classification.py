@@ -39,6 +39,10 @@ class ClassificationLevel(Level):
         """Return the level without its presentation, in which the number of options is the least."""
         return super().asked().model_copy(update={"options": self.options and 2})
 
+    def domain(self) -> Level:
+        """Return the level without options: the same rules with other choices are the same item."""
+        return super().asked().model_copy(update={"options": None})
+
 
 class Classification(GradedData):
     """Things to label in levels, easiest first."""

@@ -72,6 +72,10 @@ class Level(Strict):
         plain = {key: fields[key].default for key in self.presentation}
         return self.model_copy(update={"name": "any", **plain})
 
+    def domain(self) -> Level:
+        """Return the level that stands for all that may have the same items, however these are shown."""
+        return self.asked()
+
 
 class GradedData(Dataset):
     """A task in levels, easiest first."""

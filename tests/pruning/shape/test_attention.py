@@ -6,6 +6,7 @@ from transformers import (
     BitNetConfig,
     DiffLlamaConfig,
     FalconConfig,
+    Gemma4UnifiedTextConfig,
     LlamaConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -76,6 +77,18 @@ def test_matrices_beside_linears_are_refused_without_advice_that_the_method_forb
     ) as refused:
         plan(heads(keep=2), families.mixture())
     assert "recipe's ignore" not in str(refused.value)
+
+
+def test_blocks_with_other_numbers_of_heads_are_refused_by_name():
+    """Such a config raises when it is asked for the number of all blocks."""
+    config = Gemma4UnifiedTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=8, num_global_key_value_heads=1, pad_token_id=0,
+        attention_k_eq_v=True, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    message = "Gemma4UnifiedForCausalLM cannot lose heads: its config has num_key_value_heads by block"
+    with pytest.raises(Refusal, match=message):
+        plan(heads(remove=0.5), AutoModelForCausalLM.from_config(config).eval())
 
 
 @pytest.mark.parametrize("unit", ["groups", "queries"])

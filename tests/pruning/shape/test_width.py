@@ -26,7 +26,7 @@ KEYS = {"opt": "ffn_dim", "gpt2": "n_inner"}
 """The config's key for the width, where it is not intermediate_size."""
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", [*families.CONFIGS, "gemma4_unified"])
 @pytest.mark.parametrize("importance", ["ppm", "llm-bip"])
 def test_the_result_is_the_dense_model_with_those_neurons_silent(family, importance, tmp_path):
     dense = full(family)

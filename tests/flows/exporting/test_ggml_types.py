@@ -8,7 +8,7 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.exporting.ggml import Unfit, packed, plain
+from flows.exporting.ggml_types import Unfit, packed, plain
 from stages.model.floats import NVFloat4
 from stages.model.grid import Codes, Int8, bounds
 
