@@ -98,6 +98,7 @@ class PerplexitySuite(Suite):
                 metric="nats_per_token",
                 score=losses[i],
                 log_likelihoods=[likelihoods[i]],
+                prompt=lm.tokenizer.decode(rows[i]),
             )
             for i in range(len(rows))
         ]

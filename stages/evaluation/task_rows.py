@@ -188,6 +188,7 @@ def _samples(
     ):
         yield Sample(
             **columns,
+            **_asked(item),
             **_response(item, columns["readout"], lm),
             doc_id=doc_id,
             difficulty=level,
@@ -195,6 +196,18 @@ def _samples(
             target=str(item["target"]),
             score=value,
         )
+
+
+def _asked(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a sample row that hold the question."""
+    first = item["arguments"][0][0]
+    pairs = [arguments for arguments in item["arguments"] if len(arguments) > 1]
+    if not all(isinstance(continuation, str) for _, continuation in pairs):  # settings of a generation
+        return {"prompt": first}
+    pairs = pairs[: len(item["filtered_resps"])]  # some metrics ask for each choice without its question too
+    same = all(context == first for context, _ in pairs)
+    choices = [continuation if same else context + continuation for context, continuation in pairs]
+    return {"prompt": first, "choices": choices or None}
 
 
 def _response(item: Mapping[str, Any], readout: str, lm: LM) -> dict[str, Any]:

@@ -118,12 +118,14 @@ STAGES: dict[str, Pieces] = {
         computes=True,
     ),
     "tidy": Pieces(
-        arguments=lambda params, name: (params.evaluations(),),
-        keys=lambda params, name: ["evaluate.candidates", "suites"],
+        arguments=lambda params, name: (params.evaluations(), params.profile.candidates),
+        keys=lambda params, name: ["evaluate.candidates", "profile.candidates", "suites"],
     ),
     "report": Pieces(
         arguments=lambda params, name: (scope(params),),
-        keys=lambda params, name: ["evaluate", "models", "report", "studies", "suites", *RECIPES],
+        keys=lambda params, name: [
+            "evaluate", "models", "profile.candidates", "report", "studies", "suites", *RECIPES
+        ],
     ),
 }  # fmt: skip
 """By the stage's name, which is that of its file in `stages/`."""
@@ -146,6 +148,7 @@ def scope(params: Params) -> Scope:
         evaluations=tuple(params.evaluations()),
         candidates=params.evaluate.candidates,
         suites=tuple(params.suites.by_name()),
+        profiled=params.profile.candidates,
         models=params.models,
         recipes=params.recipes(),
         report=params.report,

@@ -11,17 +11,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from stages.core.identity import beside
-from stages.core.tables import MEASURE
+from stages.core.tables import ITEM, MEASURE
 from stages.reporting import words
 from stages.reporting.collect import Measure, Results, by_measure, competes, measure_of, records
 from stages.reporting.comparison import Comparison
 from stages.reporting.hypotheses.evidence import Verdict
+from stages.reporting.measured import Measured
 from stages.reporting.scope import Scope
 
 _FLIPS_SHOWN = 8
 """Changed answers shown for each candidate; samples.parquet has all."""
+_CHOICES = (
+    "structure", "allocation", "scope", "importance", "block_metric", "blocks_removed", "width_ratio", "arm",
+    "steps", "train_difficulty", "recipe_seed",
+)  # fmt: skip
+"""Columns shown beside a candidate's recipes where they have a value."""
 _ANSWER_SHOWN = 80
 """Characters shown of an answer."""
+_PROMPT_SHOWN = 160
+"""Characters shown of a prompt, its last."""
 
 
 def render(
@@ -31,6 +39,7 @@ def render(
     agreements: pd.DataFrame,
     pictures: Mapping[str, str],
     verdicts: Sequence[Verdict] = (),
+    measured: Measured | None = None,
 ) -> str:
     """Return the page's HTML; every number comes from the rows, and text written by models is escaped.
 
@@ -38,6 +47,7 @@ def render(
         agreements: the table of `stages.reporting.agreement`.
         pictures: the figures as SVG, by name.
         verdicts: those of all studies.
+        measured: speed and memory; None where nothing was measured.
     """
     environment = Environment(
         loader=FileSystemLoader(beside(__file__, "page.html").parent),
@@ -48,7 +58,18 @@ def render(
     )
     environment.filters |= {
         name: getattr(words, name)
-        for name in ("number", "score", "signed", "p_value", "size", "short", "share", "compact", "fewest")
+        for name in (
+            "number",
+            "score",
+            "signed",
+            "p_value",
+            "size",
+            "short",
+            "share",
+            "compact",
+            "fewest",
+            "removed",
+        )
     }
     rows, competing, noise = comparison.rows, comparison.competitors, comparison.noise
     label = words.labels(rows)
@@ -75,6 +96,7 @@ def render(
             if scores["difficulty"].nunique() > 1
         ],
         agreement=records(agreements),
+        profile=records(measured.figures) if measured else [],
         flips=_flips(results, comparison),
         compared=int(competing["family"].max()) if len(competing) else 0,
         studies=[
@@ -94,7 +116,7 @@ def render(
             "file_dtype": _listed(competing["dtype"]),
             **{name: _listed(rows[name]) for name in ("dtype", "device", "threads", "seed")},
         },
-        shown=(_FLIPS_SHOWN, _ANSWER_SHOWN),
+        shown=(_FLIPS_SHOWN, _ANSWER_SHOWN, _PROMPT_SHOWN),
     )
 
 
@@ -127,6 +149,11 @@ def _candidate(scope: Scope, row: Mapping[str, Any], suites: Iterable[str]) -> d
         "family": words.family(row),
         "steps": [
             (step, _flow(recipes[step].model_dump(mode="json"))) for step in row["lineage"] if step in recipes
+        ],
+        "choices": [
+            (name.replace("_", " "), words.number(value) if isinstance(value, float) else value)
+            for name in _CHOICES
+            if (value := row[name])
         ],
         "on_grid": _marks(row, scope)["on_grid"],
         "read": [name for name in scope.learned_from(row["candidate"]) if name in suites],
@@ -213,7 +240,8 @@ def _flips(results: Results, comparison: Comparison) -> list[dict[str, Any]]:
         both = ours.merge(base, on=[*MEASURE, "doc_id", "draw", "prompt_hash"], suffixes=("", "_base"))
         changed = both[both["score"] != both["score_base"]]
         if len(changed):
-            shown = records(changed.head(_FLIPS_SHOWN))
+            asked = results.items[[*ITEM, "prompt"]]
+            shown = records(changed.head(_FLIPS_SHOWN).merge(asked, on=list(ITEM), how="left"))
             flips.append({"candidate": candidate, "count": len(changed), "rows": shown})
     return flips
 

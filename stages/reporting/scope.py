@@ -23,6 +23,8 @@ class Scope:
     """In the order of the tables."""
     suites: tuple[str, ...]
     """In the order of the tables, within a candidate."""
+    profiled: tuple[str, ...]
+    """The candidates whose speed and memory are measured."""
     models: Mapping[str, Any]
     """The settings of each base model, by name."""
     recipes: Mapping[str, Any]
