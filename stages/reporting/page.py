@@ -156,7 +156,7 @@ def _candidate(scope: Scope, row: Mapping[str, Any], suites: Iterable[str]) -> d
             if (value := row[name])
         ],
         "on_grid": _marks(row, scope)["on_grid"],
-        "read": [name for name in scope.learned_from(row["candidate"]) if name in suites],
+        "read": [name for name in suites if scope.has_read(row["candidate"], name)],
     }
 
 
@@ -208,7 +208,7 @@ def _exp(nats: float) -> float:
 def _marks(row: Mapping[str, Any], scope: Scope) -> dict[str, bool]:
     """Return whether the base's grid flatters a score, and whether text of the suite's own domain does."""
     return {
-        "in_domain": row["suite"] in scope.learned_from(row["candidate"]),
+        "in_domain": scope.has_read(row["candidate"], row["suite"]),
         "on_grid": row["base_grid"] is not None and row["quantize_method"] is not None,
     }
 

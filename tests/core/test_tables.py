@@ -25,14 +25,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "finetune/tuned": {
         "method": "full", "keep": "none", "steps": 8, "seed": 5,
-        "train": {"dataset": "sums", "num_samples": 4, "difficulty": "hard"},
+        "train": {"dataset": "sums", "num_samples": 4, "sequence_length": 32, "difficulty": "hard"},
     },
 }  # fmt: skip
 
 
 def record(*lineage: str) -> dict[str, Any]:
     return {
-        "artifact": lineage[-1], "lineage": ["base/m", *lineage], "base": {"name": "m", "source": "path:m"},
+        "artifact": ["base/m", *lineage][-1], "lineage": ["base/m", *lineage],
+        "base": {"name": "m", "source": "path:m"},
         "recipes": {name: RECIPES[name] for name in lineage}, "texts": {"news": "path:n", "sums": "path:s"},
         "notes": {"prune/short": {"removed": [4, 5]}, "finetune/tuned": {"steps": 7}}, "layout": "dense",
         "sparsity": 0.0, "num_parameters": 9, "bits_per_weight": 16.0, "bytes_ideal": 1, "bytes_on_disk": 1,

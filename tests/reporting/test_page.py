@@ -258,6 +258,7 @@ def test_measures_of_one_metric_are_shown_apart():
     )
     scope = Scope(
         evaluations=(), candidates=("base/m", "noise/n", "prune/p"), suites=("s",), recipes={},
+        profiled=(), datasets={},
         report=Report(margin=0.02), studies={},
         models={"m": SimpleNamespace(sha256="0" * 64)},
     )  # fmt: skip

@@ -92,9 +92,10 @@ def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[
     if suite is None:
         yield f"there is no suite {readout.suite!r}; {allowed(suites, readout.suite)}."
         return
-    dataset = params.datasets.get(readout.suite)
+    scored = params.suites.dataset_of(readout.suite)
+    dataset = params.datasets.get(scored)
     levels = [level.name for level in dataset.levels] if isinstance(dataset, GradedData) else []
-    if readout.level not in ("all", *levels) and readout.suite not in broken:
+    if readout.level not in ("all", *levels) and scored not in broken:
         yield f"{readout.suite} has no level {readout.level!r}; {allowed(['all', *levels], readout.level)}."
     thinking = getattr(suite, "thinking", None)
     budgets = list(thinking.budgets) if thinking else []
