@@ -2,7 +2,17 @@
 
 from stages.core.files import MODELS, RESULTS, read_json, source_of, writing
 from stages.core.run import Run
-from stages.core.tables import ITEMS, Setting, item_table, sample_table, score_table, subject, write_tables
+from stages.core.tables import (
+    ITEMS,
+    TOKENS,
+    Setting,
+    item_table,
+    sample_table,
+    score_table,
+    subject,
+    token_table,
+    write_tables,
+)
 from stages.evaluation.candidate import load_candidate
 from stages.evaluation.kept import KeptAnswers
 from stages.evaluation.room import usual_rows
@@ -37,6 +47,8 @@ def evaluate(suite: Suite, run: Run, name: str) -> None:
             score_table(about, setting, scores),
             sample_table(candidate, suite_name, samples),
         )
+        if len(tokens := token_table(candidate, suite_name, samples)):
+            tokens.to_parquet(folder / TOKENS, index=False)
         if not about.source:  # whoever descends from a base is asked the same
             item_table(suite_name, samples).to_parquet(folder / ITEMS, index=False)
     kept.forget()

@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.core.lazy import pd
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 SCORES = "scores.parquet"
 SAMPLES = "samples.parquet"
@@ -21,6 +25,7 @@ ITEM = ("suite", "task", "readout", "doc_id", "prompt_hash")
 """The columns by which an answer is joined with its question."""
 PROMPT_KEPT = 4000
 """Characters kept of a prompt, its last: the question stands behind the examples."""
+TOKENS = "tokens.parquet"
 _CHOICE_KEPT = 1000
 """Characters kept of a choice."""
 PARAMETERS_REMOVED = "parameters_removed"
@@ -131,6 +136,17 @@ class Score:
     seed: int
 
 
+class Likeliest(NamedTuple):
+    """What a model predicts at every position of a window; logarithms of probabilities, fp32."""
+
+    target: NDArray[np.float32]
+    """`[positions]`, of the token that follows."""
+    ids: NDArray[np.int64]
+    """`[positions, top]`, the likeliest tokens, in descending order."""
+    logs: NDArray[np.float32]
+    """`[positions, top]`, of these."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One answer, or one item's score."""
@@ -151,11 +167,15 @@ class Sample:
     score: float
     log_likelihoods: list[float] | None = None
     generated_tokens: int | None = None
+    cut: bool | None = None
+    """Whether a generated answer was still going on at its longest length."""
     thinking: str | None = None
     prompt: str = ""
     """The text that was asked; kept in the table of items, like `choices`."""
     choices: list[str] | None = None
     """The continuations that were compared, where there are some."""
+    likeliest: Likeliest | None = None
+    """The predictions behind it, where a suite keeps them; kept in the table of tokens."""
 
 
 KINDS = {"str": "str", "float": "float64", "int": "Int64", "bool": "boolean"}
@@ -171,10 +191,11 @@ def _columns(*rows: type) -> dict[str, str]:
 
 
 SCORE_COLUMNS = _columns(Subject, Setting, Score)
-_ASKED = ("prompt", "choices")
+_APART = ("prompt", "choices", "likeliest")
+"""Fields of a sample that stand in tables of their own."""
 SAMPLE_COLUMNS = {
     "candidate": "str", "suite": "str",
-    **{name: kind for name, kind in _columns(Sample).items() if name not in _ASKED},
+    **{name: kind for name, kind in _columns(Sample).items() if name not in _APART},
 }  # fmt: skip
 ITEM_COLUMNS = {
     "suite": "str", "task": "str", "readout": "str", "doc_id": "Int64", "difficulty": "str",
@@ -193,6 +214,19 @@ def sample_table(candidate: str, suite: str, samples: Iterable[Sample]) -> pd.Da
     shared = {"candidate": candidate, "suite": suite}
     rows = (shared | vars(sample) for sample in samples)
     return table(({key: row[key] for key in SAMPLE_COLUMNS} for row in rows), SAMPLE_COLUMNS)
+
+
+def token_table(candidate: str, suite: str, samples: Iterable[Sample]) -> pd.DataFrame:
+    """Return the predictions behind windows, a row a window: lists `target`, and flat `ids` and `logs`."""
+    rows = [
+        {
+            "candidate": candidate, "suite": suite, "prompt_hash": sample.prompt_hash,
+            "target": kept.target, "ids": kept.ids.astype("int32").ravel(), "logs": kept.logs.ravel(),
+        }
+        for sample in samples
+        if (kept := sample.likeliest) is not None
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["candidate", "suite", "prompt_hash", "target", "ids", "logs"])
 
 
 def item_table(suite: str, samples: Iterable[Sample]) -> pd.DataFrame:

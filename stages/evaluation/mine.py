@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 _LEARNING_RATE = 1e-3
 _DECAY = 1e-2
-_BATCH = 64
+_BATCH = 32
 """Pairs among which a step of fitting tells which belong together."""
 
 
@@ -38,7 +38,7 @@ class _Critic(nn.Module):
     def missing(self, x: Tensor, y: Tensor) -> Tensor:
         """Return how far the estimate from pairs `[n, any]` lies below log n, in nats."""
         left, right = self.left(x), self.right(y)
-        pairs = torch.stack([self(row, right) for row in left])
+        pairs = torch.cat([self(rows[:, None], right) for rows in left.split(_BATCH)])
         return nn.functional.cross_entropy(pairs, torch.arange(len(pairs)))
 
 

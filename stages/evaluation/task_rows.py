@@ -213,11 +213,14 @@ def _asked(item: Mapping[str, Any]) -> dict[str, Any]:
 def _response(item: Mapping[str, Any], readout: str, lm: LM) -> dict[str, Any]:
     """Return the columns of a sample row that hold the answer."""
     if readout == "generation":
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        from stages.evaluation.null import ANSWER_TOKENS  # imports lm-eval
+
         response = str(item["resps"][0][0])
-        return {
-            "response": response,
-            "generated_tokens": len(lm.tok_encode(response, add_special_tokens=False)),
-        }
+        length = len(lm.tok_encode(response, add_special_tokens=False))
+        longest = normalize_gen_kwargs(item["arguments"][0][1], ANSWER_TOKENS)["max_gen_toks"]
+        return {"response": response, "generated_tokens": length, "cut": length >= longest}
     likelihoods = [
         float(answer[0]) if isinstance(answer, tuple | list) else float(answer)  # a whole text has no flag
         for answer in item["filtered_resps"]

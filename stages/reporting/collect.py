@@ -24,8 +24,10 @@ from stages.core.tables import (
     PARAMETERS_REMOVED,
     SAMPLES,
     SCORES,
+    TOKENS,
     table,
 )
+from stages.reporting.divergence import divergences
 
 KEY = [*MEASURE, "difficulty"]
 """The columns that make two scores the same measure at the same difficulty."""
@@ -86,6 +88,13 @@ def collect(
     )
     if (twice := scores[scores.duplicated(["candidate", *KEY])]).size:
         raise ValueError(f"two scores of one measure: {twice[['candidate', *KEY]].to_dict('records')}")
+    files = [root / name / TOKENS for name in ordered if (root / name / TOKENS).exists()]
+    if files:
+        tokens = pd.concat(map(pd.read_parquet, files), ignore_index=True)
+        more = divergences(scores, samples, tokens)
+        scores, samples = (
+            pd.concat(pair, ignore_index=True) for pair in zip((scores, samples), more, strict=True)
+        )
     scores = scores.assign(**{PARAMETERS_REMOVED: parameters_removed(scores)})
     return Results(scores, samples, read_items([root / name for name in ordered]))
 

@@ -27,11 +27,13 @@ def write_data(
     agreements: pd.DataFrame,
     verdicts: list[Verdict],
     measured: Measured,
+    wrong: pd.DataFrame,
 ) -> None:
     """Write the tables of results, samples and items, the summaries and the two CSV files of `dvc plots`.
 
     results.parquet has the score rows with the columns that the comparison adds; the summaries are
-    summary.csv, pooled.csv, metrics.json, verdicts.json and agreement.csv, which is `agreements`.
+    summary.csv, pooled.csv, metrics.json, verdicts.json, agreement.csv, which is `agreements`, and wrong.csv,
+    which is `wrong`.
     Measurements and verdicts on them vary from run to run, so they stand apart: profile.csv and
     measured_verdicts.json.
     """
@@ -40,6 +42,7 @@ def write_data(
     results.items.to_parquet(folder / "items.parquet", index=False)
     summarize(comparison).to_csv(folder / "summary.csv", index=False)
     agreements.to_csv(folder / "agreement.csv", index=False)
+    wrong.to_csv(folder / "wrong.csv", index=False)
     comparison.pooled.to_csv(folder / "pooled.csv", index=False)
     measured.figures.to_csv(folder / "profile.csv", index=False)
     for file, on_measured in ((VERDICTS, False), (MEASURED_VERDICTS, True)):

@@ -18,6 +18,7 @@ from stages.reporting.comparison import Comparison
 from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.measured import Measured
 from stages.reporting.scope import Scope
+from stages.reporting.wrong import CLASSES
 
 _FLIPS_SHOWN = 8
 """Changed answers shown for each candidate; samples.parquet has all."""
@@ -40,6 +41,7 @@ def render(
     pictures: Mapping[str, str],
     verdicts: Sequence[Verdict] = (),
     measured: Measured | None = None,
+    wrong: pd.DataFrame | None = None,
 ) -> str:
     """Return the page's HTML; every number comes from the rows, and text written by models is escaped.
 
@@ -48,6 +50,7 @@ def render(
         pictures: the figures as SVG, by name.
         verdicts: those of all studies.
         measured: speed and memory; None where nothing was measured.
+        wrong: the classes of wrong answers.
     """
     environment = Environment(
         loader=FileSystemLoader(beside(__file__, "page.html").parent),
@@ -96,6 +99,8 @@ def render(
             if scores["difficulty"].nunique() > 1
         ],
         agreement=records(agreements),
+        wrong=[] if wrong is None else records(wrong),
+        classes=CLASSES,
         profile=records(measured.figures) if measured else [],
         flips=_flips(results, comparison),
         compared=int(competing["family"].max()) if len(competing) else 0,

@@ -111,7 +111,8 @@ def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[
 def _metrics(suite: Suite) -> list[str]:
     """Return the metrics of a suite; none if only lm-eval knows them, so that the report must check."""
     if isinstance(suite, PerplexitySuite):
-        return ["perplexity"]
+        more = ["kl", "same_top"] if suite.divergence else []  # of the others there are no scores by item
+        return ["perplexity", *more]
     if not isinstance(suite, GradedSuite):
         return []
     if suite.thinking is None:
