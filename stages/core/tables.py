@@ -139,8 +139,10 @@ class Score:
 class Likeliest(NamedTuple):
     """What a model predicts at every position of a window; logarithms of probabilities, fp32."""
 
+    next: NDArray[np.int64]
+    """`[positions]`, the token that follows."""
     target: NDArray[np.float32]
-    """`[positions]`, of the token that follows."""
+    """`[positions]`, of that token."""
     ids: NDArray[np.int64]
     """`[positions, top]`, the likeliest tokens, in descending order."""
     logs: NDArray[np.float32]
@@ -217,16 +219,17 @@ def sample_table(candidate: str, suite: str, samples: Iterable[Sample]) -> pd.Da
 
 
 def token_table(candidate: str, suite: str, samples: Iterable[Sample]) -> pd.DataFrame:
-    """Return the predictions behind windows, a row a window: lists `target`, and flat `ids` and `logs`."""
+    """Return the predictions behind windows, a row a window, `ids` and `logs` as flat lists."""
     rows = [
         {
             "candidate": candidate, "suite": suite, "prompt_hash": sample.prompt_hash,
-            "target": kept.target, "ids": kept.ids.astype("int32").ravel(), "logs": kept.logs.ravel(),
+            "next": kept.next.astype("int32"), "target": kept.target,
+            "ids": kept.ids.astype("int32").ravel(), "logs": kept.logs.ravel(),
         }
         for sample in samples
         if (kept := sample.likeliest) is not None
     ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["candidate", "suite", "prompt_hash", "target", "ids", "logs"])
+    return pd.DataFrame(rows, columns=["candidate", "suite", "prompt_hash", *Likeliest._fields])
 
 
 def item_table(suite: str, samples: Iterable[Sample]) -> pd.DataFrame:

@@ -25,8 +25,8 @@ from stages.core.files import text_sha256
 from stages.core.tables import Likeliest, Sample, Score
 from stages.corpus.bos import Bos, bos_tokens
 from stages.corpus.windows import begin_windows, cut_windows, read_documents
-from stages.evaluation.divergence import Divergence
 from stages.evaluation.emergence import Emergence
+from stages.evaluation.likeliest import Divergence
 from stages.evaluation.means import mean
 from stages.evaluation.suite import Suite, SuiteRows
 from stages.sources.text import Text

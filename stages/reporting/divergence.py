@@ -1,6 +1,6 @@
 """How far the predictions of a candidate are from its dense base's, token by token on plain text.
 
-Each side has its likeliest tokens at every position (`stages.evaluation.divergence`). Scores, a suite each:
+Each side has its likeliest tokens at every position (`stages.evaluation.likeliest`). Scores, a suite each:
 
 - kl: KL(base || candidate) in nats, the mean over tokens; kl_median and kl_p95, whose tokens are the worst.
 - same_top: the share of tokens at which both find the same next token likeliest.
@@ -8,9 +8,10 @@ Each side has its likeliest tokens at every position (`stages.evaluation.diverge
 Both also by the base's confidence, the probability of its likeliest token, in place of difficulty: where the
 base is `sure` (over .9), where it is `likely` (over .5), and where it is `unsure`.
 
-KL is that of distributions over the base's likeliest tokens and all others together, so it is a lower bound,
-and tight where these tokens hold nearly everything. A token that is not among the candidate's likeliest has
-at most the probability of the last of these.
+KL is that of distributions over the base's likeliest tokens and all others together, so it is a lower bound.
+Of the base's likeliest tokens, those among the candidate's likeliest have their own probability there, and so
+has the token that follows in the text; another has at most that of the candidate's last. The bound is tight
+for a candidate close to its base, and loose for one that finds quite other tokens likely.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,8 @@ VERSION = 1
 _TINY = 1e-12
 _LEVELS = (("sure", 0.9), ("likely", 0.5), ("unsure", 0.0))
 """Levels of the base's confidence and where each begins."""
-Floats: TypeAlias = NDArray[np.float64]
+_Floats: TypeAlias = NDArray[np.float64]
+_Ids: TypeAlias = NDArray[np.integer[Any]]
 
 
 def divergences(
@@ -66,7 +68,7 @@ def divergences(
 
 
 def _scores(
-    row: Mapping[str, Any], kl: Floats, same: Floats, sure: Floats, pairs: list[tuple[Floats, ...]]
+    row: Mapping[str, Any], kl: _Floats, same: _Floats, sure: _Floats, pairs: list[tuple[_Floats, ...]]
 ) -> list[dict[str, Any]]:
     """Return the score rows of a candidate and suite from all tokens, and the windows' standard errors."""
     shared = {key: row[key] for key in SCORE_COLUMNS} | {
@@ -94,7 +96,7 @@ def _scores(
     return rows
 
 
-def _compared(pair: Mapping[str, Any]) -> tuple[Floats, Floats, Floats]:
+def _compared(pair: Mapping[str, Any]) -> tuple[_Floats, _Floats, _Floats]:
     """Return KL, whether the likeliest token is the same, and the base's confidence, by token."""
     count = len(pair["target"])
     ids, ids_base = (np.asarray(pair[name]).reshape(count, -1) for name in ("ids", "ids_base"))
@@ -102,24 +104,31 @@ def _compared(pair: Mapping[str, Any]) -> tuple[Floats, Floats, Floats]:
         np.asarray(pair[name], np.float64).reshape(count, -1) for name in ("logs", "logs_base")
     )
     return (
-        divergence(ids_base, logs_base, ids, logs),
+        token_divergence(
+            ids_base, logs_base, ids, logs, np.asarray(pair["next"]), np.asarray(pair["target"])
+        ),
         (ids[:, 0] == ids_base[:, 0]).astype(np.float64),
         np.exp(logs_base[:, 0]),
     )
 
 
-def divergence(
-    ids_base: NDArray[np.integer[Any]], logs_base: Floats, ids: NDArray[np.integer[Any]], logs: Floats
-) -> Floats:
+def token_divergence(
+    ids_base: _Ids, logs_base: _Floats, ids: _Ids, logs: _Floats, follows: _Ids, log_follows: _Floats
+) -> _Floats:
     """Return KL(base || candidate) in nats over the base's likeliest tokens and all others, `[tokens]`.
 
     Args:
         ids_base, ids: `[tokens, top]`, the likeliest tokens of either side.
         logs_base, logs: the logarithms of their probabilities, in descending order.
+        follows: `[tokens]`, the tokens of the text.
+        log_follows: `[tokens]`, the logarithms of their probabilities to the candidate.
     """
     found = ids_base[:, :, None] == ids[:, None, :]
     known = found.any(axis=2)
     ours = np.where(known, np.take_along_axis(logs, found.argmax(axis=2), axis=1), logs[:, -1:])
+    is_next = ids_base == follows[:, None]
+    ours = np.where(is_next & ~known, log_follows[:, None], ours)
+    known |= is_next
     p = np.exp(logs_base)
     rest = np.clip(1 - p.sum(axis=1), _TINY, None)
     rest_ours = np.clip(1 - np.where(known, np.exp(ours), 0.0).sum(axis=1), _TINY, None)

@@ -13,7 +13,7 @@ from stages.reporting.comparison import Comparison
 from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.measured import Measured
 from stages.reporting.verdicts import nested_verdicts
-from stages.reporting.words import SMALL, family, labels
+from stages.reporting.words import NEGLIGIBLE, family, labels
 
 VERDICTS = "verdicts.json"
 MEASURED_VERDICTS = "measured_verdicts.json"
@@ -61,8 +61,8 @@ def summarize(comparison: Comparison) -> pd.DataFrame:
     """
     rows = comparison.rows
     lines = rows.drop_duplicates("candidate").set_index("candidate")[_SIZES].copy()
-    smaller = lines[PARAMETERS_REMOVED].fillna(0) > SMALL
-    lines["sparsity"] = lines["sparsity"].mask(smaller & (lines["sparsity"] < SMALL))
+    smaller = lines[PARAMETERS_REMOVED].fillna(0) > NEGLIGIBLE
+    lines["sparsity"] = lines["sparsity"].mask(smaller & (lines["sparsity"] < NEGLIGIBLE))
     if not smaller.any():
         lines = lines.drop(columns=PARAMETERS_REMOVED)
     scores, label = by_measure(rows[rows["difficulty"] == "all"]), labels(rows)

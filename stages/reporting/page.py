@@ -71,7 +71,7 @@ def render(
             "share",
             "compact",
             "fewest",
-            "removed",
+            "removal",
         )
     }
     rows, competing, noise = comparison.rows, comparison.competitors, comparison.noise

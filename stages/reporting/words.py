@@ -13,7 +13,7 @@ from stages.reporting.collect import Measure, measure_of, records
 FAMILIES = ("dense", "pruned", "quantized", "pruned and quantized", "recovered")
 SHARES = ("acc", "exact_match", "prompt_level_strict_acc", "pass@1", "answers")
 """Metrics that are shares of items, read in points."""
-SMALL = 0.0005
+NEGLIGIBLE = 0.0005
 """A share below this is shown as none."""
 MINUS = "\N{MINUS SIGN}"
 
@@ -108,14 +108,14 @@ def share(value: float) -> str:
     return f"{round(100 * value):,} %".replace("-", MINUS)
 
 
-def removed(row: Mapping[str, Any]) -> str:
+def removal(row: Mapping[str, Any]) -> str:
     """Format the share of weights that are zero, that of parameters where parts are gone, or both."""
     parts = row[PARAMETERS_REMOVED] if row[PARAMETERS_REMOVED] is not None else 0.0
     zeros = f"{100 * row['sparsity']:.1f} %"
-    if parts < SMALL:
+    if parts < NEGLIGIBLE:
         return zeros
     gone = f"{100 * parts:.1f} % of parameters"
-    return gone if row["sparsity"] < SMALL else f"{gone}, then {zeros}"
+    return gone if row["sparsity"] < NEGLIGIBLE else f"{gone}, then {zeros}"
 
 
 def size(count: float) -> str:

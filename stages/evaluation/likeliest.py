@@ -51,5 +51,5 @@ class Divergence(Strict):
         order = ids.argsort(dim=-1)
         values, ids = values.gather(1, order), ids.gather(1, order)
         order = values.argsort(dim=-1, descending=True, stable=True)
-        sides = (target, ids.gather(1, order), values.gather(1, order))
+        sides = (row[first:], target, ids.gather(1, order), values.gather(1, order))
         return Likeliest(*(side.cpu().numpy() for side in sides))
