@@ -14,7 +14,7 @@ has the token that follows in the text; another has at most that of the candidat
 for a candidate close to its base, and loose for one that finds quite other tokens likely.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -68,7 +68,7 @@ def divergences(
 
 
 def _scores(
-    row: Mapping[str, Any], kl: _Floats, same: _Floats, sure: _Floats, pairs: list[tuple[_Floats, ...]]
+    row: Mapping[str, Any], kl: _Floats, same: _Floats, sure: _Floats, pairs: Sequence[tuple[_Floats, ...]]
 ) -> list[dict[str, Any]]:
     """Return the score rows of a candidate and suite from all tokens, and the windows' standard errors."""
     shared = {key: row[key] for key in SCORE_COLUMNS} | {
@@ -96,7 +96,7 @@ def _scores(
     return rows
 
 
-def _compared(pair: Mapping[str, Any]) -> tuple[_Floats, _Floats, _Floats]:
+def _compared(pair: Mapping[Any, Any]) -> tuple[_Floats, _Floats, _Floats]:
     """Return KL, whether the likeliest token is the same, and the base's confidence, by token."""
     count = len(pair["target"])
     ids, ids_base = (np.asarray(pair[name]).reshape(count, -1) for name in ("ids", "ids_base"))

@@ -44,11 +44,11 @@ class Measured:
     def fault(self, wanted: Sequence[tuple[str, int]]) -> str:
         """Say why the times of some (candidate, batch size) cannot be compared; empty if they can."""
         rows = self.figures.set_index(["candidate", "batch_size"]).loc[list(dict.fromkeys(wanted))]
-        for (candidate, batch_size), busy in rows["others_busy"].items():
-            if busy > _BUSY:
+        for row in rows.reset_index().to_dict("records"):
+            if row["others_busy"] > _BUSY:
                 return (
-                    f"other processes took {busy:.0%} of the machine while {candidate} was measured at batch "
-                    f"size {batch_size}; measure it again"
+                    f"other processes took {row['others_busy']:.0%} of the machine while {row['candidate']} "
+                    f"was measured at batch size {row['batch_size']}; measure it again"
                 )
         differing = [name for name in _FACTS if rows[name].nunique() > 1]
         return f"the measurements differ in {', '.join(differing)}" if differing else ""

@@ -258,7 +258,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "a data set for no suite": (
         "suites//datasets", {"direkt": "arithmetic"},
-        "suites.datasets.direkt: there is no suite 'direkt'; allowed: news, arithmetic.",
+        "suites.datasets.direkt: there is no suite 'direkt'; allowed: arithmetic, news.",
     ),
     "a suite that scores two data sets": (
         "suites//datasets", {"news": "speeches"},
