@@ -241,7 +241,7 @@ def a_trend(**changes):
         (a_trend(readout=EXACT | {"budget": 8}), "arithmetic has no budget 8; allowed: none"),
         (a_trend(readout=EXACT | {"metric": "accuracy"}), "arithmetic has no metric 'accuracy'"),
         (a_trend(readout={"suite": "news", "metric": "acc"}), "news has no metric 'acc'"),
-        (a_trend(x={"column": "sparsty"}), "x.column: 'sparsty' given; allowed: sparsity, bits"),
+        (a_trend(x={"column": "sparsty"}), "x.column: 'sparsty' given; allowed: sparsity, blocks_removed"),
         (a_trend(x={"values": [1.0]}), "x.values: 1 given for 3 conditions"),
         (a_trend(x={}), "give either column or values"),
         (a_trend(control="b"), "there is no hypothesis 'b' in this study"),
