@@ -10,13 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from stages.core.lazy import pd
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 SCORES = "scores.parquet"
 SAMPLES = "samples.parquet"
@@ -137,16 +133,16 @@ class Score:
 
 
 class Likeliest(NamedTuple):
-    """What a model predicts at every position of a window; logarithms of probabilities, fp32."""
+    """What a model predicts at every position of a window, as numpy arrays."""
 
-    next: NDArray[np.int64]
-    """`[positions]`, the token that follows."""
-    target: NDArray[np.float32]
-    """`[positions]`, of that token."""
-    ids: NDArray[np.int64]
-    """`[positions, top]`, the likeliest tokens, in descending order."""
-    logs: NDArray[np.float32]
-    """`[positions, top]`, of these."""
+    next: Any
+    """int64 `[positions]`, the token that follows."""
+    target: Any
+    """fp32 `[positions]`, the logarithm of that token's probability."""
+    ids: Any
+    """int64 `[positions, top]`, the likeliest tokens, in descending order."""
+    logs: Any
+    """fp32 `[positions, top]`, the logarithms of their probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
