@@ -20,7 +20,7 @@ from stages.core.files import MODELS, RECORD, REPORT, RESULTS, read_json
 from stages.core.tables import MEASURE, SAMPLE_COLUMNS, SAMPLES, SCORE_COLUMNS, SCORES, table
 from stages.reporting.collect import KEY, Results, measure_of, noise_by_measure, records
 from stages.reporting.comparison import compare_revisions
-from stages.reporting.export import VERDICTS
+from stages.reporting.export import MEASURED_VERDICTS, VERDICTS
 from stages.reporting.words import labels
 
 _MARGIN = 0.02
@@ -117,8 +117,11 @@ def read_results(revision: Revision, outs: list[str]) -> Results:
 
 def read_verdicts(revision: Revision) -> dict[str, Any]:
     """Return the verdicts of a revision by study and hypothesis; empty if its report has none."""
-    file = revision.file(str(REPORT), VERDICTS) if revision.params.get("studies") else None
-    verdicts: dict[str, Any] = read_json(file) if file else {}
+    verdicts: dict[str, Any] = {}
+    for name in (VERDICTS, MEASURED_VERDICTS) if revision.params.get("studies") else ():
+        if file := revision.file(str(REPORT), name):
+            for study, judged in read_json(file).items():
+                verdicts.setdefault(study, {}).update(judged)
     return verdicts
 
 

@@ -164,6 +164,7 @@ def stage_counts(params: Params) -> dict[str, int]:
     sections = {name: len(getattr(params, name)) for name in ("models", "datasets", *RECIPES)}
     return {
         **sections,
+        "alias": len(params.suites.datasets),
         "evaluate": len(params.evaluations()),
         "profile": len(params.profile.candidates),
         **single,

@@ -110,7 +110,8 @@ def is_named(out: str, params: dict[str, Any]) -> bool:
     """Tell whether params.yaml still names a result; dvc.lock keeps those of recipes that were removed."""
     kind, _, rest = out.removeprefix("data/").partition("/")
     if kind == "datasets":
-        return rest == "none" or rest in params["datasets"] or rest in params.get("teach", {})
+        known = [params["datasets"], params.get("teach", {}), params["suites"].get("datasets", {})]
+        return rest == "none" or any(rest in section for section in known)
     if kind == "models":
         stage, _, recipe = rest.partition("/")
         return recipe in params["models" if stage == "base" else stage]

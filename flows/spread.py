@@ -51,7 +51,7 @@ ATTEMPTS = 3
 """Worker deaths allowed per stage."""
 HERE = ("code", "validate")
 """Stages that the coordinator runs itself: they take a second."""
-WITHOUT_MODEL = re.compile(r"(tidy|report)$|dataset@")
+WITHOUT_MODEL = re.compile(r"(tidy|report)$|dataset@|alias@")
 """Stages that neither read nor write a model, so that they need no `run.device`."""
 _POLL = 2.0
 """Seconds between looks at a flow run."""

@@ -1,13 +1,23 @@
-"""Evaluate: score one candidate on one suite and write its scores and every answer."""
+"""Evaluate: score one candidate on one suite; write scores, answers, and for a base the questions."""
 
 from importlib.metadata import version
 from typing import Any
 
 from stages.core.backend import MISSING, Backend, installed
 from stages.core.errors import Refusal
-from stages.core.files import RESULTS, source_of, writing
+from stages.core.files import MODELS, RESULTS, read_json, source_of, writing
 from stages.core.run import Run
-from stages.core.tables import Setting, sample_table, score_table, subject, write_tables
+from stages.core.tables import (
+    ITEMS,
+    TOKENS,
+    Setting,
+    item_table,
+    sample_table,
+    score_table,
+    subject,
+    token_table,
+    write_tables,
+)
 from stages.evaluation.candidate import load_candidate
 from stages.evaluation.kept import KeptAnswers
 from stages.evaluation.room import VLLM_ROWS, usual_rows
@@ -29,6 +39,8 @@ def evaluate(suite: Suite, run: Run, name: str) -> None:
     kept = KeptAnswers(candidate, suite_name, batch_size, adjusted, type(suite).__module__, engine)
     lm = load_candidate(record, adjusted, batch_size, kept, fit=named is None, backend=backend)
     scores, samples = suite.evaluate(lm, suite_name, run.seed)
+    config = MODELS / candidate / "config.json"
+    about = subject(record, read_json(config) if config.exists() else None)
     arithmetic = adjusted.arithmetic()
     setting = Setting(
         suite=suite_name,
@@ -40,9 +52,13 @@ def evaluate(suite: Suite, run: Run, name: str) -> None:
     with writing(RESULTS / name) as folder:
         write_tables(
             folder,
-            score_table(subject(record), setting, scores),
+            score_table(about, setting, scores),
             sample_table(candidate, suite_name, samples),
         )
+        if len(tokens := token_table(candidate, suite_name, samples)):
+            tokens.to_parquet(folder / TOKENS, index=False)
+        if not about.source:  # whoever descends from a base is asked the same
+            item_table(suite_name, samples).to_parquet(folder / ITEMS, index=False)
     kept.forget()
 
 

@@ -1,8 +1,8 @@
 """Profile: measure one candidate's speed, memory and energy, alone on the machine.
 
-Measurements vary from run to run, so they lie in data/profile/<candidate>, apart from results, and no other
-stage reads them. Whether the machine was free is measured too: the share of its processors' time that others
-took.
+Measurements vary from run to run, so they lie in data/profile/<candidate>, apart from results. Only the
+report reads them, and keeps them apart from scores. Whether the machine was free is measured too: the share
+of its processors' time that others took.
 """
 
 from stages.core.run import Run

@@ -3,7 +3,9 @@
 from stages.core.files import REPORT, write_text, writing
 from stages.job.entry import entry
 from stages.reporting import agreement, collect, comparison, export, figures, page, verdicts
+from stages.reporting.measured import read_measured
 from stages.reporting.scope import Scope
+from stages.reporting.wrong import wrong_answers
 
 
 def report(scope: Scope) -> None:
@@ -11,16 +13,19 @@ def report(scope: Scope) -> None:
     results = collect.collect(scope.evaluations, scope.candidates, scope.suites)
     compared = comparison.compare_candidates(results, scope.report)
     agreements = agreement.agreement(results, scope.report.reference)
-    judged = verdicts.judge_studies(results, scope.studies, scope.report.noise)
+    wrong = wrong_answers(results.samples)
+    measured = read_measured(scope.profiled)
+    judged = verdicts.judge_studies(results, scope.studies, scope.report.noise, measured)
     drawn = {"quality": figures.draw_quality(compared), "difficulty": figures.draw_difficulty(compared)}
     with writing(REPORT) as folder:
-        export.write_data(folder, results, compared, agreements, judged)
+        export.write_data(folder, results, compared, agreements, judged, measured, wrong)
         pictures = {
             stem: figures.save_figure(figure, folder / stem)
             for stem, figure in drawn.items()
             if figure is not None
         }
-        write_text(folder / "index.html", page.render(scope, results, compared, agreements, pictures, judged))
+        text = page.render(scope, results, compared, agreements, pictures, judged, measured, wrong)
+        write_text(folder / "index.html", text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Made-up results of the default sweep, in the form in which evaluations write them: a report's input."""
 
 import hashlib
+import json
 import math
 import random
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from stages.job.load import checked_params
 from stages.job.params import Params
 from stages.reporting.collect import Results, collect
 from stages.reporting.comparison import Comparison, compare_candidates
+from stages.reporting.hypotheses.readout import TIMES
 from stages.reporting.judging import Report
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,38 @@ def write(root: Path, wanted: Params, *, response: str = "7") -> None:
                 tables.score_table(tables.subject(record(wanted, candidate)), setting, scores),
                 tables.sample_table(candidate, suite, samples),
             )
+            if candidate.startswith("base/"):
+                tables.item_table(suite, samples).to_parquet(folder / tables.ITEMS, index=False)
+    for candidate in wanted.profile.candidates:
+        _measure(root.parent / "profile" / candidate, candidate, wanted)
+
+
+def _measure(folder: Path, candidate: str, wanted: Params) -> None:
+    """Write a profile in which a batch takes as many hundredths of a second a token as it has rows."""
+    settings = wanted.profile.model_dump(mode="json", exclude={"candidates", "batch_sizes"})
+    quartiles = {
+        batch: {"median": batch / 100, "low": batch / 101, "high": batch / 99}
+        for batch in wanted.profile.batch_sizes
+    }
+    repeats = [
+        {"candidate": candidate, "batch_size": batch, "repeat": i} | dict.fromkeys(TIMES, batch / (100 + i))
+        for batch in wanted.profile.batch_sizes
+        for i in range(wanted.profile.repeats)
+    ]
+    facts = {
+        "candidate": candidate, **settings, "device": "cpu", "dtype": "bfloat16", "torch": "2",
+        "processor": "made up",
+        "batches": [
+            {
+                "batch_size": batch, **dict.fromkeys(TIMES, middle), "tokens_per_second": 100.0,
+                "peak_bytes": 10**9, "joules_per_token": None, "energy": "not measured", "others_busy": 0.0,
+            }
+            for batch, middle in quartiles.items()
+        ],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "profile.json").write_text(json.dumps(facts))
+    pd.DataFrame(repeats).to_parquet(folder / "repeats.parquet", index=False)
 
 
 def record(wanted: Params, candidate: str) -> dict[str, Any]:
@@ -158,7 +192,7 @@ def _items(candidate: str, suite: str, wanted: Params, response: str) -> tuple[l
             Sample(
                 task=suite, readout=readout, difficulty=level, metric=metric, score=value, doc_id=i,
                 prompt_hash=_hash(suite, i), target=str(i), response=str(i) if value else response,
-                generated_tokens=3,
+                generated_tokens=3, prompt=f"question {i} of {level}",
             )
             for (level, i), value in right.items()
         ]  # fmt: skip
@@ -175,7 +209,7 @@ def subject(candidate: str) -> Subject:
     return Subject(
         candidate=candidate, base="m", base_source="path:m", source=None if dense else "base/m",
         lineage=["base/m"] if dense else ["base/m", candidate], sparsity=0.0, structure="dense",
-        calibration="none", layout="dense", num_parameters=1, bits_per_weight=16.0, bytes_ideal=2,
+        reads=[], calibration="none", layout="dense", num_parameters=1, bits_per_weight=16.0, bytes_ideal=2,
         bytes_on_disk=2,
     )  # fmt: skip
 

@@ -291,3 +291,27 @@ def test_a_stale_report_is_not_wrong_and_one_of_other_results_is(copy, monkeypat
     # The result has changed since the report: it is stale, as DVC knows.
     (copy / "data/results/base/tiny/news/more.json").write_text("{}")
     assert provenance.disagreements({**lock, name: other}) == {}
+
+
+@pytest.mark.drill
+def test_a_second_suite_and_a_profile_reach_the_report(copy):
+    sweep.edit(copy, "suites.datasets", {"direct": "arithmetic"})
+    sweep.edit(copy, "suites.graded.direct", {"shots": 0, "batch_size": 2})
+    sweep.edit(copy, "profile.candidates", ["base/tiny"])
+    added = {f"graded@{candidate}-direct" for candidate in sweep.CANDIDATES}
+    ran = sweep.repro(copy)
+    assert ran == {"validate", "alias@direct", "profile@base/tiny", "tidy", "report", *added}
+    assert sweep.status(copy) == set()
+    assert "base/tiny" in (copy / "data/report/profile.csv").read_text()
+    metrics = (copy / "data/report/metrics.json").read_bytes()
+    assert b'"direct"' in metrics
+    project.run(copy, "dvc", "repro", "--force", "--single-item", "profile@base/tiny")
+    assert sweep.repro(copy) == {"tidy", "report"}  # measured again, which no score depends on
+    assert (copy / "data/report/metrics.json").read_bytes() == metrics
+    sweep.edit(copy, "profile.candidates", [])
+    sweep.edit(copy, "suites.graded", {"arithmetic": {"shots": 1, "batch_size": 2}})
+    sweep.edit(copy, "suites.datasets", {})
+    sweep.repro(copy)
+    assert not (copy / "data/profile/base/tiny").exists()
+    assert (copy / "data/removed/profile/base/tiny/profile.json").exists()
+    assert sweep.status(copy) == set()

@@ -1,7 +1,7 @@
 """An artifact as one GGUF file, for llama.cpp and what is built on it.
 
-Packed linears keep their codes (`flows.exporting.ggml_types`), all else keeps its floats. What this file cannot
-say as the checkpoint says it is refused by name: another family, kind of rotary embedding or grid.
+Packed linears keep their codes (`flows.exporting.ggml_types`), all else keeps its floats. What GGUF cannot say
+as the checkpoint does is refused by name: another family, kind of rotary embedding or grid.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ it. For each block, in bits,
 A token fed alone has no context at any position, so the last tokens of the windows stand for all tokens.
 
 Mutual information is estimated by a small network (`stages.evaluation.mine`), fitted on one half of the
-windows and read on all pairs of the other half. It is a lower bound, and at most about log2 of the number of
-pairs, so values compare models on the same text, windows and seed only.
+windows and read on all pairs of the other half. It is a lower bound, and at most log2 of the pairs read, so
+values compare models on the same text, windows and seed only. Both informations are scores too: where both
+are near the bound, their difference says nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Emergence(Strict):
     """Width of the network."""
 
     def evaluate(self, lm: HFLM, name: str, seed: int, batch_size: int, bos: list[int]) -> list[Score]:
-        """Score the mean over blocks, then each block, named in `difficulty`.
+        """Score the mean over blocks, then each block, named in `difficulty`; so for both informations.
 
         Args:
             bos: the tokens to put before a window, and before a token alone.
@@ -57,38 +58,42 @@ class Emergence(Strict):
         Raises:
             Refusal: the text has too few windows, or they are longer than the model reads.
         """
-        from stages.evaluation.mine import mutual_information  # imports torch
+        from stages.evaluation.mine import bound, mutual_information  # imports torch
 
         rows = self._rows(lm, name, seed)
         whole, alone = (
             states(lm.model, begin_windows(part, bos), batch_size) for part in (rows, rows[:, -1:])
         )
-        by_block = []
+        macro: list[float] = []
+        micro: list[float] = []
         for block in tqdm(range(len(whole) - 1)):
-            macro, micro = (
-                mutual_information(side[block], side[block + 1], self.steps, self.width, seed)
-                for side in (whole, alone)
-            )
-            by_block.append(macro - micro)
-        digits = len(str(len(by_block) - 1))
-        levels = {"all": mean(by_block)} | {
-            f"block-{block:0{digits}}": value for block, value in enumerate(by_block)
-        }
+            for values, side in ((macro, whole), (micro, alone)):
+                values.append(mutual_information(side[block], side[block + 1], self.steps, self.width, seed))
+        digits = len(str(len(macro) - 1))
+        gained = [more - less for more, less in zip(macro, micro, strict=True)]
+        metrics = {
+            "information_emergence": gained, "macro_information": macro, "micro_information": micro,
+        }  # fmt: skip
         return [
             Score(
                 task=f"emergence-{name}",
-                task_version=f"windows of {self.sequence_length}, {self.steps} steps, width {self.width}",
+                task_version=f"InfoNCE, windows of {self.sequence_length}, {self.steps} steps, width "
+                f"{self.width}; an information is at most {bound(self.windows):.2f} bits",
                 shots=0,
                 bos=bool(bos),
                 difficulty=level,
                 readout="states",
-                metric="information_emergence",
+                metric=metric,
                 value=value,
                 num_items=self.windows - self.windows // 2,
                 higher_is_better=True,
                 seed=seed,
             )
-            for level, value in levels.items()
+            for metric, values in metrics.items()
+            for level, value in {
+                "all": mean(values),
+                **{f"block-{block:0{digits}}": value for block, value in enumerate(values)},
+            }.items()
         ]
 
     def _rows(self, lm: HFLM, name: str, seed: int) -> Tensor:

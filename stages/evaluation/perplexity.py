@@ -22,10 +22,11 @@ from pydantic import Field
 
 from stages.core.errors import Refusal
 from stages.core.files import text_sha256
-from stages.core.tables import Sample, Score
+from stages.core.tables import Likeliest, Sample, Score
 from stages.corpus.bos import Bos, bos_tokens
 from stages.corpus.windows import begin_windows, cut_windows, read_documents
 from stages.evaluation.emergence import Emergence
+from stages.evaluation.likeliest import Divergence
 from stages.evaluation.means import mean
 from stages.evaluation.suite import Suite, SuiteRows
 from stages.sources.text import Text
@@ -49,6 +50,8 @@ class PerplexitySuite(Suite):
     bos: Bos = "auto"
     emergence: Emergence | None = None
     """Information Emergence of every block on the same text; null: not estimated."""
+    divergence: Divergence | None = None
+    """Keep the likeliest tokens, for the divergence from the base; null: not kept."""
 
     def evaluate(self, lm: HFLM, name: str, seed: int) -> SuiteRows:
         """Score `perplexity` and `bits_per_byte`; a sample row is one window's nats a token.
@@ -89,6 +92,9 @@ class PerplexitySuite(Suite):
             scores.append(replace(score, metric="bits_per_byte", value=ratio, stderr=stderr))
         if self.emergence and hasattr(lm, "model"):  # a responder without knowledge has no blocks
             scores += self.emergence.evaluate(lm, name, seed, self.batch_size or lm.batch_size, bos)
+        kept: list[Likeliest | None] = [None] * len(rows)
+        if self.divergence and hasattr(lm, "model"):
+            kept = [*self.divergence.likeliest(lm.model, rows, first, self.batch_size or lm.batch_size)]
         samples = [
             Sample(
                 task=score.task,
@@ -98,6 +104,8 @@ class PerplexitySuite(Suite):
                 metric="nats_per_token",
                 score=losses[i],
                 log_likelihoods=[likelihoods[i]],
+                prompt=lm.tokenizer.decode(rows[i]),
+                likeliest=kept[i],
             )
             for i in range(len(rows))
         ]

@@ -46,7 +46,7 @@ class Suite(Strict):
     """Questions that every candidate is asked; each kind of suite is a subclass."""
 
     scores: ClassVar[type[Strict]]
-    """The kind of data set it scores, which has the suite's own name."""
+    """The kind of data set it scores, which lies under the suite's name."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Requests a forward; in bf16 it changes some answers. null: see `stages.evaluation.room`."""
 

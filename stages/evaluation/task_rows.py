@@ -188,6 +188,7 @@ def _samples(
     ):
         yield Sample(
             **columns,
+            **_asked(item),
             **_response(item, columns["readout"], lm),
             doc_id=doc_id,
             difficulty=level,
@@ -197,14 +198,29 @@ def _samples(
         )
 
 
+def _asked(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a sample row that hold the question."""
+    first = item["arguments"][0][0]
+    pairs = [arguments for arguments in item["arguments"] if len(arguments) > 1]
+    if not all(isinstance(continuation, str) for _, continuation in pairs):  # settings of a generation
+        return {"prompt": first}
+    pairs = pairs[: len(item["filtered_resps"])]  # some metrics ask for each choice without its question too
+    same = all(context == first for context, _ in pairs)
+    choices = [continuation if same else context + continuation for context, continuation in pairs]
+    return {"prompt": first, "choices": choices or None}
+
+
 def _response(item: Mapping[str, Any], readout: str, lm: LM) -> dict[str, Any]:
     """Return the columns of a sample row that hold the answer."""
     if readout == "generation":
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        from stages.evaluation.null import ANSWER_TOKENS  # imports lm-eval
+
         response = str(item["resps"][0][0])
-        return {
-            "response": response,
-            "generated_tokens": len(lm.tok_encode(response, add_special_tokens=False)),
-        }
+        length = len(lm.tok_encode(response, add_special_tokens=False))
+        longest = normalize_gen_kwargs(item["arguments"][0][1], ANSWER_TOKENS)["max_gen_toks"]
+        return {"response": response, "generated_tokens": length, "cut": length >= longest}
     likelihoods = [
         float(answer[0]) if isinstance(answer, tuple | list) else float(answer)  # a whole text has no flag
         for answer in item["filtered_resps"]

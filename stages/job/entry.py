@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stages.core import disk, identity, portable
 from stages.core.errors import Refusal
-from stages.core.files import CODE, DATASETS, MODELS, RESULTS, checking
+from stages.core.files import CODE, DATASETS, MODELS, checking
 from stages.job import lineage, provenance
 from stages.job.load import PARAMS, checked_params, read
 from stages.job.locked import locked_stages
@@ -104,7 +104,7 @@ def check_provenance(pieces: Pieces, params: Params, name: str) -> None:
     wanted = [str(MODELS / model) for model in pieces.models(params, name)]
     wanted += [str(DATASETS / dataset) for dataset in pieces.datasets(params, name)]
     if pieces is STAGES["report"]:
-        wanted += [str(RESULTS / evaluation) for evaluation in params.evaluations()]
+        wanted += map(str, provenance.reported(params))
     if wrong := provenance.disagreements(locked_stages(wanted), wanted):
         causes = "; ".join(f"{stage}: {inputs}" for stage, inputs in wrong.items())
         raise Refusal(

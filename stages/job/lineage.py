@@ -37,8 +37,9 @@ def missing_inputs(params: Params, models: Iterable[str], datasets: Iterable[str
     makers = {MODELS / model / RECORD: _maker(model) for model in models}
     for name in datasets:
         if name != "none":
-            command = f"dvc repro teach@{name}" if name in params.teach else f"dvc repro dataset@{name}"
-            makers[DATASETS / name / DATASET] = command
+            aliases = params.suites.datasets
+            group = "teach" if name in params.teach else "alias" if name in aliases else "dataset"
+            makers[DATASETS / name / DATASET] = f"dvc repro {group}@{name}"
     return [
         f"there is no {path.parent} yet (`{maker}` makes it)"
         for path, maker in makers.items()

@@ -96,11 +96,17 @@ REGISTRY: dict[str, tuple[type[Strict], ...]] = {
 
 
 class Suites(Strict):
-    """Section `suites`: how every candidate is scored. A suite scores the data set of its name."""
+    """Section `suites`: how every candidate is scored."""
 
+    datasets: dict[Slug, Slug] = Field(default_factory=dict)
+    """The data set that a suite scores, by suite; a suite that is not named scores that of its own name."""
     perplexity: dict[Slug, PerplexitySuite] = Field(default_factory=dict)
     graded: dict[Slug, GradedSuite] = Field(default_factory=dict)
     benchmark: dict[Slug, BenchmarkSuite] = Field(default_factory=dict)
+
+    def dataset_of(self, suite: str) -> str:
+        """Return the data set that a suite scores."""
+        return self.datasets.get(suite, suite)
 
     def by_kind(self) -> dict[str, dict[str, Suite]]:
         """Return the suites by kind and name."""
@@ -170,6 +176,6 @@ def methods(section: str) -> dict[str, type[Any]]:
 
 
 SUITES: dict[str, type[Suite]] = {
-    name: get_args(field.annotation)[1] for name, field in Suites.model_fields.items()
+    name: get_args(field.annotation)[1] for name, field in Suites.model_fields.items() if name != "datasets"
 }
 """The settings class of each kind of suite."""

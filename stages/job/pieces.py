@@ -94,6 +94,12 @@ STAGES: dict[str, Pieces] = {
         settings=_origin,
         keys=_origin_keys,
     ),
+    "alias": Pieces(
+        arguments=lambda params, name: (params.suites.datasets[name], name),
+        recipes=lambda params: list(params.suites.datasets),
+        datasets=lambda params, name: [params.suites.datasets[name]],
+        keys=lambda params, name: [f"suites.datasets.{name}"],
+    ),
     "prune": _section("prune"),
     "quantize": _section("quantize"),
     "teach": _section("teach"),
@@ -120,12 +126,14 @@ STAGES: dict[str, Pieces] = {
         computes=True,
     ),
     "tidy": Pieces(
-        arguments=lambda params, name: (params.evaluations(),),
-        keys=lambda params, name: ["evaluate.candidates", "suites"],
+        arguments=lambda params, name: (params.evaluations(), params.profile.candidates),
+        keys=lambda params, name: ["evaluate.candidates", "profile.candidates", "suites"],
     ),
     "report": Pieces(
         arguments=lambda params, name: (scope(params),),
-        keys=lambda params, name: ["datasets", "evaluate", "models", "report", "studies", "suites", *RECIPES],
+        keys=lambda params, name: [
+            "datasets", "evaluate", "models", "profile.candidates", "report", "studies", "suites", *RECIPES
+        ],
     ),
 }  # fmt: skip
 """By the stage's name, which is that of its file in `stages/`."""
@@ -148,6 +156,8 @@ def scope(params: Params) -> Scope:
         evaluations=tuple(params.evaluations()),
         candidates=params.evaluate.candidates,
         suites=tuple(params.suites.by_name()),
+        datasets=params.suites.datasets,
+        profiled=params.profile.candidates,
         models=params.models,
         recipes=params.recipes(),
         report=params.report,

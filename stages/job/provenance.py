@@ -21,7 +21,17 @@ from typing import Any
 
 from stages.core import identity
 from stages.core.errors import Refusal
-from stages.core.files import CODE, DATASETS, MODELS, PROVENANCE, RESULTS, VALIDATED, read_json, write_json
+from stages.core.files import (
+    CODE,
+    DATASETS,
+    MODELS,
+    PROFILES,
+    PROVENANCE,
+    RESULTS,
+    VALIDATED,
+    read_json,
+    write_json,
+)
 from stages.job.load import PARAMS, read
 from stages.job.locked import locked_stages, outs
 from stages.job.params import Params
@@ -98,7 +108,7 @@ def inputs(stage: str, name: str, raw: Mapping[str, Any], params: Params, whole_
     folders = [MODELS / model for model in pieces.models(params, name)]
     folders += [DATASETS / dataset for dataset in pieces.datasets(params, name)]
     if stage == "report":
-        folders += [RESULTS / evaluation for evaluation in params.evaluations()]
+        folders += reported(params)
     # What tells a later change comes before what it is compared with, so that no change falls between.
     contents = {path: content(path) for path in [*files, *folders]}
     stamps = _stamps((identity.ROOT / "stages").rglob("*"))
@@ -119,6 +129,14 @@ def inputs(stage: str, name: str, raw: Mapping[str, Any], params: Params, whole_
         stamps={file: stamps[file] for file in stamps if str(file.relative_to(identity.ROOT)) in modules},
         code=identity.text(modules),
     )
+
+
+def reported(params: Params) -> list[Path]:
+    """Return the folders that the report reads."""
+    return [
+        *(RESULTS / evaluation for evaluation in params.evaluations()),
+        *(PROFILES / candidate for candidate in params.profile.candidates),
+    ]
 
 
 def path_of(stage: str, name: str) -> Path:

@@ -1,11 +1,12 @@
 """Read the results that params.yaml names into two tables, in the order of params.yaml.
 
-`data/results/<candidate>/<suite>` holds one evaluation (see `stages.core.tables`). DVC evaluates before it
+`data/results/<candidate>/<suite>` holds one evaluation (see `stages.core.tables`), that of a base also its
+questions. DVC evaluates before it
 reports, so results are missing only where the stage is run by hand.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +16,18 @@ import pandas as pd
 from stages.core.errors import Refusal
 from stages.core.files import RESULTS
 from stages.core.schema import CONTROLS
-from stages.core.tables import MEASURE, SAMPLES, SCORES
+from stages.core.tables import (
+    ITEM,
+    ITEM_COLUMNS,
+    ITEMS,
+    MEASURE,
+    PARAMETERS_REMOVED,
+    SAMPLES,
+    SCORES,
+    TOKENS,
+    table,
+)
+from stages.reporting.divergence import divergences
 
 KEY = [*MEASURE, "difficulty"]
 """The columns that make two scores the same measure at the same difficulty."""
@@ -30,6 +42,8 @@ class Results:
 
     scores: pd.DataFrame
     samples: pd.DataFrame
+    items: pd.DataFrame = field(default_factory=lambda: table([], ITEM_COLUMNS))
+    """The questions that the bases were asked, a row an item; joined with samples by `ITEM`."""
 
     @property
     def candidates(self) -> list[str]:
@@ -74,7 +88,37 @@ def collect(
     )
     if (twice := scores[scores.duplicated(["candidate", *KEY])]).size:
         raise ValueError(f"two scores of one measure: {twice[['candidate', *KEY]].to_dict('records')}")
-    return Results(scores, samples)
+    files = [root / name / TOKENS for name in ordered if (root / name / TOKENS).exists()]
+    if files:
+        tokens = pd.concat(map(pd.read_parquet, files), ignore_index=True)
+        more = divergences(scores, samples, tokens)
+        scores, samples = (
+            pd.concat(pair, ignore_index=True) for pair in zip((scores, samples), more, strict=True)
+        )
+    scores = scores.assign(**{PARAMETERS_REMOVED: parameters_removed(scores)})
+    return Results(scores, samples, read_items([root / name for name in ordered]))
+
+
+def read_items(folders: Sequence[Path]) -> pd.DataFrame:
+    """Read the questions behind results, each once; only the results of a base hold them.
+
+    Args:
+        folders: results, `<candidate>/<suite>` each.
+    """
+    tables = [pd.read_parquet(folder / ITEMS) for folder in folders if (folder / ITEMS).exists()]
+    items = pd.concat(tables, ignore_index=True) if tables else table([], ITEM_COLUMNS)
+    return items.drop_duplicates(list(ITEM), ignore_index=True)
+
+
+def parameters_removed(scores: pd.DataFrame) -> "pd.Series[float]":
+    """Return the share of its base's parameters that each row's candidate lacks.
+
+    It is missing where the base is not among the candidates, and for a responder without a model.
+    """
+    counts = scores.drop_duplicates("candidate").set_index("candidate")["num_parameters"]
+    whole = ("base/" + scores["base"]).map(counts).astype("float64")
+    ours = scores["num_parameters"].astype("float64")
+    return (1 - ours / whole).where(ours > 0)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -7,15 +7,17 @@ from typing import Any
 
 import pandas as pd
 
-from stages.core.tables import MEASURE
+from stages.core.tables import MEASURE, PARAMETERS_REMOVED
 from stages.reporting.collect import Results, by_measure, measure_of, records
 from stages.reporting.comparison import Comparison
 from stages.reporting.hypotheses.evidence import Verdict
+from stages.reporting.measured import Measured
 from stages.reporting.verdicts import nested_verdicts
-from stages.reporting.words import family, labels
+from stages.reporting.words import NEGLIGIBLE, family, labels
 
 VERDICTS = "verdicts.json"
-_SIZES = ["sparsity", "bits", "bits_per_weight", "bytes_ideal", "bytes_on_disk"]
+MEASURED_VERDICTS = "measured_verdicts.json"
+_SIZES = ["sparsity", PARAMETERS_REMOVED, "bits", "bits_per_weight", "bytes_ideal", "bytes_on_disk"]
 
 
 def write_data(
@@ -24,27 +26,45 @@ def write_data(
     comparison: Comparison,
     agreements: pd.DataFrame,
     verdicts: list[Verdict],
+    measured: Measured,
+    wrong: pd.DataFrame,
 ) -> None:
-    """Write results.parquet, samples.parquet, the summaries and the two CSV files of `dvc plots`.
+    """Write the tables of results, samples and items, the summaries and the two CSV files of `dvc plots`.
 
     results.parquet has the score rows with the columns that the comparison adds; the summaries are
-    summary.csv, pooled.csv, metrics.json, verdicts.json and agreement.csv, which is `agreements`.
+    summary.csv, pooled.csv, metrics.json, verdicts.json, agreement.csv, which is `agreements`, and wrong.csv,
+    which is `wrong`.
+    Measurements and verdicts on them vary from run to run, so they stand apart: profile.csv and
+    measured_verdicts.json.
     """
     comparison.rows.to_parquet(folder / "results.parquet", index=False)
     results.samples.to_parquet(folder / "samples.parquet", index=False)
+    results.items.to_parquet(folder / "items.parquet", index=False)
     summarize(comparison).to_csv(folder / "summary.csv", index=False)
     agreements.to_csv(folder / "agreement.csv", index=False)
+    wrong.to_csv(folder / "wrong.csv", index=False)
     comparison.pooled.to_csv(folder / "pooled.csv", index=False)
-    (folder / VERDICTS).write_text(json.dumps(nested_verdicts(verdicts), indent=2) + "\n")
+    measured.figures.to_csv(folder / "profile.csv", index=False)
+    for file, on_measured in ((VERDICTS, False), (MEASURED_VERDICTS, True)):
+        chosen = [verdict for verdict in verdicts if verdict.measured == on_measured]
+        (folder / file).write_text(json.dumps(nested_verdicts(chosen), indent=2) + "\n")
     (folder / "metrics.json").write_text(json.dumps(nested_metrics(results.scores), indent=2) + "\n")
     for axis in ("on_disk", "ideal"):
         plotted_perplexities(comparison, f"bytes_{axis}").to_csv(folder / f"quality_{axis}.csv", index=False)
 
 
 def summarize(comparison: Comparison) -> pd.DataFrame:
-    """Return a line a candidate: its sizes and each suite's headline scores, as `<suite>.<label>`."""
+    """Return a line a candidate: its sizes and each suite's headline scores, as `<suite>.<label>`.
+
+    Where parts are removed and nothing else is zero, `parameters_removed` stands in place of `sparsity`; it
+    is left out where no candidate lacks parameters.
+    """
     rows = comparison.rows
     lines = rows.drop_duplicates("candidate").set_index("candidate")[_SIZES].copy()
+    smaller = lines[PARAMETERS_REMOVED].fillna(0) > NEGLIGIBLE
+    lines["sparsity"] = lines["sparsity"].mask(smaller & (lines["sparsity"] < NEGLIGIBLE))
+    if not smaller.any():
+        lines = lines.drop(columns=PARAMETERS_REMOVED)
     scores, label = by_measure(rows[rows["difficulty"] == "all"]), labels(rows)
     for measure in comparison.headlines():
         suite = measure[MEASURE.index("suite")]

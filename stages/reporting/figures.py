@@ -184,7 +184,9 @@ def draw_difficulty(comparison: Comparison) -> Figure | None:
         ]
         handles += [
             Line2D([], [], color="#777777", linewidth=1, label="dense base, same readout"),
-            Line2D([], [], color="#777777", linestyle=":", linewidth=1, label="floor, same readout"),
+            Line2D(
+                [], [], color="#777777", linestyle=":", linewidth=1, marker="|", label="floor, same readout"
+            ),
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
         return figure
@@ -208,8 +210,11 @@ def _levels(axis: Axes, rows: pd.DataFrame) -> None:
             chosen["value"], chosen["difficulty"], xerr=chosen["stderr"].fillna(0), color=colour,
             marker=marker, markersize=4, linewidth=1.5, elinewidth=0.8,
         )  # fmt: skip
-        for floor in chosen["floor"].dropna().unique():
-            axis.axvline(floor, color=colour, linestyle=":", linewidth=1)
+        floors = chosen[chosen["floor"].notna()]
+        axis.plot(
+            floors["floor"], floors["difficulty"], color=colour, linestyle=":", linewidth=1, marker="|",
+            markersize=6,
+        )  # fmt: skip
 
 
 def save_figure(figure: Figure, stem: Path) -> str:

@@ -11,17 +11,26 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from stages.core.identity import beside
-from stages.core.tables import MEASURE
+from stages.core.tables import ITEM, MEASURE
 from stages.reporting import words
 from stages.reporting.collect import Measure, Results, by_measure, competes, measure_of, records
 from stages.reporting.comparison import Comparison
 from stages.reporting.hypotheses.evidence import Verdict
+from stages.reporting.measured import Measured
 from stages.reporting.scope import Scope
+from stages.reporting.wrong import CLASSES
 
 _FLIPS_SHOWN = 8
 """Changed answers shown for each candidate; samples.parquet has all."""
+_CHOICES = (
+    "structure", "allocation", "scope", "importance", "block_metric", "blocks_removed", "width_ratio", "arm",
+    "steps", "train_difficulty", "recipe_seed",
+)  # fmt: skip
+"""Columns shown beside a candidate's recipes where they have a value."""
 _ANSWER_SHOWN = 80
 """Characters shown of an answer."""
+_PROMPT_SHOWN = 160
+"""Characters shown of a prompt, its last."""
 
 
 def render(
@@ -31,6 +40,8 @@ def render(
     agreements: pd.DataFrame,
     pictures: Mapping[str, str],
     verdicts: Sequence[Verdict] = (),
+    measured: Measured | None = None,
+    wrong: pd.DataFrame | None = None,
 ) -> str:
     """Return the page's HTML; every number comes from the rows, and text written by models is escaped.
 
@@ -38,6 +49,8 @@ def render(
         agreements: the table of `stages.reporting.agreement`.
         pictures: the figures as SVG, by name.
         verdicts: those of all studies.
+        measured: speed and memory; None where nothing was measured.
+        wrong: the classes of wrong answers.
     """
     environment = Environment(
         loader=FileSystemLoader(beside(__file__, "page.html").parent),
@@ -48,7 +61,18 @@ def render(
     )
     environment.filters |= {
         name: getattr(words, name)
-        for name in ("number", "score", "signed", "p_value", "size", "short", "share", "compact", "fewest")
+        for name in (
+            "number",
+            "score",
+            "signed",
+            "p_value",
+            "size",
+            "short",
+            "share",
+            "compact",
+            "fewest",
+            "removal",
+        )
     }
     rows, competing, noise = comparison.rows, comparison.competitors, comparison.noise
     label = words.labels(rows)
@@ -75,6 +99,9 @@ def render(
             if scores["difficulty"].nunique() > 1
         ],
         agreement=records(agreements),
+        wrong=[] if wrong is None else records(wrong),
+        classes=CLASSES,
+        profile=records(measured.figures) if measured else [],
         flips=_flips(results, comparison),
         compared=int(competing["family"].max()) if len(competing) else 0,
         studies=[
@@ -94,7 +121,7 @@ def render(
             "file_dtype": _listed(competing["dtype"]),
             **{name: _listed(rows[name]) for name in ("dtype", "device", "threads", "seed")},
         },
-        shown=(_FLIPS_SHOWN, _ANSWER_SHOWN),
+        shown=(_FLIPS_SHOWN, _ANSWER_SHOWN, _PROMPT_SHOWN),
     )
 
 
@@ -128,8 +155,13 @@ def _candidate(scope: Scope, row: Mapping[str, Any], suites: Iterable[str]) -> d
         "steps": [
             (step, _flow(recipes[step].model_dump(mode="json"))) for step in row["lineage"] if step in recipes
         ],
+        "choices": [
+            (name.replace("_", " "), words.number(value) if isinstance(value, float) else value)
+            for name in _CHOICES
+            if (value := row[name])
+        ],
         "on_grid": _marks(row, scope)["on_grid"],
-        "read": [name for name in scope.learned_from(row["candidate"]) if name in suites],
+        "read": [name for name in suites if scope.has_read(row["candidate"], name)],
     }
 
 
@@ -181,7 +213,7 @@ def _exp(nats: float) -> float:
 def _marks(row: Mapping[str, Any], scope: Scope) -> dict[str, bool]:
     """Return whether the base's grid flatters a score, and whether text of the suite's own domain does."""
     return {
-        "in_domain": row["suite"] in scope.learned_from(row["candidate"]),
+        "in_domain": scope.has_read(row["candidate"], row["suite"]),
         "on_grid": row["base_grid"] is not None and row["quantize_method"] is not None,
     }
 
@@ -213,7 +245,8 @@ def _flips(results: Results, comparison: Comparison) -> list[dict[str, Any]]:
         both = ours.merge(base, on=[*MEASURE, "doc_id", "draw", "prompt_hash"], suffixes=("", "_base"))
         changed = both[both["score"] != both["score_base"]]
         if len(changed):
-            shown = records(changed.head(_FLIPS_SHOWN))
+            asked = results.items[[*ITEM, "prompt"]]
+            shown = records(changed.head(_FLIPS_SHOWN).merge(asked, on=list(ITEM), how="left"))
             flips.append({"candidate": candidate, "count": len(changed), "rows": shown})
     return flips
 

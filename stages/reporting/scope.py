@@ -23,6 +23,10 @@ class Scope:
     """In the order of the tables."""
     suites: tuple[str, ...]
     """In the order of the tables, within a candidate."""
+    datasets: Mapping[str, str]
+    """The data set of each suite that scores another than that of its name."""
+    profiled: tuple[str, ...]
+    """The candidates whose speed and memory are measured."""
     models: Mapping[str, Any]
     """The settings of each base model, by name."""
     recipes: Mapping[str, Any]
@@ -33,6 +37,10 @@ class Scope:
     """The hypotheses to judge, by study."""
     mixed: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The data sets whose file is a part of a mix, by the mix."""
+
+    def has_read(self, candidate: str, suite: str) -> bool:
+        """Tell whether a candidate learned from the data set that a suite scores, from another part of it."""
+        return self.datasets.get(suite, suite) in self.learned_from(candidate)
 
     def learned_from(self, candidate: str) -> list[str]:
         """Return every data set that a candidate's lineage learned from, with the sources of taught ones

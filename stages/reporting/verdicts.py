@@ -1,4 +1,8 @@
-"""Judge the hypotheses of every study: Holm's correction, floors, noise and controls limit what p says."""
+"""Judge the hypotheses of every study: Holm's correction, floors, noise and controls limit what p says.
+
+Hypotheses on measurements (speed, memory) are corrected among themselves: measured again they change, and a
+verdict on scores must not change with them.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +13,7 @@ from stages.reporting.collect import Results
 from stages.reporting.hypotheses.cells import Cells, Unknown
 from stages.reporting.hypotheses.evidence import Evidence, Verdict
 from stages.reporting.hypotheses.tested import Tested
+from stages.reporting.measured import Measured
 from stages.reporting.statistics.holm import holm
 from stages.reporting.statistics.paired import LEVEL
 from stages.reporting.study import Study
@@ -16,7 +21,10 @@ from stages.reporting.words import p_value
 
 
 def judge_studies(
-    results: Results, studies: Mapping[str, Study], noise: Mapping[str, tuple[str, ...]] | None = None
+    results: Results,
+    studies: Mapping[str, Study],
+    noise: Mapping[str, tuple[str, ...]] | None = None,
+    measured: Measured | None = None,
 ) -> list[Verdict]:
     """Return a verdict for every hypothesis, in the order of params.yaml; those without data last.
 
@@ -28,7 +36,7 @@ def judge_studies(
     """
     if not studies:
         return []
-    cells = Cells(results, noise)
+    cells = Cells(results, noise, measured)
     mistakes: list[str] = []
     findings: dict[str, dict[str, Evidence]] = {}
     for name, study in studies.items():
@@ -71,8 +79,11 @@ def _evidence(hypothesis: Tested, cells: Cells) -> Evidence:
 
 
 def _judged(name: str, study: Study, findings: Mapping[str, Evidence]) -> dict[str, Verdict]:
-    p_values = [math.nan if finding.p is None else finding.p for finding in findings.values()]
-    corrected = dict(zip(findings, holm(p_values), strict=True))
+    corrected: dict[str, float] = {}
+    for measured in (False, True):
+        family = [key for key in findings if bool(study.hypotheses[key].measured()) == measured]
+        p_values = [math.nan if (p := findings[key].p) is None else p for key in family]
+        corrected |= dict(zip(family, holm(p_values), strict=True))
     verdicts: dict[str, Verdict] = {}
 
     def judge(key: str) -> Verdict:
@@ -104,7 +115,7 @@ def _verdict(
         why = f"{p_value(p)} after correction, for an effect of {finding.effect:.3g} {finding.unit}."
     return Verdict(
         study=study, hypothesis=key, test=hypothesis.test, claim=hypothesis.claim, verdict=verdict,
-        finding=finding, p_holm=p, control=held, why=why,
+        finding=finding, p_holm=p, control=held, why=why, measured=bool(hypothesis.measured()),
     )  # fmt: skip
 
 

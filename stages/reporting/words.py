@@ -7,12 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from stages.core.tables import MEASURE
+from stages.core.tables import MEASURE, PARAMETERS_REMOVED
 from stages.reporting.collect import Measure, measure_of, records
 
 FAMILIES = ("dense", "pruned", "quantized", "pruned and quantized", "recovered")
 SHARES = ("acc", "exact_match", "prompt_level_strict_acc", "pass@1", "answers")
 """Metrics that are shares of items, read in points."""
+NEGLIGIBLE = 0.0005
+"""A share below this is shown as none."""
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -104,6 +106,16 @@ def fewest(row: Mapping[str, Any]) -> str:
 def share(value: float) -> str:
     """Format a share in percent."""
     return f"{round(100 * value):,} %".replace("-", MINUS)
+
+
+def removal(row: Mapping[str, Any]) -> str:
+    """Format the share of weights that are zero, that of parameters where parts are gone, or both."""
+    parts = row[PARAMETERS_REMOVED] if row[PARAMETERS_REMOVED] is not None else 0.0
+    zeros = f"{100 * row['sparsity']:.1f} %"
+    if parts < NEGLIGIBLE:
+        return zeros
+    gone = f"{100 * parts:.1f} % of parameters"
+    return gone if row["sparsity"] < NEGLIGIBLE else f"{gone}, then {zeros}"
 
 
 def size(count: float) -> str:

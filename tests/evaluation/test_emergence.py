@@ -42,6 +42,11 @@ def test_every_block_has_a_row_and_the_same_again(workspace):
     assert rows.value.iloc[0] == pytest.approx(rows.value.iloc[1:].mean())
     assert (rows.num_items == 32).all() and rows.prompt_hash.isna().all()
     assert not first.bos.any()
+    metrics = {name: group.value.to_numpy() for name, group in first.groupby("metric")}
+    gained = metrics["macro_information"] - metrics["micro_information"]
+    assert metrics["information_emergence"] == pytest.approx(gained)
+    assert rows.task_version.iloc[0].endswith("at most 5.00 bits")
+    assert first[first.readout == "states"].value.abs().max() <= 5
 
 
 def test_both_variables_are_read_after_bos(workspace, monkeypatch):

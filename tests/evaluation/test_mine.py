@@ -1,11 +1,11 @@
-"""Mutual information of distributions whose mutual information is known."""
+"""Mutual information of distributions whose mutual information is known, up to the bound of the estimate."""
 
 import math
 
 import pytest
 import torch
 
-from stages.evaluation.mine import mutual_information
+from stages.evaluation.mine import bound, mutual_information
 
 pytestmark = pytest.mark.numerics
 
@@ -22,6 +22,12 @@ def test_the_bound_on_gaussians_is_close(rho):
     truth = -4 / 2 * math.log2(1 - rho**2)
     values = [mutual_information(*pair(rho, seed), 200, 64, seed) for seed in range(3)]
     assert all(truth * 0.6 - 0.05 <= value <= truth * 1.1 + 0.05 for value in values)
+
+
+def test_more_information_than_the_pairs_can_show_ends_near_the_bound():
+    x, y = pair(0.9999, 0, width=256)  # 1573 bits
+    assert bound(len(x)) == 9
+    assert 7 < mutual_information(x, y, 200, 64, 0) <= 9
 
 
 def test_fitting_does_not_make_up_information():

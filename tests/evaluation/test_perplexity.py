@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from stages.core.errors import Refusal
 from stages.evaluation.perplexity import predicted_bytes
 from stages.job.params import Params
+from stages.reporting.collect import collect
 from tests import begins, families, fewrows
-from tests.pipeline import do, load, params
+from tests.pipeline import NONE, do, load, params
 from tests.scoring import changed, log_likelihood, scored
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
@@ -159,3 +160,26 @@ def test_bytes_of_windows_add_up_to_those_of_the_text(texts, length):
     # Windows end where characters do, up to the character that a window's edge splits.
     assert all(abs(size - (length - 1)) <= 3 for size in sizes)
     assert sum(sizes) <= len(text.encode())
+
+
+def test_the_likeliest_tokens_are_kept_for_the_divergence_from_the_base(workspace):
+    recipe = {"source": "base/tiny", "method": "rtn", "bits": 2, "group_size": 32, "calibration": NONE}
+    news = {"windows": 3, "sequence_length": 32, "batch_size": 2, "divergence": {"top": 8}}
+    candidates = ["base/tiny", "quantize/r"]
+    chosen = changed(
+        params("llama", {"quantize/r": recipe}),
+        suites={"perplexity": {"news": news}},
+        evaluate={"candidates": candidates},
+    )
+    do(chosen)
+    for name in candidates:
+        _, samples = scored(chosen, name, "news")
+    kept = pd.read_parquet("data/results/quantize/r/news/tokens.parquet")
+    assert kept["ids"].map(len).tolist() == [31 * 8] * 3
+    assert [-sum(row) / 31 for row in kept["target"]] == pytest.approx(samples["score"].tolist(), rel=2e-3)
+    scores = collect(chosen.evaluations(), candidates, ["news"]).scores
+    kl = scores[(scores["metric"] == "kl") & (scores["difficulty"] == "all")]
+    assert kl["candidate"].tolist() == ["quantize/r"] and 0 < kl["value"].item() < 5
+    before = Path("data/results/quantize/r/news/tokens.parquet").read_bytes()
+    scored(chosen, "quantize/r", "news")
+    assert Path("data/results/quantize/r/news/tokens.parquet").read_bytes() == before

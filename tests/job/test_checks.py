@@ -326,7 +326,7 @@ def a_trend(**changes):
         (a_trend(readout=EXACT | {"budget": 8}), "arithmetic has no budget 8; allowed: none"),
         (a_trend(readout=EXACT | {"metric": "accuracy"}), "arithmetic has no metric 'accuracy'"),
         (a_trend(readout={"suite": "news", "metric": "acc"}), "news has no metric 'acc'"),
-        (a_trend(x={"column": "sparsty"}), "x.column: 'sparsty' given; allowed: sparsity, bits"),
+        (a_trend(x={"column": "sparsty"}), "x.column: 'sparsty' given; allowed: sparsity, blocks_removed"),
         (a_trend(x={"values": [1.0]}), "x.values: 1 given for 3 conditions"),
         (a_trend(x={}), "give either column or values"),
         (a_trend(control="b"), "there is no hypothesis 'b' in this study"),
@@ -366,3 +366,34 @@ def test_a_contrast_that_contradicts_itself_is_refused(raw, changes, message):
     contrast = {"test": "contrast", "claim": "c", "sides": sides, "readouts": [EXACT], "expect": "below"}
     assert "a" in checked_params(of_study(raw, a=contrast)).studies["s"].hypotheses
     assert message in refusal(of_study(raw, a=contrast | changes))
+
+
+def test_a_data_set_may_have_several_suites(raw):
+    raw["suites"]["graded"]["direct"] = {"shots": 0, "batch_size": 2}
+    raw["suites"]["perplexity"]["long-news"] = raw["suites"]["perplexity"]["news"] | {"sequence_length": 48}
+    assert "suites.graded.direct: it scores datasets.direct, and there is none" in refusal(raw)
+    raw["suites"]["datasets"] = {"direct": "arithmetic", "long-news": "news"}
+    chosen = checked_params(raw)  # recipes read the other part of news
+    assert "base/tiny/direct" in chosen.evaluations()
+    assert chosen.suites.dataset_of("direct") == "arithmetic"
+    level = a_trend(readout=EXACT | {"suite": "direct", "level": "add"})
+    assert checked_params(of_study(raw, a=level)).studies["s"].hypotheses["a"].claim == "c"
+    assert "direct has no level 'hard'" in refusal(
+        of_study(raw, a=a_trend(readout=EXACT | {"suite": "direct", "level": "hard"}))
+    )
+
+
+def test_what_a_hypothesis_measures_must_be_measured(raw):
+    slower = {
+        "test": "contrast", "claim": "c", "unit": "repeat", "expect": "above",
+        "sides": [{"weight": 1.0, "candidate": "prune/wanda-50"}],
+        "timings": [{"figure": "seconds_per_token", "batch_size": 1}],
+    }  # fmt: skip
+    said = refusal(of_study(raw, a=slower))
+    assert "'prune/wanda-50' is not among profile.candidates" in said
+    raw["profile"]["candidates"] = ["prune/wanda-50"]
+    assert checked_params(of_study(raw, a=slower)).studies["s"].hypotheses["a"].measured()
+    other = slower | {"timings": [{"figure": "seconds_per_token", "batch_size": 3}]}
+    assert "batch size 3 is not among profile.batch_sizes; allowed: 1, 2" in refusal(of_study(raw, a=other))
+    both = of_study(raw, a=slower, b=a_trend(control="a"))
+    assert "hypotheses.b.control: a reads measurements" in refusal(both)

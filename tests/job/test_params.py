@@ -248,13 +248,21 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "suite without its data set": (
         "suites//perplexity//bible", {"windows": 2, "batch_size": 1},
-        "suites.perplexity.bible: a suite scores the data set of its own name, and datasets has no 'bible' of kind "
-        "text; allowed: news, speeches.",
+        "suites.perplexity.bible: it scores datasets.bible, and there is none of kind text; name its data set in "
+        "suites.datasets; allowed: news, speeches.",
     ),
     "suite of another kind's data set": (
         "suites//graded//news", {"shots": 1, "batch_size": 1},
-        "suites.graded.news: a suite scores the data set of its own name, and datasets has no 'news' of a graded "
-        "kind; allowed: arithmetic.",
+        "suites.graded.news: it scores datasets.news, and there is none of a graded kind; name its data set in "
+        "suites.datasets; allowed: arithmetic.",
+    ),
+    "a data set for no suite": (
+        "suites//datasets", {"direkt": "arithmetic"},
+        "suites.datasets.direkt: there is no suite 'direkt'; allowed: arithmetic, news.",
+    ),
+    "a suite that scores two data sets": (
+        "suites//datasets", {"news": "speeches"},
+        "suites.datasets.news: news is a data set itself; rename the suite.",
     ),
     "more shots than examples": (
         "suites//graded//arithmetic//shots", 2,

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from stages.reporting.collect import Results
 from stages.reporting.comparison import Comparison
 from stages.reporting.figures import COLOURS, draw_difficulty, draw_quality, save_figure
 from tests import project, results
+from tests.claims import leveled
 from tests.results import compared, of_items
 
 
@@ -54,3 +56,13 @@ def test_nothing_to_draw_is_no_figure():
     assert draw_quality(comparison) is draw_difficulty(comparison) is None
     infinite = compared(of_items({"base/m": [math.inf, 2.0]}, metric="perplexity"))
     assert draw_quality(infinite) is None
+
+
+def test_each_level_has_its_own_floor():
+    answers = {"base/m": [1.0, 1.0, 0.0, 1.0], "prune/p": [1.0, 0.0, 0.0, 1.0]}
+    table = leveled({"easy": answers, "hard": answers})
+    floors = table.scores["difficulty"].map({"all": 0.2, "easy": 0.3, "hard": 0.1})
+    figure = draw_difficulty(compared(Results(table.scores.assign(floor=floors), table.samples)))
+    dotted = [line for axis in figure.axes for line in axis.get_lines() if line.get_linestyle() == ":"]
+    drawn = [line.get_xydata().tolist() for line in dotted if len(line.get_xdata())]
+    assert drawn == [[[0.3, 0], [0.1, 1]]] * 2  # a level is a place on the y axis

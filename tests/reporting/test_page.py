@@ -285,6 +285,7 @@ def test_measures_of_one_metric_are_shown_apart():
     )
     scope = Scope(
         evaluations=(), candidates=("base/m", "noise/n", "prune/p"), suites=("s",), recipes={},
+        profiled=(), datasets={},
         report=Report(margin=0.02), studies={},
         models={"m": SimpleNamespace(sha256="0" * 64)},
     )  # fmt: skip
@@ -299,3 +300,13 @@ def test_measures_of_one_metric_are_shown_apart():
     assert "grid of its weights none known" in plain
     flipped = plain.split("Flipped answers")[1]
     assert "p: 80" in flipped  # 40 at the larger budget and 40 by the strict filter
+
+
+def test_the_page_shows_what_was_measured_and_what_was_asked(whole):
+    page = (whole[1] / "data/report/index.html").read_text()
+    plain = " ".join(html.unescape(TAG.sub(" ", page)).split())
+    assert "Medians of 5 runs with quartiles, 128 tokens read and 32 written" in plain
+    assert "smollm2 8 80.0 79.2 to 80.8" in plain
+    assert re.search(r"Flipped answers.*question \d+ of \d-", plain)
+    for file in ("metrics.json", "verdicts.json", "results.parquet"):
+        assert b"seconds" not in (whole[1] / "data/report" / file).read_bytes()

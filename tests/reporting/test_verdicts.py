@@ -10,6 +10,7 @@ from stages.reporting.statistics.holm import holm
 from stages.reporting.study import Missing
 from stages.reporting.verdicts import judge_studies, nested_verdicts
 from tests.claims import ACC, difference, judged, study
+from tests.reporting.hypotheses.test_contrasts import SLOWER, timed
 from tests.results import of_items
 
 RIGHT = [1.0] * 60
@@ -107,3 +108,14 @@ def test_the_same_tables_give_the_same_verdicts():
 
 def with_floor():
     return TABLE.__class__(TABLE.scores.assign(floor=0.25), TABLE.samples)
+
+
+def test_verdicts_on_measurements_are_corrected_among_themselves():
+    scores = {name: difference(f"prune/{name}") for name in ("a", "b")}
+    slower = SLOWER | {"expect": "above", "bound": 0.0}
+    table = timed(m=[1.0, 1.01, 0.99], p=[1.1, 1.12, 1.11])
+    verdicts = judge_studies(TABLE, {"s": study(**scores, time=slower)}, measured=table)
+    assert [verdict.measured for verdict in verdicts] == [False, False, True]
+    assert verdicts[:2] == judge_studies(TABLE, {"s": study(**scores)})
+    assert verdicts[2].p_holm == verdicts[2].finding.p
+    assert nested_verdicts(verdicts)["s"]["time"]["repeats"] == 6

@@ -84,3 +84,10 @@ def test_numbers_are_right_within_half_a_last_digit(value, metric):
 )
 def test_a_source_has_no_folders_of_this_machine(source, shown):
     assert words.source(source) == shown
+
+
+def test_what_was_removed_is_weights_or_parameters_or_both():
+    parts = [(0.5, 0.0, "50.0 %"), (0.0, 0.123, "12.3 % of parameters"), (0.5, None, "50.0 %")]
+    parts += [(0.5, 0.25, "25.0 % of parameters, then 50.0 %"), (0.0, 0.0, "0.0 %")]
+    for sparsity, removed, said in parts:
+        assert words.removal({"sparsity": sparsity, "parameters_removed": removed}) == said

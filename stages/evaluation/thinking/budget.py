@@ -1,8 +1,9 @@
 """Budget forcing: the length of thinking before an answer is set from outside (s1, 2501.19393).
 
 Thinking is text between `begin` and `end`, generated before the answer. It has an upper bound: after `budget`
-tokens it is cut, the end of thinking and a request for the answer are appended, and the model answers. It has
-a lower bound too: where thinking would end earlier, the end is removed and "Wait" appended, up to `waits`
+tokens it is cut, the end of thinking and a request for the answer are appended, and the model answers. A
+model that ended by itself is not asked for its answer again, unless `answer_when` says so. Thinking has a
+lower bound too: where thinking would end earlier, the end is removed and "Wait" appended, up to `waits`
 times, and the model goes on thinking. So accuracy is measured at every length of thinking, not only at the
 model's own.
 
@@ -145,24 +146,31 @@ class BudgetLM(SharedPrefixLM):
         rules = self.thinking
         thoughts = [self._cut(self._thoughts[self.draw, prompt]) for prompt in prompts]
         texts = [self._text(thought, False) for thought in thoughts]
+        ends = [
+            self._is_whole(thought, self._thoughts[self.draw, prompt])
+            for prompt, thought in zip(prompts, thoughts, strict=True)
+        ]
         answers = self._generate(
             [
-                f"{prompt}{rules.begin}{text}{rules.end}{rules.answer}"
-                for prompt, text in zip(prompts, texts, strict=True)
+                f"{prompt}{rules.begin}{text}{rules.end}{rules.request(ended=ended)}"
+                for prompt, text, ended in zip(prompts, texts, ends, strict=True)
             ],
             [self.numbers_of(prompt, "answer", longest) for prompt in prompts],
             until,
             None if quiet else "Answers",
         )
         replies = {}
-        for prompt, thought, text, tokens in zip(prompts, thoughts, texts, answers, strict=True):
+        rows = zip(prompts, thoughts, texts, ends, answers, strict=True)
+        for prompt, thought, text, ended, tokens in rows:
             answer = self._decoded(tokens, skip_special_tokens=True)
             for stop in until:
                 answer = answer.split(stop)[0]
-            whole = self._thoughts[self.draw, prompt]
-            ended = len(whole) == rules.waits + 1 and thought == whole and self._ended(whole[-1])
             replies[prompt] = Reply(text, _length(thought), ended, answer, len(tokens))
         return replies
+
+    def _is_whole(self, thought: list[Stretch], whole: list[Stretch]) -> bool:
+        """Tell whether a thought ended by itself, with no wait left, and was not cut."""
+        return len(whole) == self.thinking.waits + 1 and thought == whole and self._ended(whole[-1])
 
     def _cut(self, whole: list[Stretch]) -> list[Stretch]:
         """Return the first `budget` tokens of a thought."""

@@ -255,6 +255,7 @@ def _scores(
                 metric=metric,
                 draws=thinking.draws,
                 temperature=thinking.temperature,
+                answer_when=thinking.answer_when,
                 value=mean(picked),
                 stderr=standard_error(picked),
                 higher_is_better=metric not in _FEWER_IS_BETTER,

@@ -1,6 +1,6 @@
 """Settings of thinking before an answer; `stages.evaluation.thinking.budget` does it."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -30,6 +30,10 @@ class Thinking(Strict):
     end: Annotated[str, Field(min_length=1)] = "</think>"
     wait: Annotated[str, Field(min_length=1)] = "Wait"
     answer: str = "\n\nFinal Answer:"
+    """Text that requests the answer."""
+    answer_when: Literal["cut", "always"] = "cut"
+    """Where thinking was cut, `answer` is appended whole, as in s1. Where it ended by itself, `cut` appends
+    only its whole lines, such as blank ones, and `always` appends it all the same."""
 
     @model_validator(mode="after")
     def _differing(self) -> "Thinking":
@@ -38,3 +42,12 @@ class Thinking(Strict):
                 f"{self.draws} draws at temperature 0 are identical; allowed: 1 draw, or a higher temperature"
             )
         return self
+
+    def request(self, *, ended: bool) -> str:
+        """Return the text that requests the answer.
+
+        Args:
+            ended: whether thinking ended by itself.
+        """
+        whole = self.answer_when == "always" or not ended
+        return self.answer if whole else self.answer[: self.answer.rfind("\n") + 1]

@@ -7,6 +7,8 @@ from stages.core.schema import CONTROLS, RECIPES
 from stages.job.params import SUITES
 from stages.job.sentences import allowed
 
+_SUITES = (*SUITES, "datasets")
+"""What section `suites` holds."""
 PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "run": {"device": "auto", "dtype": "float32", "threads": 1, "seed": 0, "numerics": "fast"},
     "evaluate": {"candidates": ("base/none",)},
@@ -31,14 +33,14 @@ def sound(raw: Mapping[str, Any], locations: Iterable[tuple[Any, ...]]) -> tuple
     suites = kept.get("suites")
     by_kind = suites if isinstance(suites, dict) else {}
     kept["suites"] = {
-        kind: dict(entries) if isinstance(entries := by_kind.get(kind), dict) else {} for kind in SUITES
+        kind: dict(entries) if isinstance(entries := by_kind.get(kind), dict) else {} for kind in _SUITES
     }
     broken: set[str] = set()
     for section, *rest in locations:
         if section in PLACEHOLDERS:
             kept[section] = PLACEHOLDERS[section]
         elif section == "suites":
-            if len(rest) > 1 and rest[0] in SUITES:
+            if len(rest) > 1 and rest[0] in _SUITES:
                 kept["suites"][rest[0]] = _without(kept["suites"][rest[0]], rest[1])
         elif section == "studies" and rest[1:2] == ["hypotheses"] and len(rest) > 2:
             kept["studies"] = _without_hypothesis(kept["studies"], rest[0], rest[2])

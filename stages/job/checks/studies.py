@@ -90,6 +90,15 @@ def _of_controls(at: str, study: Study) -> Iterator[str]:
             control = study.hypotheses[control].control
         if control == key:
             yield f"{at}.{key}.control: a cycle, {' <- '.join([*trail, key])}; leave a control out."
+        elif (
+            hypothesis.control in study.hypotheses
+            and study.hypotheses[hypothesis.control].measured()
+            and not hypothesis.measured()
+        ):
+            yield (
+                f"{at}.{key}.control: {hypothesis.control} reads measurements, which vary from run to run, "
+                f"and {key} reads scores only; leave the control out."
+            )
         elif hypothesis.control not in (None, *study.hypotheses):
             others = [other for other in study.hypotheses if other != key]
             yield (
@@ -104,8 +113,20 @@ def _of_hypothesis(hypothesis: Tested, params: Params, broken: set[str]) -> Iter
     for name in dict.fromkeys([*hypothesis.candidates_read(), *filter(None, [hypothesis.reference])]):
         if name not in known:
             yield _unknown(name, known)
+    yield from _of_measured(hypothesis, params)
     for readout in hypothesis.readouts_read():
         yield from _of_readout(readout, params, broken)
+
+
+def _of_measured(hypothesis: Tested, params: Params) -> Iterator[str]:
+    profiled, sizes = params.profile.candidates, params.profile.batch_sizes
+    for name in dict.fromkeys(candidate for candidate, _ in hypothesis.measured()):
+        if name not in profiled:
+            yield f"{name!r} is not among profile.candidates, which are measured; {allowed(profiled, name)}."
+    for size in dict.fromkeys(size for _, size in hypothesis.measured()):
+        if size not in sizes:
+            listed = ", ".join(map(str, sizes))
+            yield f"batch size {size} is not among profile.batch_sizes; allowed: {listed}."
 
 
 def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[str]:
@@ -114,9 +135,10 @@ def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[
     if suite is None:
         yield f"there is no suite {readout.suite!r}; {allowed(suites, readout.suite)}."
         return
-    dataset = params.datasets.get(readout.suite)
+    scored = params.suites.dataset_of(readout.suite)
+    dataset = params.datasets.get(scored)
     levels = [level.name for level in dataset.levels] if isinstance(dataset, GradedData) else []
-    if readout.level not in ("all", *levels) and readout.suite not in broken:
+    if readout.level not in ("all", *levels) and scored not in broken:
         yield f"{readout.suite} has no level {readout.level!r}; {allowed(['all', *levels], readout.level)}."
     thinking = getattr(suite, "thinking", None)
     budgets = list(thinking.budgets) if thinking else []
@@ -132,7 +154,8 @@ def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[
 def _metrics(suite: Suite) -> list[str]:
     """Return the metrics of a suite; none if only lm-eval knows them, so that the report must check."""
     if isinstance(suite, PerplexitySuite):
-        return ["perplexity"]
+        more = ["kl", "same_top"] if suite.divergence else []  # of the others there are no scores by item
+        return ["perplexity", *more]
     if not isinstance(suite, GradedSuite):
         return []
     if suite.thinking is None:

@@ -47,6 +47,7 @@ def of_suites(params: Params, broken: set[str]) -> Iterator[str]:
     Args:
         broken: data sets with mistakes of their own.
     """
+    yield from _of_names(params)
     learned = _learned(params)
     seen: set[str] = set()
     for kind, suites in params.suites.by_kind().items():
@@ -59,10 +60,21 @@ def of_suites(params: Params, broken: set[str]) -> Iterator[str]:
             if name in seen:
                 yield f"{at}: a suite of another kind has this name; rename one."
             seen.add(name)
-            if name not in broken and (
+            if params.suites.dataset_of(name) not in broken and (
                 mistake := _mistake(name, suite, SUITES[kind].scores, params, learned)
             ):
                 yield f"{at}{mistake}"
+
+
+def _of_names(params: Params) -> Iterator[str]:
+    """Yield entries of suites.datasets that name no suite, or take the name of a data set."""
+    suites = params.suites.by_name()
+    for name in params.suites.datasets:
+        at = f"suites.datasets.{name}"
+        if name not in suites:
+            yield f"{at}: there is no suite {name!r}; {allowed(suites, name)}."
+        elif name in (*params.datasets, *params.teach, "none"):
+            yield f"{at}: {name} is a data set itself; rename the suite."
 
 
 def _learned(params: Params) -> _Learned:
@@ -90,25 +102,26 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
     """
     if mistake := _of_backend(suite):
         return mistake
-    dataset = params.datasets.get(name)
+    scored = params.suites.dataset_of(name)
+    dataset = params.datasets.get(scored)
     if isinstance(suite, BenchmarkSuite) and (suite.own or isinstance(dataset, OwnTask)):
-        if mistake := _of_own_task(name, suite, dataset):
+        if mistake := _of_own_task(scored, suite, dataset):
             return mistake
     elif not isinstance(dataset, scores):
         fitting = [key for key, other in params.datasets.items() if isinstance(other, scores)]
         kind = "a graded kind" if scores is GradedData else f"kind {tag(scores)}"
         return (
-            f": a suite scores the data set of its own name, and datasets has no {name!r} of {kind}; "
-            f"{allowed(fitting, name)}."
+            f": it scores datasets.{scored}, and there is none of {kind}; name its data set in "
+            f"suites.datasets; {allowed(fitting, scored)}."
         )
-    if name in learned.splits:
+    if scored in learned.splits:
         return (
-            f": recipes learn from split {learned.splits[name]} of datasets.{name}, which it may score; let "
-            "them learn from another split, such as train."
+            f": recipes learn from split {learned.splits[scored]} of datasets.{scored}, which it may score; "
+            "let them learn from another split, such as train."
         )
-    if isinstance(dataset, Text) and (other := learned.texts.get(dataset.sha256, name)) != name:
+    if isinstance(dataset, Text) and (other := learned.texts.get(dataset.sha256, scored)) != scored:
         return (
-            f": it would score the very file that recipes learn from as datasets.{other}; name the suite "
+            f": it would score the very file that recipes learn from as datasets.{other}; let it score "
             f"{other}, whose two splits are kept apart."
         )
     if isinstance(dataset, Text) and dataset.sha256 in learned.parts:
@@ -121,13 +134,13 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
             )
     if isinstance(dataset, GradedData):
         levels = [level.domain() for level in dataset.levels]
-        if shared := sorted(other for level, other in learned.levels if other != name and level in levels):
+        if shared := sorted(other for level, other in learned.levels if other != scored and level in levels):
             return (
                 f": it would score items that recipes learn from as datasets.{shared[0]}, with which it "
-                f"shares levels; name the suite {shared[0]}, whose splits are kept apart."
+                f"shares levels; let it score {shared[0]}, whose splits are kept apart."
             )
         if isinstance(suite, GradedSuite):
-            return too_many_shots("", name, suite.shots, dataset) or ""
+            return too_many_shots("", scored, suite.shots, dataset) or ""
     return ""
 
 

@@ -20,6 +20,7 @@ from stages.reporting.collect import Results, is_noise, records
 from stages.reporting.comparison import PER_ITEM
 from stages.reporting.hypotheses.readout import Axis, Readout
 from stages.reporting.judging import repeats_of
+from stages.reporting.measured import Measured
 from stages.reporting.statistics.paired import LEVEL
 from stages.reporting.words import SHARES
 
@@ -61,10 +62,17 @@ class Cells:
 
     Args:
         noise: which candidates repeat each other, as in `report.noise`.
+        measured: speed and memory.
     """
 
-    def __init__(self, results: Results, noise: Mapping[str, tuple[str, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        results: Results,
+        noise: Mapping[str, tuple[str, ...]] | None = None,
+        measured: Measured | None = None,
+    ) -> None:
         self._repeats = noise or {}
+        self._measured = measured or Measured()
         self._scores = dict(iter(results.scores.groupby("candidate", sort=False)))
         items = results.samples[results.samples["draw"].isna()]
         self._samples = dict(iter(items.groupby("candidate", sort=False)))
@@ -210,13 +218,48 @@ class Cells:
         Raises:
             Unknown: a candidate has no such number, or its logarithm does not exist.
         """
-        values = axis.values or tuple(self.column(name, str(axis.column)) for name in candidates)
+        values = axis.values or tuple(self._x(name, axis) for name in candidates)
         x = np.asarray(values, np.float64)
         if not axis.log2:
             return x
         if (x <= 0).any():
             raise Unknown(f"x: {axis.column} is 0 for some candidates, so it has no logarithm; drop log2.")
         return np.asarray(np.log2(x))
+
+    def _x(self, candidate: str, axis: Axis) -> float:
+        if axis.batch_size is None:
+            return self.column(candidate, str(axis.column))
+        value = self._at(self._measured.figures, candidate, axis.batch_size)[axis.column].iloc[0]
+        if value is None or np.isnan(value):
+            raise Unknown(f"{axis.column} of {candidate} was not measured here; choose another column.")
+        return float(value)
+
+    def timings(self, times: Sequence[tuple[str, str, int]]) -> ItemGrid:
+        """Return the logarithms of measured seconds, a stratum for each (candidate, figure, batch size).
+
+        Repeats of two candidates are not paired, so none shares a row.
+
+        Raises:
+            Unknown: something was not measured.
+        """
+        columns = [
+            np.log(self._at(self._measured.repeats, candidate, batch_size)[figure].to_numpy(np.float64))
+            for candidate, figure, batch_size in times
+        ]
+        strata = np.repeat(np.arange(len(columns)), [len(column) for column in columns])
+        values = np.full((len(strata), len(columns)), np.nan)
+        values[np.arange(len(strata)), strata] = np.concatenate(columns)
+        return ItemGrid(values, strata)
+
+    def timing_fault(self, wanted: Sequence[tuple[str, int]]) -> str:
+        """Say why measurements cannot be compared; empty if they can."""
+        return self._measured.fault(wanted)
+
+    def _at(self, rows: pd.DataFrame, candidate: str, batch_size: int) -> pd.DataFrame:
+        chosen = rows[(rows["candidate"] == candidate) & (rows["batch_size"] == batch_size)]
+        if chosen.empty:
+            raise Unknown(f"{candidate} was not measured at batch size {batch_size}; add both to profile.")
+        return chosen
 
     def guard(
         self,

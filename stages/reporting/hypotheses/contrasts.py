@@ -12,6 +12,9 @@ more a candidate loses on hard items than on easy ones. Read as
 A side may be a curve: several candidates, or several budgets of one, read at a common x by straight lines
 between neighbours. x is a size, which is known, or a perplexity or a number of tokens, which is measured;
 items of both are drawn again together, so that its error is part of the interval.
+
+With unit `repeat` the scores are times that `profile` measured, `timings` in place of readouts, and repeats
+are the units. Times are read as logarithms, so a difference is the logarithm of a ratio: 0.05 is 5 %.
 """
 
 from __future__ import annotations
@@ -76,6 +79,14 @@ class WeighedReadout(Readout):
     weight: Finite = 1.0
 
 
+class Timing(Strict):
+    """A time that `profile` measured at a batch size, and its weight."""
+
+    figure: Literal["seconds_to_first_token", "seconds_per_token"]
+    batch_size: Annotated[int, Field(ge=1)]
+    weight: Finite = 1.0
+
+
 class Match(Strict):
     """The x at which curves are read."""
 
@@ -100,7 +111,10 @@ class ContrastTest(Tested):
 
     test: Literal["contrast"]
     sides: Annotated[tuple[Weighed, ...], Field(min_length=1)]
-    readouts: Annotated[tuple[WeighedReadout, ...], Field(min_length=1)]
+    unit: Literal["item", "repeat"] = "item"
+    """`repeat` compares times, and needs `timings` in place of `readouts`."""
+    readouts: tuple[WeighedReadout, ...] = ()
+    timings: tuple[Timing, ...] = ()
     measure: Literal["difference", "retention"] = "difference"
     zero: Candidate | None = None
     """The candidate whose score is 0 % of `retention`; null: the measured floor."""
@@ -119,7 +133,25 @@ class ContrastTest(Tested):
             raise ValueError("zero goes with measure retention")
         return self
 
+    @model_validator(mode="after")
+    def _of_one_unit(self) -> Self:
+        if self.unit == "item" and (self.timings or not self.readouts):
+            raise ValueError("unit item needs readouts and no timings")
+        if self.unit == "repeat":
+            if self.readouts or not self.timings:
+                raise ValueError("unit repeat needs timings and no readouts")
+            if self.measure != "difference" or self.reference or any(side.agrees_with for side in self.sides):
+                raise ValueError("unit repeat has no retention, reference or agrees_with; leave them out")
+            if any(side.is_curve for side in self.sides):
+                raise ValueError("unit repeat reads no curves; name a candidate on each side")
+        return self
+
+    def measured(self) -> Sequence[tuple[str, int]]:
+        return [(str(side.candidate), timing.batch_size) for side in self.sides for timing in self.timings]
+
     def candidates_read(self) -> Sequence[str]:
+        if self.unit == "repeat":
+            return []
         names = [name for side in self.sides for name in side.names()]
         extra = [self.zero, self.at.candidate if self.at else None]
         return [*names, *(name for name in extra if name)]
@@ -139,6 +171,29 @@ class ContrastTest(Tested):
         return wanted
 
     def judge(self, cells: Cells) -> Evidence:
+        return self._of_repeats(cells) if self.unit == "repeat" else self._of_items(cells)
+
+    def _of_repeats(self, cells: Cells) -> Evidence:
+        from stages.reporting.hypotheses.cells import Guard
+        from stages.reporting.hypotheses.effect import evidence_of, weighted_sum
+
+        weights: dict[tuple[str, str, int], float] = {}
+        for side in self.sides:
+            for timing in self.timings:
+                time = (str(side.candidate), timing.figure, timing.batch_size)
+                weights[time] = weights.get(time, 0.0) + side.weight * timing.weight
+        grid = cells.timings(list(weights))
+        finding = evidence_of(
+            weighted_sum(grid, np.array(list(weights.values()))),
+            self.expect,
+            self.bound,
+            unit="log of a ratio of times",
+            n=len(grid.values),
+            guard=Guard("", {}, cells.timing_fault(self.measured())),
+        )
+        return replace(finding, units="repeats")
+
+    def _of_items(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import unit_of
         from stages.reporting.hypotheses.effect import drawn, evidence_of, weighted_sum
         from stages.reporting.hypotheses.repeats import over_repeats

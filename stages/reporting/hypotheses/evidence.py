@@ -52,3 +52,5 @@ class Verdict:
     """The control and its verdict, such as `a1-control: supported`."""
     why: str
     """The verdict's reason, a sentence."""
+    measured: bool = False
+    """Whether it rests on measurements of speed or memory, which vary from run to run."""

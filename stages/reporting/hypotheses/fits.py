@@ -47,6 +47,9 @@ class FitTest(Tested):
     def readouts_read(self) -> Sequence[Readout]:
         return [self.readout]
 
+    def measured(self) -> Sequence[tuple[str, int]]:
+        return [pair for axis in (self.better, self.worse) for pair in axis.measured(self.candidates)]
+
     def judge(self, cells: Cells) -> Evidence:
         from scipy import stats
 

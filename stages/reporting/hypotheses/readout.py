@@ -1,16 +1,22 @@
 """Which numbers a hypothesis reads: scores of a suite (`Readout`), and the x of its candidates (`Axis`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from stages.core.schema import Slug, Strict
-from stages.core.tables import SCORE_COLUMNS, Subject
+from stages.core.tables import PARAMETERS_REMOVED, SCORE_COLUMNS, Subject
 
-NUMBERS = tuple(field.name for field in fields(Subject) if SCORE_COLUMNS[field.name] in ("float64", "Int64"))
+NUMBERS = (
+    *(field.name for field in fields(Subject) if SCORE_COLUMNS[field.name] in ("float64", "Int64")),
+    PARAMETERS_REMOVED,
+)
 """The columns that hold a number of each candidate, such as its sparsity."""
+TIMES = ("seconds_to_first_token", "seconds_per_token")
+MEASURED = (*TIMES, "tokens_per_second", "peak_bytes", "joules_per_token")
+"""The numbers of each candidate and batch size that `profile` measures; times have repeats."""
 
 
 class Readout(Strict):
@@ -52,8 +58,8 @@ def repeated(readout: Readout, *, budget: bool, level: bool) -> Iterator[str]:
 
 
 def _numeric(column: str) -> str:
-    if column not in NUMBERS:
-        raise ValueError(f"allowed: {', '.join(NUMBERS)}")
+    if column not in (*NUMBERS, *MEASURED):
+        raise ValueError(f"allowed: {', '.join((*NUMBERS, *MEASURED))}")
     return column
 
 
@@ -66,12 +72,20 @@ class Axis(Strict):
 
     column: Column | None = None
     values: tuple[float, ...] | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """The batch size of a measured column."""
     log2: bool = False
 
     @model_validator(mode="after")
     def _given_once(self) -> Self:
         if (self.column is None) == (self.values is None):
             raise ValueError("give either column or values")
+        if (self.column in MEASURED) != (self.batch_size is not None):
+            raise ValueError(f"batch_size goes with a measured column, {', '.join(MEASURED)}")
         if self.log2 and self.values is not None and min(self.values, default=1) <= 0:
             raise ValueError("log2 needs values above 0")
         return self
+
+    def measured(self, candidates: Sequence[str]) -> list[tuple[str, int]]:
+        """Return each candidate and batch size whose measurements it reads; none if it reads a table."""
+        return [(name, self.batch_size) for name in candidates if self.batch_size is not None]

@@ -49,6 +49,9 @@ class SaturationTest(Tested):
     def readouts_read(self) -> Sequence[Readout]:
         return [self.readout]
 
+    def measured(self) -> Sequence[tuple[str, int]]:
+        return self.x.measured(self.candidates)
+
     def judge(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import Term, unit_of
         from stages.reporting.hypotheses.effect import Effect, evidence_of

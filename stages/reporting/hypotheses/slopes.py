@@ -85,6 +85,9 @@ class SlopeTest(Tested):
             wanted += [self.readout.model_copy(update={"level": level}) for level in line.levels]
         return wanted or [self.readout]
 
+    def measured(self) -> Sequence[tuple[str, int]]:
+        return [pair for line in self.lines for pair in line.x.measured(line.candidates)]
+
     def judge(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import Term, unit_of
         from stages.reporting.hypotheses.effect import evidence_of, weighted_sum

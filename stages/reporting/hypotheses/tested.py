@@ -33,6 +33,10 @@ class Tested(Strict):
         """Return the measures that it reads, budgets and levels filled in."""
         raise NotImplementedError
 
+    def measured(self) -> Sequence[tuple[str, int]]:
+        """Return each candidate and batch size whose measurements it reads."""
+        return ()
+
     def mistakes(self) -> Iterator[str]:
         """Yield what is wrong with the settings beside each other, starting with the field's name."""
         yield from ()

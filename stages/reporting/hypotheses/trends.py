@@ -67,6 +67,9 @@ class TrendTest(Tested):
         budgets = [self.readout.model_copy(update={"budget": budget}) for budget in self.budgets]
         return [*levels, *budgets] or [self.readout]
 
+    def measured(self) -> Sequence[tuple[str, int]]:
+        return self.x.measured(self.candidates) if self.x else []
+
     def judge(self, cells: Cells) -> Evidence:
         from stages.reporting.hypotheses.cells import Term
 

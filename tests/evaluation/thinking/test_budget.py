@@ -74,7 +74,8 @@ def forced(lm: BudgetLM, prompt: str, budget: int, longest: int, until: str) -> 
         by_itself = rules.end in stretch or lm.eot_token_id in tokens
         ended = by_itself and round == rules.waits
     numbers = lm.numbers_of(prompt, "answer", longest).tolist()
-    tokens = drawn(lm, prompt + rules.begin + text + rules.end + rules.answer, numbers, until)
+    request = "" if ended and rules.answer_when == "cut" else rules.answer  # RULES' answer has no whole line
+    tokens = drawn(lm, prompt + rules.begin + text + rules.end + request, numbers, until)
     answer = lm.tok_decode([t for t in tokens if t != lm.eot_token_id]).split(until)[0]
     return Reply(text, used, ended, answer, len(tokens))
 

@@ -3,11 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from stages.core.errors import Refusal
 from stages.reporting.collect import Results
-from stages.reporting.hypotheses.cells import Unknown
-from tests.claims import ACC, difference, judged, leveled
+from stages.reporting.hypotheses.cells import Cells, Unknown
+from stages.reporting.hypotheses.evidence import Evidence
+from stages.reporting.measured import Measured
+from tests.claims import ACC, difference, hypothesis, judged, leveled
 from tests.results import of_items, together
 
 RIGHT = [1.0] * 60
@@ -167,3 +170,88 @@ def test_items_that_nobody_shares_are_refused():
         judged(table, **difference("prune/p"))
     part = pd.concat([table.samples[~other], table.samples[~other].head(40).assign(candidate="prune/p")])
     assert judged(Results(table.scores, part), **difference("prune/p")).n == 40
+
+
+def timed(batch_size: int = 1, busy: float = 0.0, **seconds: list[float]) -> Measured:
+    """Return measured seconds a token of each candidate, `base/m` as `m`."""
+    names = {name: "base/m" if name == "m" else f"prune/{name}" for name in seconds}
+    figures = pd.DataFrame(
+        [
+            {"candidate": names[name], "batch_size": batch_size, "others_busy": busy, "threads": 1}
+            for name in seconds
+        ],
+        columns=Measured().figures.columns,
+    ).assign(seconds_per_token=[np.median(values) for values in seconds.values()])
+    repeats = [
+        {"candidate": names[name], "batch_size": batch_size, "repeat": i, "seconds_per_token": value}
+        for name, values in seconds.items()
+        for i, value in enumerate(values)
+    ]
+    return Measured(figures, pd.DataFrame(repeats))
+
+
+SLOWER = {
+    "test": "contrast", "unit": "repeat", "expect": "within", "bound": 0.05,
+    "sides": [{"weight": 1.0, "candidate": "prune/p"}, {"weight": -1.0, "candidate": "base/m"}],
+    "timings": [{"figure": "seconds_per_token", "batch_size": 1}],
+}  # fmt: skip
+EMPTY = of_items({"base/m": [1.0, 0.0]})
+
+
+def of_times(measured: Measured, **settings: object) -> Evidence:
+    return hypothesis(**SLOWER | settings).judge(Cells(EMPTY, measured=measured))
+
+
+def test_times_are_compared_as_ratios_by_repeat():
+    steady = [1.0, 1.001, 0.999, 1.002, 1.0]
+    found = of_times(timed(m=steady, p=[1.2 * value for value in steady]))
+    assert found.effect == pytest.approx(np.log(1.2))
+    assert (found.side, found.n, found.units, found.blocked) == ("contradicted", 10, "repeats", "")
+    assert found.p < 0.001
+    same = of_times(timed(m=steady, p=[1.01 * value for value in steady]))
+    assert same.side == "supported" and same.p < 0.001
+    assert of_times(timed(m=steady, p=[1.2 * value for value in steady]), expect="above").p < 0.001
+
+
+def test_times_without_a_difference_rarely_show_one():
+    draw = np.random.default_rng(0)
+    p = []
+    for _ in range(400):
+        base, ours = (list(draw.lognormal(center, 0.02, 5)) for center in (0, 0.05))
+        p.append(of_times(timed(m=base, p=ours), expect="above").p)
+    assert 0.025 <= np.mean(np.array(p) <= 0.05) <= 0.08  # the bound itself is the null
+
+
+def test_times_of_a_busy_machine_or_another_one_are_not_judged():
+    steady = [1.0, 1.001, 0.999]
+    busy = of_times(timed(busy=0.3, m=steady, p=steady))
+    assert "other processes took 30% of the machine while prune/p was measured" in busy.blocked
+    both = timed(m=steady, p=steady)
+    moved = Measured(both.figures.assign(processor=["a", "b"]), both.repeats)
+    assert of_times(moved).blocked == "the measurements differ in processor"
+    with pytest.raises(Unknown, match="prune/p was not measured at batch size 1; add both to profile"):
+        of_times(timed(m=steady))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"unit": "item"}, "unit item needs readouts and no timings"),
+        ({"readouts": [ACC]}, "unit repeat needs timings and no readouts"),
+        ({"measure": "retention"}, "has no retention"),
+    ],
+)
+def test_a_unit_has_its_own_settings(settings, words):
+    with pytest.raises(ValidationError, match=words):
+        hypothesis(**SLOWER | settings)
+
+
+def test_a_measured_number_can_be_an_x():
+    table = of_items({"base/m": RIGHT, "prune/p": HALF})
+    line = {"candidates": ["base/m", "prune/p"], "x": {"column": "seconds_per_token", "batch_size": 1}}
+    settings = {"test": "slope", "readout": ACC, "lines": [line], "expect": "above"}
+    tested = hypothesis(**settings)
+    assert tested.measured() == [("base/m", 1), ("prune/p", 1)]
+    assert tested.judge(Cells(table, measured=timed(m=[2.0], p=[1.0]))).effect == pytest.approx(0.5)
+    with pytest.raises(ValidationError, match="batch_size goes with a measured column"):
+        hypothesis(**settings | {"lines": [line | {"x": {"column": "sparsity", "batch_size": 1}}]})
