@@ -1,6 +1,6 @@
 """An artifact as one GGUF file, for llama.cpp and what is built on it.
 
-Packed linears keep their codes (`flows.exporting.ggml_types`), all else keeps its floats. What GGUF cannot say
+Packed linears keep their codes (`flows.exporting.ggml_types`), all else its floats. What GGUF cannot say
 as the checkpoint does is refused by name: another family, kind of rotary embedding or grid.
 """
 
