@@ -77,6 +77,9 @@ def run(
     spread: Annotated[
         bool, typer.Option("--spread", help="Run the commit you are at on the workers of Prefect's pools.")
     ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Print lines, without a live view; the default in pipes and CI.")
+    ] = False,
 ) -> None:
     """Bring everything, or the targets and all they need, up to date."""
     with refusals():
@@ -97,7 +100,7 @@ def run(
             else:
                 from flows.update import update
 
-                ending = update(jobs, targets or [], _advance)
+                ending = update(jobs, targets or [], _advance, plain)
     except KeyboardInterrupt:
         typer.echo("interrupted; finished stages are kept, run again to continue.", err=True)
         raise typer.Exit(130) from None

@@ -82,6 +82,7 @@ def advance_on_a_server(run: Plan) -> None:
         try:
             run.stop()
             run.lock.sort()
+            console.show_cursor()
         finally:  # a full disk, for example
             os._exit(1)  # the flow would wait for the server for minutes
 

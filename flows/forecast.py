@@ -51,7 +51,9 @@ def forecast() -> list[StageKind]:
     rows = []
     for kind, names in kinds.items():
         seconds = {
-            name: value for name in names if name in same and (value := _seconds(stages[name])) is not None
+            name: value
+            for name in names
+            if name in same and (value := _last(stages[name], "cpu_seconds")) is not None
         }
         running = [name for name in names if name in todo]
         minutes = None
@@ -111,7 +113,20 @@ def _setting(raw: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _seconds(stage: Stage) -> float | None:
-    """Return the processor seconds of a stage's last run here, None if it failed or never ran."""
+def expected_seconds(stages: Graph, params: Params) -> dict[str, float]:
+    """Return what stages are expected to take: the seconds of their last run here, or those of their kind."""
+    kinds: dict[str, list[str]] = {}
+    for name in stages:
+        kinds.setdefault(_kind(name, params), []).append(name)
+    expected = {}
+    for names in kinds.values():
+        seconds = {name: value for name in names if (value := _last(stages[name], "seconds")) is not None}
+        if seconds:
+            expected |= {name: seconds.get(name, statistics.median(seconds.values())) for name in names}
+    return expected
+
+
+def _last(stage: Stage, figure: str) -> float | None:
+    """Return a figure of a stage's last run here, None if it failed or never ran."""
     record: dict[str, Any] = read_json(stage.record) if stage.record.exists() else {}
-    return record.get("cpu_seconds") if record.get("state") == "done" else None
+    return record.get(figure) if record.get("state") == "done" else None

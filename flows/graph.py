@@ -56,6 +56,13 @@ class Stage:
                 return RUNS / out.relative_to(PROVENANCE)
         return run_record(self.module, "all")
 
+    @property
+    def prefix(self) -> str:
+        """What begins every line that the stage says of itself; empty for a command that is not ours."""
+        if not self.module:
+            return ""
+        return f"{self.module} {self.record.relative_to(RUNS / self.module).with_suffix('')}: "
+
 
 Graph = dict[str, Stage]
 """Stages by name, each after all it depends on."""

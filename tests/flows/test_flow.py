@@ -31,7 +31,7 @@ def test_the_first_run_makes_what_dvc_repro_makes(finished, inputs, tmp_path):
     assert f"{len(sweep.STAGES)} stages: {len(sweep.STAGES)} ran" in output
     assert str(folder / "data/report/index.html") in output
     assert all(candidate in output.split("Results")[1] for candidate in sweep.CANDIDATES)
-    assert "prune@wanda-50 | prune/wanda-50: 100%" in output
+    assert "prune@wanda-50 | ran" in output and "%|" not in output
     assert "block" in (folder / "data/runs/logs/prune@wanda-50.log").read_text()
     assert sweep.status(folder) == set()
     locks = [yaml.safe_load((where / "dvc.lock").read_text())["stages"] for where in (folder, finished)]
