@@ -26,7 +26,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import server, summary
+from flows import scores, server, summary
 from flows.plan import Plan
 from flows.retries import TRIES
 from flows.server import WITHOUT
@@ -159,6 +159,6 @@ def _publish(run: Plan) -> None:
     totals = summary.totals(outcomes)
     create_table_artifact(key="compare", table=summary.outcome_rows(outcomes), description=totals)
     if summary.is_current(outcomes):
-        create_table_artifact(key="results", table=summary.result_rows())
+        create_table_artifact(key="results", table=scores.reported())
         create_link_artifact(key="report", link=(REPORT / "index.html").resolve().as_uri())
     get_run_logger().info(totals)

@@ -5,11 +5,12 @@ starts a server to learn that everything is up to date.
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from flows import summary, workspace
-from flows.plan import Plan, plan
+from flows.plan import Outcome, Plan, plan
 from flows.process import Children
 from flows.watch import Watch
 from stages.core import disk
@@ -22,6 +23,8 @@ class Ending:
 
     ok: bool
     message: str
+    stages: Sequence[Mapping[str, Any]] = ()
+    """A row a stage: how it ended, its seconds, and the reason if it failed."""
 
 
 def update(
@@ -73,6 +76,12 @@ def conclude(run: Plan) -> Ending:
     summary.show_outcomes(outcomes)
     if summary.is_current(outcomes):
         summary.show_report()
+    else:
+        summary.show_evaluated(outcomes)
+    return replace(_ending(outcomes), stages=summary.outcome_rows(outcomes))
+
+
+def _ending(outcomes: Sequence[Outcome]) -> Ending:
     if reasons := {outcome.reason for outcome in outcomes if outcome.state == "skipped" and outcome.reason}:
         return Ending(False, "; ".join(sorted(reasons)))
     if failed := [outcome for outcome in outcomes if outcome.state == "failed"]:

@@ -1,8 +1,8 @@
 """What a run shows while it works: how far it is, what runs, and about how long it will take.
 
     [23/51] 12:40, about 6 min left
-    quantize@gptq-w4g64            ━━━━━━━━━━━────────────  43 % 13/30             0:52 of about 2:02
-    graded@base/smollm2-arithmetic ━━━━━━━━━━━━━━━━━━━━━──  76 % Likelihoods 364/480         0:31 of about 0:40
+    quantize@gptq-w4g64            ━━━━━━━━╸            43 % 13/30               0:52 of about 2:02
+    graded@base/smollm2-arithmetic ━━━━━━━━━━━━━━━      76 % Likelihoods 364/480 0:31 of about 0:40
 
 A terminal shows this under the lines that stay: stages that ended, and what our stages say of themselves. A
 pipe, a CI job or `--plain` gets the same as lines of text, one of progress whenever nothing was said for ten
@@ -159,7 +159,7 @@ class Watch:
             if left:
                 parts.append(f"{_about(left)} left")
             if unknown:
-                parts.append(f"and {unknown} stages of kinds that never ran here")
+                parts.append(f"stages of kinds that never ran here: {unknown}")
             return ", ".join(parts) if self._running or self._ended else f"{parts[0]}, {self._doing}"
 
     def _left(self) -> tuple[float, int]:
@@ -190,9 +190,12 @@ class Watch:
 
     def _drawn(self) -> Table:
         with self._lock:
-            whole = Table.grid()
+            whole = Table.grid(expand=True)
             whole.add_row(Text(self.headline(), style="bold"))
             bars = Table.grid(padding=(0, 1))
+            for _ in range(3):
+                bars.add_column(no_wrap=True)
+            bars.add_column(no_wrap=True, overflow="ellipsis")
             for name, percent, label, clock in self._stages():
                 pulse = percent is None
                 share = "" if percent is None else f"{percent:3} %"

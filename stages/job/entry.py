@@ -150,7 +150,7 @@ def _sentence(error: Exception) -> str:
 
 
 class _Speaking(logging.Formatter):
-    """Begins each line of the project's own loggers with a prefix, by which a flow knows them from others'."""
+    """Begins the lines of the project's own loggers with a prefix, which tells a flow that they are ours."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__()

@@ -4,16 +4,16 @@
 reports, so results are missing only where the stage is run by hand.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-import pandas as pd
-
 from stages.core.errors import Refusal
 from stages.core.files import RESULTS
+from stages.core.lazy import np, pd
 from stages.core.schema import CONTROLS
 from stages.core.tables import MEASURE, SAMPLES, SCORES
 
@@ -100,12 +100,12 @@ def by_measure(rows: pd.DataFrame) -> dict[Measure, pd.DataFrame]:
     }
 
 
-def is_noise(rows: pd.DataFrame) -> "pd.Series[bool]":
+def is_noise(rows: pd.DataFrame) -> pd.Series[bool]:
     """Mark rows of noise candidates: the weights of another candidate at another batch size or dtype."""
     return rows["candidate"].str.startswith("noise/")
 
 
-def competes(rows: pd.DataFrame) -> "pd.Series[bool]":
+def competes(rows: pd.DataFrame) -> pd.Series[bool]:
     """Mark rows of models that compete, which noise candidates and responders without knowledge do not."""
     return ~rows["candidate"].str.startswith(CONTROLS)
 

@@ -112,7 +112,8 @@ def test_a_refusal_and_an_interruption_follow_the_names_of_stage_and_recipe(work
 
 def test_what_the_project_logs_names_its_stage_and_what_libraries_log_does_not():
     code = "from stages.job.entry import _log_as; import logging; _log_as('prune x: ')\n"
-    code += "logging.getLogger('stages.pruning.wanda').info('resumes'); logging.getLogger('other').warning('noise')"
+    code += "logging.getLogger('stages.pruning.wanda').info('resumes')\n"
+    code += "logging.getLogger('other').warning('noise')"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=project.ROOT, check=True)
     assert done.stderr.splitlines() == ["prune x: resumes", "noise"]
