@@ -42,9 +42,9 @@ class Exit(IntEnum):
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False,
     help="Prune, quantize, recover and evaluate language models as params.yaml says.",
-    epilog="Exit codes: 0 done; 1 a stage failed, or there is something to mend; 2 a mistake in params.yaml, the "
-    "arguments or the machine, and nothing was run; 3 `diff --fail-on` saw a score get worse; 130 interrupted; "
-    "143 terminated. With --json the standard output holds JSON and nothing else, a mistake too.",
+    epilog="Exit codes: 0 done; 1 a stage failed, or there is something to mend; 2 a mistake in params.yaml, "
+    "the arguments or the machine, and nothing was run; 3 `diff --fail-on` saw a score get worse; "
+    "130 interrupted; 143 terminated. With --json the standard output holds JSON alone, mistakes included.",
 )  # fmt: skip
 
 

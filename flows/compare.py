@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, task
+from prefect import allow_failure, flow, task
 from prefect.artifacts import (
     create_link_artifact,
     create_progress_artifact,
@@ -119,9 +119,14 @@ def advance_all(run: Plan) -> None:
     run.listen = lambda line: get_run_logger().info(line)
     progress = _Progress(len(run.todo))
     futures: dict[str, Any] = {}
+    measures = False
     try:
         for name in run.todo:
-            before = [futures[up] for up in run.graph[name].upstream if up in futures]
+            upstream = run.graph[name].upstream
+            before = [futures[up] for up in upstream if up in futures]
+            measures = measures or run.graph[name].alone
+            if measures:  # it, and what comes after it, waits for all before, however they end
+                before += [allow_failure(futures[other]) for other in futures if other not in upstream]
             futures[name] = stage.submit(name, wait_for=before, return_state=False)
         wait(list(futures.values()))
     except BaseException:

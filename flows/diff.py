@@ -161,7 +161,7 @@ def score_changes(old: Results, new: Results, margin: float = _MARGIN) -> list[d
 
 
 def worsened(row: dict[str, Any], verdicts: tuple[str, ...]) -> bool:
-    """Tell whether a row of `score_changes` has one of these verdicts, or a number became none, such as NaN."""
+    """Tell whether a row of `score_changes` has one of these verdicts, or a score became NaN."""
     lost = row["old"] is not None and row["new"] is None and row["in_new"]
     return row["verdict"] in verdicts or lost
 

@@ -226,6 +226,12 @@ def below(graph: Graph, names: set[str]) -> set[str]:
     return dependent
 
 
+def measured_last(names: list[str], graph: Graph) -> list[str]:
+    """Order stages, upstream first, so that those that measure come after all others but the report."""
+    last = below(graph, {name for name in graph if graph[name].module == "report"})
+    return sorted(names, key=lambda name: 2 if name in last else int(graph[name].alone))
+
+
 def _like(target: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(target, list(names), 1)
     return f", did you mean {close[0]!r}?" if close else ""

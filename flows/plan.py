@@ -4,9 +4,10 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from flows import forecast, graph, mend
+from flows import doctor, forecast, graph, mend
 from flows.graph import Graph
 from flows.lockfile import Entries, SafeLock
 from flows.process import CHATTER, Children, log_of
@@ -91,7 +92,7 @@ class Plan:
             mend.forget_runs(self.wrong)
         self.stale = self.stale & set(self.graph) | self.wrong
         below = graph.below(self.graph, self.stale)
-        self.todo = [name for name in self.graph if name in below]
+        self.todo = graph.measured_last([name for name in self.graph if name in below], self.graph)
 
     def advance(self, name: str) -> Outcome:
         """Bring one stage up to date, after all stages above it.
@@ -243,6 +244,11 @@ def plan(
     run.watch = watch or run.watch
     if not children.elsewhere:
         console.print(f"{pool} to use", markup=False)
+        if Path("requirements.lock").exists() and (other := doctor.other_versions()):
+            console.print(
+                f"{other}; results may differ from those of requirements.lock: pip install -r requirements.lock",
+                style="yellow", markup=False, soft_wrap=True,
+            )  # fmt: skip
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
     run.find_stale()
     expected = forecast.expected_seconds(run.graph, params)

@@ -84,7 +84,7 @@ def _compared(params: Params, evaluations: list[str]) -> list[dict[str, Any]]:
 
 
 def described(params: Params, candidate: str) -> dict[str, Any]:
-    """Return what a candidate is made from, by which recipes, which suites score it, and the commands for it."""
+    """Return a candidate's lineage, recipes, suites and sizes, and the commands that make and score it."""
     record = _record(candidate)
     recipes = params.recipes()
     line = [name for name in recipes if name in {candidate, *lineage.ancestors(params, candidate)}]
@@ -117,7 +117,7 @@ def described(params: Params, candidate: str) -> dict[str, Any]:
 
 
 def show_scores(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print a table a measure with a line a candidate; of a single candidate a table with a line a measure."""
+    """Print a table a measure with a line a candidate; of a single candidate one with a line a measure."""
     single = len({row["candidate"] for row in rows}) == 1
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

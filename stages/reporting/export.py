@@ -31,7 +31,8 @@ def write_data(
     """Write results.parquet, samples.parquet, the summaries and the two CSV files of `dvc plots`.
 
     results.parquet has the score rows with the columns that the comparison adds; the summaries are
-    headlines.csv, summary.csv, pooled.csv, metrics.json, verdicts.json and agreement.csv, which is `agreements`.
+    headlines.csv, summary.csv, pooled.csv, metrics.json, verdicts.json and agreement.csv, which is
+    `agreements`.
     """
     comparison.rows.to_parquet(folder / "results.parquet", index=False)
     results.samples.to_parquet(folder / "samples.parquet", index=False)
