@@ -246,7 +246,7 @@ def plan(
         console.print(f"{pool} to use", markup=False)
         if Path("requirements.lock").exists() and (other := doctor.other_versions()):
             console.print(
-                f"{other}; results may differ from those of requirements.lock: pip install -r requirements.lock",
+                f"{other}; results may differ: pip install -r requirements.lock",
                 style="yellow", markup=False, soft_wrap=True,
             )  # fmt: skip
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)

@@ -1,8 +1,8 @@
 """Measure one candidate: time, memory and energy of generation, and how much of the machine others took.
 
 The model is loaded as whoever serves its checkpoint with transformers loads it. The record says which modules
-then multiply, with which weights: transformers may unpack a packed checkpoint as it loads it, and such a model
-is as fast as a dense one.
+then multiply with which weights: transformers may unpack a packed checkpoint as it loads it, and such a
+model is as fast as a dense one.
 
 A figure measured beside other work is wrong, so nothing is stored if others took more than a fifth of the
 processors. Each run is compared by itself, so a disturbed measurement ends soon.

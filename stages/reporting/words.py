@@ -63,7 +63,7 @@ def source(text: str) -> str:
 
 def number(value: float | None, metric: str = "") -> str:
     """Format a score: three decimals, for perplexities two from 0.1 and none from 1000; a dash if missing."""
-    if _missing(value):
+    if value is None or _is_missing(value):
         return "–"
     size = abs(value)
     digits = 3 if metric != "perplexity" or size < 0.1 else 2 if size < 1000 else 0
@@ -71,8 +71,8 @@ def number(value: float | None, metric: str = "") -> str:
     return text.replace("-", MINUS) if float(text.replace(",", "")) else text.removeprefix("-")
 
 
-def _missing(value: float | None) -> bool:
-    return value is None or bool(math.isnan(value) if isinstance(value, float) else pd.isna(value))
+def _is_missing(value: float) -> bool:
+    return bool(math.isnan(value) if isinstance(value, float) else pd.isna(value))
 
 
 def score(value: float | None, metric: str = "") -> str:
@@ -93,13 +93,13 @@ def p_value(p: float) -> str:
 
 def compact(value: float | None) -> str:
     """Format an effect of any unit to three digits, a dash if missing."""
-    return "–" if _missing(value) else f"{value:.3g}".replace("-", MINUS)
+    return "–" if value is None or _is_missing(value) else f"{value:.3g}".replace("-", MINUS)
 
 
 def fewest(row: Mapping[str, Any]) -> str:
     """Return the smallest loss that a row's items show, in its unit: points, per cent of a perplexity."""
     smallest = row["smallest"]
-    if _missing(smallest):
+    if smallest is None or _is_missing(smallest):
         return ""
     if row["metric"] == "perplexity":
         return f"{100 * math.expm1(min(smallest, 50.0)):.3g} %"

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import yaml
 
-from flows import graph
+from flows import doctor, graph
 from flows.graph import Stage
 from flows.lockfile import SafeLock
 from flows.plan import Plan, plan
@@ -51,10 +51,12 @@ def test_the_second_run_executes_nothing(copy):
 
 @pytest.mark.drill
 @pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # raised while DVC plans
-def test_a_lost_lock_is_restored_without_running(copy, monkeypatch):
+def test_a_lost_lock_is_restored_without_running(copy, monkeypatch, capsys):
     (copy / "dvc.lock").unlink()
     monkeypatch.chdir(copy)
+    monkeypatch.setattr(doctor, "other_versions", lambda: "torch 2.0 instead of 2.13.0")
     run = plan(1, ["prune/wanda-50", "noise"])
+    assert "torch 2.0 instead of 2.13.0; results may differ" in capsys.readouterr().out
     assert ["code", *run.todo] == list(run.graph)
     assert {run.advance(name).state for name in run.todo} == {"restored"}
     assert {(outcome.stage, outcome.state) for outcome in run.outcomes()} == {
