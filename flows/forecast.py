@@ -145,7 +145,7 @@ def expected_seconds(stages: Graph, params: Params) -> dict[str, float]:
     kinds: dict[str, list[str]] = {}
     for name in stages:
         kinds.setdefault(_kind(name, params), []).append(name)
-    expected = {}
+    expected: dict[str, float] = {}
     for names in kinds.values():
         seconds = {name: value for name in names if (value := _last(stages[name], "seconds")) is not None}
         if seconds:

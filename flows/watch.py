@@ -117,6 +117,10 @@ class Watch:
             prefix: what begins the lines that the stage itself says; they are printed, others are not. Of a
                 command that is not ours it is empty, and all are.
         """
+        drawn, _, own = line.rpartition(prefix) if prefix else ("", "", line)
+        if _BAR.fullmatch(drawn):  # a bar ends no line, so what is said next follows it
+            self.hears(stage, drawn, prefix)
+            line = prefix + own
         if bar := _BAR.fullmatch(line):
             with self._lock:
                 now, running = time.monotonic(), self._running.setdefault(stage, _Running(time.monotonic()))

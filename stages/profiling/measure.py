@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _NOTED = 0.05
 """Share above which a warning is logged."""
-BUSY = 0.2
+DISTURBED = 0.2
 """Share of the processors' time taken by others above which nothing is stored."""
 
 
@@ -43,7 +43,7 @@ def measure_candidate(settings: Profile, run: Run, name: str) -> None:
     """Measure candidate `name` into data/profile/<name>: `profile.json`, and `repeats.parquet` run by run.
 
     Raises:
-        Refusal: others took more than `BUSY` of the processors, or it took longer than `settings.minutes`;
+        Refusal: others took more than `DISTURBED` of the processors, or it took longer than `settings.minutes`;
             nothing is stored.
     """
     run = run.model_copy(update={"threads": settings.threads})
@@ -123,11 +123,11 @@ def refuse_disturbed(busy: float) -> None:
     """Refuse a measurement beside which others took the share `busy` of the processors' time.
 
     Raises:
-        Refusal: that is more than `BUSY`.
+        Refusal: that is more than `DISTURBED`.
     """
-    if busy > BUSY:
+    if busy > DISTURBED:
         raise Refusal(
-            f"other processes took {100 * busy:.0f} % of the processors, more than {100 * BUSY:.0f} %, so "
+            f"other processes took {100 * busy:.0f} % of the processors, more than {100 * DISTURBED:.0f} %, so "
             "nothing is stored; run `prunequant run profile` when the machine is idle."
         )
 

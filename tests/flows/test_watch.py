@@ -106,6 +106,15 @@ def test_a_stage_that_runs_again_is_counted_once():
     assert seen.headline() == "[1/4] 0:00, stages of kinds that never ran here: 3"
 
 
+def test_what_follows_a_bar_on_its_line_is_shown(capsys):
+    seen = planned()
+    glued = "prune a:  50%|█████     | 2/4 [00:01<00:01,  1.2it/s]prune a: so it is."
+    assert seen.hears("a", glued, "prune a: ")
+    assert capsys.readouterr().out.splitlines() == ["a | starts", "a | so it is."]
+    assert seen._stages()[0][1:3] == (50, "2/4")
+    assert not seen.hears("a", glued.removesuffix("prune a: so it is."), "prune a: ")
+
+
 def test_all_that_a_foreign_command_prints_is_shown(capsys):
     assert Watch().hears("a", "any words", "") and not Watch().hears("a", "", "")
     assert capsys.readouterr().out == "a | any words\n"
