@@ -43,8 +43,8 @@ def measure_candidate(settings: Profile, run: Run, name: str) -> None:
     """Measure candidate `name` into data/profile/<name>: `profile.json`, and `repeats.parquet` run by run.
 
     Raises:
-        Refusal: others took more than `DISTURBED` of the processors, or it took longer than `settings.minutes`;
-            nothing is stored.
+        Refusal: others took more than `DISTURBED` of the processors, or it took longer than
+            `settings.minutes`; nothing is stored.
     """
     run = run.model_copy(update={"threads": settings.threads})
     device = run.start()
@@ -127,8 +127,8 @@ def refuse_disturbed(busy: float) -> None:
     """
     if busy > DISTURBED:
         raise Refusal(
-            f"other processes took {100 * busy:.0f} % of the processors, more than {100 * DISTURBED:.0f} %, so "
-            "nothing is stored; run `prunequant run profile` when the machine is idle."
+            f"other processes took {100 * busy:.0f} % of the processors, more than {100 * DISTURBED:.0f} %, "
+            "so nothing is stored; run `prunequant run profile` when the machine is idle."
         )
 
 
