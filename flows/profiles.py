@@ -53,7 +53,7 @@ def _rows(profile: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             _megabytes(profile["bytes_on_disk"]),
             _NOT_MEASURED if joules is None else f"{joules:.3f}",
             f"{100 * batch['others_busy']:.0f} %",
-            ", ".join(f"{count} {kernel}" for kernel, count in profile["kernels"].items()),
+            ", ".join(f"{count} {kernel}" for kernel, count in profile.get("kernels", {}).items()),
         )
 
 
