@@ -14,45 +14,49 @@ READY := $(VENV)/ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench bench-device bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup clean
+.DEFAULT_GOAL := compare
+.PHONY: help bench bench-device bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup clean
 
-compare: $(READY)
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 22
+
+compare: $(READY) ## run what params.yaml says, print its scores and the report's path (JOBS=1: one stage at a time)
 	prunequant run $(if $(JOBS),--jobs $(JOBS))
 
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --device $(DEVICE)
 
-test: $(READY)
+test: $(READY) ## the tests without the drills
 	$(PYTEST) -m "not drill"
 	$(if $(filter cpu,$(DEVICE)),$(MAKE) test-numerics)
 
-test-all: $(READY)
+test-all: $(READY) ## all tests
 	$(PYTEST)
 	$(if $(filter cpu,$(DEVICE)),$(MAKE) test-numerics)
 
 # Spread runs and nights on real servers; needs PostgreSQL's postgres and initdb on the path.
-test-runners: runners
+test-runners: runners ## the drills of shared servers; needs PostgreSQL
 	python -m pytest tests/flows/test_spread.py tests/test_deploy.py --durations=0
 
 # What workers need to reach an S3 store, into .venv.
-runners: $(READY)
+runners: $(READY) ## add what workers need to reach an S3 store
 	python -m pip install $(PIP_ARGS) -r requirements-runners.lock
 
 # The kernels of an old CPU: BLAS and LAPACK, oneDNN, torch's own. Their sums differ in the last bits.
-test-numerics: $(READY)
+test-numerics: $(READY) ## tests of floating-point kernels on those of an old CPU
 	MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default $(PYTEST) -m numerics
 
-lint: $(READY)
+lint: $(READY) ## ruff
 	ruff check .
 	ruff format --check .
 
-types: $(READY)
+types: $(READY) ## mypy
 	mypy
 
-format: $(READY)
+format: $(READY) ## rewrite the code as ruff formats it
 	ruff check --fix .
 	ruff format .
 
-setup: $(READY)
+setup: $(READY) ## make .venv from the locked versions
 
 $(READY): requirements.lock requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -63,7 +67,7 @@ $(READY): requirements.lock requirements-dev.lock pyproject.toml
 	@touch $@
 
 # llm-compressor, which the benchmark compares with, pins other versions than ours.
-bench: $(READY) .venv-llmcompressor/ready
+bench: $(READY) .venv-llmcompressor/ready ## compression beside llm-compressor
 	dvc repro model@smollm2 dataset@news dataset@speeches
 	python -m benchmarks.compression
 	python -m benchmarks.memory
@@ -74,11 +78,11 @@ bench: $(READY) .venv-llmcompressor/ready
 	@touch $@
 
 # Parity with the CPU, repeats, kills and speed on a GPU; without a GPU it says so.
-bench-device: $(READY)
+bench-device: $(READY) ## a GPU beside the CPU
 	python -m benchmarks.device
 
 # Snakemake, which the benchmark of orchestration compares with, has an environment of its own.
-bench-orchestration: $(READY) .venv-snakemake/ready
+bench-orchestration: $(READY) .venv-snakemake/ready ## the flow beside Snakemake
 	python -m benchmarks.orchestration --snakemake .venv-snakemake/bin/snakemake
 
 .venv-snakemake/ready: benchmarks/requirements-snakemake.lock
@@ -86,5 +90,5 @@ bench-orchestration: $(READY) .venv-snakemake/ready
 	.venv-snakemake/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-snakemake.lock
 	@touch $@
 
-clean:
+clean: ## remove the environments and the tools' caches
 	rm -rf $(VENV) .venv-llmcompressor .venv-snakemake .mypy_cache .pytest_cache .ruff_cache .hypothesis

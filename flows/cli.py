@@ -1,9 +1,11 @@
-"""The command line: `prunequant run`, `study`, `plan`, `check`, `doctor`, `diff`, `cost` and others.
+"""The command line: `prunequant run`, `study`, `plan`, `check`, `doctor`, `diff`, `show` and others.
 
-A mistake that the user can fix ends in a message and exit code 2, without a traceback; a failed stage ends in
-exit code 1. Commands import whatever is slow to import, so `check` answers without starting Prefect.
+A mistake that the user can fix ends in a message and exit code 2, without a traceback; `Exit` has the other
+codes, which `prunequant --help` lists. Commands import whatever is slow to import, so `check` answers without
+starting Prefect.
 """
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -11,6 +13,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,27 +23,77 @@ import typer
 from flows.exporting import Destination
 from stages.core.errors import Refusal
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
+class Exit(IntEnum):
+    """What the exit codes mean; a process that a signal ends has 128 and the signal's number."""
+
+    DONE = 0
+    FAILED = 1
+    """A stage failed, or a command saw what needs mending."""
+    REFUSED = 2
+    """A mistake that the user can mend: in params.yaml, the arguments, the machine. Nothing was run."""
+    WORSE = 3
+    """`diff --fail-on`: a score got worse."""
+    INTERRUPTED = 128 + signal.SIGINT
+    TERMINATED = 128 + signal.SIGTERM
+
+
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True, pretty_exceptions_enable=False,
     help="Prune, quantize, recover and evaluate language models as params.yaml says.",
+    epilog="Exit codes: 0 done; 1 a stage failed, or there is something to mend; 2 a mistake in params.yaml, "
+    "the arguments or the machine, and nothing was run; 3 `diff --fail-on` saw a score get worse; "
+    "130 interrupted; 143 terminated. With --json the standard output holds JSON alone, mistakes included.",
 )  # fmt: skip
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prunequant {importlib.metadata.version('prunequant')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take what stands before a command."""
+
+
+class FailOn(StrEnum):
+    """From which verdict on `diff` fails."""
+
+    WORSE = "worse"
+    SLIGHTLY_WORSE = "slightly-worse"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The verdicts that fail."""
+        return ("worse",) if self is FailOn.WORSE else ("worse", "slightly worse")
+
+
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals(as_json: bool = False) -> Iterator[None]:
     """Print a refusal and exit with code 2."""
     try:
         yield
     except Refusal as refusal:
-        typer.echo(str(refusal), err=True)
-        raise typer.Exit(2) from None
+        if as_json:
+            typer.echo(json.dumps({"error": str(refusal)}, indent=2))
+        else:
+            typer.echo(str(refusal), err=True)
+        raise typer.Exit(Exit.REFUSED) from None
 
 
 @app.command()
-def check() -> None:
+def check(as_json: AsJson = False) -> None:
     """Check params.yaml, and that every result was computed from what dvc.lock says; run nothing."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    with refusals():
+    with refusals(as_json):
         from stages.job.checks.counts import of_windows
         from stages.job.entry import outdated
         from stages.job.load import load_verified
@@ -48,25 +102,39 @@ def check() -> None:
 
         params = load_verified()
         wrong = disagreements(locked_stages())
-    typer.echo(
-        f"params.yaml is sound: {len(params.models)} model(s), {len(params.recipes())} recipe(s), "
-        f"{len(params.evaluate.candidates)} candidate(s) on {len(params.suites.by_name())} suite(s)."
+        windows = of_windows(params)[1]
+    counts = {
+        "models": len(params.models), "recipes": len(params.recipes()),
+        "candidates": len(params.evaluate.candidates), "suites": len(params.suites.by_name()),
+    }  # fmt: skip
+    names = outdated()
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {"sound": counts, "windows": windows, "disagreements": wrong, "outdated_code": names},
+                indent=2,
+            )
+        )
+        raise typer.Exit(Exit.FAILED if wrong else Exit.DONE)
+    listed = (
+        f"{counts['models']} model(s), {counts['recipes']} recipe(s), {counts['candidates']} candidate(s)"
     )
-    for line in of_windows(params)[1]:
+    typer.echo(f"params.yaml is sound: {listed} on {counts['suites']} suite(s).")
+    for line in windows:
         typer.echo(line)
     for stage, inputs in wrong.items():
         typer.echo(
             f"{stage}: dvc.lock lists other inputs than its result was computed from ({inputs}); do not push "
             "it. `prunequant run` computes it again."
         )
-    if names := outdated():
+    if names:
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         typer.echo(
             f"data/code does not know the code of {', '.join(names[:6])}{more}: `dvc status` and `dvc repro "
             "--dry` cannot show what is stale until `dvc repro code` has run; `prunequant run` does so first."
         )
     if wrong:
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.FAILED)
 
 
 @app.command()
@@ -81,9 +149,16 @@ def run(
     spread: Annotated[
         bool, typer.Option("--spread", help="Run the commit you are at on the workers of Prefect's pools.")
     ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Print lines, without a live view; the default in pipes and CI.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bring everything, or the targets and all they need, up to date."""
-    with refusals():
+    from flows.terminal import console
+
+    console.stderr = as_json
+    with refusals(as_json):
         from stages.job.load import load
 
         load()  # report a mistake before waiting for another run
@@ -93,7 +168,7 @@ def run(
 
     configure()
     try:
-        with refusals():
+        with refusals(as_json):
             if spread:
                 from flows.scheduled import spread_from_here
 
@@ -101,13 +176,16 @@ def run(
             else:
                 from flows.update import update
 
-                ending = update(jobs, targets or [], _advance)
+                ending = update(jobs, targets or [], _advance, plain)
     except KeyboardInterrupt:
         typer.echo("interrupted; finished stages are kept, run again to continue.", err=True)
-        raise typer.Exit(130) from None
-    if not ending.ok:
+        raise typer.Exit(Exit.INTERRUPTED) from None
+    if as_json:
+        typer.echo(json.dumps(asdict(ending), indent=2))
+    elif not ending.ok:
         typer.echo(ending.message, err=True)
-        raise typer.Exit(1)
+    if not ending.ok:
+        raise typer.Exit(Exit.FAILED)
 
 
 def _advance(run: Any) -> None:
@@ -122,10 +200,10 @@ def runs(
     branch: Annotated[
         str | None, typer.Argument(help="A branch of runs, such as night; default: all.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List scheduled and spread runs, each a commit; `prunequant diff night~1 night` compares two."""
-    with refusals():
+    with refusals(as_json):
         from flows import commits
 
         listed = commits.runs(branch)
@@ -157,10 +235,10 @@ def study(
 
 @app.command()
 def plan(
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show which stages params.yaml would run, and how long such stages took here; run nothing."""
-    with refusals():
+    with refusals(as_json):
         from flows import forecast
 
         rows = forecast.forecast()
@@ -169,7 +247,7 @@ def plan(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Examine all that a run rests on, from git to free disk space; exit with 1 if it would fail."""
     from flows.doctor import examine
@@ -181,17 +259,21 @@ def doctor(
         for finding in findings:
             typer.echo(f"{finding.state:8} {finding.subject:12} {finding.text}")
     if any(finding.state == "problem" for finding in findings):
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.FAILED)
 
 
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(help="The older revision: a commit, branch, tag or DVC experiment.")],
     b: Annotated[str | None, typer.Argument(help="The newer revision; default: the workspace.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    fail_on: Annotated[
+        FailOn | None,
+        typer.Option(help="Exit with 3 if a score is worse, or also if it is slightly worse; for CI."),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what changed from A to B: params, artifacts, scores beside their noise, and flipped items."""
-    with refusals():
+    with refusals(as_json):
         from flows.diff import diff_revisions
 
         changes = diff_revisions(a, b)
@@ -202,6 +284,68 @@ def diff(
         from flows.terminal import console
 
         show_diff(changes, console)
+
+    if fail_on:
+        from flows.diff import unsure, worsened
+
+        if any(worsened(row, fail_on.words) for row in changes["scores"]):
+            raise typer.Exit(Exit.WORSE)
+        if reason := unsure(changes):
+            typer.echo(reason, err=True)
+            raise typer.Exit(Exit.FAILED)
+
+
+@app.command()
+def show(
+    candidate: Annotated[
+        str | None, typer.Argument(help="One of evaluate.candidates; default: all of them.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show scores beside interval, base, floor, verdict and size; of a candidate also how it is made."""
+    with refusals(as_json):
+        from flows import scores
+        from stages.job.load import load
+
+        params = load(device=False)
+        shown = scores.computed(params, [candidate] if candidate else [])
+        facts = scores.described(params, candidate) if candidate else {}
+    if as_json:
+        typer.echo(json.dumps({**facts, **shown._asdict()}, indent=2))
+        return
+    from flows.terminal import console
+
+    scores.show_scores(shown.scores, console)
+    if facts:
+        scores.show_described(facts, console)
+    for note in shown.notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
+
+
+@app.command()
+def methods(
+    section: Annotated[
+        str | None, typer.Argument(help="A section of params.yaml, such as prune; default: all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List all methods, formats and kinds that params.yaml may name."""
+    with refusals(as_json):
+        from flows import catalog
+
+        rows = catalog.known_methods(section)
+    _print(rows, as_json, catalog.catalog_table)
+
+
+@app.command(name="list")
+def list_(as_json: AsJson = False) -> None:
+    """List the models, data sets, recipes and suites of params.yaml, and which of them exist."""
+    with refusals(as_json):
+        from flows import catalog
+        from stages.job.load import load
+
+        rows = catalog.listed(load(device=False))
+    _print(rows, as_json, catalog.catalog_table)
 
 
 @app.command()
@@ -227,11 +371,11 @@ def export(
 @app.command()
 def cost(
     candidate: Annotated[str, typer.Argument(help="A model, such as base/smollm2.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show how much each suite asks of a model: items, tokens, and the minutes of the last run."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    with refusals():
+    with refusals(as_json):
         from flows import costs
         from stages.job.load import load
 
@@ -244,14 +388,14 @@ def batch_size(
     candidate: Annotated[str, typer.Argument(help="A model, such as base/smollm2.")],
     suite: Annotated[str, typer.Argument(help="A suite of params.yaml.")],
     items: Annotated[int, typer.Option(min=1, help="Requests to time, of each kind.")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Propose a batch size for a model and a suite: the smallest that is about as fast as the fastest.
 
     Use the same for all candidates of a suite: in bfloat16 the batch size changes answers.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
-    with refusals():
+    with refusals(as_json):
         from flows import costs
         from stages.job.load import load
 
@@ -261,10 +405,10 @@ def batch_size(
 
 @app.command()
 def profile(
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the speed, memory and energy measured by `prunequant run profile`."""
-    with refusals():
+    with refusals(as_json):
         from flows import profiles
 
         measured = profiles.read_profiles()
@@ -281,7 +425,7 @@ def _print(values: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
 
 
 def _terminated(*_: object) -> NoReturn:
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(Exit.TERMINATED)
 
 
 if __name__ == "__main__":

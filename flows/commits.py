@@ -292,7 +292,7 @@ def runs(branch: str | None = None) -> list[PastRun]:
     if not found:
         where = f"no run is on branch {branch!r}" if branch else "no branch here holds runs"
         raise Refusal(f"{where}; `git fetch <clone or remote> night:night` brings those of a deployment.")
-    return sorted(found, key=lambda run: run.when, reverse=True)
+    return sorted(found, key=lambda run: datetime.fromisoformat(run.when), reverse=True)
 
 
 def run_table(listed: list[PastRun]) -> Table:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, task
+from prefect import allow_failure, flow, task
 from prefect.artifacts import (
     create_link_artifact,
     create_progress_artifact,
@@ -26,7 +26,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import server, summary
+from flows import scores, server, summary
 from flows.plan import Plan
 from flows.retries import TRIES
 from flows.server import WITHOUT
@@ -82,6 +82,7 @@ def advance_on_a_server(run: Plan) -> None:
         try:
             run.stop()
             run.lock.sort()
+            console.show_cursor()
         finally:  # a full disk, for example
             os._exit(1)  # the flow would wait for the server for minutes
 
@@ -118,9 +119,14 @@ def advance_all(run: Plan) -> None:
     run.listen = lambda line: get_run_logger().info(line)
     progress = _Progress(len(run.todo))
     futures: dict[str, Any] = {}
+    measures = False
     try:
         for name in run.todo:
-            before = [futures[up] for up in run.graph[name].upstream if up in futures]
+            upstream = run.graph[name].upstream
+            before = [futures[up] for up in upstream if up in futures]
+            measures = measures or run.graph[name].alone
+            if measures:  # it, and what comes after it, waits for all before, however they end
+                before += [allow_failure(futures[other]) for other in futures if other not in upstream]
             futures[name] = stage.submit(name, wait_for=before, return_state=False)
         wait(list(futures.values()))
     except BaseException:
@@ -158,6 +164,6 @@ def _publish(run: Plan) -> None:
     totals = summary.totals(outcomes)
     create_table_artifact(key="compare", table=summary.outcome_rows(outcomes), description=totals)
     if summary.is_current(outcomes):
-        create_table_artifact(key="results", table=summary.result_rows())
+        create_table_artifact(key="results", table=scores.reported())
         create_link_artifact(key="report", link=(REPORT / "index.html").resolve().as_uri())
     get_run_logger().info(totals)

@@ -151,7 +151,8 @@ def score_changes(old: Results, new: Results, margin: float = _MARGIN) -> list[d
         return []
     key = ["candidate", "base", *KEY]
     sides = [side.scores[[*key, "value"]] for side in (old, new)]
-    both = sides[0].merge(sides[1], on=key, how="outer", suffixes=("_old", "_new"))
+    both = sides[0].merge(sides[1].assign(in_new=True), on=key, how="outer", suffixes=("_old", "_new"))
+    both["in_new"] = both["in_new"].notna()
     same = (both["value_old"] == both["value_new"]) | both[["value_old", "value_new"]].isna().all(axis=1)
     both = both[~same].merge(noise_by_measure(old.scores, new.scores), on=["base", *KEY], how="left")
     judged = ["p", "p_corrected", "family", "verdict", "pairs", "smallest"]
@@ -160,6 +161,20 @@ def score_changes(old: Results, new: Results, margin: float = _MARGIN) -> list[d
     label = labels(pd.concat([old.scores, new.scores]))
     rows = records(both.rename(columns={"value_old": "old", "value_new": "new"}))
     return [row | {"label": label[measure_of(row)]} for row in rows]
+
+
+def worsened(row: dict[str, Any], verdicts: tuple[str, ...]) -> bool:
+    """Tell whether a row of `score_changes` has one of these verdicts, or a score became NaN."""
+    lost = row["old"] is not None and row["new"] is None and row["in_new"]
+    return row["verdict"] in verdicts or lost
+
+
+def unsure(changes: dict[str, Any]) -> str:
+    """Say what keeps a diff from telling whether scores got worse; empty if nothing does."""
+    gaps = [f"{len(gap['outputs'])} output(s) of {gap['revision']}" for gap in changes["missing"]]
+    return (
+        f"the cache lacks {' and '.join(gaps)}, so some scores were not compared; fetch them." if gaps else ""
+    )
 
 
 def flipped_items(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:

@@ -56,6 +56,13 @@ class Stage:
                 return RUNS / out.relative_to(PROVENANCE)
         return run_record(self.module, "all")
 
+    @property
+    def prefix(self) -> str:
+        """What begins every line that the stage says of itself; empty for a command that is not ours."""
+        if not self.module:
+            return ""
+        return f"{self.module} {self.record.relative_to(RUNS / self.module).with_suffix('')}: "
+
 
 Graph = dict[str, Stage]
 """Stages by name, each after all it depends on."""
@@ -92,8 +99,8 @@ class Project:
             )
         return stages
 
-    def stale(self) -> set[str]:
-        """Return the stages whose own command, inputs or outputs differ from dvc.lock.
+    def changes(self) -> dict[str, list[str]]:
+        """Return the stages whose own command, inputs or outputs differ from dvc.lock, and what differs.
 
         Raises:
             Busy: a DVC command works here.
@@ -107,11 +114,30 @@ class Project:
         # DVC would parse params.yaml once for each stage.
         with mock.patch.object(param, "load_path", cache(param.load_path)):
             try:
-                return set(self._repo.status())
+                status = self._repo.status()
             except LockError as error:
                 raise Busy(str(error)) from None
             except DvcException as error:
                 raise Refusal(f"DVC cannot tell what is stale: {error}") from None
+        return {name: list(_changes(entries)) for name, entries in status.items()}
+
+    def stale(self) -> set[str]:
+        """Return the stages whose own command, inputs or outputs differ from dvc.lock; see `changes`."""
+        return set(self.changes())
+
+
+def _changes(entries: Iterable[Any]) -> Iterator[str]:
+    """Put what DVC's status says of a stage into words, such as `prune.wanda-50 is modified`."""
+    for entry in entries:
+        if not isinstance(entry, dict):  # such as `changed command`
+            yield str(entry)
+            continue
+        for changed in entry.values():
+            for path, state in changed.items():
+                if isinstance(state, dict):  # of a file of params, by key
+                    yield from (f"{key} is {word}" for key, word in state.items())
+                else:
+                    yield f"{path} is {state}"
 
 
 @contextmanager
@@ -198,6 +224,12 @@ def below(graph: Graph, names: set[str]) -> set[str]:
         if dependent & set(stage.upstream):
             dependent.add(stage.name)
     return dependent
+
+
+def measured_last(names: list[str], graph: Graph) -> list[str]:
+    """Order stages, upstream first, so that those that measure come after all others but the report."""
+    last = below(graph, {name for name in graph if graph[name].module == "report"})
+    return sorted(names, key=lambda name: 2 if name in last else int(graph[name].alone))
 
 
 def _like(target: str, names: Iterable[str]) -> str:

@@ -4,15 +4,17 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from flows import graph, mend
+from flows import doctor, forecast, graph, mend
 from flows.graph import Graph
 from flows.lockfile import Entries, SafeLock
-from flows.process import CHATTER, Children
+from flows.process import CHATTER, Children, log_of
 from flows.resources import Need, Pool, need_of, pool_of
 from flows.retries import Retries, cause_of, was_killed
 from flows.terminal import console
+from flows.watch import Watch
 from stages.core import disk
 from stages.core.errors import Refusal
 from stages.core.files import PROVENANCE, RUNS, read_json, write_json
@@ -42,7 +44,8 @@ class Plan:
         stale: the stages that are out of date by themselves.
         todo: these and all that depend on them, upstream first.
         wrong: the stages whose result disagrees with dvc.lock; DVC would not run them by itself.
-        listen: called with each line of a stage, in the thread that advances it.
+        listen: called with each line of a stage worth keeping, in the thread that advances it.
+        watch: shows the progress.
     """
 
     graph: Graph
@@ -56,6 +59,7 @@ class Plan:
     lock: SafeLock = field(default_factory=SafeLock)
     retries: Retries = field(default_factory=Retries)
     listen: Callable[[str], object] = lambda line: None
+    watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         self._locked = self.lock.entries
@@ -79,7 +83,7 @@ class Plan:
             self.stale = graph.consult(graph.Project.stale)
             self._changed.discard("code")  # DVC has looked at what it wrote
         for name, inputs in mend.find_wrong(self.graph, self.lock.keep()).items():
-            _say(
+            self.watch.say(
                 name,
                 f"dvc.lock lists other inputs than its result was computed from ({inputs}); it runs again",
             )
@@ -88,7 +92,7 @@ class Plan:
             mend.forget_runs(self.wrong)
         self.stale = self.stale & set(self.graph) | self.wrong
         below = graph.below(self.graph, self.stale)
-        self.todo = [name for name in self.graph if name in below]
+        self.todo = graph.measured_last([name for name in self.graph if name in below], self.graph)
 
     def advance(self, name: str) -> Outcome:
         """Bring one stage up to date, after all stages above it.
@@ -107,7 +111,7 @@ class Plan:
                 return self._end(Outcome(name, "skipped", 0.0, self._edited()))
             started, clock = time.time(), time.monotonic()
             self._begun.add(name)
-            _say(name, "starts")
+            self.watch.starts(name)
             code, output = self._repro(name, lease.environment)
             seconds = round(time.monotonic() - clock, 1)
         changed = self.params not in (None, provenance.content(PARAMS))
@@ -120,15 +124,17 @@ class Plan:
             reason = self._edited() if changed and not record.get("error") else _reason(record, code, output)
             outcome = Outcome(name, "failed", seconds, reason)
             if again := self.retries.note(name, cause_of(record, code, output), lease):
-                _say(name, f"failed ({outcome.reason.rstrip('.')}); it {again}", style="yellow")
-                return self._end(outcome)
+                self.watch.say(name, f"failed ({outcome.reason.rstrip('.')}); it {again}", style="yellow")
+                self.watch.resumes(name)
+                return self._end(outcome, over=False)
         else:
             outcome = Outcome(name, _state(output), seconds)
             if name not in self._locked or self._outs(self.lock.entries, name) != self._outs(
                 self._locked, name
             ):
                 self._changed.add(name)
-        _say(name, f"{outcome.state}, {seconds} s", style="red" if code else "green")
+        where = f"; see {log_of(name)}" if code else ""
+        self.watch.say(name, f"{outcome.state}, {seconds} s{where}", style="red" if code else "green")
         return self._end(outcome)
 
     def stop(self) -> None:
@@ -143,15 +149,17 @@ class Plan:
     def fail(self, name: str, error: Exception) -> Outcome:
         """Note that an error which is no stage's own kept a stage from running."""
         reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-        _say(name, f"failed ({reason})", style="red")
+        self.watch.say(name, f"failed ({reason})", style="red")
         return self._end(Outcome(name, "failed", 0.0, reason))
 
     def _repro(self, name: str, environment: dict[str, str]) -> tuple[int, str]:
         """Run the stage, and once more if dvc.lock was cut off meanwhile: DVC then restores what it made."""
 
+        prefix = self.graph[name].prefix
+
         def show(line: str) -> None:
-            _say(name, line)
-            self.listen(line)
+            if self.watch.hears(name, line, prefix):
+                self.listen(line)
 
         mended = self.lock.mended
         try:
@@ -188,12 +196,17 @@ class Plan:
         need = need_of(self.graph[name], self.graph, self.pool, self.threads)
         if need.gib > self.pool.gib:
             there = f"{self.pool.gib:.1f} GiB of memory that this run has"
-            _say(name, f"may need {need.gib:.1f} GiB, more than the {there}; it runs alone", style="yellow")
+            self.watch.say(
+                name, f"may need {need.gib:.1f} GiB, more than the {there}; it runs alone", style="yellow"
+            )
         return replace(need, alone=True) if name in self.retries.alone else need
 
-    def _end(self, outcome: Outcome) -> Outcome:
+    def _end(self, outcome: Outcome, over: bool = True) -> Outcome:
+        """Keep how a stage ended; it is not over if it will run again."""
         self._begun.discard(outcome.stage)
         self._ended[outcome.stage] = outcome
+        if over:
+            self.watch.ends(outcome.stage, outcome.seconds if outcome.state == "ran" else None)
         return outcome
 
     def _record(self, name: str, started: float) -> dict[str, Any]:
@@ -203,12 +216,18 @@ class Plan:
         return dict(read_json(record)) if fresh else {}
 
 
-def plan(jobs: int | None, targets: Iterable[str], children: Children | None = None) -> Plan:
+def plan(
+    jobs: int | None,
+    targets: Iterable[str],
+    children: Children | None = None,
+    watch: Watch | None = None,
+) -> Plan:
     """Check params.yaml, bring the code identities up to date, and find the stale stages.
 
     Args:
         jobs: stages side by side at most; None: as many as threads, memory and cards allow.
         children: run the stages; None: as child processes.
+        watch: shows the progress; None: in plain text.
 
     Raises:
         Refusal: bad params, unknown targets or a graph that DVC cannot read; no stage but `code` has run.
@@ -222,10 +241,18 @@ def plan(jobs: int | None, targets: Iterable[str], children: Children | None = N
     children = children or Children()
     pool = Pool(1, jobs=jobs) if children.elsewhere else pool_of(params.run, jobs)
     run = Plan(stages, pool, params.run.threads, content, stale, children=children, lock=lock)
+    run.watch = watch or run.watch
     if not children.elsewhere:
         console.print(f"{pool} to use", markup=False)
+        if Path("requirements.lock").exists() and (other := doctor.other_versions()):
+            console.print(
+                f"{other}; results may differ: pip install -r requirements.lock",
+                style="yellow", markup=False, soft_wrap=True,
+            )  # fmt: skip
     console.print(f"{len(stages)} stages; looking for what is out of date", markup=False)
     run.find_stale()
+    expected = forecast.expected_seconds(run.graph, params)
+    run.watch.expect(run.graph, run.todo, pool.width(params.run.threads), expected)
     return run
 
 
@@ -243,10 +270,6 @@ def _reason(record: dict[str, Any], code: int, output: str) -> str:
     lines = [line for line in output.splitlines() if not CHATTER.fullmatch(line)]
     own = [line for line in lines if "failed to reproduce" not in line]
     return (own or lines or [""])[-1].strip()
-
-
-def _say(stage: str, line: str, style: str | None = None) -> None:
-    console.print(f"{stage} | {line}", markup=False, soft_wrap=True, style=style)
 
 
 _SAID: dict[str, str] = {"restored": "is cached - skipping run", "unchanged": "didn't change, skipping"}

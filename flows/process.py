@@ -27,11 +27,10 @@ GUARD = (sys.executable, "-IS", guard.__file__)
 CHATTER = re.compile(
     r"|To track the changes with git, run:|\s*git add .*|To enable auto staging, run:"
     r"|\s*dvc config core.autostage true|Use `dvc push` .*|(Updating|Generating) lock file .*"
-    r"|.*:\s+0%\|.*"
     r"|.* is busy, it is being blocked by:|  \(PID \d+\): .*|If there are no processes with such PIDs.*"
     r"|.*had been killed\. Auto removed it.*|.*Unable to acquire lock\..*|.*Unable to read RWLock-file.*"
 )
-"""DVC's output to hide: what it repeats at every stage, bars at 0 %, advice to delete lock files."""
+"""DVC's output to hide: what it repeats at every stage, advice to delete lock files."""
 
 
 class Children:
@@ -89,7 +88,7 @@ class Children:
             )
             self._alive.add(child)
         assert child.stdin is not None and child.stdout is not None
-        log = LOGS / f"{stage.replace('/', '--')}.log"
+        log = log_of(stage)
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with child.stdout, log.open("wb", buffering=0) as file:
@@ -123,6 +122,11 @@ class Children:
                 child.wait(max(0.0, deadline - time.monotonic()))
 
 
+def log_of(stage: str) -> Path:
+    """Return the file that keeps all that a stage's last run printed."""
+    return LOGS / f"{stage.replace('/', '--')}.log"
+
+
 def run_guarded(command: Sequence[str], stopped: threading.Event) -> subprocess.CompletedProcess[str]:
     """Run a command under a guard, so that it ends with this process; return its exit code and output.
 
@@ -150,9 +154,9 @@ def run_guarded(command: Sequence[str], stopped: threading.Event) -> subprocess.
 
 
 def environment() -> dict[str, str]:
-    """Return a stage's environment: this interpreter as `python`, and bars that print every ten seconds."""
+    """Return a stage's environment: this interpreter as `python`, and bars that print every two seconds."""
     return {
-        "TQDM_MININTERVAL": "10",
+        "TQDM_MININTERVAL": "2",
         "DVC_NO_ANALYTICS": "1",
         "PYTHONUNBUFFERED": "1",
         **os.environ,

@@ -31,7 +31,7 @@ def profile_table(profiles: list[dict[str, Any]]) -> Table:
     shown = Table(title=", ".join(sorted(set(map(_machine, profiles)))), title_justify="left")
     for column in (
         "candidate", "batch", "first token, ms", "each token, ms", "tokens/s", "peak MB", "disk MB",
-        "J/token", "others busy",
+        "J/token", "others busy", "matrices",
     ):  # fmt: skip
         shown.add_column(column, justify="left" if column == "candidate" else "right")
     for profile in profiles:
@@ -53,6 +53,7 @@ def _rows(profile: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             _megabytes(profile["bytes_on_disk"]),
             _NOT_MEASURED if joules is None else f"{joules:.3f}",
             f"{100 * batch['others_busy']:.0f} %",
+            ", ".join(f"{count} {kernel}" for kernel, count in profile.get("kernels", {}).items()),
         )
 
 

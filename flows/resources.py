@@ -94,6 +94,10 @@ class Pool:
         """Return the memory that goes with so many threads if all are used, in GiB."""
         return self.gib * min(threads, self.threads) / self.threads
 
+    def width(self, threads: int) -> float:
+        """Return how many stages of so many threads run side by side."""
+        return min(self._jobs, len(self.cards) or max(1, self.threads // threads))
+
     def fitted(self, need: Need) -> Need:
         """Return a need that the whole pool can serve; one with more memory than there is runs alone."""
         card = need.card and bool(self.cards)

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stages.reporting.margins import OPEN
-from stages.reporting.words import fewest
+from stages.reporting.margins import worded
 
 _ITEMS = 20
 """Flipped items shown; `--json` has all."""
@@ -75,16 +74,8 @@ def _score(row: dict[str, Any]) -> tuple[Any, ...]:
         row["candidate"],
         f"{row['suite']}{level} {row['readout']} {row['label']}",
         *(row[name] for name in ("old", "new", "difference", "noise")),
-        _word(row),
+        worded(row),
     )
-
-
-def _word(row: dict[str, Any]) -> str:
-    """Return the verdict; where it is not settled, with the smallest change that the items show."""
-    verdict = row["verdict"] or ""
-    if verdict != OPEN or row["smallest"] is None:
-        return verdict
-    return f"{verdict} ({row['pairs']:.0f} items show {fewest(row)})"
 
 
 def _families(scores: list[dict[str, Any]]) -> str:

@@ -1,6 +1,5 @@
 """Summarize a run on the terminal and in Prefect's artifact."""
 
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +7,16 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from flows import scores
 from flows.plan import Outcome
 from flows.terminal import console
+from stages.core.errors import Refusal
 from stages.core.files import REPORT
+from stages.job.load import load
+from stages.job.params import SUITES
+from stages.job.pieces import dvc_name
 
-_SUMMARY = REPORT / "summary.csv"
 _PAGE = REPORT / "index.html"
-_MEGABYTES = {"bytes_ideal": "MB ideal", "bytes_on_disk": "MB on disk"}
 _STATES = {
     "ran": "ran",
     "restored": "restored from the cache",
@@ -67,37 +69,28 @@ def is_current(outcomes: Sequence[Outcome]) -> bool:
     return any(o.stage == "report" and o.state in ("ran", "restored", "unchanged") for o in outcomes)
 
 
-def result_rows() -> list[dict[str, str]]:
-    """Return the report's summary as text, a row a candidate; nothing if there is no report."""
-    if not (_SUMMARY.exists() and _PAGE.exists()):
-        return []
-    with _SUMMARY.open(encoding="utf-8", newline="") as file:
-        return [
-            {
-                _MEGABYTES.get(key, key): _short(value, 1e6 if key in _MEGABYTES else 1)
-                for key, value in row.items()
-            }
-            for row in csv.DictReader(file)
-        ]
-
-
 def show_report() -> None:
-    """Print the report's summary and the path of its page, if there is a report."""
-    rows = result_rows()
+    """Print the scores of the report and the path of its page, if there is a report."""
+    rows = scores.reported()
     if not rows:
         return
-    table = Table(title="Results", box=box.SIMPLE)
-    for column in rows[0]:
-        heading = column.replace(".", " ").replace("_", " ").replace(" ", "\n")
-        table.add_column(heading, justify="left" if column == "candidate" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
-    console.print(f"The report: {_PAGE.resolve()}")
+    console.print("Results")
+    scores.show_scores(rows, console)
+    console.print(f"The report: {_PAGE.resolve()}", soft_wrap=True)
 
 
-def _short(text: str, divisor: float) -> str:
+def show_evaluated(outcomes: Sequence[Outcome]) -> None:
+    """Print the scores of the candidates that a run without a report has evaluated, if any."""
+    ran = {o.stage for o in outcomes if o.state == "ran" and o.stage.partition("@")[0] in SUITES}
+    if not ran:
+        return
     try:
-        return f"{float(text) / divisor:.4g}"
-    except ValueError:
-        return text
+        params = load(device=False)
+        evaluated = [name for name in params.evaluations() if dvc_name("evaluate", params, name) in ran]
+        shown = scores.computed(params, list(dict.fromkeys(name.rpartition("/")[0] for name in evaluated)))
+    except Refusal:  # params.yaml was edited meanwhile, which the ending says
+        return
+    console.print("Results; `prunequant show` prints all")
+    scores.show_scores(shown.scores, console)
+    for note in shown.notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)

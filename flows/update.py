@@ -4,12 +4,15 @@ This needs no Prefect. What advances the stages is a parameter, called only if a
 starts a server to learn that everything is up to date.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from flows import summary, workspace
-from flows.plan import Plan, plan
+from flows.plan import Outcome, Plan, plan
 from flows.process import Children
+from flows.watch import Watch
 from stages.core import disk
 from stages.core.errors import Refusal
 
@@ -20,22 +23,29 @@ class Ending:
 
     ok: bool
     message: str
+    stages: Sequence[Mapping[str, Any]] = ()
+    """A row a stage: how it ended, its seconds, and the reason if it failed."""
 
 
-def update(jobs: int | None, targets: list[str], advance: Callable[[Plan], None]) -> Ending:
+def update(
+    jobs: int | None, targets: list[str], advance: Callable[[Plan], None], plain: bool = True
+) -> Ending:
     """Bring the project in the current folder up to date, alone in it.
 
     Args:
         jobs: stages side by side at most; None: as many as threads, memory and cards allow.
         targets: stages or artifacts to make, with all they need; empty: everything.
         advance: advances all of `Plan.todo`.
+        plain: print lines only, also where there is a terminal to draw on.
 
     Raises:
         Refusal: bad params, unknown targets, or a graph that DVC cannot read; no stage but `code` has run.
     """
+    from dvc.logger import set_loggers_level  # it takes a second
+
     try:
-        with workspace.alone() as held:
-            return plan_and_advance(Children(held), jobs, targets, advance)
+        with set_loggers_level(logging.CRITICAL), workspace.alone() as held:  # DVC's bars tear ours
+            return plan_and_advance(Children(held), jobs, targets, advance, Watch(plain))
     except Exception as error:
         if isinstance(error, Refusal) or not disk.is_full(error):
             raise
@@ -43,14 +53,20 @@ def update(jobs: int | None, targets: list[str], advance: Callable[[Plan], None]
 
 
 def plan_and_advance(
-    children: Children, jobs: int | None, targets: list[str], advance: Callable[[Plan], None]
+    children: Children,
+    jobs: int | None,
+    targets: list[str],
+    advance: Callable[[Plan], None],
+    watch: Watch | None = None,
 ) -> Ending:
     """Do the same in a workspace that `workspace.alone` holds, with these children."""
-    run = plan(jobs, targets, children)
-    if run.todo:
-        if "code" not in run.todo:
-            workspace.claim()
-        advance(run)
+    watch = watch or Watch()
+    with watch.shown():
+        run = plan(jobs, targets, children, watch)
+        if run.todo:
+            if "code" not in run.todo:
+                workspace.claim()
+            advance(run)
     return conclude(run)
 
 
@@ -60,6 +76,12 @@ def conclude(run: Plan) -> Ending:
     summary.show_outcomes(outcomes)
     if summary.is_current(outcomes):
         summary.show_report()
+    else:
+        summary.show_evaluated(outcomes)
+    return replace(_ending(outcomes), stages=summary.outcome_rows(outcomes))
+
+
+def _ending(outcomes: Sequence[Outcome]) -> Ending:
     if reasons := {outcome.reason for outcome in outcomes if outcome.state == "skipped" and outcome.reason}:
         return Ending(False, "; ".join(sorted(reasons)))
     if failed := [outcome for outcome in outcomes if outcome.state == "failed"]:

@@ -40,13 +40,13 @@ def entry(work: Callable[..., None]) -> None:
     # Without a handler SIGTERM ends Python on the spot: half-written files stay, and no record is written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     name = getattr(parser.parse_args(), "recipe", "all")
-    _logging()
     sound = False
     try:
         whole_params = provenance.content(PARAMS)
         raw = read()
         params = checked_params(raw, device=False)  # a stage that computes asks for it itself
         name = _recipe_of(stage, params, name)
+        _log_as(f"{stage} {name}: ")
         _check_name(pieces, params, name)
         if params.run.numerics == "portable" and "run.numerics" in pieces.keys(params, name):
             portable.hold_kernels()
@@ -151,7 +151,22 @@ def _sentence(error: Exception) -> str:
     raise error
 
 
-def _logging() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+class _Speaking(logging.Formatter):
+    """Begins the lines of the project's own loggers with a prefix, which tells a flow that they are ours."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return self._prefix + line if record.name.startswith("stages.") else line
+
+
+def _log_as(prefix: str) -> None:
+    """Log to the standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Speaking(prefix))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)

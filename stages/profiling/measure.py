@@ -1,30 +1,51 @@
-"""Measure one candidate: time, memory and energy of generation, and how much of the machine others took."""
+"""Measure one candidate: time, memory and energy of generation, and how much of the machine others took.
+
+The model is loaded as whoever serves its checkpoint with transformers loads it. The record says which modules
+then multiply with which weights: transformers may unpack a packed checkpoint as it loads it, and such a
+model is as fast as a dense one.
+
+A figure measured beside other work is wrong, so nothing is stored if others took more than a fifth of the
+processors. Each run is compared by itself, so a disturbed measurement ends soon.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+from tqdm import tqdm
 
+from stages.core.errors import Refusal
 from stages.core.files import PROFILES, write_json, writing
-from stages.core.lazy import pd
+from stages.core.lazy import pd, torch
 from stages.core.run import Run
 from stages.model import artifact
 from stages.profiling.energy import Meter
 from stages.profiling.speed import PeakMemory, Profile, generate, quartiles
 
-_BUSY = 0.05
-"""Share of the processors' time taken by others above which a warning is logged."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+_NOTED = 0.05
+"""Share above which a warning is logged."""
+DISTURBED = 0.2
+"""Share of the processors' time taken by others above which nothing is stored."""
 
 
 def measure_candidate(settings: Profile, run: Run, name: str) -> None:
-    """Measure candidate `name` into data/profile/<name>: `profile.json`, and `repeats.parquet` run by run."""
+    """Measure candidate `name` into data/profile/<name>: `profile.json`, and `repeats.parquet` run by run.
+
+    Raises:
+        Refusal: others took more than `DISTURBED` of the processors, or it took longer than
+            `settings.minutes`; nothing is stored.
+    """
     run = run.model_copy(update={"threads": settings.threads})
     device = run.start()
     model = artifact.load_model(name, run, dequantize=False)
@@ -32,19 +53,35 @@ def measure_candidate(settings: Profile, run: Run, name: str) -> None:
     record = artifact.load_record(name)
     rows: list[dict[str, Any]] = []
     batches: list[dict[str, Any]] = []
+    turns = len(settings.batch_sizes) * (settings.warmup + settings.repeats)
+    end = time.monotonic() + 60 * settings.minutes
+    bar = tqdm(total=turns * settings.new_tokens, desc=f"profile {name}", unit="token")
     for batch_size in settings.batch_sizes:
         prompts = settings.prompts(batch_size, model.config.vocab_size, run.seed).to(device)
 
-        def once(prompts: Any = prompts) -> list[float]:
-            return generate(model, prompts, settings.new_tokens)
+        def tick(batch_size: int = batch_size) -> None:
+            bar.update()
+            if time.monotonic() > end:
+                raise Refusal(
+                    f"batch size {batch_size} is not measured after profile.minutes, {settings.minutes:g}, "
+                    "and nothing is stored; raise it, or lower batch_sizes, new_tokens or repeats."
+                )
+
+        def once(prompts: Any = prompts, tick: Any = tick) -> list[float]:
+            others = Others()
+            clock = generate(model, prompts, settings.new_tokens, tick)
+            if clock[-1] > 1:  # the system counts in hundredths of a second
+                refuse_disturbed(others.share())
+            return clock
 
         for _ in range(settings.warmup):
             once()
         peak, meter, others = PeakMemory(device), Meter(device), Others()
         runs = list(settings.runs(once))
         joules, busy = meter.joules(), others.share()
-        if busy > _BUSY:
-            log.warning("%s: other processes took %.0f %% of the machine; measure it again", name, 100 * busy)
+        refuse_disturbed(busy)
+        if busy > _NOTED:
+            log.warning("other processes took %.0f %% of the processors; measure it again", 100 * busy)
         rows += [{"candidate": name, "batch_size": batch_size, **row} for row in runs]
         first, later = (
             quartiles([row[figure] for row in runs])
@@ -63,6 +100,7 @@ def measure_candidate(settings: Profile, run: Run, name: str) -> None:
                 "others_busy": round(busy, 3),
             }
         )
+    bar.close()
     with writing(PROFILES / name) as folder:
         pd.DataFrame(rows).to_parquet(folder / "repeats.parquet", index=False)
         facts = {
@@ -70,13 +108,40 @@ def measure_candidate(settings: Profile, run: Run, name: str) -> None:
             "bytes_on_disk": record["bytes_on_disk"],
             "bytes_ideal": record["bytes_ideal"],
             "num_parameters": record["num_parameters"],
-            **settings.model_dump(mode="json", exclude={"candidates", "batch_sizes"}),
+            **settings.model_dump(mode="json", exclude={"candidates", "batch_sizes", "minutes"}),
             **run.arithmetic(),
+            "kernels": kernels(model),
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "processor": processor(),
             "cores": psutil.cpu_count(),
             "batches": batches,
         }
         write_json(folder / "profile.json", facts)
+
+
+def refuse_disturbed(busy: float) -> None:
+    """Refuse a measurement beside which others took the share `busy` of the processors' time.
+
+    Raises:
+        Refusal: that is more than `DISTURBED`.
+    """
+    if busy > DISTURBED:
+        raise Refusal(
+            f"other processes took {100 * busy:.0f} % of the processors, more than {100 * DISTURBED:.0f} %, "
+            "so nothing is stored; run `prunequant run profile` when the machine is idle."
+        )
+
+
+def kernels(model: PreTrainedModel) -> dict[str, int]:
+    """Count the matrices of a model by the module that multiplies with them and the weights that it holds."""
+    counts = Counter[str]()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if getattr(module, "weight_packed", None) is not None and weight is None:
+            counts[f"{type(module).__name__} on packed weights, unpacked at each call"] += 1
+        elif weight is not None and weight.ndim == 2 and not isinstance(module, torch.nn.Embedding):
+            counts[f"{type(module).__name__} on dense {str(weight.dtype).removeprefix('torch.')}"] += 1
+    return dict(counts)
 
 
 def processor() -> str:

@@ -52,6 +52,8 @@ class Profile(Strict):
     """Runs that count."""
     threads: Annotated[int, Field(ge=1)]
     """CPU threads; a profile is alone on the machine, so it may take more than `run.threads`."""
+    minutes: Annotated[float, Field(gt=0)] = 10.0
+    """The longest that the measurement of a candidate may take; no dependency, as it changes no figure."""
 
     def check(self, model: PreTrainedModel, candidate: str) -> None:
         """Refuse a length that the model does not read.
@@ -82,8 +84,17 @@ class Profile(Strict):
             }
 
 
-def generate(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> list[float]:
-    """Write `new_tokens` after `prompts` `[rows, tokens]`, greedily; return the seconds until each."""
+def generate(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    new_tokens: int,
+    tick: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Write `new_tokens` after `prompts` `[rows, tokens]`, greedily; return the seconds until each.
+
+    Args:
+        tick: called after each token.
+    """
     clock = []
     ids, kept = prompts, dict[str, Any]()
     with torch.no_grad():
@@ -94,6 +105,7 @@ def generate(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> list[f
             ids = logits.argmax(-1, keepdim=True)
             _wait(prompts.device)
             clock.append(time.perf_counter() - start)
+            tick()
     return clock
 
 

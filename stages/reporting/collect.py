@@ -5,16 +5,16 @@ questions. DVC evaluates before it
 reports, so results are missing only where the stage is run by hand.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-import pandas as pd
-
 from stages.core.errors import Refusal
 from stages.core.files import RESULTS
+from stages.core.lazy import np, pd
 from stages.core.schema import CONTROLS
 from stages.core.tables import (
     ITEM,
@@ -110,7 +110,7 @@ def read_items(folders: Sequence[Path]) -> pd.DataFrame:
     return items.drop_duplicates(list(ITEM), ignore_index=True)
 
 
-def parameters_removed(scores: pd.DataFrame) -> "pd.Series[float]":
+def parameters_removed(scores: pd.DataFrame) -> pd.Series[float]:
     """Return the share of its base's parameters that each row's candidate lacks.
 
     It is missing where the base is not among the candidates, and for a responder without a model.
@@ -144,12 +144,12 @@ def by_measure(rows: pd.DataFrame) -> dict[Measure, pd.DataFrame]:
     }
 
 
-def is_noise(rows: pd.DataFrame) -> "pd.Series[bool]":
+def is_noise(rows: pd.DataFrame) -> pd.Series[bool]:
     """Mark rows of noise candidates: the weights of another candidate, computed differently."""
     return rows["candidate"].str.startswith("noise/")
 
 
-def competes(rows: pd.DataFrame) -> "pd.Series[bool]":
+def competes(rows: pd.DataFrame) -> pd.Series[bool]:
     """Mark rows of models that compete, which noise candidates and responders without knowledge do not."""
     return ~rows["candidate"].str.startswith(CONTROLS)
 

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy import stats
 
 from stages.core.tables import MEASURE, PARAMETERS_REMOVED
 from stages.reporting.collect import Results, by_measure, measure_of, records
 from stages.reporting.comparison import Comparison
 from stages.reporting.hypotheses.evidence import Verdict
+from stages.reporting.margins import worded
 from stages.reporting.measured import Measured
 from stages.reporting.verdicts import nested_verdicts
-from stages.reporting.words import NEGLIGIBLE, family, labels
+from stages.reporting.words import NEGLIGIBLE, SHARES, family, labels
 
 VERDICTS = "verdicts.json"
 MEASURED_VERDICTS = "measured_verdicts.json"
+HEADLINE_SCORES = "headlines.csv"
 _SIZES = ["sparsity", PARAMETERS_REMOVED, "bits", "bits_per_weight", "bytes_ideal", "bytes_on_disk"]
 
 
@@ -32,14 +35,15 @@ def write_data(
     """Write the tables of results, samples and items, the summaries and the two CSV files of `dvc plots`.
 
     results.parquet has the score rows with the columns that the comparison adds; the summaries are
-    summary.csv, pooled.csv, metrics.json, verdicts.json, agreement.csv, which is `agreements`, and wrong.csv,
-    which is `wrong`.
+    headlines.csv, summary.csv, pooled.csv, metrics.json, verdicts.json, agreement.csv, which is `agreements`,
+    and wrong.csv, which is `wrong`.
     Measurements and verdicts on them vary from run to run, so they stand apart: profile.csv and
     measured_verdicts.json.
     """
     comparison.rows.to_parquet(folder / "results.parquet", index=False)
     results.samples.to_parquet(folder / "samples.parquet", index=False)
     results.items.to_parquet(folder / "items.parquet", index=False)
+    headline_scores(comparison).to_csv(folder / HEADLINE_SCORES, index=False)
     summarize(comparison).to_csv(folder / "summary.csv", index=False)
     agreements.to_csv(folder / "agreement.csv", index=False)
     wrong.to_csv(folder / "wrong.csv", index=False)
@@ -51,6 +55,38 @@ def write_data(
     (folder / "metrics.json").write_text(json.dumps(nested_metrics(results.scores), indent=2) + "\n")
     for axis in ("on_disk", "ideal"):
         plotted_perplexities(comparison, f"bytes_{axis}").to_csv(folder / f"quality_{axis}.csv", index=False)
+
+
+def headline_scores(comparison: Comparison) -> pd.DataFrame:
+    """Return a line a headline score: all that a reader needs to judge it.
+
+    Columns: `suite`, `label`, `metric`, `higher_is_better`, `candidate`, `value`; `low` and `high`, its 95 %
+    interval by Student's t, a share's cut to [0, 1]; `reference`, and `of_reference`, the value divided by
+    the reference's; `floor`; `verdict`, and `word`, which is it with what the items show; and the sizes.
+    """
+    rows = comparison.rows[comparison.rows["difficulty"] == "all"]
+    label, scores = labels(comparison.rows), by_measure(rows)
+    chosen = {measure[:-1] for measure in comparison.headlines()}  # at every budget, which comes last
+    lines = [scores[measure].assign(label=label[measure]) for measure in scores if measure[:-1] in chosen]
+    table = pd.concat(lines)
+    reach = table["stderr"] * stats.t.ppf(0.975, (table["num_items"].astype("float64") - 1).clip(lower=1))
+    table["low"], table["high"] = table["value"] - reach, table["value"] + reach
+    share = table["metric"].isin(SHARES)
+    table.loc[share, ["low", "high"]] = table.loc[share, ["low", "high"]].clip(0, 1)
+    table["of_reference"] = table["value"] / table["reference_value"]
+    table["word"] = [worded(row) for row in records(table)]
+    columns = [
+        "suite",
+        "label",
+        "metric",
+        "higher_is_better",
+        "candidate",
+        "value",
+        "low",
+        "high",
+        "reference",
+    ]
+    return table[[*columns, "of_reference", "floor", "verdict", "word", *_SIZES]]
 
 
 def summarize(comparison: Comparison) -> pd.DataFrame:

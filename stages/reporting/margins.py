@@ -12,6 +12,7 @@ metrics and single levels have differences and intervals but no verdict; a study
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,7 @@ import pandas as pd
 from stages.reporting.collect import records
 from stages.reporting.statistics.holm import holm
 from stages.reporting.statistics.paired import LEVEL
+from stages.reporting.words import fewest
 
 SAME, BELOW_NOISE, OPEN = "same within the margin", "below noise", "not settled"
 
@@ -55,6 +57,14 @@ def _verdict(row: dict[str, Any], margin: float) -> str:
         return OPEN
     word = "better" if (row["change"] > 0) == bool(row["higher_is_better"]) else "worse"
     return word if abs(row["change"]) > margin_of(row["metric"], margin) else f"slightly {word}"
+
+
+def worded(row: Mapping[str, Any]) -> str:
+    """Return the verdict of a row; where it is not settled, with the smallest change that the items show."""
+    verdict = row["verdict"] or ""
+    if verdict != OPEN or row["smallest"] is None:
+        return verdict
+    return f"{verdict} ({row['pairs']:.0f} items show {fewest(row)})"
 
 
 def margin_of(metric: str, margin: float) -> float:

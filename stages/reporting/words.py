@@ -1,12 +1,13 @@
 """Put rows into words: labels of measures, families of methods, short names, and numbers."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-import pandas as pd
-
+from stages.core.lazy import pd
 from stages.core.tables import MEASURE, PARAMETERS_REMOVED
 from stages.reporting.collect import Measure, measure_of, records
 
@@ -64,12 +65,16 @@ def source(text: str) -> str:
 
 def number(value: float | None, metric: str = "") -> str:
     """Format a score: three decimals, for perplexities two from 0.1 and none from 1000; a dash if missing."""
-    if value is None or pd.isna(value):
+    if value is None or _is_missing(value):
         return "–"
     size = abs(value)
     digits = 3 if metric != "perplexity" or size < 0.1 else 2 if size < 1000 else 0
     text = f"{value:,.{digits}f}"
     return text.replace("-", MINUS) if float(text.replace(",", "")) else text.removeprefix("-")
+
+
+def _is_missing(value: float) -> bool:
+    return bool(math.isnan(value) if isinstance(value, float) else pd.isna(value))
 
 
 def score(value: float | None, metric: str = "") -> str:
@@ -90,13 +95,13 @@ def p_value(p: float) -> str:
 
 def compact(value: float | None) -> str:
     """Format an effect of any unit to three digits, a dash if missing."""
-    return "–" if value is None or pd.isna(value) else f"{value:.3g}".replace("-", MINUS)
+    return "–" if value is None or _is_missing(value) else f"{value:.3g}".replace("-", MINUS)
 
 
 def fewest(row: Mapping[str, Any]) -> str:
     """Return the smallest loss that a row's items show, in its unit: points, per cent of a perplexity."""
     smallest = row["smallest"]
-    if smallest is None or pd.isna(smallest):
+    if smallest is None or _is_missing(smallest):
         return ""
     if row["metric"] == "perplexity":
         return f"{100 * math.expm1(min(smallest, 50.0)):.3g} %"

@@ -1,15 +1,18 @@
 """The command line, and every way params.yaml can be wrong."""
 
+import json
 import math
 import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
-from flows.cli import app
+from flows.cli import Exit, app
 from flows.compare import mendable, state_of
-from flows.update import update
+from flows.terminal import console
+from flows.update import Ending, update
+from stages.core.errors import Refusal
 from tests import finished as sweep
 from tests import project
 
@@ -96,6 +99,84 @@ def test_check_refuses_what_is_no_params(folder, text):
     (folder / "params.yaml").write_text(text)
     result = CliRunner().invoke(app, ["check"])
     assert (result.exit_code, result.output.count("params.yaml")) == (2, 1)
+
+
+def test_json_is_all_that_check_prints(folder):
+    sound = CliRunner().invoke(app, ["check", "--json"])
+    assert sound.exit_code == 0 and json.loads(sound.stdout)["sound"]["recipes"] == 5
+    spoil(folder, "3.5 bits")
+    bad = CliRunner().invoke(app, ["check", "--json"])
+    assert bad.exit_code == Exit.REFUSED and "3.5" in json.loads(bad.stdout)["error"]
+    ran = CliRunner().invoke(app, ["run", "--json"])
+    assert ran.exit_code == Exit.REFUSED and "3.5" in json.loads(ran.stdout)["error"]
+
+
+@pytest.fixture
+def ended(folder, monkeypatch):
+    """Return a function that runs the command line with a run that ends in some way."""
+
+    def end(how: Ending | BaseException, *arguments: str) -> Result:
+        def update(*_):
+            console.print("words of a run")
+            if isinstance(how, BaseException):
+                raise how
+            return how
+
+        monkeypatch.setattr("flows.update.update", update)
+        return CliRunner().invoke(app, ["run", *arguments])
+
+    return end
+
+
+def test_exit_codes_of_a_run_are_those_that_help_lists(ended):
+    listed = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"}).output.split())
+    assert all(f"{code.value} " in listed.partition("Exit codes: ")[2] for code in Exit), listed
+    assert ended(Ending(True, "all is well")).exit_code == Exit.DONE
+    failed = ended(Ending(False, "a failed"))
+    assert failed.exit_code == Exit.FAILED and "a failed" in failed.stderr
+    assert ended(Refusal("too large.")).exit_code == Exit.REFUSED
+    assert ended(KeyboardInterrupt()).exit_code == Exit.INTERRUPTED
+
+
+def test_json_of_a_run_is_alone_on_the_standard_output(ended):
+    stages = [{"stage": "a", "outcome": "failed", "seconds": 1.0, "reason": "no space"}]
+    failed = ended(Ending(False, "a failed", stages), "--json")
+    assert failed.exit_code == Exit.FAILED and "words of a run" in failed.stderr
+    assert json.loads(failed.stdout) == {"ok": False, "message": "a failed", "stages": stages}
+
+
+def test_diff_fails_on_a_worse_score(monkeypatch):
+    nothing = {
+        key: [] for key in ("verdicts", "params", "artifacts", "scores", "flipped", "warnings", "missing")
+    }
+
+    def diff(*arguments: str, missing: tuple = (), **row: object) -> Result:
+        score = {"verdict": "same within the margin", "old": 1.0, "new": 1.1, "in_new": True} | row
+        changes = nothing | {"revisions": ["a", "b"], "scores": [score], "missing": list(missing)}
+        monkeypatch.setattr("flows.diff.diff_revisions", lambda *_: changes)
+        return CliRunner().invoke(app, ["diff", "a", "b", "--json", *arguments])
+
+    worse, slightly = ("--fail-on", "worse"), ("--fail-on", "slightly-worse")
+    assert diff(verdict="worse").exit_code == Exit.DONE
+    assert diff(*worse, verdict="worse").exit_code == Exit.WORSE
+    assert diff(*worse, verdict="slightly worse").exit_code == Exit.DONE
+    assert diff(*slightly, verdict="slightly worse").exit_code == Exit.WORSE
+    assert diff(*worse).exit_code == Exit.DONE
+    assert diff(*worse, verdict=None, new=None).exit_code == Exit.WORSE, "the score is no number any more"
+    assert diff(*worse, verdict=None, new=None, in_new=False).exit_code == Exit.DONE, "no longer evaluated"
+    gap = {"revision": "a", "outputs": ["data/results/x"], "command": "dvc fetch"}
+    unsure = diff(*worse, missing=(gap,))
+    assert unsure.exit_code == Exit.FAILED and "were not compared" in unsure.stderr
+
+
+def test_version_and_completion():
+    version = CliRunner().invoke(app, ["--version"])
+    assert version.exit_code == 0 and version.output.startswith("prunequant 0.")
+    env = {**project.ENV, "PYTHONPATH": str(project.ROOT)}
+    env |= {"COMP_WORDS": "prunequant sh", "COMP_CWORD": "1", "_PRUNEQUANT_COMPLETE": "complete_bash"}
+    code = "from flows.cli import app; app(prog_name='prunequant')"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["show"], done.stderr
 
 
 def test_check_outside_a_project(tmp_path, monkeypatch):

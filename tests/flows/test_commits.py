@@ -166,6 +166,14 @@ def test_a_new_clone_goes_on_with_the_pushed_branch(person, clone, tmp_path, mon
     assert [each.revision for each in commits.runs("night")] == ["night", "night~1"]
 
 
+def test_runs_are_listed_by_time_whatever_their_zone(clone, monkeypatch):
+    said = {"night": "2026-03-01T01:00:00+02:00", "day": "2026-02-28T23:30:00+00:00"}
+    row = ("Completed", "", "")
+    monkeypatch.setattr(commits, "git", lambda *_: "\n".join(said))
+    monkeypatch.setattr(commits, "_runs_on", lambda name: [commits.PastRun(name, said[name], *row)])
+    assert [each.revision for each in commits.runs()] == ["day", "night"]
+
+
 def test_a_branch_without_runs_is_refused(clone):
     with pytest.raises(Refusal, match="no run is on branch 'main'"):
         commits.runs("main")

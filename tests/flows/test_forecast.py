@@ -46,7 +46,9 @@ def rows(workspace, inputs, monkeypatch):
         recipes = {f"prune@{name}": {f"prune.{name}": values["prune"][name]} for name in values["prune"]}
         entries = {name: {"params": {"params.yaml": recipes.get(name, {})}} for name in stages}
         monkeypatch.setattr(forecast, "locked_stages", lambda: entries | (lock or {}))
-        monkeypatch.setattr(graph, "consult", lambda _: (stages, set(stale)))
+        monkeypatch.setattr(
+            graph, "consult", lambda _: (stages, {name: [f"{name} is modified"] for name in stale})
+        )
         return {row.kind: row for row in forecast.forecast()}
 
     return forecast_of
@@ -57,10 +59,13 @@ def test_a_stage_takes_what_it_took_or_what_its_kind_takes(rows):
     ran("prune/wanda-20", 600, state="failed")
     ran("evaluate/base/tiny/arithmetic", 30)
     seen = rows("prune@wanda-30", "prune@wanda-50", "prune@magnitude-50")
-    assert seen["prune wanda, tiny"][1:] == (3, 2, 1, 2.0)
-    assert seen["prune magnitude, tiny"][1:] == (1, 1, 0, None), "nothing is guessed from another method"
-    assert seen["evaluate arithmetic, tiny"][1:] == (2, 1, 0, 0.5), "what depends on a stale stage runs too"
-    assert seen["model"][1:] == (1, 0, 0, 0.0)
+    assert seen["prune wanda, tiny"][1:5] == (3, 2, 1, 2.0)
+    assert seen["prune magnitude, tiny"][1:5] == (1, 1, 0, None), "nothing is guessed from another method"
+    assert seen["evaluate arithmetic, tiny"][1:5] == (2, 1, 0, 0.5), "what depends on a stale stage runs too"
+    assert seen["prune magnitude, tiny"].why == "prune@magnitude-50 is modified"
+    assert seen["evaluate arithmetic, tiny"].why == "a stage above it runs"
+    assert seen["model"].why == ""
+    assert seen["model"][1:5] == (1, 0, 0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -73,15 +78,15 @@ def test_a_stage_takes_what_it_took_or_what_its_kind_takes(rows):
 def test_runs_with_other_settings_do_not_count(rows, stage, settings):
     ran("prune/wanda-50", 60)
     lock = {stage: {"params": {"params.yaml": settings}}}
-    assert rows("prune@wanda-50", lock=lock)["prune wanda, tiny"][1:] == (3, 1, 0, None)
+    assert rows("prune@wanda-50", lock=lock)["prune wanda, tiny"][1:5] == (3, 1, 0, None)
 
 
 def test_the_table_says_what_it_does_not_know(rows):
     ran("prune/wanda-50", 60)
     table = forecast.forecast_table(list(rows("prune@wanda-30", "prune@magnitude-50").values()))
     cells = list(zip(*(column.cells for column in table.columns), strict=True))
-    assert ("prune magnitude, tiny", "1", "0", "none ran here") in cells
-    assert cells[-1] == ("all", "3 of 7", "0", "1.0 and more")
+    assert ("prune magnitude, tiny", "1", "0", "none ran here", "prune@magnitude-50 is modified") in cells
+    assert cells[-1] == ("all", "3 of 7", "0", "1.0 and more", "")
     assert not any(cell[0] == "model" for cell in cells)
 
 

@@ -135,6 +135,15 @@ def test_a_portable_stage_holds_its_kernels_before_it_looks_at_its_inputs(worksp
         assert words in capsys.readouterr().err
 
 
+def test_what_the_project_logs_names_its_stage_and_what_libraries_log_does_not():
+    code = "from stages.job.entry import _log_as; import logging; _log_as('prune x: ')\n"
+    code += "logging.getLogger('stages.pruning.wanda').info('resumes')\n"
+    code += "logging.getLogger('other').warning('noise')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project.ROOT, check=True)
+    assert done.stderr.splitlines() == ["prune x: resumes", "noise"]
+
+
 def test_validate_marks_good_params_and_refuses_bad_ones(workspace):
     raw = project.params(Path("inputs"))
     project.write(workspace, raw)

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from flows.graph import Stage
+from flows import profiles
+from flows.graph import Stage, measured_last
 from flows.plan import Plan
 from flows.resources import Pool
 from stages.core.errors import Refusal
 from stages.job.load import checked_params
 from stages.job.params import Params
 from stages.profiling import energy
-from stages.profiling.measure import Others
+from stages.profiling.measure import Others, kernels
+from tests import families
 from tests.pipeline import do, params, profile
 from tests.profiling.test_speed import SETTINGS
 
@@ -25,7 +28,14 @@ def chosen(**changes: object) -> Params:
     return checked_params({**raw, "profile": {**SETTINGS, **changes}})
 
 
+@pytest.fixture
+def idle(monkeypatch):
+    """A machine on which nobody else works, whatever the one that runs the tests does."""
+    monkeypatch.setattr(Others, "share", lambda self: 0.01)
+
+
 @pytest.mark.device
+@pytest.mark.usefixtures("idle")
 def test_the_figures_are_those_of_the_runs(workspace):
     project = chosen()
     do(project)
@@ -45,9 +55,10 @@ def test_the_figures_are_those_of_the_runs(workspace):
         assert batch["tokens_per_second"] == pytest.approx(size / rows["seconds_per_token"].median())
         assert batch["peak_bytes"] > facts["bytes_on_disk"]
         assert (batch["joules_per_token"] is None) == (batch["energy"] == energy.NO_COUNTER)
+    linears = sum(isinstance(part, torch.nn.Linear) for part in families.model("llama").modules())
+    assert facts["kernels"] == {"Linear on dense bfloat16": linears}
     record = json.loads(Path("data/models/base/tiny/artifact.json").read_text())
     assert facts["bytes_on_disk"] == record["bytes_on_disk"]
-    from flows import profiles
 
     assert "base/tiny" in str(list(profiles.profile_table(profiles.read_profiles()).columns[0].cells))
 
@@ -77,6 +88,50 @@ def test_a_length_beyond_the_model_is_refused(workspace):
     assert not Path("data/profile").exists()
 
 
+def test_beside_other_work_nothing_is_stored(workspace, monkeypatch):
+    project = chosen()
+    do(project)
+    monkeypatch.setattr(Others, "share", lambda self: 0.21)
+    with pytest.raises(Refusal, match="took 21 % of the processors, more than 20 %, so nothing is stored"):
+        profile(project, "base/tiny")
+    assert not Path("data/profile").exists()
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_measurement_ends_when_its_time_is_up(workspace):
+    project = chosen(minutes=1e-9)
+    do(project)
+    with pytest.raises(Refusal, match=r"batch size 1 is not measured after profile\.minutes"):
+        profile(project, "base/tiny")
+    assert not Path("data/profile").exists()
+
+
+def test_kernels_tell_packed_weights_from_dense():
+    packed = torch.nn.Linear(2, 2)
+    del packed.weight
+    packed.weight_packed = torch.nn.Parameter(torch.zeros(2, 1, dtype=torch.int32), requires_grad=False)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(3, 2), torch.nn.Linear(2, 2), packed, torch.nn.LayerNorm(2)
+    )
+    assert kernels(model) == {
+        "Linear on dense float32": 1, "Linear on packed weights, unpacked at each call": 1,
+    }  # fmt: skip
+
+
+def test_measurements_come_after_all_else_and_before_the_report():
+    graph = {
+        name: Stage(name, f"python -m stages.{name}", up, ())
+        for name, up in {
+            "profile": (),
+            "prune": (),
+            "report": (),
+            "notes": ("report",),
+            "evaluate": (),
+        }.items()
+    }
+    assert measured_last(list(graph), graph) == ["prune", "evaluate", "profile", "report", "notes"]
+
+
 def test_own_work_is_not_that_of_others():
     others = Others()
     end = time.monotonic() + 0.5
@@ -87,7 +142,6 @@ def test_own_work_is_not_that_of_others():
 
 def test_profiles_that_do_not_exist_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from flows import profiles
 
     with pytest.raises(Refusal, match="prunequant run profile"):
         profiles.read_profiles()

@@ -37,6 +37,26 @@ def test_metrics_and_summary_are_the_overall_scores(whole):
         assert summary.loc[row["candidate"], "bytes_on_disk"] == row["bytes_on_disk"]
 
 
+def test_headlines_stand_beside_interval_reference_and_verdict(whole):
+    wanted, folder = whole
+    lines = records(pd.read_csv(folder / "data/report/headlines.csv"))
+    rows = pd.read_parquet(folder / "data/report/results.parquet")
+    scores = {
+        (row["candidate"], row["suite"], row["metric"]): row
+        for row in records(rows[rows["difficulty"] == "all"])
+    }
+    assert len(lines) == 4 * len(wanted.evaluate.candidates)
+    for line in lines:
+        row = scores[line["candidate"], line["suite"], line["metric"]]
+        assert line["low"] <= line["value"] <= line["high"] and line["value"] == pytest.approx(row["value"])
+        assert (line["verdict"] or "") == row["verdict"]
+        assert (line["word"] or "").startswith(row["verdict"])
+        if line["reference"] is not None:
+            assert line["of_reference"] == pytest.approx(row["value"] / row["reference_value"])
+        if line["metric"] != "perplexity":
+            assert line["low"] >= 0 and line["high"] <= 1 and line["floor"] == pytest.approx(row["floor"])
+
+
 MEASURES = [
     {"readout": "generation", "metric": "pass@1", "counted": "exact_match", "budget": 64},
     {"readout": "generation", "metric": "pass@1", "counted": "exact_match", "budget": 8},

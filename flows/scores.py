@@ -1,0 +1,190 @@
+"""The scores of candidates on the terminal, and all that is known of a candidate.
+
+A score stands beside what it takes to read it: its interval, its share of the base's score, the floor that
+responders without knowledge reach, the word for the difference (see `stages.reporting.margins`), and the size
+of the model. The report writes these rows into `data/report/headlines.csv`. `prunequant show` computes them
+from the results that are there, also if there is no report yet; fewer results make a smaller family of
+comparisons, so a word may differ from that of the whole report.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from stages.core.errors import Refusal
+from stages.core.files import MODELS, RECORD, REPORT, RESULTS, read_json
+from stages.core.tables import SCORES
+from stages.job import lineage
+from stages.job.params import Params
+from stages.job.pieces import dvc_name
+from stages.job.sentences import allowed
+from stages.reporting.words import number, size
+
+_REPORTED = REPORT / "headlines.csv"
+
+
+class Shown(NamedTuple):
+    """The scores of some candidates, and what keeps them from being whole."""
+
+    scores: list[dict[str, Any]]
+    """Rows with the columns of `stages.reporting.export.headline_scores`, None where missing."""
+    notes: list[str]
+
+
+def reported() -> list[dict[str, Any]]:
+    """Return the rows that the report wrote; none if there is no report."""
+    if not _REPORTED.exists():
+        return []
+    with _REPORTED.open(encoding="utf-8", newline="") as file:
+        return [{key: _read(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def computed(params: Params, candidates: Sequence[str] = ()) -> Shown:
+    """Compare the results that are in `data/results`.
+
+    Args:
+        candidates: return the rows of these alone; empty: all.
+
+    Raises:
+        Refusal: there are no results, or a candidate is unknown.
+    """
+    if unknown := [name for name in candidates if name not in params.evaluate.candidates]:
+        raise Refusal(f"{unknown[0]!r} is no candidate; {allowed(params.evaluate.candidates, unknown[0])}.")
+    wanted = params.evaluations()
+    there = [name for name in wanted if (RESULTS / name / SCORES).exists()]
+    if not there and not candidates:
+        raise Refusal("nothing is evaluated yet; `prunequant run` evaluates what params.yaml lists.")
+    shown = _compared(params, there) if there else []
+    shown = [row for row in shown if not candidates or row["candidate"] in candidates]
+    missing = [name for name in wanted if name not in there]
+    missing = [name for name in missing if not candidates or name.rpartition("/")[0] in candidates]
+    notes = [f"not evaluated yet: {', '.join(missing)}"] if missing else []
+    if len(there) < len(wanted):
+        notes.append(f"words compare the {len(there)} of {len(wanted)} evaluations that are there")
+    edited = [name for name in candidates or params.evaluate.candidates if _edited(params, name)]
+    if edited:
+        notes.append(f"made by other recipes than params.yaml has now: {', '.join(edited)}; `prunequant run`")
+    return Shown(shown, notes)
+
+
+def _compared(params: Params, evaluations: list[str]) -> list[dict[str, Any]]:
+    from stages.reporting.collect import collect, records  # these take seconds
+    from stages.reporting.comparison import compare_candidates
+    from stages.reporting.export import headline_scores
+
+    results = collect(evaluations, params.evaluate.candidates, list(params.suites.by_name()))
+    return records(headline_scores(compare_candidates(results, params.report)))
+
+
+def described(params: Params, candidate: str) -> dict[str, Any]:
+    """Return a candidate's lineage, recipes, suites and sizes, and the commands that make and score it."""
+    record = _record(candidate)
+    recipes = params.recipes()
+    line = [name for name in recipes if name in {candidate, *lineage.ancestors(params, candidate)}]
+    base = params.base_of(candidate)
+    settings = {name: recipes[name].model_dump(mode="json", exclude_unset=True) for name in line}
+    suites = {
+        name: suite.model_dump(mode="json", exclude_unset=True)
+        for name, suite in params.suites.by_name().items()
+    }
+    section, _, key = candidate.partition("/")
+    stage = "download" if section == "base" else section
+    target = dvc_name(stage, params, candidate if section == "base" else key)
+    evaluations = [dvc_name("evaluate", params, f"{candidate}/{suite}") for suite in suites]
+    return {
+        "candidate": candidate,
+        "lineage": [f"base/{base}", *line],
+        "source": params.models[base].source if base else None,
+        "recipes": settings,
+        "suites": suites,
+        "sizes": {
+            key: record.get(key) for key in ("sparsity", "bits_per_weight", "bytes_ideal", "bytes_on_disk")
+        },
+        "folder": str(MODELS / candidate) if record else None,
+        "commands": {
+            "make": f"prunequant run {target}",
+            "evaluate": f"prunequant run {' '.join(evaluations)}",
+            "see what its suites ask": f"prunequant cost {candidate}",
+        },
+    }
+
+
+def show_scores(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print a table a measure with a line a candidate; of a single candidate one with a line a measure."""
+    single = len({row["candidate"] for row in rows}) == 1
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        better = "higher" if row["higher_is_better"] else "lower"
+        measure = f"{row['suite']}: {row['label']} ({better} is better)"
+        title, line = (row["candidate"], measure) if single else (measure, row["candidate"])
+        groups.setdefault(title, []).append({**row, "line": line})
+    for title, lines in groups.items():
+        console.print(_score_table(title, lines))
+
+
+def _score_table(title: str, lines: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE)
+    table.add_column("", no_wrap=True)
+    based = all(row["reference"] is None or row["reference"].startswith("base/") for row in lines)
+    for column in ("score", "95 % interval", "of base" if based else "of reference", "floor"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for column in ("on disk", "bits a weight"):
+        table.add_column(column, justify="right")
+    for row in lines:
+        low, high = (number(row[end], row["metric"]) for end in ("low", "high"))
+        share, floor = row["of_reference"], row["floor"]
+        table.add_row(
+            escape(row["line"]), number(row["value"], row["metric"]), f"{low} to {high}",
+            "" if share is None else f"{100 * share:.0f} %",
+            "" if floor is None else number(floor, row["metric"]),
+            row["word"] or "", size(row["bytes_on_disk"]), f"{row['bits_per_weight']:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def show_described(facts: Mapping[str, Any], console: Console) -> None:
+    """Print what is known of a candidate."""
+    lines = [
+        f"{facts['candidate']}: {' → '.join(facts['lineage'])}, from {facts['source']}",
+        *(f"  {name}: {_flow(settings)}" for name, settings in facts["recipes"].items()),
+        *(f"  suite {name}: {_flow(settings)}" for name, settings in facts["suites"].items()),
+        *(f"  to {what}: {line}" for what, line in facts["commands"].items()),
+        f"  in {facts['folder']}" if facts["folder"] else "  not made yet",
+    ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _flow(settings: Any) -> str:
+    return yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=10**6).strip()
+
+
+def _record(candidate: str) -> dict[str, Any]:
+    file = MODELS / candidate / RECORD
+    return dict(read_json(file)) if file.exists() else {}
+
+
+def _edited(params: Params, candidate: str) -> bool:
+    """Tell whether a model was made by recipes that params.yaml no longer has like this."""
+    recipes = params.recipes()
+    made = _record(candidate).get("recipes", {})
+    now = {name: recipes[name].model_dump(mode="json") for name in made if name in recipes}
+    return made != json.loads(json.dumps(now))
+
+
+def _read(text: str) -> Any:
+    """Return a field of a CSV file as pandas wrote it: a number, a truth, a text, or None where missing."""
+    if text in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[text]
+    try:
+        return float(text)
+    except ValueError:
+        return text
