@@ -561,7 +561,10 @@ def test_all_offenders_at_once(raw):
             f"must be a mapping of sections ({', '.join(Params.model_fields)})",
         ),
         ("", "but it is empty"),
-        ("a: [", "is not YAML"),
+        ("a: [", "params.yaml:1 is not YAML: while parsing a flow node"),
+        ("run: {}\nrun: {}\n", 'params.yaml:2 is not YAML: while constructing a mapping: found duplicate key "run"'),
+        ("run: {}\nmodels:\n\t- a\n", "params.yaml:3 is not YAML: while scanning for the next token"),
+        ("run: {}\na: \x01", "params.yaml:2 is not YAML: special characters are not allowed; mend it there."),
         ("a: " + "9" * 5000, "is not YAML"),
         ("a: " + "[" * 100 + "]" * 100, "is nested more deeply than 50 levels"),
         ("a: " + "[" * 9000 + "]" * 9000, "is nested more deeply than 50 levels"),
@@ -575,7 +578,7 @@ def test_a_file_that_holds_no_sections(text, sentence, tmp_path):
     with pytest.raises(Refusal) as refusal:
         load(file)
     assert sentence in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and "<unicode string>" not in str(refusal.value)
 
 
 def test_a_file_that_is_not_utf_8(tmp_path):
