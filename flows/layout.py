@@ -80,6 +80,20 @@ def section_lines(name: str, value: Any, notes: Mapping[tuple[str, str], str]) -
     yield from _dumped(whole, COLUMNS).splitlines()
 
 
+def relaid(document: CommentedMap) -> str:
+    """Return a params.yaml, as ruamel.yaml reads it with its comments, in this layout."""
+
+    def style(node: Any, like: Any) -> None:
+        if isinstance(node, CommentedMap | CommentedSeq):
+            (node.fa.set_flow_style if like.fa.flow_style() else node.fa.set_block_style)()
+            for key in node if isinstance(node, CommentedMap) else range(len(node)):
+                style(node[key], like[key])
+
+    for name, content in document.items():
+        style(content, _styled(content, _OPENED.get(name, 1), len(name) + 2, 0))
+    return _dumped(document, COLUMNS)
+
+
 def _styled(value: Any, opened: int, column: int, indent: int) -> Any:
     """Return a value of which each part is set to stand in braces or in lines.
 
@@ -111,9 +125,16 @@ def _has_colon(value: Any) -> bool:
 
 def _width(value: Any) -> int:
     """Return the columns of a value in braces."""
-    flow = CommentedSeq([value])
+    flow = CommentedSeq([_plain(value)])
     flow.fa.set_flow_style()
     return len(_dumped(flow, 10**6)) - 3
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without comments and styles."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _dumped(value: Any, width: int) -> str:

@@ -9,7 +9,7 @@ from ruamel.yaml.error import YAMLError
 
 from stages.core.errors import Refusal
 from stages.job import checks
-from stages.job.checks import entries
+from stages.job.checks import entries, hashes
 from stages.job.params import Params
 from stages.job.sentences import follows, sentence
 
@@ -94,12 +94,25 @@ def checked_params(raw: dict[str, Any], where: str = "params.yaml", device: bool
     try:
         params = _parsed(raw)
     except ValidationError as error:
-        mistakes += [sentence(details, Params) for details in error.errors() if not follows(details)]
+        answered = {at for at, _ in hashes.lacking(raw)}
+        mistakes += [
+            sentence(details, Params)
+            for details in error.errors()
+            if not follows(details) and _of_hash(details["loc"]) not in answered
+        ]
         sound, broken = entries.sound(raw, [details["loc"] for details in error.errors()])
         params = _parsed(sound)
+    mistakes += [hashes.answer(at, entry) for at, entry in hashes.lacking(raw)]
     mistakes += [*entries.of_lineage(raw), *checks.between(params, broken, device)]
     _refuse(mistakes, where)
     return params
+
+
+def _of_hash(loc: tuple[Any, ...]) -> str | None:
+    """Return the place in params.yaml of the entry whose hash an error is about; None for other errors."""
+    if loc[-1] != "sha256":
+        return None
+    return ".".join([str(loc[0]), str(loc[1]), *(["nltk_data"] if "nltk_data" in loc else [])])
 
 
 def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
