@@ -14,7 +14,7 @@ READY := $(VENV)/ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench bench-device bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup clean
+.PHONY: bench bench-device bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup vega clean
 
 compare: $(READY)
 	prunequant run $(if $(JOBS),--jobs $(JOBS))
@@ -85,6 +85,10 @@ bench-orchestration: $(READY) .venv-snakemake/ready
 	$(PYTHON) -m venv .venv-snakemake
 	.venv-snakemake/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-snakemake.lock
 	@touch $@
+
+# The page of `dvc plots show`, with the pinned Vega inside; needs npm's registry.
+vega: $(READY)
+	python deploy/vega.py
 
 clean:
 	rm -rf $(VENV) .venv-llmcompressor .venv-snakemake .mypy_cache .pytest_cache .ruff_cache .hypothesis

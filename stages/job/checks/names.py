@@ -26,10 +26,8 @@ def contradictions(params: Params) -> Iterator[str]:
         if not method or not said:
             continue
         for field, word, value in _readings(said[1], recipe):
-            yield (
-                f"{artifact.replace('/', '.', 1)}: its name says {word}, but its {field} is {value}; rename it, "
-                f"or correct {field}."
-            )
+            at = artifact.replace("/", ".", 1)
+            yield f"{at}: its name says {word}, but its {field} is {value}; rename it, or correct {field}."
 
 
 def _readings(word: str, recipe: Any) -> Iterator[tuple[str, str, Any]]:
@@ -43,9 +41,9 @@ def _readings(word: str, recipe: Any) -> Iterator[tuple[str, str, Any]]:
             count = getattr(recipe, field, None)
             if isinstance(count, int) and count != int(word):
                 yield field, word, count
-    if (pattern := re.fullmatch(r"(\d+)of(\d+)", word)) and getattr(recipe, "structure", None):
-        if recipe.structure != f"{pattern[1]}:{pattern[2]}":
-            yield "structure", word, recipe.structure
+    structure = getattr(recipe, "structure", None)
+    if structure and re.fullmatch(r"\d+of\d+", word) and structure != word.replace("of", ":"):
+        yield "structure", word, structure
     if code := re.match(r"w(\d+)(?:a\d+)?(?:g(\d+))?", word):
         for field, said in (("bits", code[1]), ("group_size", code[2])):
             value = getattr(recipe, field, None)
