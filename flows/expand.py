@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from flows.layout import check_replaceable, held_text, section_lines
+from flows.layout import SECTIONS, check_replaceable, held_text, section_lines
 from flows.pins import commit_of
 from stages.core.errors import Refusal
 from stages.core.files import sha256, text_sha256, write_text
@@ -140,7 +140,7 @@ def expanded_text(origins: Sequence[Chosen], held: Mapping[str, Any]) -> str:
                        digest=sha256(origin.file))
         for origin in origins
     ]  # fmt: skip
-    for section in Params.model_fields:
+    for section in SECTIONS:
         lines += ["", *section_lines(section, merged.sections.get(section, {}), merged.notes)]
     rest = "\n".join(lines) + "\n"
     return f"{_FIRST.format(seal=text_sha256(rest))}\n{rest}"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.layout import check_replaceable, held_text, section_lines
+from flows.layout import SECTIONS, check_replaceable, held_text, section_lines
 from flows.probe import REMOVED, Probe, probe
 from stages.core.errors import Refusal
 from stages.core.files import sha256, write_text
@@ -78,7 +78,7 @@ def write_start(model: str, text: Path | None, task: str, output: Path, force: b
         f"# yaml-language-server: $schema={schema}",
         "# Written by `prunequant init`; yours to edit. `prunequant check` reports every mistake in it.",
     ]
-    for section in Params.model_fields:
+    for section in SECTIONS:
         lines += ["", *section_lines(section, content.get(section, {}), notes)]
     written = "\n".join(lines) + "\n"
     params = checked_params(parsed(written), f"{output} as it would be", device=False)

@@ -1,9 +1,11 @@
 """How a params.yaml is written: as DVC's own editor would, and never over somebody's edits.
 
 `dvc exp run -S` reads the file with ruamel.yaml and writes it again, 80 columns wide. It wraps longer lines
-in odd places and breaks a text with a colon inside braces, such as the source of a model. So an entry stays
-on its line, in braces, only while that fits; otherwise its fields get lines of their own. A file in this
-layout comes out of DVC's editor as it went in, comments included, but for the value that was set.
+in odd places, breaks a text with a colon inside braces, such as the source of a model, gives each item of a
+list its line, and drops a blank line or comment after a list. So an entry stays on its line, in braces, only
+while that fits; otherwise its fields get lines of their own, as items of lists always do. A list is not the
+last field of an entry, and `evaluate`, which is a list, is the last section. A file in this layout comes out
+of DVC's editor as it went in, comments included, but for the value that was set.
 """
 
 import io
@@ -16,7 +18,10 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from flows.commits import git
 from stages.core.errors import Refusal
+from stages.job.params import Params
 
+_ALL = 100
+"""More levels than params.yaml may have."""
 COLUMNS = 80
 """The width to which DVC's editor writes."""
 _OPENED = {"models": 2, "datasets": 2, "suites": 2, "evaluate": 2, "studies": 4}
@@ -58,6 +63,10 @@ def check_replaceable(file: Path, option: str) -> None:
             f"{file} has changes that are not committed, and they would be lost; commit them, name "
             f"another file with {option}, or overwrite them with --force."
         )
+
+
+SECTIONS = (*(name for name in Params.model_fields if name != "evaluate"), "evaluate")
+"""The sections of params.yaml, in the order in which they are written."""
 
 
 def section_lines(name: str, value: Any, notes: Mapping[tuple[str, str], str]) -> Iterator[str]:
@@ -108,13 +117,24 @@ def _styled(value: Any, opened: int, column: int, indent: int) -> Any:
     if isinstance(value, dict):
         styled = CommentedMap(
             (key, _styled(inner, opened - 1, indent + len(str(key)) + 4, indent + 2))
-            for key, inner in value.items()
+            for key, inner in _ordered(value)
         )
     else:
-        styled = CommentedSeq(_styled(inner, 0, indent + 2, indent) for inner in value)
+        opened = _ALL  # the editor writes each list anew
+        styled = CommentedSeq(_styled(inner, _ALL, indent + 2, indent) for inner in value)
     in_braces = not value or (opened < 1 and not _has_colon(value) and column + _width(value) <= COLUMNS)
     (styled.fa.set_flow_style if in_braces else styled.fa.set_block_style)()
     return styled
+
+
+def _ordered(value: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return fields in their order, but none with a list last."""
+    fields = list(value.items())
+    plain = [field for field in fields if not isinstance(field[1], list | tuple)]
+    if plain and isinstance(fields[-1][1], list | tuple):
+        fields.remove(plain[-1])
+        fields.append(plain[-1])
+    return fields
 
 
 def _has_colon(value: Any) -> bool:
