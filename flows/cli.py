@@ -50,7 +50,7 @@ def check(
 
             for place in fill_hashes(PARAMS):
                 typer.echo(f"{place} was missing and is written.")
-        from stages.job.checks.names import contradictions
+        from stages.job.checks.contradictions import contradictions
         from stages.job.entry import outdated
         from stages.job.load import load_verified
         from stages.job.locked import locked_stages
@@ -154,7 +154,9 @@ def init(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="A task of sweeps/graded.yaml or sweeps/benchmarks.yaml; default: sums."),
+        typer.Option(
+            help="A task of sweeps/graded.yaml or sweeps/benchmarks.yaml, or a YAML file; default: sums."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("params.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file whatever it holds.")] = False,

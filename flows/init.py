@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.layout import SECTIONS, check_replaceable, held_text, section_lines
-from flows.probe import REMOVED, Probe, probe
+from flows.probe import WIDTH_REMOVED, Probe, probe
 from stages.core.errors import Refusal
 from stages.core.files import sha256, write_text
 from stages.core.reading import reading
@@ -60,7 +60,7 @@ def write_start(model: str, text: Path | None, task: str, output: Path, force: b
     Args:
         model: see `flows.probe.FORMS`.
         text: to calibrate on and to score; None for two texts from packages.
-        task: a suite of `SWEEPS`.
+        task: a suite of `SWEEPS`, or the file of a task of lm-eval.
         output: the file to write.
         force: replace the file whatever it holds.
 
@@ -71,8 +71,8 @@ def write_start(model: str, text: Path | None, task: str, output: Path, force: b
     if not force:
         check_replaceable(output, "--output")
     before = held_text(output, "--output")
-    kind, suite, dataset = _task(task)
-    content, notes = _sections(probe(model), text, (kind, task, suite, dataset))
+    name, kind, suite, dataset = own_task(Path(task)) if Path(task).is_file() else (task, *_task(task))
+    content, notes = _sections(probe(model), text, (kind, name, suite, dataset))
     schema = os.path.relpath(SCHEMA, output.parent)
     lines = [
         f"# yaml-language-server: $schema={schema}",
@@ -112,8 +112,8 @@ def _sections(
     suffix = f"g{base.group_size}" if base.group_size else ""
     prune: dict[str, Any] = {"wanda-50": {**common, "method": "wanda", "sparsity": 0.5, "calibration": reads}}
     if base.no_width is None:
-        prune[f"width-{REMOVED * 100:.0f}"] = {
-            "source": f"base/{name}", "method": "width", "importance": "ppm", "remove": REMOVED,
+        prune[f"width-{WIDTH_REMOVED * 100:.0f}"] = {
+            "source": f"base/{name}", "method": "width", "importance": "ppm", "remove": WIDTH_REMOVED,
             "calibration": {"dataset": "none"},
         }  # fmt: skip
     else:
@@ -165,6 +165,23 @@ def _task(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if name not in known:
         raise Refusal(f"there is no task {name!r}; {allowed(known, name)}.")
     return known[name]
+
+
+def own_task(file: Path) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+    """Return the name, kind, suite and data set of a task of lm-eval, a YAML file with its data beside it.
+
+    Raises:
+        Refusal: the file is no YAML by its name.
+    """
+    if file.suffix not in (".yaml", ".yml"):
+        raise Refusal(f"{file} is no task; give the YAML of a task of lm-eval, which names its data files.")
+    dataset = {
+        "kind": "task",
+        "source": f"path:{file.parent}",
+        "yaml": file.name,
+        "sha256": sha256(file.parent),
+    }
+    return _slug(file.stem, "task"), "benchmark", {"task": f"path:{file}", "batch_size": 8}, dataset
 
 
 def _text(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from stages.job.params import Params
 
 _ALL = 100
 """More levels than params.yaml may have."""
-COLUMNS = 80
+EDITOR_WIDTH = 80
 """The width to which DVC's editor writes."""
 _OPENED = {"models": 2, "datasets": 2, "suites": 2, "evaluate": 2, "studies": 4}
 """Levels of a section that have lines of their own even if they are short; of others, its entries."""
@@ -86,7 +86,7 @@ def section_lines(name: str, value: Any, notes: Mapping[tuple[str, str], str]) -
                 comment(inner, f"{at}.{key}".lstrip("."), indent + 2)
 
     comment(whole, "", 0)
-    yield from _dumped(whole, COLUMNS).splitlines()
+    yield from _dumped(whole, EDITOR_WIDTH).splitlines()
 
 
 def relaid(document: CommentedMap) -> str:
@@ -100,7 +100,7 @@ def relaid(document: CommentedMap) -> str:
 
     for name, content in document.items():
         style(content, _styled(content, _OPENED.get(name, 1), len(name) + 2, 0))
-    return _dumped(document, COLUMNS)
+    return _dumped(document, EDITOR_WIDTH)
 
 
 def _styled(value: Any, opened: int, column: int, indent: int) -> Any:
@@ -122,7 +122,7 @@ def _styled(value: Any, opened: int, column: int, indent: int) -> Any:
     else:
         opened = _ALL  # the editor writes each list anew
         styled = CommentedSeq(_styled(inner, _ALL, indent + 2, indent) for inner in value)
-    in_braces = not value or (opened < 1 and not _has_colon(value) and column + _width(value) <= COLUMNS)
+    in_braces = not value or (opened < 1 and not _has_colon(value) and column + _width(value) <= EDITOR_WIDTH)
     (styled.fa.set_flow_style if in_braces else styled.fa.set_block_style)()
     return styled
 

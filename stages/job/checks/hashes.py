@@ -13,7 +13,7 @@ from stages.core.errors import Refusal
 from stages.core.files import contents, sha256
 from stages.sources.origin import fetched
 
-FIX = "`prunequant check --fix` writes it"
+_FIX = "`prunequant check --fix` writes it"
 
 
 def lacking(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -39,9 +39,9 @@ def answer(at: str, entry: Mapping[str, Any]) -> str:
     """Say which hash an entry without one should have; a package is not downloaded to know it."""
     missing = "this hash is missing" if entry.get("sha256") is None else f"{entry['sha256']!r} is no sha256"
     if not entry["source"].startswith("path:"):
-        return f"{at}.sha256: {missing}; {FIX}."
+        return f"{at}.sha256: {missing}; {_FIX}."
     try:
-        return f"{at}.sha256: {missing}; write {content_hash(entry)}, or {FIX}."
+        return f"{at}.sha256: {missing}; write {content_hash(entry)}, or {_FIX}."
     except Refusal as refusal:
         return f"{at}.sha256: {missing}, and {refusal}"
 

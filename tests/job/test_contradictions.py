@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.job.checks.names import contradictions
+from stages.job.checks.contradictions import contradictions
 from stages.job.load import checked_params
 from tests import project
 
