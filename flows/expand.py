@@ -25,14 +25,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import Field, ValidationError
 
-from flows.commits import git
+from flows.layout import SECTIONS, check_replaceable, held_text, section_lines
+from flows.pins import commit_of
 from stages.core.errors import Refusal
 from stages.core.files import sha256, text_sha256, write_text
 from stages.core.schema import RECIPES, Strict
-from stages.job.load import checked_params, read
+from stages.job.load import checked_params, parsed, read
 from stages.job.params import Params
 from stages.job.sentences import allowed, sentence
 
@@ -43,8 +43,6 @@ _SECTIONS = tuple(name for name in Params.model_fields if name != "studies")
 _NAMED = ("models", "datasets", *RECIPES, *_PARTS)
 """The parts whose entries have names, so that `each` and `note` apply."""
 _WORD = re.compile(r"\{([a-z_]+)\}")
-_OPENED = {"models": 2, "datasets": 2, "suites": 2, "evaluate": 2, "report": 2, "studies": 4, "profile": 0}
-"""Levels of a section that are written in lines of their own; others: its entries, a line each."""
 _FIRST = (
     "# Written by `prunequant study`; while the rest of this file has sha256 {seal}, nobody has edited it."
 )
@@ -99,17 +97,10 @@ def write_study(origin: Chosen, into: Path, force: bool) -> Params:
         Refusal: there is no such study or profile; the file has edits of somebody, or another profile of the
             study; a name would mean two things; or the result is no sound params.yaml. Nothing is written.
     """
-    try:
-        old = into.read_text(encoding="utf-8") if into.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"{into} cannot be read ({error}); name a text file with --into.") from None
+    old = held_text(into, "--into")
     origins = [] if force or not old else _origins(old)
     if origins is None:
-        if _edited(into):
-            raise Refusal(
-                f"{into} has changes that are not committed, and they would be lost; commit them, name "
-                "another file with --into, or overwrite them with --force."
-            )
+        check_replaceable(into, "--into")
         origins = []
     before = next((other for other in origins if other.study == origin.study), origin)
     if before != origin:
@@ -117,9 +108,9 @@ def write_study(origin: Chosen, into: Path, force: bool) -> Params:
             f"{into} holds study {before.study} already, with profile {before.profile} and mirror "
             f"{before.mirror or 'none'}; name another file with --into, or start it again with --force."
         )
-    held = yaml.safe_load(old) if origins else {}
+    held = parsed(old) if origins else {}
     text = expanded_text([*origins, *([] if origin in origins else [origin])], held)
-    params = checked_params(yaml.safe_load(text), f"{into} as expanded", device=False)
+    params = checked_params(parsed(text), f"{into} as expanded", device=False)
     if text != old:
         write_text(into, text)
     return params
@@ -149,11 +140,8 @@ def expanded_text(origins: Sequence[Chosen], held: Mapping[str, Any]) -> str:
                        digest=sha256(origin.file))
         for origin in origins
     ]  # fmt: skip
-    for section in Params.model_fields:
-        lines += [
-            "",
-            *_lines(section, merged.sections.get(section, {}), _OPENED.get(section, 1), merged.notes),
-        ]
+    for section in SECTIONS:
+        lines += ["", *section_lines(section, merged.sections.get(section, {}), merged.notes)]
     rest = "\n".join(lines) + "\n"
     return f"{_FIRST.format(seal=text_sha256(rest))}\n{rest}"
 
@@ -178,14 +166,6 @@ def _origins(text: str) -> list[Chosen] | None:
         return None
     lines = [_READ.fullmatch(line) for line in rest.splitlines()]
     return [Chosen(match[1], match[2], None if match[3] == "none" else match[3]) for match in lines if match]
-
-
-def _edited(file: Path) -> bool:
-    """Tell whether git lacks the file as it is."""
-    try:
-        return bool(git("status", "--porcelain", "--ignored", "--", str(file)))
-    except Refusal:  # no repository, so nothing would bring it back
-        return True
 
 
 def _composed(expansions: Sequence[Expansion], mistakes: list[str]) -> Expansion:
@@ -414,7 +394,7 @@ class _Expander:
                         entry["source"] = (
                             before
                             if before.startswith(pinned)
-                            else f"{pinned}{_commit_of(kind, match[1], match[2])}"
+                            else f"{pinned}{commit_of(kind, match[1], match[2])}"
                         )
                     except Exception as error:  # the network's, and whatever the hub's client makes of it
                         self.mistakes.append(
@@ -432,17 +412,6 @@ class _Named(NamedTuple):
 
     def __str__(self) -> str:
         return self.word
-
-
-def _commit_of(kind: str, repository: str, branch: str) -> str:
-    """Return the commit at which a branch of a repository on the hub is."""
-    from huggingface_hub import HfApi  # takes a second
-
-    api = HfApi()
-    info = (api.model_info if kind == "models" else api.dataset_info)(repository, revision=branch)
-    if info.sha is None:
-        raise LookupError(f"{repository} has no commit")
-    return info.sha
 
 
 def _artifacts(sections: Mapping[str, Any]) -> list[str]:
@@ -465,47 +434,3 @@ def _merged(shared: Mapping[str, Any], own: Mapping[str, Any], at: str = "") -> 
         else:
             merged[name] = value
     return merged
-
-
-def _lines(name: str, value: Any, opened: int, notes: Mapping[tuple[str, str], str]) -> Iterator[str]:
-    """Yield a section in the style of params.yaml: `opened` levels in lines, all below in braces."""
-
-    def block(key: str, value: Any, opened: int, indent: str, at: str) -> Iterator[str]:
-        if note := notes.get((at, key)):
-            yield f"{indent}# {note}"
-        if opened and isinstance(value, dict) and value:
-            yield f"{indent}{_flow(key)}:"
-            for inner, content in value.items():
-                yield from block(inner, content, opened - 1, indent + "  ", f"{at}.{key}".lstrip("."))
-        elif isinstance(value, list) and value and (opened or isinstance(value[0], dict)) and indent:
-            yield f"{indent}{_flow(key)}:"
-            yield from (f"{indent}  - {_flow(item)}" for item in value)
-        else:
-            yield f"{indent}{_flow(key)}: {_flow(value)}"
-
-    yield from block(name, value, opened, "", "")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Keeps a text with line breaks in a single line."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Write values out wherever they occur."""
-        return True
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style='"' if "\n" in text else None
-    ),
-)
-
-
-def _flow(value: Any) -> str:
-    """Return a value as YAML in a single line."""
-    text = yaml.dump(
-        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True,
-        width=float("inf"),
-    )  # fmt: skip
-    return text.removesuffix("\n").removesuffix("\n...")

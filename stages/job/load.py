@@ -9,7 +9,7 @@ from ruamel.yaml.error import YAMLError
 
 from stages.core.errors import Refusal
 from stages.job import checks
-from stages.job.checks import entries
+from stages.job.checks import entries, hashes
 from stages.job.checks.counts import of_windows
 from stages.job.checks.learning import of_conversations
 from stages.job.checks.own_tasks import of_tasks
@@ -44,14 +44,15 @@ def read(path: Path = PARAMS) -> dict[str, Any]:
     if not path.exists():
         raise Refusal(f"there is no {path} here; run from the root of a prunequant project.")
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw = parsed(text)
         _check_size(raw, path)
     except OSError as error:
         raise Refusal(f"{path} cannot be read: {error.strerror}; make it readable.") from None
     except UnicodeDecodeError as error:
         raise Refusal(f"{path} is not UTF-8 at byte {error.start}; save it in that encoding.") from None
     except (YAMLError, ValueError) as error:
-        raise Refusal(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise Refusal(_placed(path, text, error)) from None
     except RecursionError:
         raise Refusal(f"{path} is nested more deeply than {DEEPEST} levels; write it flat.") from None
     if not isinstance(raw, dict):
@@ -60,6 +61,26 @@ def read(path: Path = PARAMS) -> dict[str, Any]:
             f"{path} must be a mapping of sections ({', '.join(Params.model_fields)}), but it {content}."
         )
     return raw
+
+
+def parsed(text: str) -> Any:
+    """Return what a YAML text holds, read as DVC reads params.yaml.
+
+    Raises:
+        YAMLError: it is not YAML.
+        ValueError: a value is out of its range, such as a date.
+    """
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _placed(path: Path, text: str, error: Exception) -> str:
+    """Say in which line a text stops to be YAML, as `params.yaml:2`, and why."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    position = getattr(error, "position", None)  # of a character that no YAML may have
+    line = mark.line if mark else None if position is None else text.count("\n", 0, position)
+    parts = (getattr(error, "context", None), getattr(error, "problem", None), getattr(error, "reason", None))
+    why = ": ".join(" ".join(part.split()) for part in parts if part) or " ".join(str(error).split())
+    return f"{path}{'' if line is None else f':{line + 1}'} is not YAML: {why}; mend it there."
 
 
 def checked_params(raw: dict[str, Any], where: str = "params.yaml", device: bool = True) -> Params:
@@ -76,12 +97,25 @@ def checked_params(raw: dict[str, Any], where: str = "params.yaml", device: bool
     try:
         params = _parsed(raw)
     except ValidationError as error:
-        mistakes += [sentence(details, Params) for details in error.errors() if not follows(details)]
+        answered = {at for at, _ in hashes.lacking(raw)}
+        mistakes += [
+            sentence(details, Params)
+            for details in error.errors()
+            if not follows(details) and _of_hash(details["loc"]) not in answered
+        ]
         sound, broken = entries.sound(raw, [details["loc"] for details in error.errors()])
         params = _parsed(sound)
+    mistakes += [hashes.answer(at, entry) for at, entry in hashes.lacking(raw)]
     mistakes += [*entries.of_lineage(raw), *checks.between(params, broken, device)]
     _refuse(mistakes, where)
     return params
+
+
+def _of_hash(loc: tuple[Any, ...]) -> str | None:
+    """Return the place in params.yaml of the entry whose hash an error is about; None for other errors."""
+    if loc[-1] != "sha256":
+        return None
+    return ".".join([str(loc[0]), str(loc[1]), *(["nltk_data"] if "nltk_data" in loc else [])])
 
 
 def load_verified(path: Path = PARAMS, device: bool = True) -> Params:

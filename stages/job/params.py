@@ -125,22 +125,22 @@ class Evaluate(Strict):
 
 
 class Params(Strict):
-    """All of params.yaml."""
+    """All of params.yaml; sections with a default may be left out."""
 
     run: Run
     models: dict[Slug, AnyModel]
     datasets: dict[Slug, AnyDataset]
-    prune: dict[Slug, Prune]
-    quantize: dict[Slug, Quantize]
-    teach: dict[Slug, Teach]
-    finetune: dict[Slug, Finetune]
-    noise: dict[Slug, Noise]
-    floor: dict[Slug, Floor]
+    prune: dict[Slug, Prune] = Field(default_factory=dict)
+    quantize: dict[Slug, Quantize] = Field(default_factory=dict)
+    teach: dict[Slug, Teach] = Field(default_factory=dict)
+    finetune: dict[Slug, Finetune] = Field(default_factory=dict)
+    noise: dict[Slug, Noise] = Field(default_factory=dict)
+    floor: dict[Slug, Floor] = Field(default_factory=dict)
     suites: Suites
     evaluate: Evaluate
     profile: Profile
-    report: Report
-    studies: dict[Slug, Study]
+    report: Report = Report()
+    studies: dict[Slug, Study] = Field(default_factory=dict)
 
     def recipes(self) -> dict[str, Recipe | Noise | Floor | Teaching]:
         """Return every recipe that has a source, by `<stage>/<recipe>`."""

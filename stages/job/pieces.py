@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.core.schema import RECIPES
 from stages.job import lineage
 from stages.job.params import REGISTRY, SUITES, Params
 from stages.job.sentences import tag
@@ -131,9 +130,7 @@ STAGES: dict[str, Pieces] = {
     ),
     "report": Pieces(
         arguments=lambda params, name: (scope(params),),
-        keys=lambda params, name: [
-            "datasets", "evaluate", "models", "profile.candidates", "report", "studies", "suites", *RECIPES
-        ],
+        keys=lambda params, name: list(Params.model_fields),
     ),
 }  # fmt: skip
 """By the stage's name, which is that of its file in `stages/`."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from stages.core import identity
 from stages.core.errors import Refusal
 from stages.core.files import (
@@ -194,15 +196,18 @@ def disagreements(
 
 
 def _same(noted: Any, locked: Any) -> bool:
-    """Compare a value of params.yaml with the same in dvc.lock, where a fast parser reads 5e-05 as a word."""
+    """Compare a value of params.yaml with the same in dvc.lock, which a fast parser reads as YAML 1.1.
+
+    It takes 5e-05 for a word, 2:4 for a number to base 60, and on for true.
+    """
     if isinstance(noted, Mapping) and isinstance(locked, Mapping):
         return noted.keys() == locked.keys() and all(_same(noted[key], locked[key]) for key in noted)
     if isinstance(noted, list) and isinstance(locked, list):
         return len(noted) == len(locked) and all(map(_same, noted, locked))
     if isinstance(noted, float) and isinstance(locked, str):
         return repr(noted) == repr(float(locked)) if re.fullmatch(r"[-+.\de]+", locked) else False
-    if isinstance(noted, str) and isinstance(locked, bool):
-        return noted.lower() in (("yes", "on") if locked else ("no", "off"))
+    if isinstance(noted, str) and not isinstance(locked, str):
+        return bool(yaml.safe_load(noted) == locked)
     return bool(noted == locked)
 
 

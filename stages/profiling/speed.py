@@ -15,9 +15,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
@@ -41,19 +41,29 @@ class Profile(Strict):
     """Section `profile`: the models to measure, and the lengths and batches to measure them at."""
 
     candidates: tuple[Source, ...]
+    """The models; with none, the other settings may be left out."""
     batch_sizes: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), AfterValidator(_distinct)
-    ]
-    prompt_tokens: Annotated[int, Field(ge=1)]
-    new_tokens: Annotated[int, Field(ge=2)]
-    warmup: Annotated[int, Field(ge=1)]
+    ] = (1,)
+    prompt_tokens: Annotated[int, Field(ge=1)] = 128
+    new_tokens: Annotated[int, Field(ge=2)] = 32
+    warmup: Annotated[int, Field(ge=1)] = 1
     """Runs before those that count, at each batch size."""
-    repeats: Annotated[int, Field(ge=3)]
+    repeats: Annotated[int, Field(ge=3)] = 5
     """Runs that count."""
-    threads: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads; a profile is alone on the machine, so it may take more than `run.threads`."""
     minutes: Annotated[float, Field(gt=0)] = 10.0
     """The longest that the measurement of a candidate may take; no dependency, as it changes no figure."""
+
+    @model_validator(mode="after")
+    def _explicit(self) -> Self:
+        """Refuse candidates beside a setting that is left out, for which DVC would look in vain."""
+        if self.candidates and (
+            missing := [key for key in type(self).model_fields if key not in self.model_fields_set]
+        ):
+            raise ValueError(f"profile has candidates, so it needs {', '.join(missing)} too")
+        return self
 
     def check(self, model: PreTrainedModel, candidate: str) -> None:
         """Refuse a length that the model does not read.

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
+from stages.core.files import write_json
 from stages.core.tables import MEASURE, PARAMETERS_REMOVED
 from stages.reporting.collect import Results, by_measure, measure_of, records
 from stages.reporting.comparison import Comparison
@@ -36,7 +37,7 @@ def write_data(
 
     results.parquet has the score rows with the columns that the comparison adds; the summaries are
     headlines.csv, summary.csv, pooled.csv, metrics.json, verdicts.json, agreement.csv, which is `agreements`,
-    and wrong.csv, which is `wrong`.
+    and wrong.csv, which is `wrong`; and in metrics/ a file a candidate, a row of `dvc metrics show`.
     Measurements and verdicts on them vary from run to run, so they stand apart: profile.csv and
     measured_verdicts.json.
     """
@@ -53,6 +54,8 @@ def write_data(
         chosen = [verdict for verdict in verdicts if verdict.measured == on_measured]
         (folder / file).write_text(json.dumps(nested_verdicts(chosen), indent=2) + "\n")
     (folder / "metrics.json").write_text(json.dumps(nested_metrics(results.scores), indent=2) + "\n")
+    for candidate, scores in headline_metrics(comparison).items():
+        write_json(folder / "metrics" / f"{candidate}.json", scores)
     for axis in ("on_disk", "ideal"):
         plotted_perplexities(comparison, f"bytes_{axis}").to_csv(folder / f"quality_{axis}.csv", index=False)
 
@@ -107,6 +110,27 @@ def summarize(comparison: Comparison) -> pd.DataFrame:
         values = scores[measure].set_index("candidate")["value"]
         lines[f"{suite}.{label[measure]}"] = values.reindex(lines.index)
     return lines.reset_index()
+
+
+def headline_metrics(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Return the headline scores as `{candidate: {suite: value}}`, null where not finite.
+
+    A suite with several has `{suite: {label: value}}`. Names are short, as each becomes the head of a column.
+    """
+    rows = comparison.rows
+    scores, label = by_measure(rows[rows["difficulty"] == "all"]), labels(rows)
+    headlines = [(measure[MEASURE.index("suite")], measure) for measure in comparison.headlines()]
+    shared = {suite for suite, measure in headlines if [other for other, _ in headlines].count(suite) > 1}
+    found: dict[str, dict[str, Any]] = {str(candidate): {} for candidate in rows["candidate"].unique()}
+    for suite, measure in headlines:
+        for row in records(scores[measure]):
+            value = row["value"] if row["value"] is not None and math.isfinite(row["value"]) else None
+            at = found[row["candidate"]]
+            if suite in shared:
+                at.setdefault(suite, {})[label[measure]] = value
+            else:
+                at[suite] = value
+    return found
 
 
 def nested_metrics(scores: pd.DataFrame) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from flows import expand
@@ -123,9 +123,9 @@ def test_a_study_becomes_explicit_lines(folder):
         f"{sha256(Path('studies/small.yaml'))}."
     )
     assert (
-        "  # from fine to coarse\n  rtn-w8: {source: base/tiny, method: rtn, bits: 8, group_size: 32, "
-        in text
-    )
+        "  # from fine to coarse\n  rtn-w8:\n    source: base/tiny\n    method: rtn\n    bits: 8\n"
+        "    group_size: 32\n    calibration: {dataset: none}\n"
+    ) in text
     assert text.count("from fine to coarse") == 1
     assert not set("{}") & set(text.replace("{}", "").split("levels:")[0].split("datasets:")[0])
     params = load()
@@ -319,7 +319,7 @@ def test_a_branch_of_the_hub_becomes_its_commit(folder, monkeypatch):
         asked.append(arguments)
         return "1" * 40
 
-    monkeypatch.setattr(expand, "_commit_of", commit)
+    monkeypatch.setattr(expand, "commit_of", commit)
     run("small", "--profile", "laptop")
     assert asked == [("models", "org/model", "main")]
     assert load().models["tiny"].source == f"hub:org/model@{'1' * 40}"
@@ -327,7 +327,7 @@ def test_a_branch_of_the_hub_becomes_its_commit(folder, monkeypatch):
     def away(*_: str) -> str:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(expand, "_commit_of", away)
+    monkeypatch.setattr(expand, "commit_of", away)
     run("small", "--profile", "laptop")
     assert load().models["tiny"].source == f"hub:org/model@{'1' * 40}", "a commit that is there stays"
     said = run("small", "--profile", "laptop", "--into", "other.yaml", code=2)
@@ -339,11 +339,11 @@ def test_a_branch_of_the_hub_becomes_its_commit(folder, monkeypatch):
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_projects_studies_are_sound_and_small(name, profile, monkeypatch, tmp_path):
     monkeypatch.chdir(project.ROOT)
-    monkeypatch.setattr(expand, "_commit_of", lambda *_: "0" * 40)
+    monkeypatch.setattr(expand, "commit_of", lambda *_: "0" * 40)
     text = expanded_text([Chosen(name, profile, None)], {})
     (tmp_path / "params.yaml").write_text(text)
-    assert read(tmp_path / "params.yaml") == yaml.safe_load(text), "DVC reads what was checked"
-    params = checked_params(yaml.safe_load(text), device=False)
+    assert read(tmp_path / "params.yaml") == YAML(typ="safe").load(text), "DVC reads what was checked"
+    params = checked_params(YAML(typ="safe").load(text), device=False)
     assert sum(stage_counts(params).values()) < 200
     study = params.studies[name]
     letter = LETTER[name]
@@ -357,7 +357,7 @@ def test_the_projects_studies_are_sound_and_small(name, profile, monkeypatch, tm
 def test_the_projects_laptop_studies_go_together(monkeypatch):
     monkeypatch.chdir(project.ROOT)
     text = expanded_text([Chosen(name, "laptop", None) for name in STUDIES], {})
-    assert list(checked_params(yaml.safe_load(text), device=False).studies) == STUDIES
+    assert list(checked_params(YAML(typ="safe").load(text), device=False).studies) == STUDIES
 
 
 def test_calibrated_recipes_have_noise_of_their_own(monkeypatch):
@@ -365,7 +365,7 @@ def test_calibrated_recipes_have_noise_of_their_own(monkeypatch):
     monkeypatch.chdir(project.ROOT)
     for name in STUDIES:
         text = expanded_text([Chosen(name, "laptop", None)], {})
-        recipes = checked_params(yaml.safe_load(text), device=False).recipes()
+        recipes = checked_params(YAML(typ="safe").load(text), device=False).recipes()
         drawn = {key.rpartition("-draw-")[0] for key in recipes if "-draw-" in key}
         assert drawn or name == "width-dichotomy", "every method but those of width reads text"
         for key in drawn:

@@ -115,3 +115,24 @@ def test_a_result_agrees_with_the_lock_if_what_it_read_is_named_there(noted, dif
         "outs": [{"path": "data/models/prune/wanda-50", "md5": "9"}, {"path": str(file), "md5": "8"}],
     }
     assert bool(provenance.disagreements({"prune@wanda-50": entry})) == differ
+
+
+@pytest.mark.parametrize("value", ["2:4", "on", "no", "12:30:45"])
+def test_a_word_that_older_yaml_takes_for_a_number_agrees_with_the_lock(value, tmp_path, monkeypatch):
+    """DVC writes them without quotes, and its lock is read by a fast parser of YAML 1.1."""
+    monkeypatch.chdir(tmp_path)
+    file = provenance.path_of("prune", "wanda-50")
+    write_json(file, {"params": {"prune.wanda-50": {"structure": value}}, "deps": {}})
+    text = f"""stages:
+  prune@wanda-50:
+    cmd: python
+    params:
+      params.yaml:
+        prune.wanda-50:
+          structure: {value}
+    outs:
+    - path: {file}
+      md5: 8
+"""
+    assert provenance.disagreements(locked.whole(text)) == {}
+    assert provenance.disagreements(locked.whole(text.replace(f"structure: {value}", "structure: 4:8")))

@@ -57,6 +57,26 @@ def test_headlines_stand_beside_interval_reference_and_verdict(whole):
             assert line["low"] >= 0 and line["high"] <= 1 and line["floor"] == pytest.approx(row["floor"])
 
 
+def test_dvc_makes_a_short_row_of_each_candidate(whole):
+    wanted, folder = whole
+    every = json.loads((folder / "data/report/metrics.json").read_text())
+    written = sorted(
+        file.relative_to(folder).with_suffix("").as_posix()
+        for file in folder.glob("data/report/metrics/**/*.json")
+    )
+    assert written == sorted(f"data/report/metrics/{candidate}" for candidate in wanted.evaluate.candidates)
+    columns: dict[str, int] = {}
+    for candidate in wanted.evaluate.candidates:
+        scores = json.loads((folder / f"data/report/metrics/{candidate}.json").read_text())
+        assert scores["news"] == every[candidate]["news"]["perplexity"]
+        for suite, value in scores.items():
+            values = value if isinstance(value, dict) else {None: value}
+            columns |= {f"{suite}.{label}" if label else suite: 0 for label in values}
+            assert all(every[candidate][suite][label] == values[label] for label in values if label)
+    longest = max(map(len, written)) + len(".json")
+    assert longest + sum(len(column) + 4 for column in columns) <= 125, "the width of `dvc metrics show`"
+
+
 MEASURES = [
     {"readout": "generation", "metric": "pass@1", "counted": "exact_match", "budget": 64},
     {"readout": "generation", "metric": "pass@1", "counted": "exact_match", "budget": 8},

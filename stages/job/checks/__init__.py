@@ -3,7 +3,8 @@
 A field is wrong by itself (`stages.job.sentences`) or beside the others: a source that does not exist, a
 cycle, a group_size that does not divide. Both kinds are reported at once. Lineage is read from the raw file
 (`entries`), the rest from its sound entries: what recipes read (`recipes`), what they learn from
-(`learning`), what suites score (`suites`), what studies name (`studies`), and the remaining sections here.
+(`learning`), what suites score (`suites`), what studies name (`studies`), missing hashes (`hashes`), and the
+remaining sections here.
 """
 
 import logging
@@ -17,6 +18,7 @@ from stages.core.backend import MISSING, installed
 from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.evaluation.suite import Suite
+from stages.job.checks.hashes import is_empty
 from stages.job.checks.learning import of_teaching
 from stages.job.checks.recipes import of_recipes
 from stages.job.checks.studies import of_studies
@@ -102,8 +104,6 @@ def _moves(variant: Noise, suite: Suite) -> bool:
 
 def _of_source(at: str, entry: Any) -> Iterator[str]:
     source = getattr(entry, "source", "hub:")
-    if not source.startswith("hub:") and entry.sha256 is None:
-        yield f"{at}.sha256: this field is missing; only the commit of a hub: source replaces it."
     if source.startswith("path:") and not Path(source.removeprefix("path:")).exists():
         yield f"{at}.source: {source} does not exist."
 
@@ -131,5 +131,7 @@ def changed_paths(params: Params) -> Iterator[str]:
         path = Path(source.removeprefix("path:")) / inner
         if not path.exists():
             yield f"{at}: {source} has no {inner}; correct the path."
+        elif is_empty(path):
+            yield f"{at}: {path} is empty; correct the path."
         elif (actual := sha256(path)) != expected:
             yield f"{at}.sha256: {path} has {actual}; write this hash if its content is what you want."

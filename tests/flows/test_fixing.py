@@ -1,0 +1,94 @@
+"""`prunequant check --fix`: the hashes it writes are those that the download checks; nothing else changes."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from stages.core.files import sha256
+from stages.job.load import load_verified
+from tests import finished, project
+
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def check(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["check", *arguments])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture
+def folder(workspace):
+    """A folder whose params lack the hash of the model and of a text, which has a comment."""
+    values = finished.params(Path("inputs"))
+    del values["models"]["tiny"]["sha256"]
+    values["datasets"]["news"]["sha256"] = "todo"
+    project.write(workspace, values)
+    file = workspace / "params.yaml"
+    file.write_text(file.read_text().replace("  news:\n", "  news:  # ours\n", 1))
+    return workspace
+
+
+def test_a_missing_hash_is_answered_with_the_right_one(folder):
+    said = check(code=2)
+    model, news = sha256(Path("inputs/tiny")), sha256(Path("inputs/news.txt"))
+    assert (
+        f"models.tiny.sha256: this hash is missing; write {model}, or `prunequant check --fix` writes it."
+        in said
+    )
+    assert f"datasets.news.sha256: 'todo' is no sha256; write {news}, or" in said
+    assert "2 problem(s)" in said and "64" not in said.replace(model, "").replace(news, "")
+
+
+def test_fix_writes_them_and_keeps_comments(folder):
+    said = check("--fix")
+    assert "models.tiny.sha256 was missing and is written. datasets.news.sha256 was missing" in said
+    params = load_verified()
+    assert params.models["tiny"].sha256 == sha256(Path("inputs/tiny"))
+    text = Path("params.yaml").read_text()
+    assert (
+        "  news:  # ours\n" in text
+        and f"file: news.txt\n    sha256: {params.datasets['news'].sha256}\n" in text
+    )
+    assert "was missing" not in check("--fix")
+    assert Path("params.yaml").read_text() == text
+
+
+def test_the_hash_of_nothing_is_never_proposed(own_inputs):
+    (own_inputs / "void").mkdir()
+    (own_inputs / "void.txt").write_text("")
+    for section, name, source, file in (
+        ("models", "tiny", "path:inputs/void", None), ("datasets", "news", "path:inputs", "void.txt")
+    ):  # fmt: skip
+        values = finished.params(Path("inputs").resolve())
+        entry = values[section][name]
+        entry |= {"source": source, **({"file": file} if file else {})}
+        for digest in (None, "1a" * 32):
+            entry["sha256"] = digest
+            project.write(Path(), values)
+            before = Path("params.yaml").read_text()
+            for arguments in ([], ["--fix"]):
+                said = check(*arguments, code=2)
+                assert "is empty; correct the path" in said and EMPTY not in said
+            assert Path("params.yaml").read_text() == before
+
+
+def test_a_changed_text_is_not_accepted_unasked(folder):
+    check("--fix")
+    text = Path("params.yaml").read_text().replace(sha256(Path("inputs/news.txt")), "1a" * 32)
+    Path("params.yaml").write_text(text)
+    assert "write this hash if its content is what you want" in check("--fix", code=2)
+    assert Path("params.yaml").read_text() == text
+
+
+def test_a_name_that_contradicts_its_setting_is_a_warning(workspace):
+    values = finished.params(Path("inputs"))
+    values["prune"]["wanda-50"]["sparsity"] = 0.6
+    values["quantize"]["gptq-w4g32"]["bits"] = 3
+    project.write(workspace, values)
+    said = check()
+    assert "warning: prune.wanda-50: its name says 50, but its sparsity is 0.6; rename it" in said
+    assert "warning: quantize.gptq-w4g32: its name says w4g32, but its bits is 3; rename it" in said
+    assert said.count("warning") == 2
