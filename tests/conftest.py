@@ -24,7 +24,7 @@ if not (project.ROOT / "flows").is_dir():
     LACKING.append("flows")
 """Packages that a machine which only computes may lack; tests that need one are skipped there."""
 collect_ignore = (
-    ["flows", "test_deploy.py", "benchmarks/test_drill.py"]
+    ["flows", "benchmarks/test_drill.py"]
     if {"prefect", "dvc", "flows"} & {*LACKING}
     else []
 )
