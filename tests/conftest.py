@@ -23,11 +23,7 @@ LACKING = [name for name in ("prefect", "dvc", "reasoning_gym") if find_spec(nam
 if not (project.ROOT / "flows").is_dir():
     LACKING.append("flows")
 """Packages that a machine which only computes may lack; tests that need one are skipped there."""
-collect_ignore = (
-    ["flows", "benchmarks/test_drill.py"]
-    if {"prefect", "dvc", "flows"} & {*LACKING}
-    else []
-)
+collect_ignore = ["flows", "benchmarks/test_drill.py"] if {"prefect", "dvc", "flows"} & {*LACKING} else []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
