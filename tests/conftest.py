@@ -19,13 +19,11 @@ hypothesis.settings.register_profile("tests", deadline=None)  # a slow or busy m
 hypothesis.settings.load_profile("tests")
 
 
-LACKING = [name for name in ("prefect", "dvc", "reasoning_gym", "flows") if find_spec(name) is None]
+LACKING = [name for name in ("prefect", "dvc", "reasoning_gym") if find_spec(name) is None]
+if not (project.ROOT / "flows").is_dir():
+    LACKING.append("flows")
 """Packages that a machine which only computes may lack; tests that need one are skipped there."""
-collect_ignore = (
-    ["flows", "test_deploy.py", "benchmarks/test_drill.py"]
-    if {"prefect", "dvc", "flows"} & {*LACKING}
-    else []
-)
+collect_ignore = ["flows", "benchmarks/test_drill.py"] if {"prefect", "dvc", "flows"} & {*LACKING} else []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
