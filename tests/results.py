@@ -244,7 +244,8 @@ def of_items(items: dict[str, Sequence[float]], **measure: Any) -> Results:
             for i, value in enumerate(values)
         ]  # fmt: skip
         samples.append(tables.sample_table(candidate, "s", rows))
-    return Results(pd.concat(scores, ignore_index=True), pd.concat(samples, ignore_index=True))
+    rows = pd.concat(scores, ignore_index=True).assign(**{tables.PARAMETERS_REMOVED: 0.0})
+    return Results(rows, pd.concat(samples, ignore_index=True))
 
 
 def together(*parts: Results) -> Results:
