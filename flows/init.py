@@ -30,7 +30,7 @@ SCHEMA = Path("docs/params.schema.json")
 """The JSON Schema of params.yaml, for editors."""
 SWEEPS = (Path("sweeps/graded.yaml"), Path("sweeps/benchmarks.yaml"))
 """The files with the tasks that `--task` may name."""
-TEXTS = Path("sweeps/methods.yaml")
+SAMPLE_TEXTS = Path("sweeps/methods.yaml")
 """The file with the two texts from packages that stand in where none is given."""
 TASK = "arithmetic"
 """The task without `--task`: sums that code generates."""
@@ -71,7 +71,7 @@ def write_start(model: str, text: Path | None, task: str, output: Path, force: b
     if not force:
         check_replaceable(output, "--output")
     before = held_text(output, "--output")
-    name, kind, suite, dataset = own_task(Path(task)) if Path(task).is_file() else (task, *_task(task))
+    name, kind, suite, dataset = task_entry(Path(task)) if Path(task).is_file() else (task, *_task(task))
     content, notes = _sections(probe(model), text, (kind, name, suite, dataset))
     schema = os.path.relpath(SCHEMA, output.parent)
     lines = [
@@ -97,7 +97,7 @@ def _sections(
     calibration = {"num_samples": _SAMPLES, "sequence_length": length}
     perplexity = {"windows": _WINDOWS, "sequence_length": scored, "batch_size": 4}
     if text is None:
-        packaged = read(TEXTS)["datasets"]
+        packaged = read(SAMPLE_TEXTS)["datasets"]
         texts = {key: packaged[key] for key in ("news", "speeches")}
         notes["datasets", "speeches"] = "a text unlike the one that methods read"
         suites = {key: dict(perplexity) for key in texts}
@@ -130,7 +130,7 @@ def _sections(
     noise = f"batch-{noisy}"
     recipes = {"noise": [noise], "prune": prune, "quantize": quantize}
     return {
-        "run": {"device": "auto", "dtype": "bfloat16", "threads": 1, "seed": 0},
+        "run": {"device": "auto", "dtype": "bfloat16", "threads": 1, "seed": 0, "numerics": "fast"},
         "models": {name: base.settings},
         "datasets": {**texts, task: dataset},
         "prune": prune,
@@ -167,7 +167,7 @@ def _task(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return known[name]
 
 
-def own_task(file: Path) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+def task_entry(file: Path) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
     """Return the name, kind, suite and data set of a task of lm-eval, a YAML file with its data beside it.
 
     Raises:

@@ -38,7 +38,7 @@ class Shown(NamedTuple):
     notes: list[str]
 
 
-def reported() -> list[dict[str, Any]]:
+def summarized() -> list[dict[str, Any]]:
     """Return the rows that the report wrote; none if there is no report."""
     if not _REPORTED.exists():
         return []

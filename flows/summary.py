@@ -71,7 +71,7 @@ def is_current(outcomes: Sequence[Outcome]) -> bool:
 
 def show_report() -> None:
     """Print the scores of the report and the path of its page, if there is a report."""
-    rows = scores.reported()
+    rows = scores.summarized()
     if not rows:
         return
     console.print("Results")

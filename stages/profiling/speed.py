@@ -59,9 +59,8 @@ class Profile(Strict):
     @model_validator(mode="after")
     def _explicit(self) -> Self:
         """Refuse candidates beside a setting that is left out, for which DVC would look in vain."""
-        if self.candidates and (
-            missing := [key for key in type(self).model_fields if key not in self.model_fields_set]
-        ):
+        dependencies = [key for key in type(self).model_fields if key != "minutes"]
+        if self.candidates and (missing := [key for key in dependencies if key not in self.model_fields_set]):
             raise ValueError(f"profile has candidates, so it needs {', '.join(missing)} too")
         return self
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flows import cli, probe
 from flows.cli import app
-from flows.init import own_task
+from flows.init import task_entry
 from stages.core.files import sha256
 from stages.job.load import load, load_verified, read
 from tests import families, finished, project
@@ -110,7 +110,7 @@ def test_windows_fit_the_text_and_the_model(folder):
 def test_a_task_of_ones_own_is_named_by_its_file(folder):
     Path("tasks").mkdir()
     Path("tasks/My QA.yaml").write_text("task: qa\n")
-    name, kind, suite, dataset = own_task(Path("tasks/My QA.yaml"))
+    name, kind, suite, dataset = task_entry(Path("tasks/My QA.yaml"))
     assert (name, kind, suite) == ("my-qa", "benchmark", {"task": "path:tasks/My QA.yaml", "batch_size": 8})
     assert dataset == {
         "kind": "task", "source": "path:tasks", "yaml": "My QA.yaml", "sha256": sha256(Path("tasks"))

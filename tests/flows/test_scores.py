@@ -99,4 +99,4 @@ def test_what_is_no_candidate_or_has_no_results_is_refused(params, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match="nothing is evaluated yet"):
         scores.computed(params)
-    assert scores.reported() == []
+    assert scores.summarized() == []

@@ -34,7 +34,9 @@ def test_rounding_alone_makes_a_noise_candidate(raw):
     raw["noise"]["tiny-batch-3"] = {"source": "base/tiny", "rounding": {"size": 2.0**-9, "seed": 0}}
     assert checked_params(raw).noise["tiny-batch-3"].rounding.size == 2.0**-9
     raw["noise"]["tiny-batch-3"] = {"source": "base/tiny"}
-    assert "nothing differs from its source; give it a batch_size, a dtype, a backend or rounding" in refusal(raw)
+    assert "nothing differs from its source; give it a batch_size, a dtype, a backend or rounding" in refusal(
+        raw
+    )
 
 
 def repeats_of_wanda(raw) -> list[str]:

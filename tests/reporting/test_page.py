@@ -119,7 +119,11 @@ def test_two_runs_give_the_same_bytes(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report(wanted, "all")
     first, second = (
-        {path.name: path.read_bytes() for path in sorted((root / "data/report").iterdir())}
+        {
+            str(path.relative_to(root / "data/report")): path.read_bytes()
+            for path in sorted((root / "data/report").rglob("*"))
+            if path.is_file()
+        }
         for root in (folder, tmp_path)
     )
     assert first.keys() == second.keys() >= {"index.html", "quality.svg", "quality.png", "difficulty.svg"}

@@ -17,7 +17,7 @@ from stages.job.params import Params
 from stages.sources.task import OwnTask, data_files, metrics, read_task
 
 _METRIC = re.compile(r'register_metric\(\s*metric="([^"]+)"')
-_TASK = re.compile(r"""^[\s-]*(?:task|group|tag):\s*["']?([\w.-]+)""", re.MULTILINE)
+_TASK = re.compile(r"""^[\s-]*["']?(?:task|group|tag)["']?:\s*["']?([\w.-]+)""", re.MULTILINE)
 _LISTED = re.compile(r"^\s*-\s*([\w.-]+)\s*$", re.MULTILINE)
 """A name in a YAML list, as a task's tags can be."""
 
@@ -83,7 +83,9 @@ def _is_task(name: str) -> bool:
 @cache
 def _tasks() -> frozenset[str]:
     """Return every name that may be one of a task, group or tag."""
-    files = [*(_lm_eval() / "tasks").rglob("*.yaml"), *OURS.glob("*.yaml")]
+    # A tag may stand in an included file, whose name has no suffix.
+    inside = [file for file in (_lm_eval() / "tasks").rglob("*") if file.suffix in ("", ".yaml")]
+    files = [*filter(Path.is_file, inside), *OURS.glob("*.yaml")]
     return frozenset(name for file in files for name in _names(file))
 
 
