@@ -17,8 +17,10 @@ from stages.job.params import Params
 from stages.sources.task import OwnTask, data_files, metrics, read_task
 
 _METRIC = re.compile(r'register_metric\(\s*metric="([^"]+)"')
-_TASK = re.compile(r"""^[\s-]*["']?(?:task|group|tag)["']?:\s*["']?([\w.-]+)""", re.MULTILINE)
-_LISTED = re.compile(r"^\s*-\s*([\w.-]+)\s*$", re.MULTILINE)
+_TASK = re.compile(
+    r"""^[\s-]*["']?(?:task|group|tag)["']?:\s*["']?([^"'#:\n]+?)["']?\s*(?:#.*)?$""", re.MULTILINE
+)
+_LISTED = re.compile(r"""^\s*-\s*["']?([^"'#:\n]+?)["']?\s*(?:#.*)?$""", re.MULTILINE)
 """A name in a YAML list, as a task's tags can be."""
 
 
