@@ -115,7 +115,7 @@ def check(
 
         params = load_verified()
         for contradiction in contradictions(params):
-            typer.echo(f"warning: {contradiction}")
+            typer.echo(f"warning: {contradiction}", err=as_json)
         wrong = disagreements(locked_stages())
         windows = of_windows(params)[1]
     counts = {

@@ -172,9 +172,13 @@ def worsened(row: dict[str, Any], verdicts: tuple[str, ...]) -> bool:
 def unsure(changes: dict[str, Any]) -> str:
     """Say what keeps a diff from telling whether scores got worse; empty if nothing does."""
     gaps = [f"{len(gap['outputs'])} output(s) of {gap['revision']}" for gap in changes["missing"]]
-    return (
-        f"the cache lacks {' and '.join(gaps)}, so some scores were not compared; fetch them." if gaps else ""
-    )
+    if gaps:
+        return f"the cache lacks {' and '.join(gaps)}, so some scores were not compared; fetch them."
+    untested = [
+        f"{row['candidate']} on {row['suite']}" for row in changes["scores"] if row["verdict"] == "untested"
+    ]
+    names = ", ".join(dict.fromkeys(untested))
+    return f"the sides share no items for {names}, so these scores were not compared." if names else ""
 
 
 def flipped_items(old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
@@ -205,14 +209,12 @@ def run_changes(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     """Return a sentence for each candidate and suite that the sides evaluated under different conditions."""
     sentences: list[str] = []
     key = ["candidate", "suite"]
-    columns = ["device", "threads", "dtype", "batch_size"]
-    if "backend" in old and "backend" in new:  # older results do not say
-        columns.append("backend")
+    columns = ["device", "threads", "dtype", "batch_size", "backend"]
     sides = [side.drop_duplicates(key)[[*key, *columns]] for side in (old, new)]
     for row in records(sides[0].merge(sides[1], on=key, suffixes=("_old", "_new"))):
         for column in columns:
             was, now = row[f"{column}_old"], row[f"{column}_new"]
-            if was != now:
+            if was != now and not (column == "backend" and None in (was, now)):  # older results do not say
                 sentences.append(f"{row['candidate']} on {row['suite']}: {column} was {was}, is {now}")
     return sentences
 

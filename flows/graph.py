@@ -227,9 +227,13 @@ def below(graph: Graph, names: set[str]) -> set[str]:
 
 
 def measured_last(names: list[str], graph: Graph) -> list[str]:
-    """Order stages, upstream first, so that those that measure come after all others but the report."""
-    last = below(graph, {name for name in graph if graph[name].module == "report"})
-    return sorted(names, key=lambda name: 2 if name in last else int(graph[name].alone))
+    """Order stages, upstream first, so that those that measure come after all that needs no measurement.
+
+    The report and what is below it come last, measured or not.
+    """
+    alone = {name for name in graph if graph[name].alone}
+    last = below(graph, alone | {name for name in graph if graph[name].module == "report"}) - alone
+    return sorted(names, key=lambda name: 2 if name in last else int(name in alone))
 
 
 def _like(target: str, names: Iterable[str]) -> str:

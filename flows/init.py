@@ -175,6 +175,11 @@ def task_entry(file: Path) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
     """
     if file.suffix not in (".yaml", ".yml"):
         raise Refusal(f"{file} is no task; give the YAML of a task of lm-eval, which names its data files.")
+    if Path.cwd().is_relative_to(file.parent.resolve()):
+        raise Refusal(
+            f"{file} lies in the project's own folder, all of which would be hashed as its data; put the "
+            "YAML and its data files into a folder of their own."
+        )
     dataset = {
         "kind": "task",
         "source": f"path:{file.parent}",

@@ -148,6 +148,12 @@ def _of_checkpoint(settings: dict[str, Any], place: Path, label: str) -> Probe:
             raise Refusal(f"{source} has no config.json; use a transformers checkpoint.")
         with reading(f"the config of {source}"):
             config = AutoConfig.from_pretrained(place, local_files_only=True)
+        packing = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if packing not in (None, "compressed-tensors"):
+            raise Refusal(
+                f"{source} is quantized with {packing!r}, so nothing can be compressed; list it by hand with "
+                "format: packed beside a plain model, to score it as it is."
+            )
         tokenizer = original_tokenizer(place, source)
     check_text_model(source, config)
     model = _without_weights(config)

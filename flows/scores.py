@@ -68,9 +68,9 @@ def computed(params: Params, candidates: Sequence[str] = ()) -> Shown:
     notes = [f"not evaluated yet: {', '.join(missing)}"] if missing else []
     if len(there) < len(wanted):
         notes.append(f"words compare the {len(there)} of {len(wanted)} evaluations that are there")
-    edited = [name for name in candidates or params.evaluate.candidates if _edited(params, name)]
-    if edited:
-        notes.append(f"made by other recipes than params.yaml has now: {', '.join(edited)}; `prunequant run`")
+    remade = [name for name in candidates or params.evaluate.candidates if edited(params, name)]
+    if remade:
+        notes.append(f"made by other recipes than params.yaml has now: {', '.join(remade)}; `prunequant run`")
     return Shown(shown, notes)
 
 
@@ -172,7 +172,7 @@ def _record(candidate: str) -> dict[str, Any]:
     return dict(read_json(file)) if file.exists() else {}
 
 
-def _edited(params: Params, candidate: str) -> bool:
+def edited(params: Params, candidate: str) -> bool:
     """Tell whether a model was made by recipes that params.yaml no longer has like this."""
     recipes = params.recipes()
     made = _record(candidate).get("recipes", {})

@@ -235,8 +235,8 @@ def _chat(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **opt
     except TemplateError as error:
         raise Refusal(
             f"the chat template of the model's tokenizer fails on turns of "
-            f"{' and '.join(turn['role'] for turn in turns)} ({reason(error)}); set chat_template: false, or "
-            "use a checkpoint with a sound template."
+            f"{' and '.join(turn['role'] for turn in turns)} ({reason(error)}); set chat_template: "
+            "false, leave out such turns, or use a checkpoint with a sound template."
         ) from error
 
 
@@ -288,7 +288,7 @@ def chat_example(
     prompt_text("", chat_template=True, tokenizer=tokenizer)  # refuses a tokenizer without a template
 
     def encoded(count: int, *, ask: bool) -> tuple[str, list[int]]:
-        text = str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=ask))
+        text = _chat(turns[:count], tokenizer, add_generation_prompt=ask)
         return text, begin(tokenizer.encode(text, add_special_tokens=False), bos)
 
     bos = bos_tokens(tokenizer, chosen.bos)

@@ -28,7 +28,8 @@ _BELOW_1000 = rf"(?:(?:{'|'.join(reversed(_SMALL[1:]))})\shundred(?:\s(?:and\s)?
 _SPELLED = rf"\b{_BELOW_1000}(?:\s(?:{'|'.join(_SCALES)})(?:\s(?:and\s)?{_BELOW_1000})?)*\b"
 _NUMBER = rf"(?:[-+$(]{{0,3}}\d|{_SPELLED})"
 _WORD = re.compile(
-    rf"(?<![\w-])(?<!point ){_SPELLED}(?![-\w]|\s(?:point|hal(?:f|ves)|thirds?|quarters?|\w+ths?)\b)",
+    rf"(?<![\w-])(?<!point )(?<!hundred and )(?<!thousand and )(?<!million and )(?<!billion and ){_SPELLED}"
+    r"(?![-\w]|\sand\sa\s|\s(?:point|hal(?:f|ves)|thirds?|quarters?|\w+ths?)\b)",
     re.IGNORECASE,
 )
 

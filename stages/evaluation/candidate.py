@@ -45,6 +45,11 @@ def load_candidate(
 
         return NullLM.named(record["responder"], tokenizer, run.seed)
     if backend == "vllm":
+        if record.get("rounding"):
+            raise Refusal(
+                f"{candidate} has rounding noise, which vLLM cannot add; give the suite or the noise "
+                "candidate backend: transformers."
+            )
         return _in_vllm(candidate, run, batch_size, kept)
     from stages.evaluation.room import memory_of
     from stages.evaluation.shared import SharedPrefixLM

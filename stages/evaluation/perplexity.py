@@ -94,7 +94,12 @@ class PerplexitySuite(Suite):
             scores += self.emergence.evaluate(lm, name, seed, self.batch_size or lm.batch_size, bos)
         kept: list[Likeliest | None] = [None] * len(rows)
         if self.divergence and hasattr(lm, "model"):
-            kept = [*self.divergence.likeliest(lm.model, rows, first, self.batch_size or lm.batch_size)]
+            from stages.evaluation.shared import SharedPrefixLM  # imports lm-eval
+
+            length, size = len(rows[0]), self.batch_size or lm.batch_size
+            if isinstance(lm, SharedPrefixLM):
+                size = lm.fitting(length, length, length)
+            kept = [*self.divergence.likeliest(lm.model, rows, first, size)]
         samples = [
             Sample(
                 task=score.task,

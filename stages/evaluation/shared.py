@@ -230,7 +230,7 @@ class SharedPrefixLM(HFLM):
                 for request in requests
             ]
             longest = min(self.max_length, max(map(len, prompts), default=0) + max(answers, default=0))
-            rows = self._rows(longest, longest - len(self._prefix), 1)
+            rows = self.fitting(longest, longest - len(self._prefix), 1)
             with mock.patch.object(self, "batch_size_per_gpu", rows):
                 return super(SharedPrefixLM, self).generate_until(requests, disable_tqdm=disable_tqdm)
 
@@ -290,7 +290,7 @@ class SharedPrefixLM(HFLM):
         new = longest - len(self._prefix)
         predicting = max(len(row.tokens) - len(row.context) for row in ordered) + 1
         spread = len(ordered[0].context) - len(ordered[-1].context)
-        fitting = self._rows(longest, new, min(new, predicting + spread))
+        fitting = self.fitting(longest, new, min(new, predicting + spread))
         size = min(override_bs or fitting, fitting)
         bar = tqdm(total=len(requests), initial=len(too_long), disable=disable_tqdm, desc="Likelihoods")
         scored: list[tuple[list[int], Scored]] = []
@@ -312,12 +312,12 @@ class SharedPrefixLM(HFLM):
         """Do as `_loglikelihood_tokens`, with nothing shared."""
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
         longest = min(longest, self.max_length)
-        fitting = self._rows(longest, longest, longest)
+        fitting = self.fitting(longest, longest, longest)
         with mock.patch.object(self, "batch_size_per_gpu", fitting):
             size = min(override_bs, fitting) if override_bs else None
             return list(super()._loglikelihood_tokens(requests, disable_tqdm, size))
 
-    def _rows(self, tokens: int, new: int, predicting: int) -> int:
+    def fitting(self, tokens: int, new: int, predicting: int) -> int:
         """Return the batch size, or as many rows as fit into memory; see `fitting_rows`."""
         if self.memory is None:
             return int(self.batch_size)

@@ -115,7 +115,12 @@ def _of_hash(loc: tuple[Any, ...]) -> str | None:
     """Return the place in params.yaml of the entry whose hash an error is about; None for other errors."""
     if loc[-1] != "sha256":
         return None
-    return ".".join([str(loc[0]), str(loc[1]), *(["nltk_data"] if "nltk_data" in loc else [])])
+    inner = loc[2:-1]
+    if "nltk_data" in inner:
+        return f"{loc[0]}.{loc[1]}.nltk_data"
+    if "parts" in inner and isinstance(part := inner[inner.index("parts") + 1], str):
+        return f"{loc[0]}.{loc[1]}.parts.{part}"
+    return f"{loc[0]}.{loc[1]}"
 
 
 def load_verified(path: Path = PARAMS, device: bool = True) -> Params:

@@ -207,7 +207,10 @@ def _same(noted: Any, locked: Any) -> bool:
     if isinstance(noted, float) and isinstance(locked, str):
         return repr(noted) == repr(float(locked)) if re.fullmatch(r"[-+.\de]+", locked) else False
     if isinstance(noted, str) and not isinstance(locked, str):
-        return bool(yaml.safe_load(noted) == locked)
+        try:
+            return bool(yaml.safe_load(noted) == locked)
+        except yaml.YAMLError:
+            return False
     return bool(noted == locked)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,6 +38,9 @@ RESTORE = "Download the checkpoint again or restore its config."
 
 _DERIVED = ("inv_freq", "masked_bias", "position_ids", "cos_cached", "sin_cached")
 """Last names of tensors that old checkpoints store and models compute by themselves."""
+
+_CAUSAL_MASK = re.compile(r"(\.attn(\.attention)?\.bias|\.causal_mask)$")
+"""The causal mask that old checkpoints of GPT-2, GPT-Neo, GPT-J and CodeGen store with their weights."""
 
 
 class Unloadable(Refusal):
@@ -126,7 +130,10 @@ def pretrained(label: str, path: Path, **options: Any) -> PreTrainedModel:
     if info["mismatched_keys"]:
         raise misshapen(label, sorted(info["mismatched_keys"]))
     packed = "gguf_file" in options or getattr(config, "quantization_config", None)
-    unread = sorted(key for key in info["unexpected_keys"] if key.rpartition(".")[2] not in _DERIVED)
+    unread = sorted(
+        key for key in info["unexpected_keys"]
+        if key.rpartition(".")[2] not in _DERIVED and not _CAUSAL_MASK.search(key)
+    )  # fmt: skip
     if unread and not packed:
         raise Refusal(
             f"{label} holds {len(unread)} tensors that its config has no place for, so they would be left "

@@ -51,6 +51,8 @@ def divergences(
         ours, theirs = (kept.get((name, row["suite"])) for name in (row["candidate"], base))
         if ours is None or theirs is None or row["candidate"] == base:
             continue
+        # Windows of equal tokens have equal predictions.
+        ours, theirs = ours.drop_duplicates("prompt_hash"), theirs.drop_duplicates("prompt_hash")
         both = ours.merge(theirs, on="prompt_hash", suffixes=("", "_base"))
         if both.empty:
             continue
@@ -58,6 +60,7 @@ def divergences(
         kl, same, sure = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         score_rows += _scores({str(key): value for key, value in row.items()}, kl, same, sure, pairs)
         known = windows[(windows["candidate"] == row["candidate"]) & (windows["suite"] == row["suite"])]
+        known = known.drop_duplicates("prompt_hash")
         shared = known.set_index("prompt_hash").loc[both["prompt_hash"]].reset_index().to_dict("records")
         for window, (nats, agreed, _) in zip(shared, pairs, strict=True):
             about = {str(key): value for key, value in window.items()} | {"log_likelihoods": None}

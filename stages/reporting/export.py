@@ -76,7 +76,7 @@ def headline_scores(comparison: Comparison) -> pd.DataFrame:
     table["low"], table["high"] = table["value"] - reach, table["value"] + reach
     share = table["metric"].isin(SHARES)
     table.loc[share, ["low", "high"]] = table.loc[share, ["low", "high"]].clip(0, 1)
-    table["of_reference"] = table["value"] / table["reference_value"]
+    table["of_reference"] = table["value"] / table["reference_value"].replace(0, float("nan"))
     table["word"] = [worded(row) for row in records(table)]
     columns = [
         "suite",

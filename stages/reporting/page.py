@@ -158,7 +158,7 @@ def _candidate(scope: Scope, row: Mapping[str, Any], suites: Iterable[str]) -> d
         "choices": [
             (name.replace("_", " "), words.number(value) if isinstance(value, float) else value)
             for name in _CHOICES
-            if (value := row[name])
+            if (value := row[name]) or (name == "recipe_seed" and value is not None)
         ],
         "on_grid": _marks(row, scope)["on_grid"],
         "read": [name for name in suites if scope.has_read(row["candidate"], name)],

@@ -114,13 +114,13 @@ def share(value: float) -> str:
 
 
 def removal(row: Mapping[str, Any]) -> str:
-    """Format the share of weights that are zero, that of parameters where parts are gone, or both."""
-    parts = row[PARAMETERS_REMOVED] if row[PARAMETERS_REMOVED] is not None else 0.0
-    zeros = f"{100 * row['sparsity']:.1f} %"
+    """Format the share of weights that are zero, a dash if unknown, that of parameters gone, or both."""
+    parts, sparsity = row[PARAMETERS_REMOVED] or 0.0, row["sparsity"]
+    zeros = "–" if sparsity is None else f"{100 * sparsity:.1f} %"
     if parts < NEGLIGIBLE:
         return zeros
     gone = f"{100 * parts:.1f} % of parameters"
-    return gone if row["sparsity"] < NEGLIGIBLE else f"{gone}, then {zeros}"
+    return gone if sparsity is None or sparsity < NEGLIGIBLE else f"{gone}, then {zeros}"
 
 
 def size(count: float) -> str:

@@ -8,7 +8,7 @@ Each wrong answer is of the first class that fits:
 - cut: it was still going on at its longest length.
 - other.
 
-Answers are counted where every score is 0 or 1. In an answer after thinking, the thinking does not count.
+Answers are counted for each metric that is 0 or 1. In an answer after thinking, the thinking does not count.
 """
 
 import re
@@ -20,18 +20,19 @@ from stages.corpus.written_numbers import first_number
 from stages.reporting.collect import records
 
 CLASSES = ("no answer", "off by a digit", "repeats", "cut", "other")
-_VERSION = 1
+_VERSION = 2
 """Raised when an answer's class may change; only the report depends on it."""
 _REPEATED = re.compile(r"(?<!\S)(\S+(?:\s+\S+){0,3})(?:\s+\1){2,}(?!\S)")
-_GROUPS = ["candidate", "suite", "task", "budget"]
+_GROUPS = ["candidate", "suite", "task", "metric", "filter", "budget"]
 _ANSWER = [*_GROUPS, "draw", "doc_id", "prompt_hash"]
 
 
 def wrong_answers(samples: pd.DataFrame) -> pd.DataFrame:
-    """Count the wrong answers of every candidate, suite, task and budget by class.
+    """Count the wrong answers of every candidate, suite, task, metric, filter and budget by class.
 
     Returns:
-        Columns `candidate`, `suite`, `task`, `budget`, `answers`, `wrong`, those of `CLASSES`, `version`.
+        Columns `candidate`, `suite`, `task`, `metric`, `filter`, `budget`, `answers`, `wrong`, those of
+        `CLASSES`, `version`.
     """
     answered = samples[samples["readout"].eq("generation") & samples["response"].notna()]
     answers = answered.drop_duplicates(_ANSWER)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import model_validator
 
 from stages.core.errors import Refusal
-from stages.core.files import MODELS, writing
+from stages.core.files import MODELS, read_json, writing
 from stages.core.lazy import torch
 from stages.core.numbers import check_finite
 from stages.core.schema import Sha256
@@ -117,14 +117,9 @@ class Published(Model):
             if not quantization:
                 raise _not_quantized(self.source)
             original_tokenizer(path, self.source).save_pretrained(folder)
-            for pattern in (
-                "*.safetensors",
-                "*.safetensors.index.json",
-                "config.json",
-                "generation_config.json",
-            ):
-                for file in path.glob(pattern):
-                    shutil.copyfile(file, folder / file.name)
+            for name in (*_weight_files(path), "config.json", "generation_config.json"):
+                if (path / name).exists():
+                    shutil.copyfile(path / name, folder / name)
         return {"grid": _grid_of(quantization)}, sum(map(_tensor_bytes, folder.glob("*.safetensors")))
 
     def _loaded(self, folder: Path, dtype: torch.dtype, *, plain: bool) -> PreTrainedModel:
@@ -183,6 +178,16 @@ def _weights(model: PreTrainedModel) -> int:
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of the files that transformers loads: an index and its shards, or one file."""
+    for index in folder.glob("model.safetensors.index.json"):
+        return [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    return sorted(file.name for file in files)
 
 
 def _tensor_bytes(file: Path) -> int:

@@ -5,7 +5,8 @@ The YAML is lm-eval's (its docs/new_task_guide.md describes it). Its data lies i
 {data_files: ...}`. The folder has one hash, so an edit of the YAML or its data makes this task's suite stale
 and no other. The download writes a parquet file a split and keeps the YAML in `task/`.
 
-A `!function` of a YAML is code. It runs only where the environment allows the commands of params.yaml.
+A `!function` of a YAML is code. It runs only from a `path:` source, where the
+environment allows the commands of params.yaml.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class OwnTask(Dataset):
         """
         with fetched(self.source, "", self.sha256, data=True) as root:
             config = read_task(root, self.yaml)
+            if (functions := _functions(config)) and not self.source.startswith("path:"):
+                raise Refusal(
+                    f"{self.source} {self.yaml} runs the code of {', '.join(functions)}, and only that of a "
+                    "path: source is run; copy the task into a folder of your own, and read it."
+                )
             for split, files in data_files(config, root, self.yaml).items():
                 _write_split(config["dataset_path"], files, folder / f"{split}.parquet")
             for path in contents(root):
@@ -180,7 +186,7 @@ def _write_split(kind: str, files: list[Path], target: Path) -> None:
             rows = readers[kind]([str(file) for file in files], cache_dir=cache)
         if not len(rows):
             raise Refusal(f"{names} has no rows; a split needs items.")
-        rows.to_pandas().to_parquet(target)
+        rows.to_parquet(target)
 
 
 def metrics(config: Mapping[str, Any]) -> Iterator[str]:

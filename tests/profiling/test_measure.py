@@ -124,12 +124,13 @@ def test_measurements_come_after_all_else_and_before_the_report():
         for name, up in {
             "profile": (),
             "prune": (),
-            "report": (),
+            "tidy": ("profile",),
+            "report": ("tidy",),
             "notes": ("report",),
             "evaluate": (),
         }.items()
     }
-    assert measured_last(list(graph), graph) == ["prune", "evaluate", "profile", "report", "notes"]
+    assert measured_last(list(graph), graph) == ["prune", "evaluate", "profile", "tidy", "report", "notes"]
 
 
 def test_own_work_is_not_that_of_others():

@@ -75,9 +75,16 @@ def _of_noise(params: Params) -> Iterator[str]:
         if variant.backend == "vllm" and not installed():
             yield f"noise.{name}.backend: {MISSING}."
             continue
+        suites = params.suites.by_name().items()
+        if variant.rounding is not None and (
+            engines := [name for name, suite in suites if "vllm" in (variant.backend, suite.backend)]
+        ):
+            yield (
+                f"noise.{name}.rounding: vLLM adds no rounding noise, and it would answer suite(s) "
+                f"{', '.join(engines)}; set backend: transformers there, or leave rounding out."
+            )
         if variant.dtype is not None or variant.rounding is not None:
             continue
-        suites = params.suites.by_name().items()
         same = [
             suite
             for suite, settings in suites

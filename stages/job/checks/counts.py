@@ -143,7 +143,16 @@ def _wanted(params: Params) -> Iterator[Wanted]:
         for base in bases:
             at = f"suites.perplexity.{name}.windows"
             length = suite.sequence_length
-            yield Wanted(at, base, name, "evaluation", length, suite.windows, suite.bos, distinct=False)
+            yield Wanted(
+                at,
+                base,
+                params.suites.dataset_of(name),
+                "evaluation",
+                length,
+                suite.windows,
+                suite.bos,
+                distinct=False,
+            )
 
 
 def _counted(params: Params, wanted: Wanted, read: Splits) -> Counted | None:

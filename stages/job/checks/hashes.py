@@ -21,10 +21,18 @@ def lacking(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for section in ("models", "datasets"):
         entries = raw.get(section)
         for name, entry in entries.items() if isinstance(entries, Mapping) else ():
-            for at, part in ((f"{section}.{name}", entry), (f"{section}.{name}.nltk_data", _nltk(entry))):
+            whole = f"{section}.{name}"
+            for at, part in ((whole, entry), (f"{whole}.nltk_data", _nltk(entry)), *_of_mix(whole, entry)):
                 source = part.get("source") if isinstance(part, Mapping) else None
                 if isinstance(source, str) and source.startswith(("path:", "pypi:")) and not _has_hash(part):
                     yield at, part
+
+
+def _of_mix(at: str, entry: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a mix of texts, after their places."""
+    parts = entry.get("parts") if isinstance(entry, Mapping) else None
+    for name, part in parts.items() if isinstance(parts, Mapping) else ():
+        yield f"{at}.parts.{name}", part
 
 
 def _nltk(entry: Any) -> Any:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from stages.core.errors import Refusal
+from stages.corpus.examples import Selection
 from stages.evaluation.stock import OURS
 from stages.job.params import Params
 from stages.sources.task import OwnTask, data_files, metrics, read_task
@@ -28,7 +29,13 @@ def of_tasks(params: Params) -> Iterator[str]:
     """Yield own tasks whose YAML, data or metrics are wrong, and names that are no task of lm-eval."""
     for name, dataset in params.datasets.items():
         if isinstance(dataset, OwnTask) and dataset.source.startswith("path:"):
-            yield from _of_own(f"datasets.{name}", dataset)
+            learned = {
+                text.split
+                for recipe in params.recipes().values()
+                for text in recipe.reads().values()
+                if isinstance(text, Selection) and text.dataset == name
+            }
+            yield from _of_own(f"datasets.{name}", dataset, learned)
     for name, suite in params.suites.benchmark.items():
         if not suite.own and not _is_task(suite.task):
             close = difflib.get_close_matches(suite.task, sorted(_tasks()), 3)
@@ -39,7 +46,8 @@ def of_tasks(params: Params) -> Iterator[str]:
             )
 
 
-def _of_own(at: str, dataset: OwnTask) -> Iterator[str]:
+def _of_own(at: str, dataset: OwnTask, learned: set[str]) -> Iterator[str]:
+    """Yield the mistakes of a task; `learned` are the splits that recipes train on."""
     root = Path(dataset.source.removeprefix("path:"))
     if not root.is_dir():
         yield f"{at}.source: {dataset.source} is a file; name the folder that holds the YAML and its data."
@@ -60,6 +68,11 @@ def _of_own(at: str, dataset: OwnTask) -> Iterator[str]:
         yield (
             f"{at}: {dataset.yaml} is scored on {scored}, but its data_files have {', '.join(splits)}; set "
             "test_split to one of these."
+        )
+    elif scored in learned:
+        yield (
+            f"{at}: a recipe trains on {scored}, the split that {dataset.yaml} is scored on; train on "
+            "another split, or set test_split to another."
         )
 
 
