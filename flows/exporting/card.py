@@ -6,32 +6,35 @@ Written at export from the artifact's record and the last report, so no stage de
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from stages.core.files import REPORT
 from stages.reporting.words import number
 
-NO_SCORES = "This artifact is not in the last report, so no scores are given."
-_RESULTS = REPORT / "results.parquet"
+NO_SCORES = "The last report is not of this artifact, so no scores are given."
 _NO_LICENCE = "Licence: that of the base; read it before you share the model."
 _GRID = (
-    "The base's weights lie on a quantized grid already ({format}, groups of {group_size}), which flatters "
-    "quantization to as many bits."
+    "The base's weights lie on a quantized grid already ({grid}), which flatters quantization to as many "
+    "bits."
 )
 
 
-def model_card(record: Mapping[str, Any], loading: str, licence: str | None, commit: str | None) -> str:
+def model_card(
+    record: Mapping[str, Any],
+    scores: Sequence[Mapping[str, Any]],
+    loading: str,
+    licence: str | None,
+    commit: str | None,
+) -> str:
     """Return the card as Markdown, with the front matter that hubs read.
 
     Args:
         record: the artifact's `artifact.json`.
+        scores: its rows of `flows.scores.summarized`; none if the last report is not of this artifact.
         loading: how to load what was exported, Markdown.
         licence: as hubs name it, such as apache-2.0; None leaves it to the reader.
-        commit: of the project that made the artifact; None if it is not in git.
+        commit: of the project that made the artifact; None if what made it is not committed.
     """
     artifact, base = record["artifact"], record["base"]
     front = {
@@ -49,7 +52,7 @@ def model_card(record: Mapping[str, Any], loading: str, licence: str | None, com
     lines += [f"{_summary(record)} Its base is `{base['source']}`.", ""]
     lines += [
         f"Licence: {licence}." if licence else _NO_LICENCE,
-        "", "## Scores", "", *_scores(artifact), "", "## Size", "",
+        "", "## Scores", "", *_scores(scores), "", "## Size", "",
         f"{record['num_parameters']:,} parameters, {record['bytes_on_disk'] / 1e6:,.1f} MB on disk, "
         f"{record['bits_per_weight']:.2f} bits a parameter"
         + (f"; {record['sparsity']:.1%} of the compressed weights are zero." if record["sparsity"] else "."),
@@ -72,7 +75,8 @@ def model_card(record: Mapping[str, Any], loading: str, licence: str | None, com
         _where(record.get("numerics", {})),
     ]
     if grid := base.get("grid"):
-        lines += ["", _GRID.format(**grid)]
+        groups = f", groups of {grid['group_size']}" if grid.get("group_size") else ""
+        lines += ["", _GRID.format(grid=f"{grid['format']}{groups}")]
     return "\n".join(lines) + "\n"
 
 
@@ -89,26 +93,30 @@ def _summary(record: Mapping[str, Any]) -> str:
     return f"A language model after {', then '.join(words)}."
 
 
-def _scores(artifact: str) -> list[str]:
-    """Return a table of the headline scores in the last report, beside the base's, floors and noise."""
-    if not _RESULTS.exists():
-        return [NO_SCORES]
-    rows = pd.read_parquet(_RESULTS)
-    rows = rows[(rows["candidate"] == artifact) & (rows["difficulty"] == "all") & rows["counted"].isna()]
-    if rows.empty:
+def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of headline scores beside those of the reference and their floors."""
+    if not rows:
         return [NO_SCORES]
     lines = [
-        "| suite | metric | score | base | floor | noise | against the base |",
+        "| suite | score | 95 % interval | reference | of it | floor | against the reference |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows.to_dict("records"):
+    for row in rows:
         metric = str(row["metric"])
-        values = [number(row[name], metric) for name in ("value", "reference_value", "floor", "noise")]
-        lines.append(f"| {row['suite']} | {metric} | {' | '.join(values)} | {row['verdict'] or '–'} |")
+        value, low, high, floor = (number(row[name], metric) for name in ("value", "low", "high", "floor"))
+        share = "–" if row["of_reference"] is None else f"{row['of_reference']:.1%}"
+        words = (
+            f"{row['suite']}: {row['label']}",
+            value,
+            f"{low} to {high}",
+            row["reference"] or "–",
+            share,
+            floor,
+        )
+        lines.append(f"| {' | '.join(words)} | {row['word'] or '–'} |")
     return [
         *lines, "",
-        "A score counts from its floor, which needs no knowledge. A difference below the noise is none. "
-        "Perplexity is better when lower.",
+        "A score counts from its floor, which needs no knowledge. Perplexity is better when lower.",
     ]  # fmt: skip
 
 

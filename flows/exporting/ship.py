@@ -12,8 +12,11 @@ from typing import Any
 
 from flows.exporting import Destination
 from flows.exporting.card import model_card, write_card
+from flows.scores import edited, summarized
 from stages.core.errors import Refusal
 from stages.core.files import MODELS
+from stages.job.load import load
+from stages.job.locked import locked_stages
 from stages.model.artifact import load_record
 
 TOKEN = "HF_TOKEN"
@@ -54,6 +57,12 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
             f"there is no artifact {artifact} in {MODELS}; `prunequant run` makes it, `dvc pull` fetches it."
         )
     record = load_record(artifact)
+    if record["base"].get("format") == "packed":
+        raise Refusal(
+            f"{artifact} is a published checkpoint, which this project did not make; share its source, "
+            f"{record['base']['source']}, or export a recipe."
+        )
+    scores = _scores(artifact)
     name = artifact.partition("/")[2]
     if to is Destination.hub:
         from flows.exporting.upload import upload
@@ -66,7 +75,7 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
             )
         with _folder(MODELS.parent / "scratch" / f"export-{name}", replace=True) as folder:
             _copy(artifact, folder)
-            _card(folder, record, _by_transformers(record, place), licence)
+            _card(folder, record, scores, _by_transformers(record, place), licence)
             address = upload(folder, place, os.environ[TOKEN])
         shutil.rmtree(folder)
         return [f"{artifact} is at {address}."]
@@ -74,7 +83,7 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
     with _folder(target) as folder:
         if to is Destination.hf:
             _copy(artifact, folder)
-            _card(folder, record, _by_transformers(record, f"./{target.name}"), licence)
+            _card(folder, record, scores, _by_transformers(record, f"./{target.name}"), licence)
             return [f"{artifact} is in {target}, for transformers and serving engines that read its layout."]
         from flows.exporting.ggml_file import write_gguf
 
@@ -84,7 +93,7 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
         if to is Destination.ollama:
             (folder / "Modelfile").write_text(f"FROM ./{file.name}\n", encoding="utf-8")
             loading = _OLLAMA.format(name=name)
-        _card(folder, record, loading, licence)
+        _card(folder, record, scores, loading, licence)
     kinds = ", ".join(f"{count} as {kind}" for kind, count in written.matrices.items())
     size = f"{written.size / 1e6:,.1f} MB"
     sentences = [
@@ -131,11 +140,30 @@ def _by_transformers(record: dict[str, Any], place: str) -> str:
     return _TRANSFORMERS.format(place=place, needs=needs)
 
 
-def _card(folder: Path, record: dict[str, Any], loading: str, licence: str | None) -> None:
-    write_card(folder, model_card(record, loading, licence, _commit()))
+def _card(
+    folder: Path, record: dict[str, Any], scores: list[dict[str, Any]], loading: str, licence: str | None
+) -> None:
+    write_card(folder, model_card(record, scores, loading, licence, _commit()))
+
+
+def _scores(artifact: str) -> list[dict[str, Any]]:
+    """Return the artifact's rows of the last report; none if it has since been made again or edited."""
+    rows = [row for row in summarized() if row["candidate"] == artifact]
+    if not rows or edited(load(device=False), artifact):
+        return []
+    path = str(MODELS / artifact)
+    entries = locked_stages().values()
+    now = {out["md5"] for entry in entries for out in entry.get("outs", ()) if out["path"] == path}
+    scored = {dep["md5"] for entry in entries for dep in entry.get("deps", ()) if dep["path"] == path}
+    return rows if scored <= now else []
 
 
 def _commit() -> str | None:
-    """Return the commit that is checked out, None outside git."""
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
+    """Return the commit that is checked out, None outside git or if it has other params or another lock."""
+    changed = _git("status", "--porcelain", "params.yaml", "dvc.lock")
+    return _git("rev-parse", "HEAD") if changed == "" else None
+
+
+def _git(*words: str) -> str | None:
+    answer = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -14,7 +14,7 @@ from benchmarks.device import METHODS, Report, block_times, compared, llama
 from benchmarks.limits import BlockWork, Limits
 from stages.compress.method import WeightMethod
 from stages.job.params import methods
-from stages.sources.text import split_calibration
+from stages.sources.documents import split_calibration
 from tests import families, project
 
 ROOT = project.ROOT

@@ -393,7 +393,8 @@ def test_repeats_are_written_out_and_those_of_two_studies_go_together(folder):
     for name, share in (("first", "0.5"), ("second", "0.6")):
         save(name, repeated.replace("NAME", name).replace("SHARE", share))
         run(name, "--profile", "laptop")
-    assert "    of-first: [prune/first-1, prune/first-2, prune/first-3]\n" in Path("params.yaml").read_text()
+    listed = "    of-first:\n    - prune/first-1\n    - prune/first-2\n    - prune/first-3\n"
+    assert listed in Path("params.yaml").read_text()
     assert load().report.noise == {
         f"of-{name}": tuple(f"prune/{name}-{draw}" for draw in (1, 2, 3)) for name in ("first", "second")
     }

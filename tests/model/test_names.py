@@ -21,7 +21,7 @@ DEEPSEEK = {
     "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16,
     "qk_rope_head_dim": 8, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 8, "sliding_window": 16,
 }  # fmt: skip
-ELSEWHERE = {"gemma3_wrapper", "gpt_neox"}
+ELSEWHERE = {"gemma3_wrapper", "gpt_neox", "nemotron_h"}
 """Families whose files name some tensors otherwise than the model."""
 
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from flows.exporting.card import model_card
 from flows.exporting.ggml_file import write_gguf
 from flows.exporting.ggml_vocabulary import SPLITTERS, splitter
 from flows.exporting.ship import Destination, export
@@ -167,7 +168,7 @@ def test_a_folder_loads_and_its_card_says_what_it_is(workspace):
     record = json.loads(Path("data/models/quantize/w4/artifact.json").read_text())
     for words in (
         record["base"]["source"], '"group_size": 32', "prunequant run quantize@w4", "compressed-tensors",
-        f"{record['num_parameters']:,} parameters", "not in the last report",
+        f"{record['num_parameters']:,} parameters", "is not of this artifact",
     ):  # fmt: skip
         assert words in card
     assert not any(file.is_symlink() for file in Path("out/mine").iterdir())
@@ -292,3 +293,25 @@ def test_a_hub_needs_a_token_and_a_repository(workspace, monkeypatch):
     with pytest.raises(Refusal, match="--output org/name"):
         export("base/tiny", Destination.hub, None, None)
     assert "HF_TOKEN" not in os.environ
+
+
+def test_a_card_has_the_scores_of_the_last_report_beside_their_reference(workspace):
+    do(params("llama", RECIPES))
+    record = json.loads(Path("data/models/quantize/w4/artifact.json").read_text())
+    row = {
+        "suite": "news", "label": "perplexity", "metric": "perplexity", "value": 31.5, "low": 29.0,
+        "high": 34.0, "reference": "base/tiny", "of_reference": 1.05, "floor": None, "word": "slightly worse",
+    }  # fmt: skip
+    card = model_card(record, [row], "", None, "abc")
+    assert "| news: perplexity | 31.50 | 29.00 to 34.00 | base/tiny | 105.0% | – | slightly worse |" in card
+    assert "git checkout abc\n" in card and "git checkout" not in model_card(record, [], "", None, None)
+
+
+def test_a_published_checkpoint_is_not_exported(workspace):
+    do(params("llama", {}))
+    file = Path("data/models/base/tiny/artifact.json")
+    record = json.loads(file.read_text())
+    record["base"] |= {"format": "packed", "source": "hub:org/theirs@0"}
+    file.write_text(json.dumps(record))
+    with pytest.raises(Refusal, match=r"published checkpoint, .* did not make; share its source"):
+        export("base/tiny", Destination.hf, "out", None)
