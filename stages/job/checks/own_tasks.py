@@ -46,7 +46,7 @@ def of_tasks(params: Params) -> Iterator[str]:
             )
 
 
-def _of_own(at: str, dataset: OwnTask, learned: set[str]) -> Iterator[str]:
+def _of_own(at: str, dataset: OwnTask, learned: set[str | None]) -> Iterator[str]:
     """Yield the mistakes of a task; `learned` are the splits that recipes train on."""
     root = Path(dataset.source.removeprefix("path:"))
     if not root.is_dir():
