@@ -170,9 +170,6 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Bring everything, or the targets and all they need, up to date."""
-    from flows.terminal import console
-
-    console.stderr = as_json
     with refusals(as_json):
         from stages.job.load import load
 
@@ -183,7 +180,7 @@ def run(
 
     configure()
     try:
-        with refusals(as_json):
+        with refusals(as_json), _spoken_apart(as_json):
             if spread:
                 from flows.scheduled import spread_from_here
 
@@ -201,6 +198,18 @@ def run(
         typer.echo(ending.message, err=True)
     if not ending.ok:
         raise typer.Exit(Exit.FAILED)
+
+
+@contextmanager
+def _spoken_apart(as_json: bool) -> Iterator[None]:
+    """Print what a run says to stderr, so that stdout holds JSON alone."""
+    from flows.terminal import console
+
+    console.stderr = as_json
+    try:
+        yield
+    finally:
+        console.stderr = False
 
 
 def _advance(run: Any) -> None:

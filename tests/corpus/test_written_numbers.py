@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stages.corpus.written_numbers import first_number
@@ -182,9 +182,13 @@ def test_the_result_of_a_sentence_is_read(left, right, result, joint, verb, thin
     WRITTEN_SIZES, SIZES, st.sampled_from(["I have {} apples", "I have {} apples and {} pears", "{} or {}"])
 )
 def test_the_first_number_that_is_no_operand_is_read(first, second, sentence):
+    assume(first[0] != "one")  # which is a pronoun as well
     text = sentence.format(first[0], in_words(second) if first[0][0].isalpha() else second)
-    pronoun = text == "I have one apples"  # beside another number it is a number
-    assert first_number(text) == (None if pronoun else first[1]), text
+    assert first_number(text) == first[1], text
+
+
+def test_one_alone_is_a_pronoun():
+    assert first_number("I have one apples") is None
 
 
 @pytest.mark.parametrize(
@@ -199,4 +203,6 @@ def test_the_tail_of_a_number_in_words_is_no_number(text):
 @given(st.text(alphabet="0123456789 +-×x/^()|=.,%!√andysumofi$\n", max_size=60))
 def test_any_text_is_read_the_same_each_time(text):
     number = first_number(text)
-    assert number == first_number(text) and (number is None or any(c.isdigit() for c in text))
+    assert number == first_number(text) and (
+        number is None or any(c.isdigit() for c in text) or "six" in text
+    )

@@ -220,7 +220,7 @@ class BudgetLM(SharedPrefixLM):
         bar = tqdm(total=len(texts), disable=label is None, desc=label)
         prompts = (len(self.tok_encode(texts[i])) for i in longest_first[: self.batch_size])
         tokens = max(prompts, default=0) + max(map(len, numbers), default=0)
-        size = self._rows(tokens, tokens, 1)
+        size = self.fitting(tokens, tokens, 1)
         for first in range(0, len(longest_first), size):
             batch = longest_first[first : first + size]
             rows = self._generate_batch(
