@@ -165,7 +165,10 @@ def run(
         bool, typer.Option("--spread", help="Run the commit you are at on the workers of Prefect's pools.")
     ] = False,
     plain: Annotated[
-        bool, typer.Option("--plain", help="Print lines, without a live view; the default in pipes and CI.")
+        bool,
+        typer.Option(
+            "--plain", help="Print lines, not a live view; the default in pipes, in CI and with --spread."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from stages.reporting.words import number
@@ -121,9 +120,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _repeat(artifact: str, commit: str | None) -> list[str]:
-    stage, _, name = artifact.partition("/")
-    target = f"model@{name}" if stage == "base" else f"{stage}@{name}"
-    return [*([f"git checkout {commit}"] if commit else []), f"prunequant run {target}"]
+    return [*([f"git checkout {commit}"] if commit else []), f"prunequant run {artifact}"]
 
 
 def _where(numerics: Mapping[str, Any]) -> str:
@@ -132,10 +129,5 @@ def _where(numerics: Mapping[str, Any]) -> str:
         for key in ("device", "dtype", "threads", "torch", "cpu_capability")
         if key in numerics
     )
-    with_ = f"Computed with {known}. " if known else ""
-    return f"{with_}Other processors, devices or versions may give other last bits."
-
-
-def write_card(folder: Path, text: str) -> None:
-    """Write the card where hubs look for it."""
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    computed = f"Computed with {known}. " if known else ""
+    return f"{computed}Other processors, devices or versions may give other last bits."

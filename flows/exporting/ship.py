@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flows.commits import git
 from flows.exporting import Destination
-from flows.exporting.card import model_card, write_card
+from flows.exporting.card import model_card
 from flows.scores import edited, summarized
 from stages.core.errors import Refusal
-from stages.core.files import MODELS
+from stages.core.files import MODELS, RECORD, SCRATCH
 from stages.job.load import load
 from stages.job.locked import locked_stages
 from stages.model.artifact import load_record
 
 TOKEN = "HF_TOKEN"
 """The environment variable with the hub's token. It is read from nowhere else."""
+_ARTIFACT = re.compile("[a-z]+/[a-z0-9-]+")
 
 
 _TRANSFORMERS = """```python
@@ -52,7 +55,7 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
         Refusal: there is no such artifact, something is at the place already, or the target cannot hold the
             artifact as it is.
     """
-    if not (MODELS / artifact / "artifact.json").exists():
+    if not (_ARTIFACT.fullmatch(artifact) and (MODELS / artifact / RECORD).exists()):
         raise Refusal(
             f"there is no artifact {artifact} in {MODELS}; `prunequant run` makes it, `dvc pull` fetches it."
         )
@@ -73,11 +76,12 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
             raise Refusal(
                 f"--to hub needs a token with write access in the environment: export {TOKEN}=hf_..."
             )
-        with _folder(MODELS.parent / "scratch" / f"export-{name}", replace=True) as folder:
+        SCRATCH.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="export-", dir=SCRATCH) as scratch:
+            folder = Path(scratch)
             _copy(artifact, folder)
             _card(folder, record, scores, _by_transformers(record, place), licence)
             address = upload(folder, place, os.environ[TOKEN])
-        shutil.rmtree(folder)
         return [f"{artifact} is at {address}."]
     target = Path(place) if place else Path("exports") / f"{name}-{to}"
     with _folder(target) as folder:
@@ -89,13 +93,13 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
 
         file = folder / f"{name}.gguf"
         written = write_gguf(artifact, MODELS / artifact, file)
-        loading = _LLAMA.format(file=file.name)
+        size = f"{written.size / 1e6:,.1f} MB"
+        loading = f"{file.name} has {size}.\n\n{_LLAMA.format(file=file.name)}"
         if to is Destination.ollama:
             (folder / "Modelfile").write_text(f"FROM ./{file.name}\n", encoding="utf-8")
             loading = _OLLAMA.format(name=name)
         _card(folder, record, scores, loading, licence)
     kinds = ", ".join(f"{count} as {kind}" for kind, count in written.matrices.items())
-    size = f"{written.size / 1e6:,.1f} MB"
     sentences = [
         f"{artifact} is in {target / file.name}, {size}: of its matrices {kinds}, with their codes unchanged."
     ]
@@ -108,9 +112,9 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
 
 
 @contextmanager
-def _folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def _folder(target: Path) -> Iterator[Path]:
     """Yield a folder that becomes `target` once all is written; nothing of it stays otherwise."""
-    if target.exists() and not replace:
+    if target.exists():
         raise Refusal(f"{target} exists; name another folder with --output, or remove it.")
     unfinished = target.with_name(f".{target.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -122,8 +126,7 @@ def _folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         ) from None
     try:
         yield unfinished
-        if not replace:
-            unfinished.rename(target)
+        unfinished.rename(target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -143,7 +146,8 @@ def _by_transformers(record: dict[str, Any], place: str) -> str:
 def _card(
     folder: Path, record: dict[str, Any], scores: list[dict[str, Any]], loading: str, licence: str | None
 ) -> None:
-    write_card(folder, model_card(record, scores, loading, licence, _commit()))
+    card = model_card(record, scores, loading, licence, _commit())
+    (folder / "README.md").write_text(card, encoding="utf-8")  # where hubs look for it
 
 
 def _scores(artifact: str) -> list[dict[str, Any]]:
@@ -160,10 +164,7 @@ def _scores(artifact: str) -> list[dict[str, Any]]:
 
 def _commit() -> str | None:
     """Return the commit that is checked out, None outside git or if it has other params or another lock."""
-    changed = _git("status", "--porcelain", "params.yaml", "dvc.lock")
-    return _git("rev-parse", "HEAD") if changed == "" else None
-
-
-def _git(*words: str) -> str | None:
-    answer = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    try:
+        return None if git("status", "--porcelain", "params.yaml", "dvc.lock") else git("rev-parse", "HEAD")
+    except Refusal:
+        return None

@@ -167,7 +167,7 @@ def test_a_folder_loads_and_its_card_says_what_it_is(workspace):
     assert card.startswith("---\nlicense: apache-2.0\n")
     record = json.loads(Path("data/models/quantize/w4/artifact.json").read_text())
     for words in (
-        record["base"]["source"], '"group_size": 32', "prunequant run quantize@w4", "compressed-tensors",
+        record["base"]["source"], '"group_size": 32', "prunequant run quantize/w4", "compressed-tensors",
         f"{record['num_parameters']:,} parameters", "is not of this artifact",
     ):  # fmt: skip
         assert words in card
