@@ -24,6 +24,7 @@ from stages.corpus.windows import cut_windows, distinct_rows, read_documents
 from stages.job.load import checked_params, parsed, read
 from stages.job.params import Params
 from stages.job.sentences import allowed
+from stages.sources.documents import TABLE_SUFFIXES
 from stages.sources.text import Text
 
 SCHEMA = Path("docs/params.schema.json")
@@ -36,7 +37,6 @@ TASK = "arithmetic"
 """The task without `--task`: sums that code generates."""
 _SAMPLES, _LENGTH, _WINDOWS, _SCORED = 64, 256, 12, 512
 """Calibration: windows and their tokens; perplexity: the same. A short text gets fewer and shorter ones."""
-_TABLES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _NOTES = {
     ("", "run"): "device: auto, cpu, cuda, cuda:1; threads: of each stage, which run side by side",
     ("", "models"): "the model; in_features: the input widths of its linears, which group_size must divide",
@@ -200,8 +200,8 @@ def _text(path: Path) -> dict[str, Any]:
     where = (
         {"source": f"path:{path}"} if path.is_dir() else {"source": f"path:{path.parent}", "file": path.name}
     )
-    how = "files" if path.is_dir() else _TABLES.get(path.suffix.lower()) or _of_plain(path)
-    column = _column(path, how) if how in _TABLES.values() else "text"
+    how = "files" if path.is_dir() else TABLE_SUFFIXES.get(path.suffix.lower()) or _of_plain(path)
+    column = _column(path, how) if how in TABLE_SUFFIXES.values() else "text"
     return {
         "kind": "text", **where, "sha256": sha256(path), "documents": how,
         **({} if column == "text" else {"column": column}), "calibration": 0.5,

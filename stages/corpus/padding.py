@@ -5,7 +5,9 @@ prompt alone only if each token's position is counted by the mask, and nothing b
 text from token to token. The state of a recurrent model (RecurrentGemma) reads its padding too, or depends on
 where blocks of tokens begin; GIT counts padding as positions. So only models that keep nothing but keys and
 values are padded, and only if a trial on a few tokens shows that padding changes nothing. All others get
-batches of equal lengths, or one prompt at a time.
+batches of equal lengths, or one prompt at a time. So do models whose rotary frequencies depend on the longest
+row (LongRoPE of Phi-3): a longer row changes the others, which a short trial does not show. (Those of dynamic
+NTK change only beyond the positions of the config, where no prompt goes.)
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ _KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 """Layers of a cache that hold keys and values alone; the last holds none, as its block reuses another's."""
 _KNOWN: WeakKeyDictionary[PreTrainedModel, Batching] = WeakKeyDictionary()
 _TRIED, _STEPS = 24, 3
+"""Tokens of a row that a model is tried out on, and how many of them are generated."""
 _ROUGHLY = 0.3
 """How far logits may be apart where inputs are rounded to few bits, as one code changes those that follow."""
-"""Tokens of a row that a model is tried out on, and how many of them are generated."""
 
 
 def batching(model: PreTrainedModel) -> Batching:
@@ -46,8 +48,20 @@ def batching(model: PreTrainedModel) -> Batching:
     return _KNOWN[model]
 
 
+def follows_length(model: PreTrainedModel) -> bool:
+    """Tell whether the model's rotary frequencies depend on the length of what it reads."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [
+        rope,
+        *(inner for inner in rope.values() if isinstance(inner, dict)),
+    ]  # some have one a layer type
+    return any(kind.get("rope_type") == "longrope" for kind in kinds)
+
+
 @torch.no_grad()
 def _batching(model: PreTrainedModel) -> Batching:
+    if follows_length(model):
+        return "one prompt"
     out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
     cache = out.get("past_key_values", out.get("cache_params"))
     # MiniMax, for example, adds the state of its linear attention to a cache of its own.

@@ -234,6 +234,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"\^\{(-?\d+)\}", r"^\1", text)
     text = re.sub(r"(?<=\d)\*\*(?=\d)", "^", text)
     text = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)|[$€£¥`]", "", text)
+    text = re.sub(r"(=\s*-)\s+(?=[.\d])", r"\1", text)  # behind = a minus can only be a sign
     text = _STEP.sub("", text)
     boxes: list[str] = re.findall(r"\\boxed\s*\{([^{}]*)\}", text)
     return _WORD.sub(lambda word: _WORDS[word[1].lower()], digits(boxes[-1] if boxes else text))

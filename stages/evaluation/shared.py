@@ -32,7 +32,14 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from stages.core.errors import Refusal
 from stages.core.lazy import mock
 from stages.corpus.bos import begin, bos_tokens, closes
-from stages.corpus.padding import Batching, batching, counts_by_mask, generate_rows, reliable_length
+from stages.corpus.padding import (
+    Batching,
+    batching,
+    counts_by_mask,
+    follows_length,
+    generate_rows,
+    reliable_length,
+)
 from stages.corpus.windows import check_token_ids
 from stages.evaluation.room import fitting_rows
 from stages.model.causal import check_causal
@@ -313,6 +320,9 @@ class SharedPrefixLM(HFLM):
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
         longest = min(longest, self.max_length)
         fitting = self.fitting(longest, longest, longest)
+        lengths = {len(context) + len(continuation) for _, context, continuation in requests}
+        if len(lengths) > 1 and follows_length(self.model):
+            fitting = 1  # a longer row would change the others
         with mock.patch.object(self, "batch_size_per_gpu", fitting):
             size = min(override_bs, fitting) if override_bs else None
             return list(super()._loglikelihood_tokens(requests, disable_tqdm, size))

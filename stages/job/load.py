@@ -10,9 +10,6 @@ from ruamel.yaml.error import YAMLError
 from stages.core.errors import Refusal
 from stages.job import checks
 from stages.job.checks import entries, hashes
-from stages.job.checks.counts import of_windows
-from stages.job.checks.learning import of_conversations
-from stages.job.checks.own_tasks import of_tasks
 from stages.job.params import Params
 from stages.job.sentences import follows, sentence
 
@@ -132,6 +129,10 @@ def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
     Raises:
         Refusal: one line a mistake, all of them.
     """
+    from stages.job.checks.counts import of_windows  # stages read params too, and need none of these
+    from stages.job.checks.learning import of_conversations
+    from stages.job.checks.own_tasks import of_tasks
+
     params = load(path, device)
     _refuse(list(checks.changed_paths(params)), str(path))
     _refuse([*of_tasks(params), *of_conversations(params), *of_windows(params)[0]], str(path))

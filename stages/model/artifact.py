@@ -83,7 +83,7 @@ def check_text_model(label: str, config: Any) -> None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise Refusal(
             f"{label} is {config.model_type}, which transformers loads as an encoder-decoder; use a "
             "decoder-only model, such as Llama or OPT."

@@ -1,12 +1,13 @@
 """Settings and download shared by base models of every format.
 
 Whatever the files of a source claim, the downloaded copy says what is true: its config ties exactly the
-tensors that are equal, and every parameter is finite in `run.dtype`. So plain transformers, lm-eval (which
-ties once more what a config calls tied) and every later stage load the same model.
+tensors that are equal, and every parameter and stored buffer is finite in `run.dtype`. So plain transformers,
+lm-eval (which ties once more what a config calls tied) and every later stage load the same model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ from stages.model.ties import correct_ties
 from stages.sources.origin import Origin, portable
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from stages.core.run import Run
@@ -71,9 +73,14 @@ def write_checkpoint(model: PreTrainedModel, source: str, folder: Path) -> dict[
     Raises:
         Refusal: values are NaN or infinite in the model's dtype, or no config describes its ties.
     """
-    check_finite(f"{source} in {str(model.dtype).removeprefix('torch.')}", model.named_parameters())
+    check_finite(f"{source} in {str(model.dtype).removeprefix('torch.')}", stored_floats(model))
     untied = correct_ties(model, source)
     model.config.__dict__.pop("quantization_config", None)
     model.config._name_or_path = ""
     model.save_pretrained(folder)
     return {"untied": untied} if untied else {}
+
+
+def stored_floats(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a checkpoint holds of a model, parameters and stored buffers, as far as it is floats."""
+    return (item for item in model.state_dict().items() if item[1].is_floating_point())

@@ -34,8 +34,8 @@ _PIECES = {
 """What documents are in each format."""
 _TABLES = ("csv", "parquet", "jsonl")
 """The formats whose text is in a column."""
-_SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-"""The suffixes that say how a file is cut into documents."""
+TABLE_SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+"""The suffixes of tables, and the `documents` that reads each."""
 
 
 class Documents(Dataset):
@@ -143,7 +143,7 @@ class Documents(Dataset):
 def _contradiction(name: str, documents: str) -> str | None:
     """Say that a file's suffix asks for other `documents`; None if it does not."""
     suffix = PurePosixPath(name).suffix.lower()
-    right = _SUFFIXES.get(suffix)
+    right = TABLE_SUFFIXES.get(suffix)
     if suffix == ".json":
         return f"{name} is JSON, not text; write an object a line as .jsonl and set documents: jsonl"
     if right in (None, documents):

@@ -25,7 +25,7 @@ from stages.core.numbers import check_finite
 from stages.core.schema import Sha256
 from stages.model.artifact import bytes_on_disk, pretrained, write_record
 from stages.model.causal import check_causal
-from stages.sources.base import Model
+from stages.sources.base import Model, stored_floats
 from stages.sources.checkpoints import checkpoint_config
 from stages.sources.ggml import dequantized_gguf
 from stages.sources.origin import InnerPath, fetched, portable
@@ -78,8 +78,7 @@ class Published(Model):
             else:
                 facts, stored = self._write_packed(folder)
             model = self._loaded(folder, run.torch_dtype, plain=bool(self.file))
-            floats = [item for item in model.named_parameters() if item[1].is_floating_point()]
-            check_finite(f"{self.source} in {run.dtype}", floats)
+            check_finite(f"{self.source} in {run.dtype}", stored_floats(model))
             with suppress(RuntimeError):  # a device may lack a kernel; evaluation asks on its own
                 check_causal(model)
             weights = _weights(model)

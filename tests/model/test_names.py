@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, LlavaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, LlavaConfig, WhisperConfig
 
 from stages.core.errors import Refusal
 from stages.model import names
-from stages.model.artifact import pretrained
+from stages.model.artifact import check_text_model, pretrained
 from stages.model.names import as_stored, check_names, naming
 from stages.model.source import Empty
 from tests import families
@@ -101,3 +101,9 @@ def test_an_encoder_decoder_is_refused_as_that_and_so_is_its_decoder_alone(tmp_p
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(Refusal, match=r"^m is bart, which transformers loads as an encoder-decoder; use"):
         pretrained("m", tmp_path)
+    speech = WhisperConfig(
+        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, pad_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(Refusal, match=r"^m is whisper, which transformers loads as an encoder-decoder"):
+        check_text_model("m", speech)

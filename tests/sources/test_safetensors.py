@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages.core.errors import Refusal
 from stages.core.files import sha256
@@ -57,6 +57,25 @@ def test_values_that_are_not_finite_in_the_runs_dtype_are_refused(value, dtype, 
     reason = rf"in {dtype}: NaN or infinite values in model\.layers\.1\.mlp\.up_proj\.weight; nothing"
     with pytest.raises(Refusal, match=reason):
         written(source, tmp_path / "out", getattr(torch, dtype))
+
+
+def test_a_stored_buffer_that_is_not_finite_is_refused(tmp_path):
+    """DeepSeek's correction of its router is a buffer; NaN in it sends tokens to other experts."""
+    plain = {key: value for key, value in families.CONFIGS["llama"].to_dict().items() if key != "model_type"}
+    config = AutoConfig.for_model(
+        "deepseek_v3", **plain | {"num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    source = tmp_path / "in"
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    families.tokenizer().save_pretrained(source)
+    stored = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    stored[name][1] = float("nan")
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=f"NaN or infinite values in {name}".replace(".", r"\.")):
+        written(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
