@@ -125,19 +125,15 @@ ON_SMOLLM2: dict[str, Bound] = {
 }  # fmt: skip
 """The methods that run on SmolLM2 as well, and their bounds there; the rest would take a CPU too long.
 
-No device is at fault where they differ, so the bounds rest on what two kinds of kernel of one CPU differ by
-on the same calibration: those with AVX-512 and bf16 products, and those that these variables choose:
-ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2. Shares and perplexities differ by
-0.0043 and 0.0067 (wanda), 0.072 and 0.0053 (sparsegpt), 0.28 and 0.065 (gptq); on wanda bf16 and fp32 differ
-by 0.0050 and 0.011. Bounds are about twice that, and twice wanda's larger perplexity at least. A share grows
-from block to block (wanda: 0.0005 in the second, 0.008 in the last), in fp32 too, from the first near-tie
-that is decided otherwise.
+No device is at fault where they differ: two kinds of kernel of one CPU differ there as well, from the first
+near-tie that is decided otherwise, and more from block to block. The bounds are about twice what artifacts
+differed by that were made once with AVX-512 and bf16 products, and once under ONEDNN_MAX_CPU_ISA=AVX512_CORE
+ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2.
 """
 ENGLISH: Settings = {
     "dataset": "english", "tokens": "text", "seed": None, "num_samples": 8, "sequence_length": 128,
 }  # fmt: skip
-"""Calibration on SmolLM2. It reads text: with random tokens kernels differ twice as much (wanda: 0.0093 of
-the mask), and the perplexity of random tokens by 0.06."""
+"""Calibration on SmolLM2. It reads text, as kernels differ more after random tokens."""
 
 
 class Row(NamedTuple):

@@ -96,11 +96,11 @@ def by_transformers(artifact: str, tokens: int) -> list[Answer]:
 def compare(ours: list[Answer], theirs: list[Answer]) -> tuple[int, float]:
     """Return how many answers are equal, and the mean distance of the likeliest first tokens in nats."""
     distances = []
-    for one, other in zip(ours, theirs, strict=True):
+    for mine, other in zip(ours, theirs, strict=True):
         likeliest = sorted(other.first, key=lambda token: -other.first[token])[:TOP]
-        shared = [token for token in likeliest if token in one.first]
-        distances.append(sum(abs(one.first[token] - other.first[token]) for token in shared) / len(shared))
-    equal = sum(one.tokens == other.tokens for one, other in zip(ours, theirs, strict=True))
+        shared = [token for token in likeliest if token in mine.first]
+        distances.append(sum(abs(mine.first[token] - other.first[token]) for token in shared) / len(shared))
+    equal = sum(mine.tokens == other.tokens for mine, other in zip(ours, theirs, strict=True))
     return equal, sum(distances) / len(distances)
 
 

@@ -175,9 +175,9 @@ def _record(candidate: str) -> dict[str, Any]:
 def edited(params: Params, candidate: str) -> bool:
     """Tell whether a model was made by recipes that params.yaml no longer has like this."""
     recipes = params.recipes()
-    made = _record(candidate).get("recipes", {})
-    now = {name: recipes[name].model_dump(mode="json") for name in made if name in recipes}
-    return made != json.loads(json.dumps(now))
+    recorded = _record(candidate).get("recipes", {})
+    now = {name: recipes[name].model_dump(mode="json") for name in recorded if name in recipes}
+    return recorded != json.loads(json.dumps(now))
 
 
 def _read(text: str) -> Any:

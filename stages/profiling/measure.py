@@ -27,14 +27,12 @@ from stages.core.lazy import pd, torch
 from stages.core.run import Run
 from stages.model import artifact
 from stages.profiling.energy import Meter
-from stages.profiling.speed import PeakMemory, Profile, generate, quartiles
+from stages.profiling.speed import NOTED, PeakMemory, Profile, generate, quartiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-_NOTED = 0.05
-"""Share above which a warning is logged."""
 DISTURBED = 0.2
 """Share of the processors' time taken by others above which nothing is stored."""
 
@@ -80,7 +78,7 @@ def measure_candidate(settings: Profile, run: Run, name: str) -> None:
         runs = list(settings.runs(once))
         joules, busy = meter.joules(), others.share()
         refuse_disturbed(busy)
-        if busy > _NOTED:
+        if busy > NOTED:
             log.warning("other processes took %.0f %% of the processors; measure it again", 100 * busy)
         rows += [{"candidate": name, "batch_size": batch_size, **row} for row in runs]
         first, later = (

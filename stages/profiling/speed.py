@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+NOTED = 0.05
+"""Share of the processors' time taken by others above which a warning is logged and no times are compared."""
 _PROC = Path("/proc/self")
 
 

@@ -126,9 +126,9 @@ def token_divergence(
         follows: `[tokens]`, the tokens of the text.
         log_follows: `[tokens]`, the logarithms of their probabilities to the candidate.
     """
-    found = ids_base[:, :, None] == ids[:, None, :]
-    known = found.any(axis=2)
-    ours = np.where(known, np.take_along_axis(logs, found.argmax(axis=2), axis=1), logs[:, -1:])
+    same = ids_base[:, :, None] == ids[:, None, :]
+    known = same.any(axis=2)
+    ours = np.where(known, np.take_along_axis(logs, same.argmax(axis=2), axis=1), logs[:, -1:])
     is_next = ids_base == follows[:, None]
     ours = np.where(is_next & ~known, log_follows[:, None], ours)
     known |= is_next

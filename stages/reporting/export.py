@@ -121,16 +121,16 @@ def headline_metrics(comparison: Comparison) -> dict[str, dict[str, Any]]:
     scores, label = by_measure(rows[rows["difficulty"] == "all"]), labels(rows)
     headlines = [(measure[MEASURE.index("suite")], measure) for measure in comparison.headlines()]
     shared = {suite for suite, measure in headlines if [other for other, _ in headlines].count(suite) > 1}
-    found: dict[str, dict[str, Any]] = {str(candidate): {} for candidate in rows["candidate"].unique()}
+    by_candidate: dict[str, dict[str, Any]] = {str(candidate): {} for candidate in rows["candidate"].unique()}
     for suite, measure in headlines:
         for row in records(scores[measure]):
             value = row["value"] if row["value"] is not None and math.isfinite(row["value"]) else None
-            at = found[row["candidate"]]
+            at = by_candidate[row["candidate"]]
             if suite in shared:
                 at.setdefault(suite, {})[label[measure]] = value
             else:
                 at[suite] = value
-    return found
+    return by_candidate
 
 
 def nested_metrics(scores: pd.DataFrame) -> dict[str, Any]:

@@ -16,9 +16,8 @@ import pandas as pd
 
 from stages.core.errors import Refusal
 from stages.core.files import PROFILES, read_json
+from stages.profiling.speed import NOTED
 
-_BUSY = 0.05
-"""Share of the machine taken by others above which times are not compared; `profile` warns there too."""
 _FACTS = ("prompt_tokens", "new_tokens", "repeats", "threads", "device", "dtype", "torch", "processor")
 """The conditions of a measurement; times under different ones are not compared."""
 _COLUMNS = (
@@ -45,7 +44,7 @@ class Measured:
         """Say why the times of some (candidate, batch size) cannot be compared; empty if they can."""
         rows = self.figures.set_index(["candidate", "batch_size"]).loc[list(dict.fromkeys(wanted))]
         for row in rows.reset_index().to_dict("records"):
-            if row["others_busy"] > _BUSY:
+            if row["others_busy"] > NOTED:
                 return (
                     f"other processes took {row['others_busy']:.0%} of the machine while {row['candidate']} "
                     f"was measured at batch size {row['batch_size']}; measure it again"

@@ -5,15 +5,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests import pipeline, project
+from tests import pipeline
 from tests.tutorials import lesson
 
 
 @pytest.mark.drill
-def test_my_task_from_a_yaml_to_scores(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    project.write_inputs(tmp_path / "inputs")
-    values = project.params(tmp_path / "inputs")
+def test_my_task_from_a_yaml_to_scores(values):
     Path("my_tasks").mkdir()
     (items,) = lesson.blocks("my-task", "json")
     Path("my_tasks/test.jsonl").write_text(items)

@@ -12,10 +12,7 @@ from tests.tutorials import lesson
 
 
 @pytest.mark.drill
-def test_my_text_from_a_file_to_a_trained_model(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    project.write_inputs(tmp_path / "inputs")
-    values = project.params(tmp_path / "inputs")
+def test_my_text_from_a_file_to_a_trained_model(values):
     Path("texts").mkdir()
     note, chats = lesson.blocks("my-text", "json")
     (field,) = [key for key, value in json.loads(note).items() if isinstance(value, str)]
