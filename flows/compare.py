@@ -75,15 +75,15 @@ def advance_on_a_server(run: Plan) -> None:
     def end() -> None:
         if ended.is_set():
             return
-        console.print(
-            f"Prefect's temporary server has died; finished stages are kept. Run again, {WITHOUT}.",
-            soft_wrap=True,
-        )
         try:
+            console.print(
+                f"Prefect's temporary server has died; finished stages are kept. Run again, {WITHOUT}.",
+                soft_wrap=True,
+            )
             run.stop()
             run.lock.sort()
             console.show_cursor()
-        finally:  # a full disk, for example
+        finally:  # a full disk or a closed terminal, for example
             os._exit(1)  # the flow would wait for the server for minutes
 
     server.start(end)
