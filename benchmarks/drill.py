@@ -273,11 +273,13 @@ class Drill:
         """Compare the project with the undisturbed project of its variant."""
         reference = self.known.reference(self.goal)
         now, wanted = variants.entries(self.at), variants.entries(reference)
-        for name in sorted({*now, *wanted}):
+        gone = variants.gone(reference, wanted)
+        for name in sorted({*now, *wanted} - {*gone}):
             if name not in now or name not in wanted or not variants.same(name, now[name], wanted[name]):
                 self.violations.append(f"dvc.lock differs at {name}")
         files, expected = variants.contents(self.at), variants.contents(reference)
-        for name in sorted({*files, *expected}):
+        unnamed = {path for paths in gone.values() for path in paths}
+        for name in sorted({*files, *expected} - unnamed):
             if files.get(name) != expected.get(name):
                 kind = "left over" if name not in expected else "lost" if name not in files else "other bytes"
                 self.violations.append(f"{name}: {kind}")
@@ -341,9 +343,10 @@ class Drill:
         if hit.victim == "disk":
             if os.geteuid():
                 return False
-            stat = os.statvfs(self.at)
             with (self.at.parent / "filler").open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - hit.room))
+                stat = os.statvfs(self.at)
+                with contextlib.suppress(OSError):  # a stage writes meanwhile, and the disk is full already
+                    os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - hit.room))
             return True
         if hit.victim == "all":
             return end(str(self.at))

@@ -160,6 +160,15 @@ def entries(at: Path) -> Entries:
     return {}
 
 
+def gone(at: Path, stages: Entries) -> dict[str, list[str]]:
+    """Return the stages that params.yaml no longer names, whose results are moved away, with what they wrote.
+
+    dvc.lock keeps an entry of such a stage, of whichever variant had it last.
+    """
+    outs = {name: [out["path"] for out in entry["outs"]] for name, entry in stages.items()}
+    return {name: paths for name, paths in outs.items() if not all((at / path).exists() for path in paths)}
+
+
 def same(name: str, entry: Any, other: Any) -> bool:
     """Tell whether two lock entries of a stage agree; an edit of a comment changes what `code` reads."""
     return bool(entry["outs"] == other["outs"] if name == "code" else entry == other)

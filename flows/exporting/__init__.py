@@ -10,3 +10,7 @@ class Destination(StrEnum):
     gguf = "gguf"
     ollama = "ollama"
     hub = "hub"
+
+
+EXPORTING = "export-"
+"""How the scratch folder of an export at work begins."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commits import git
-from flows.exporting import Destination
+from flows.exporting import EXPORTING, Destination
 from flows.exporting.card import model_card
 from flows.scores import edited, summarized
 from stages.core.errors import Refusal
@@ -77,7 +77,7 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
                 f"--to hub needs a token with write access in the environment: export {TOKEN}=hf_..."
             )
         SCRATCH.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="export-", dir=SCRATCH) as scratch:
+        with tempfile.TemporaryDirectory(prefix=EXPORTING, dir=SCRATCH) as scratch:
             folder = Path(scratch)
             _copy(artifact, folder)
             _card(folder, record, scores, _by_transformers(record, place), licence)

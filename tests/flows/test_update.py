@@ -9,6 +9,7 @@ from flows import update
 from flows.plan import Plan
 from flows.resources import Pool
 from stages.core.errors import Refusal
+from stages.core.files import SCRATCH
 from tests import finished as sweep
 from tests import toy
 
@@ -70,3 +71,26 @@ def test_an_unforeseen_error_fails_the_run_and_a_picture_does_not(tmp_path, stag
     assert done.returncode == (stage == "a"), done.stdout + done.stderr
     assert words in done.stdout
     assert (tmp_path / "b.txt").exists()
+
+
+@pytest.mark.parametrize(("targets", "fails", "kept"), [
+    ([], False, False), (["a"], False, True), ([], True, True),
+])  # fmt: skip
+def test_scratch_goes_once_all_is_up_to_date(run, monkeypatch, targets, fails, kept):
+    left = [SCRATCH / "finetune/lora/0123/step-000060.json", SCRATCH / "export-x1/model.gguf"]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    monkeypatch.setattr(update, "plan", lambda *_: run)
+    monkeypatch.setattr(update.workspace, "claim", lambda: None)
+
+    def advance(run):
+        if fails:
+            run.fail("a", ValueError("out of range"))
+        else:
+            for name in run.todo:
+                run.advance(name)
+
+    ending = update.plan_and_advance(run.children, None, targets, advance)
+    assert ending.ok is not fails
+    assert [file.exists() for file in left] == [kept, True]
