@@ -3,8 +3,10 @@ r"""The number that a written answer gives, as people write numbers.
 The first number counts, whatever words, units or currencies are around it:
 
 - `12,000`, `12'000` and `12_000` are grouped in threes; `12.5`, `.5`, `12.` and `1.2e3` are decimal; `1/2`,
-  `1 1/2` and `½` are fractions; `12k` and `12 thousand` are 12,000. `12.0` equals `12`.
-- A minus touches its number, as a hyphen, U+2212 or a dash, or is the word minus or negative.
+  `1 1/2` and `½` are fractions; `12k` and `12 thousand` are 12,000, `1.2M` is 1,200,000. `12.0` equals `12`.
+- A minus touches its number, as a hyphen, U+2212 or a dash, or is the word minus or negative. A space may
+  follow it where it can only be a sign: behind `=`, `≈`, an arrow, an operator, `is` or `equals` on the same
+  line, and first in a box. `-(12)` is -12.
 - Of a calculation the result counts: `2(5 + 7) = 24` is 24. A calculation without a result is passed over,
   so `5 plus 7 is 12` and `the sum of 5 and 7 is 12` are 12 too. So is an equation to solve: `2x = 14`.
 - Verbs give results as well, with units or without: `27 and 15 make 42`, `5 km plus 7 km comes to 12 km`.
@@ -35,7 +37,7 @@ _WORD = re.compile(rf"\b({'|'.join(_WORDS)})\s+(?=[-+.\d])", re.IGNORECASE)
 _LATEX = {
     r"\times": "×", r"\cdot": "×", r"\div": "÷", r"\left(": "(", r"\right)": ")", "{,}": ",", r"\,": "\u2009",
 }  # fmt: skip
-_SCALES = {"k": 3, "hundred": 2, "thousand": 3, "million": 6, "billion": 9}
+_SCALES = {"k": 3, "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "m": 6, "b": 9}
 
 _SPACERS = ",'’_\u00a0\u2009\u202f"
 """Between groups of three digits; the last three are spaces that do not break a line."""
@@ -45,7 +47,8 @@ _DIGITS = rf"(?:(?<!\.)\.)?\d(?:[\d.:{_SPACERS}]*\d)?"
 _PARTS = (
     rf"(?<![^\W_])(?P<sign>[-+]?)(?P<digits>{_DIGITS})(?:e(?P<exponent>[-+]?\d{{1,3}}))?"
     rf"(?:\s?[×x*]\s?10\^(?P<power>-?\d{{1,3}}))?(?:(?:\s(?P<part>\d+))?/(?P<parts>{_DIGITS}))?"
-    rf"(?:\s?(?P<scale>{'|'.join(_SCALES)})\b)?(?![^\W\d_]*\d)"
+    rf"(?P<scale>\s?(?:{'|'.join(scale for scale in _SCALES if scale not in 'mb')})\b|(?-i:[MB])\b)?"
+    r"(?![^\W\d_]*\d)"
 )
 _NUMBER = re.compile(_PARTS, re.IGNORECASE)
 
@@ -69,6 +72,8 @@ _SPOKEN = (
     r"|less than|take away)\b"
 )
 _OPERATOR = re.compile(rf"\s*(?:[-+*×x÷/^·⋅]|(?<=\s)%(?=\s)|{_SPOKEN})\s*", re.IGNORECASE)
+_OPERATOR_OF_RESULTS = re.compile(r"\s+(?:less|over|from|into)\s+", re.IGNORECASE)
+"""Words that calculate if a result follows; `12 over 5 days` is 12."""
 _AND = re.compile(r"\s*(?:,\s+and|,|\b(?:and|by|from|to|with)\b)\s*", re.IGNORECASE)
 _POWER = re.compile(r"\s(?:squared|cubed)\b|!(?=\s*=)", re.IGNORECASE)
 _GIVES = re.compile(rf"{GIVES}(?=[-+.\d(])", re.IGNORECASE)
@@ -82,6 +87,9 @@ _UNKNOWNS = ("x", "y", "z")
 _UNKNOWN = re.compile(r"[xyz](?![^\W_])", re.IGNORECASE)
 _FACTOR = re.compile(r"\s?[xyz](?=\s*[-+*×÷/^=])", re.IGNORECASE)
 _EQUALS = re.compile(r"\s*=+\s*")
+_SIGN = re.compile(r"((?:[=≈≃>→⇒]|\d[ \t]*[-+*×÷/][ \t])[ \t]*-)[ \t]+(?=[.\d(])")
+_SIGN_OF_WORDS = re.compile(r"(\b(?:is|equals?)[ \t]+[-\u2212])[ \t]+(?=[.\d(])", re.IGNORECASE)
+"""A minus that can only be a sign, behind words if it is no dash."""
 _STEP = re.compile(
     r"^[ \t]*step[ \t]+\d+[ \t]*[:.)][ \t]*(?=\S)|\A\s*1[.)][ \t]+(?=[^\n]*\d)", re.IGNORECASE | re.MULTILINE
 )
@@ -149,6 +157,10 @@ class _Reader:
         side = self._operand(at, depth)
         while side:
             operator = _OPERATOR.match(self._text, side.end)
+            if operator is None and self._loose:
+                operator = _OPERATOR_OF_RESULTS.match(self._text, side.end)
+            if operator and not self._loose and "\n" in operator[0]:
+                break  # the next line of a list
             if operator is None and joint:
                 operator = joint.match(self._text, side.end)
             operand = self._operand(operator.end(), depth) if operator else None
@@ -204,8 +216,10 @@ class _Reader:
         closing = (_BAR if kind == "|" else _CLOSE).match(self._text, side.end)
         if closing is None:
             return None
-        if kind in ("(", "|") and side.alone:
-            return _Side(closing.end(), side.alone.lstrip("-+" if kind == "|" else ""))
+        if side.alone and kind[-1] in "(|" and len(kind) == 1 + (kind[0] in "-+"):
+            bare = side.alone.lstrip("-+")
+            negative = kind != "|" and side.alone.startswith("-") != kind.startswith("-")
+            return _Side(closing.end(), "-" * negative + bare)
         return _Side.of(closing.end(), side)
 
 
@@ -222,7 +236,7 @@ def _result(sides: list[_Side]) -> str:
 
 def _plain(text: str) -> str:
     """Write signs, words, fractions and powers in one way, without the markup around numbers."""
-    text = text.translate(_SIGNS)
+    text = _SIGN_OF_WORDS.sub(r"\1", text).translate(_SIGNS)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda raised: "^" + raised[0].translate(_RAISED), text)
     text = "".join(map(_fraction, text))
     for written, plain in _LATEX.items():
@@ -234,10 +248,10 @@ def _plain(text: str) -> str:
     text = re.sub(r"\^\{(-?\d+)\}", r"^\1", text)
     text = re.sub(r"(?<=\d)\*\*(?=\d)", "^", text)
     text = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)|[$€£¥`]", "", text)
-    text = re.sub(r"(=\s*-)\s+(?=[.\d])", r"\1", text)  # behind = a minus can only be a sign
     text = _STEP.sub("", text)
     boxes: list[str] = re.findall(r"\\boxed\s*\{([^{}]*)\}", text)
-    return _WORD.sub(lambda word: _WORDS[word[1].lower()], digits(boxes[-1] if boxes else text))
+    text = digits("=" + boxes[-1] if boxes else text)
+    return _WORD.sub(lambda word: _WORDS[word[1].lower()], _SIGN.sub(r"\1", text))
 
 
 def _fraction(character: str) -> str:
@@ -261,7 +275,7 @@ def _value(number: str) -> Fraction | None:
     else:
         value /= below
     power = int(written["exponent"] or 0) + int(written["power"] or 0)
-    power += _SCALES[written["scale"].lower()] if written["scale"] else 0
+    power += _SCALES[written["scale"].strip().lower()] if written["scale"] else 0
     return (-1 if written["sign"] == "-" else 1) * value * Fraction(10) ** power
 
 

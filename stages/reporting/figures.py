@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from stages.reporting.collect import measure_of, records
 from stages.reporting.comparison import Comparison
@@ -31,9 +33,11 @@ COLOURS = dict(zip(FAMILIES, ("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E
 _MARKERS = dict(zip(FAMILIES, ("*", "o", "s", "P", "^"), strict=True))
 _READOUTS = {"likelihood": ("#0072B2", "o"), "generation": ("#D55E00", "s")}
 _SIZES = {"bytes_on_disk": "size on disk", "bytes_ideal": "ideal size"}
-_STYLE = {"svg.hashsalt": "prunequant", "svg.fonttype": "path", "font.size": 9, "text.parse_math": False}
+STYLE = {"svg.hashsalt": "prunequant", "svg.fonttype": "path", "font.size": 9, "text.parse_math": False}
 _OFFSETS = [(dx, dy) for dy in (0, 12, -12, 24, -24, 36, -36, 48, -48, 64, -64) for dx in (8, -8, 20, -20)]
 """Where a label may stand, in points from its marker, the nearest first."""
+_NAMED = 16
+"""With more candidates than this, only the dense ones and those that may be best for their size are named."""
 _Box: TypeAlias = tuple[float, float, float, float]
 """Left, bottom, right and top, in pixels."""
 
@@ -44,7 +48,7 @@ def draw_quality(comparison: Comparison) -> Figure | None:
     suites = list(dict.fromkeys(rows["suite"]))
     if not suites:
         return None
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 0.7 + 4.1 * len(suites)), layout="constrained")
         grid = figure.subplots(len(suites), len(_SIZES), squeeze=False, sharey="row")
         for suite, pair in zip(suites, grid, strict=True):
@@ -65,6 +69,9 @@ def draw_quality(comparison: Comparison) -> Figure | None:
         for suite, pair in zip(suites, grid, strict=True):
             for axis, column in zip(pair, _SIZES, strict=True):
                 chosen = rows[rows["suite"] == suite]
+                if len(chosen) > _NAMED:
+                    dense = [family(row) == "dense" for row in records(chosen)]
+                    chosen = chosen[[a or b for a, b in zip(dense, _in_play(chosen, column), strict=True)]]
                 points = list(zip(chosen[column].astype(float) / 1e6, chosen["value"], strict=True))
                 _labels(axis, points, [short(name) for name in chosen["candidate"]], renderer)
         return figure
@@ -76,8 +83,7 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
     sizes, losses = rows[column].astype("float64") / 1e6, rows["value"]
     edge = sorted(zip(sizes[on := frontier(sizes, losses)], losses[on], strict=True))
     axis.step(*zip(*edge, strict=True), where="post", color="#777777", linewidth=1, zorder=1.5)
-    in_play = contenders(sizes, *zip(*map(_nats, records(rows)), strict=True))
-    for row, chosen in zip(records(rows), in_play, strict=True):
+    for row, chosen in zip(records(rows), _in_play(rows, column), strict=True):
         kind = family(row)
         if kind == "dense":
             axis.axhline(row["value"], color="#777777", linestyle="--", linewidth=1, zorder=1)
@@ -96,6 +102,12 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
     axis.yaxis.set_major_locator(MaxNLocator(5) if high < 2 * low else LogLocator(subs=steps))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _in_play(rows: pd.DataFrame, column: str) -> NDArray[np.bool_]:
+    """Tell of each row whether nothing smaller is surely better."""
+    sizes = rows[column].astype("float64") / 1e6
+    return contenders(sizes, *zip(*map(_nats, records(rows)), strict=True))
 
 
 def _nats(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -164,7 +176,7 @@ def draw_difficulty(comparison: Comparison) -> Figure | None:
     columns = min(5, len(panels))
     lines = -(-len(panels) // columns)
     height = 0.7 + 0.22 * rows["difficulty"].nunique()
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(1.9 * columns + 1.6, height * lines + 0.7), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
         several = rows["suite"].nunique() > 1
@@ -221,7 +233,7 @@ def save_figure(figure: Figure, stem: Path) -> str:
     """Write `<stem>.svg` and `<stem>.png`, the same bytes for the same figure, and return the SVG."""
     text = _svg(figure)
     stem.with_suffix(".svg").write_text(text)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
     return text
 
@@ -229,6 +241,6 @@ def save_figure(figure: Figure, stem: Path) -> str:
 def _svg(figure: Figure) -> str:
     """Return the figure as SVG without date, generator or comments (matplotlib repeats each text in one)."""
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with rc_context(_STYLE), io.StringIO() as buffer:
+    with rc_context(STYLE), io.StringIO() as buffer:
         figure.savefig(buffer, format="svg", metadata=nothing)
         return re.sub(r"<!--.*?-->\n?", "", buffer.getvalue(), flags=re.DOTALL)

@@ -48,7 +48,15 @@ WRITTEN = {
     # no calculations
     "12 (5 + 7)": 12, "12(3)": 12, "12 (see 5)": 12, "answer(12)": 12, "12 is the sum of 5 and 7": 12,
     "a total of 12": 12, "The sum is 12": 12, "7 days - 3 left": 7, "|12|13|": 12, "| 12 | 13 |": 12,
-    "12 x": 12,
+    "12 x": 12, "12 over 5 days": 12, "5 from me": 5,
+    # a minus with a space behind it
+    "3 - 15 = - (12)": -12, "3 - 15 = -(12)": -12, "-(-12)": 12, "3 - 15 = (-12)": -12, "5 - - 3 = 8": 8,
+    "3 - 15 is - 12": -12, "3 - 15 equals − 12": -12, "3 - 15 => - 12": -12, "3 - 15 -> - 12": -12,
+    "3 - 15 ≈ - 12": -12, r"\boxed{- 12}": -12, r"\boxed{−(12)}": -12, "It is – 12 in all": 12,
+    "The answer =\n- 12 is one": 12, "Answers =\n- 12\n- 13": 12, "- 12\n- 13": 12, "27\n- 15\n= 12": 12,
+    # words that calculate if a result follows
+    "12 less 5 is 7": 7, "12 over 5 is 2.4": "12/5", "5 from 12 is 7": 7, "5 into 60 is 12": 12,
+    "1.2M": 1200000, "3B": 3000000000, "3 m": 3, "12m": 12, "3 million": 3000000,
     # verbs and units
     "27 and 15 make 42": 42, "27 and 15 makes 42": 42, "27 and 15 gives 42": 42, "27 and 15 is 42": 42,
     "27 and 15 comes to 42": 42, "27 and 15 totals 42": 42, "27 and 15 together make 42": 42,

@@ -1,0 +1,165 @@
+"""Write the results of a study that has run into its page, docs/studies/<name>.md, and draw its pictures.
+
+    prunequant study frontier --profile laptop && prunequant run
+    python -m benchmarks.study_page frontier
+
+What stands between the two marks of the page is written anew: verdicts, scores, time and versions. All
+else is written by hand. `--project FOLDER` takes the results of another clone.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks.figures import show
+from stages.reporting.effects import draw_effects
+from stages.reporting.figures import COLOURS, STYLE
+from stages.reporting.words import family
+from tests import project
+
+PAGES = project.ROOT / "docs/studies"
+BEGIN, END = "<!-- results, by benchmarks.study_page -->", "<!-- end of results -->"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("study", help="its name, as in studies/ and in params.yaml")
+    parser.add_argument("--project", type=Path, default=Path(), help="where it has run; default: here")
+    options = parser.parse_args(arguments)
+    written = write_page(options.study, options.project, PAGES)
+    show(f"{written} holds the results of {options.study}")
+
+
+def write_page(name: str, at: Path, pages: Path) -> Path:
+    """Write results of the project `at` into `pages/<name>.md`, and pictures beside it; return the page.
+
+    Raises:
+        SystemExit: the project holds no verdicts of that study, or the page lacks a mark.
+    """
+    study = yaml.safe_load((at / "params.yaml").read_text())["studies"].get(name)
+    file = at / "data/report/verdicts.json"
+    verdicts = json.loads(file.read_text()).get(name) if file.exists() else None
+    if study is None or verdicts is None:
+        raise SystemExit(f"{at.resolve()} holds no verdicts of {name}; run the study there first.")
+    page = pages / f"{name}.md"
+    text = page.read_text() if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{page} needs the lines {BEGIN} and {END}, once each.")
+    rows = pd.read_parquet(at / "data/report/results.parquet")
+    pictures = {"effects": draw_effects(verdicts), "scores": draw_scores(rows)}
+    pages.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for title, figure in pictures.items():
+        if figure is not None:
+            save(figure, pages / f"{name}-{title}.png")
+            shown += [f"![{name}: {title}]({name}-{title}.png)", ""]
+    block = [*verdict_table(study, verdicts), "", *shown, *score_table(at), "", *spent(at)]
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    page.write_text(before + "\n".join([BEGIN, "", *block, "", END]) + after)
+    return page
+
+
+def verdict_table(study: Mapping[str, Any], verdicts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the table of hypotheses with their verdicts."""
+    claims = study["hypotheses"] | study.get("no_data", {})
+    yield "| hypothesis | claim | verdict | effect, 95 % interval | p after Holm | the items show |"
+    yield "|---|---|---|---|---|---|"
+    for name, entry in verdicts.items():
+        cells = [f"`{name}`", claims[name]["claim"], entry["verdict"]]
+        if entry["effect"] is None:
+            cells += [entry["why"], "", ""]
+        else:
+            low, high = (_number(entry[end]) for end in ("low", "high"))
+            interval = f"{_number(entry['effect'])} ({low} to {high}) {entry['unit']}"
+            repeats = entry.get("over_repeats")
+            over = f"; over repeats {_number(repeats)}" if repeats is not None else ""
+            cells += [interval + over, _number(entry["p_holm"]), _number(entry["smallest"])]
+        yield f"| {' | '.join(cells)} |"
+
+
+def score_table(at: Path) -> Iterator[str]:
+    """Yield the table of all candidates, folded."""
+    table = pd.read_csv(at / "data/report/summary.csv").drop(columns=["bytes_on_disk"])
+    table["bytes_ideal"] = [f"{size / 1e6:.1f} MB" for size in table["bytes_ideal"]]
+    yield "<details><summary>All scores</summary>"
+    yield ""
+    yield f"| {' | '.join(name.replace('_', ' ') for name in table.columns)} |"
+    yield "|---" * len(table.columns) + "|"
+    for row in table.itertuples(index=False):
+        yield f"| {' | '.join(cell if isinstance(cell, str) else _number(cell) for cell in row)} |"
+    yield ""
+    yield "</details>"
+
+
+def spent(at: Path) -> Iterator[str]:
+    """Yield the CPU minutes of each kind of stage, and the commits and versions that computed."""
+    minutes: defaultdict[str, float] = defaultdict(float)
+    commits, versions = set(), set()
+    for kind in sorted(path for path in (at / "data/runs").iterdir() if path.is_dir()):
+        for file in sorted(kind.rglob("*.json")):
+            record = json.loads(file.read_text())
+            if not isinstance(record, dict) or "cpu_seconds" not in record:
+                continue
+            minutes[kind.name] += (record["cpu_seconds"] or 0) / 60
+            commits.add(record["commit"][:7])
+            packages = [f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "lm-eval")]
+            versions.add(", ".join([f"Python {record['python']}", *packages]))
+    parts = ", ".join(f"{kind} {spent:.1f}" for kind, spent in minutes.items() if spent >= 0.05)
+    yield f"CPU minutes: {sum(minutes.values()):.0f} ({parts}). Code of commit {', '.join(sorted(commits))};"
+    yield f"{'; '.join(sorted(versions))}."
+
+
+def draw_scores(rows: pd.DataFrame) -> Figure:
+    """Draw each suite's headline scores against ideal size, with 95 % intervals and floors."""
+    whole = rows[(rows["difficulty"] == "all") & rows["metric"].isin(["perplexity", "acc", "exact_match"])]
+    whole = whole[~whole["candidate"].str.startswith("noise/")]
+    measures = list(dict.fromkeys(zip(whole["suite"], whole["metric"], strict=True)))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * len(measures), 3.6), layout="constrained")
+        grid = figure.subplots(1, len(measures), squeeze=False).flatten()
+        for axis, (suite, metric) in zip(grid, measures, strict=True):
+            chosen = whole[(whole["suite"] == suite) & (whole["metric"] == metric)]
+            kinds = [family(row) for row in chosen.to_dict("records")]
+            for kind in dict.fromkeys(kinds):
+                points = chosen[[each == kind for each in kinds]]
+                axis.errorbar(
+                    points["bytes_ideal"] / 1e6, points["value"], 1.96 * points["stderr"], linestyle="",
+                    marker="o", markersize=4, elinewidth=0.8, color=COLOURS[kind], label=kind,
+                )  # fmt: skip
+            if metric == "perplexity":
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+            elif chosen["floor"].notna().any():
+                axis.axhline(chosen["floor"].dropna().iloc[0], color="#777777", linestyle=":", linewidth=1)
+            axis.set(title=f"{suite}: {metric}", xlabel="ideal size, MB")
+            axis.grid(alpha=0.25, linewidth=0.5)
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        return figure
+
+
+def save(figure: Figure, at: Path) -> None:
+    """Write a figure as PNG, the same bytes for the same figure."""
+    with rc_context(STYLE):
+        figure.savefig(at, dpi=110, metadata={"Software": None})
+
+
+def _number(value: float | None) -> str:
+    """Return a number with three digits, and nothing for none."""
+    if value is None or value != value:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The page of a study holds its verdicts, and keeps what was written by hand."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from benchmarks import study_page
+from stages.reporting.effects import draw_effects
+from tests import project
+
+ENTRY = {
+    "verdict": "supported", "effect": 0.2, "low": 0.1, "high": 0.3, "unit": "share right", "p_holm": 0.001,
+    "items": 60, "smallest": 0.08, "why": "p = 0.001 after correction.", "over_repeats": 0.18,
+}  # fmt: skip
+NOTHING = ENTRY | {"verdict": "undecided", "effect": None, "low": None, "high": None, "why": "no data: none."}
+
+
+@pytest.fixture
+def ran(whole, tmp_path):
+    """A project whose report has verdicts."""
+    for name in ("results.parquet", "summary.csv"):
+        to = tmp_path / "data/report" / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes((whole[1] / "data/report" / name).read_bytes())
+    study = {"hypotheses": {"a1": {"claim": "Fewer bits."}}, "no_data": {"a2": {"claim": "Facts go first."}}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"studies": {"falls": study}}))
+    verdicts = {"falls": {"a1": ENTRY, "a2": NOTHING}}
+    (tmp_path / "data/report/verdicts.json").write_text(json.dumps(verdicts))
+    record = {
+        "cpu_seconds": 90, "commit": "0123456789", "python": "3.11.7",
+        "versions": {"torch": "2.13.0", "transformers": "5", "lm-eval": "1"},
+    }  # fmt: skip
+    (tmp_path / "data/runs/prune").mkdir(parents=True)
+    (tmp_path / "data/runs/prune/w.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_a_page_holds_results_and_keeps_prose(ran):
+    page = study_page.write_page("falls", ran, ran / "pages")
+    text = page.read_text()
+    assert "| `a1` | Fewer bits. | supported | 0.2 (0.1 to 0.3) share right; over repeats 0.18 |" in text
+    assert "| `a2` | Facts go first. | undecided | no data: none. |" in text
+    assert "CPU minutes: 2 (prune 1.5). Code of commit 0123456" in text
+    for picture in re.findall(r"\]\((\S+\.png)\)", text):
+        assert (page.parent / picture).stat().st_size > 1000
+    page.write_text("before\n" + text + "after\n")
+    assert study_page.write_page("falls", ran, ran / "pages").read_text() == "before\n" + text + "after\n"
+
+
+def test_what_has_not_run_has_no_page(ran):
+    with pytest.raises(SystemExit, match="holds no verdicts of other"):
+        study_page.write_page("other", ran, ran / "pages")
+    (ran / "pages").mkdir()
+    (ran / "pages/falls.md").write_text("no marks")
+    with pytest.raises(SystemExit, match="needs the lines"):
+        study_page.write_page("falls", ran, ran / "pages")
+
+
+def test_every_page_tells_of_every_hypothesis():
+    pages = sorted(study_page.PAGES.glob("*.md"))
+    assert pages
+    for page in pages:
+        file = project.ROOT / f"studies/{page.stem}.yaml"
+        names = re.findall(r"^\| `([^`]+)`", page.read_text(), re.MULTILINE)
+        hypotheses = yaml.safe_load(file.read_text())["shared"]["hypotheses"]
+        stems = [re.sub(r"\{\w+\}", "", name).rstrip("-") for name in hypotheses]
+        assert all(any(name.startswith(stem) for name in names) for stem in stems)
+
+
+def test_effects_are_drawn_by_unit_and_verdict():
+    figure = draw_effects({"a": ENTRY, "b": ENTRY | {"unit": "nats"}, "c": ENTRY | {"verdict": "undecided"}})
+    labels = [[tick.get_text() for tick in axis.get_yticklabels()] for axis in figure.axes]
+    assert labels == [["a", "c"], ["b"]]
+    assert draw_effects({"d": NOTHING}) is None
