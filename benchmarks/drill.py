@@ -303,11 +303,16 @@ class Drill:
         return self.pace * (12 + 2 * len(todo) + variants.seconds(reference, todo) / 2)
 
     def _finished(self) -> dict[str, tuple[Any, int]]:
-        """Return the stages that DVC has locked as the goal wants them: the entry, the run record's time."""
-        goal = variants.entries(self.known.reference(self.goal))
+        """Return the stages that DVC has saved as the goal wants them: the entry, the run record's time."""
+        reference = self.known.reference(self.goal)
+        goal = variants.entries(reference)
         stages = {}
         for name, entry in variants.entries(self.at).items():
-            if name in goal and variants.same(name, entry, goal[name]):
+            if (
+                name in goal
+                and variants.same(name, entry, goal[name])
+                and variants.objects(self.at, entry) >= variants.objects(reference, entry)
+            ):
                 file = variants.record(self.at, name, entry)
                 stages[name] = entry, file.stat().st_mtime_ns if file.exists() else 0
         return stages

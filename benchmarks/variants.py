@@ -174,6 +174,22 @@ def same(name: str, entry: Any, other: Any) -> bool:
     return bool(entry["outs"] == other["outs"] if name == "code" else entry == other)
 
 
+def objects(at: Path, entry: Any) -> set[str]:
+    """Return which results of a stage the project's cache holds, by hash, those in folders included.
+
+    On a full disk a bare `dvc repro` locks a stage though its results did not reach the cache.
+    """
+    cache, held = at / ".dvc/cache/files/md5", set()
+    hashes = [out["md5"] for out in entry["outs"]]
+    for md5 in hashes:
+        file = cache / md5[:2] / md5[2:]
+        if file.exists():
+            held.add(md5)
+            if md5.endswith(".dir"):
+                hashes += [inner["md5"] for inner in read_json(file)]
+    return held
+
+
 def record(at: Path, name: str, entry: Mapping[str, Any]) -> Path:
     """Return the run record of a stage."""
     return at / Stage(name, entry["cmd"], (), tuple(out["path"] for out in entry["outs"])).record
