@@ -80,7 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": _PLAIN | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     "rwkv": {
         "vocab_size": families.VOCAB, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2,
-        "context_length": 256, **_IDS,
+        "context_length": 256, "rescale_every": 1, **_IDS,
     },
     "stablelm": _PLAIN,
 }  # fmt: skip

@@ -226,8 +226,8 @@ def load_model(artifact: str, run: Run, *, dequantize: bool) -> PreTrainedModel:
     """Load the artifact's model in eval mode, on the run's device and in its dtype.
 
     Args:
-        dequantize: turn packed weights into plain ones, to be compressed or trained further. False loads the
-            checkpoint exactly as any user of it would.
+        dequantize: turn packed weights into plain ones, to be compressed or trained further, which no forward
+            changes. False loads the checkpoint exactly as any user of it would.
     """
     config = load_config(artifact)
     if dequantize and getattr(config, "quantization_config", None):
@@ -242,4 +242,16 @@ def load_model(artifact: str, run: Run, *, dequantize: bool) -> PreTrainedModel:
     )
     if dequantize:
         check_names(artifact, model)
+        never_rescale(model)
     return model.to(run.resolved_device()).eval()
+
+
+def never_rescale(model: PreTrainedModel) -> None:
+    """Let no forward of a model change its weights, as they are compared, streamed and saved.
+
+    RWKV halves weights of later blocks at its first forward in eval mode, and its stream with them, so that
+    float16 holds it. Its files hold whole weights, and with these its logits are the same.
+    """
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled"):
+            vars(module)["_rescale_layers"] = lambda: None
