@@ -1,4 +1,4 @@
-"""Forwards change nothing: weights stay those of the files, and streamed blocks compute what loaded ones do."""
+"""Forwards change no weight, and streamed blocks compute what loaded ones do."""
 
 from pathlib import Path
 
@@ -10,13 +10,10 @@ from stages.compress import drift
 from stages.compress.home import InMemory
 from stages.core.run import Run
 from stages.model.source import Empty, load_source
-from stages.pruning.depth.depth import Depth
 from tests import families, generators
-from tests.pipeline import NONE, load
 
 RUN = Run(device=families.DEVICE, dtype="float32", threads=1, seed=0, numerics="fast")
 NAMES = sorted({*families.ALL, *generators.NAMES})
-STRANGE = {"cpmant", "git", "openai-gpt"}
 
 
 def made(name: str) -> PreTrainedModel:
