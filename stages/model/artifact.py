@@ -83,15 +83,24 @@ def check_text_model(label: str, config: Any) -> None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        raise Refusal(
-            f"{label} is {config.model_type}, which transformers loads as an encoder-decoder; use a "
-            "decoder-only model, such as Llama or OPT."
-        )
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    listed = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    encoder_decoder = Refusal(
+        f"{label} is {config.model_type}, which transformers loads as an encoder-decoder; use a "
+        "decoder-only model, such as Llama or OPT."
+    )
+    if config.is_encoder_decoder:
+        raise encoder_decoder
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not listed:
         return
     text = config.get_text_config()
     served = text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if listed and not served:
+        raise encoder_decoder
+    if listed:
+        raise Refusal(
+            f"{label} is {config.model_type}, a decoder of another input than text, such as speech, around "
+            f"{text.model_type}; use a checkpoint of {text.model_type} alone."
+        )
     inner = f" It wraps {text.model_type}: use a checkpoint of that alone." if served else ""
     raise Refusal(
         f"{label} is {config.model_type}, which transformers does not load as a causal language model; use a "
