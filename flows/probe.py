@@ -20,6 +20,7 @@ from stages.core.files import sha256
 from stages.core.reading import reading, reason
 from stages.model.artifact import check_text_model
 from stages.model.blocks import blocks, linears
+from stages.model.positions import most_tokens
 from stages.pruning.shape.width import Width
 from stages.sources.origin import fetched
 from stages.sources.tokenizer import original_tokenizer
@@ -167,7 +168,7 @@ def _of_checkpoint(settings: dict[str, Any], place: Path, label: str) -> Probe:
     return Probe(
         settings={**settings, "in_features": widths},
         label=label,
-        positions=getattr(config.get_text_config(), "max_position_embeddings", None),
+        positions=most_tokens(config),
         group_size=next(
             (size for size in (128, 64, 32, 16, 8) if not any(width % size for width in widths)), None
         ),

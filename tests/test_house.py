@@ -228,3 +228,15 @@ def test_a_stage_file_imports_no_heavy_library(stage):
     if stage == "report":
         heavy -= {"numpy", "pandas", "pyarrow", "scipy", "matplotlib"}
     assert not modules_after(f"import stages.{stage}", ROOT) & heavy
+
+
+def test_rows_of_unequal_length_share_a_forward_in_few_places():
+    """Each asks `sharing`, `batching` or `switch_lengths` whether a longer row would change the others."""
+    pads = re.compile(r"pad_sequence\(|tokenizer\.pad\(|\] \* \(\w+ - len\(")
+    assert {str(file) for file in FILES if pads.search((ROOT / file).read_text())} == {
+        "stages/corpus/decoding.py",  # generate_rows, by `batching`
+        "stages/corpus/padding.py",  # fills up what was generated
+        "stages/corpus/rows.py",  # only `predictions` runs such a batch, by `sharing`
+        "stages/evaluation/shared.py",  # by `batching`, and one row at a time where `switch_lengths` says so
+        "stages/pruning/depth/tasks.py",  # `Ablation`, by `sharing`
+    }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.lazy import mock, torch
 from stages.corpus.windows import Tokens, calibration_windows, text_windows
+from stages.model.artifact import never_rescale
 from stages.model.blocks import blocks, check_length, forward
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
         ).eval()
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
+    never_rescale(plain)
     for module in plain.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(model.device)

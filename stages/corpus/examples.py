@@ -36,6 +36,7 @@ from stages.corpus.windows import (
     read_parts,
     text_windows,
 )
+from stages.model.positions import most_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +163,7 @@ def choose_examples(
             for part in choose_questions(chosen)
         )
     examples = [item.example.input_ids for item in learned + held_out]
-    limit = getattr(text_config, "max_position_embeddings", None)
+    limit = most_tokens(text_config)
     longest = max(map(len, examples))
     if limit is not None and longest > limit:
         raise Refusal(

@@ -8,7 +8,9 @@ including the end of text, are never sampled: a window is running text of full l
 
 A token is drawn by inverting the cumulative distribution at a uniform number. The numbers come from one
 generator on the CPU, a row per window, so neither the device nor the batch size decides which numbers are
-used; as everywhere, both can change the last bits of the logits.
+used; as everywhere, both can change the last bits of the logits. RWKV continues one window at a time, as
+transformers computes its state wrongly for several. A model with LongRoPE reads its windows again when they
+reach the length where its rotary frequencies change.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from stages.corpus.windows import (
     text_windows,
 )
 from stages.model.blocks import check_length, embedding_rows
+from stages.model.positions import switch_lengths
 from stages.model.stepping import read_on
 
 if TYPE_CHECKING:
@@ -125,8 +128,16 @@ def continue_prompts(
     Raises:
         Refusal: the model's logits are not finite, or it keeps nothing to continue from.
     """
+    from stages.corpus.padding import batches_well  # imports classes of transformers
+
+    if len(prompts) > 1 and not batches_well(model):
+        rows = zip(prompts.split(1), uniform.split(1), strict=True)
+        return torch.cat([continue_prompts(model, *row, ids, temperature, progress) for row in rows])
     columns, last, kept = [prompts], prompts, dict[str, Any]()
-    for numbers in uniform.T:
+    switches = switch_lengths(model.config)
+    for length, numbers in enumerate(uniform.T, start=prompts.shape[1]):
+        if length - 1 in switches:
+            last, kept = torch.cat(columns, 1), {}
         logits, kept = read_on(model, last.to(model.device), kept)
         logits = logits.float().cpu()
         if not logits.isfinite().all():

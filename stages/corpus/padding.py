@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLay
 
 from stages.core.lazy import mock
 from stages.model.causal import logit_size, probe_tokens
+from stages.model.positions import switch_lengths
 
 Batching = Literal["padded", "equal lengths", "one prompt"]
 """The prompts that may share a forward of `generate`."""
@@ -48,22 +49,26 @@ def batching(model: PreTrainedModel) -> Batching:
     return _KNOWN[model]
 
 
-def follows_length(model: PreTrainedModel) -> bool:
-    """Tell whether the model's rotary frequencies depend on the length of what it reads."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [
-        rope,
-        *(inner for inner in rope.values() if isinstance(inner, dict)),
-    ]  # some have one a layer type
-    return any(kind.get("rope_type") == "longrope" for kind in kinds)
+def batches_well(model: PreTrainedModel) -> bool:
+    """Tell whether prompts of equal length may share a forward: the model keeps a cache of transformers.
+
+    The state of RWKV, which is its own, gives wrong logits for all rows of a batch.
+    """
+    return isinstance(_cache(model), Cache)
+
+
+@torch.no_grad()
+def _cache(model: PreTrainedModel) -> Any:
+    """Return what the model keeps of a token."""
+    out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    return out.get("past_key_values", out.get("cache_params"))
 
 
 @torch.no_grad()
 def _batching(model: PreTrainedModel) -> Batching:
-    if follows_length(model):
+    if switch_lengths(model.config):
         return "one prompt"
-    out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
-    cache = out.get("past_key_values", out.get("cache_params"))
+    cache = _cache(model)
     # MiniMax, for example, adds the state of its linear attention to a cache of its own.
     plain = type(cache) is DynamicCache and all(type(layer) in _KEYS_AND_VALUES for layer in cache.layers)
     plain = plain and "logits_to_keep" in inspect.signature(type(model).forward).parameters

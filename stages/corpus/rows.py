@@ -67,10 +67,24 @@ class Batch:
     labels: Tensor
     position_ids: Tensor | None
     teacher: TopLogits | None
-    tokens: int
-    """Tokens other than padding."""
+    sizes: tuple[int, ...]
+    """Tokens of each row other than padding."""
     predicted: int
     """Tokens that are predicted."""
+
+    def part(self, places: Sequence[int]) -> Batch:
+        """Return the batch of the rows at these places, without their teacher."""
+        sizes = tuple(self.sizes[place] for place in places)
+        rows = [list(places), slice(max(sizes))]
+        labels = self.labels[*rows]
+        return Batch(
+            self.input_ids[*rows],
+            labels,
+            None if self.position_ids is None else self.position_ids[*rows],
+            None,
+            sizes,
+            int((labels != IGNORED).sum()),
+        )
 
 
 def pack(examples: Sequence[Example], sequence_length: int) -> list[Row]:
@@ -105,7 +119,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         positions,
         join_teachers(teachers) if teachers else None,
-        tokens=sum(map(len, ids)),
+        sizes=tuple(map(len, ids)),
         predicted=int(sum((part != IGNORED).sum() for part in labels)),
     )
 

@@ -36,13 +36,13 @@ from stages.corpus.padding import (
     Batching,
     batching,
     counts_by_mask,
-    follows_length,
     generate_rows,
     reliable_length,
 )
 from stages.corpus.windows import check_token_ids
 from stages.evaluation.room import fitting_rows
 from stages.model.causal import check_causal
+from stages.model.positions import most_tokens, switch_lengths
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -115,8 +115,9 @@ class SharedPrefixLM(HFLM):
         self.model.generation_config = GenerationConfig(eos_token_id=ends)
         check_causal(self.model)
         self.batching = batching(self.model)
-        if reliable := reliable_length(self.model):
-            self._max_length = min(self.max_length, reliable)
+        for most in (most_tokens(self.model.config), reliable_length(self.model)):
+            if most and most < self.max_length:
+                self._max_length = most
         self._begin = bos_tokens(tokenizer, "auto") if closes(tokenizer) else None
         self._encoded: dict[str, list[int]] = {}
         self._pending: Iterator[Sequence[Instance]] = iter(())
@@ -321,7 +322,7 @@ class SharedPrefixLM(HFLM):
         longest = min(longest, self.max_length)
         fitting = self.fitting(longest, longest, longest)
         lengths = {len(context) + len(continuation) for _, context, continuation in requests}
-        if len(lengths) > 1 and follows_length(self.model):
+        if len(lengths) > 1 and switch_lengths(self.model.config):
             fitting = 1  # a longer row would change the others
         with mock.patch.object(self, "batch_size_per_gpu", fitting):
             size = min(override_bs, fitting) if override_bs else None

@@ -83,15 +83,24 @@ def check_text_model(label: str, config: Any) -> None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        raise Refusal(
-            f"{label} is {config.model_type}, which transformers loads as an encoder-decoder; use a "
-            "decoder-only model, such as Llama or OPT."
-        )
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    listed = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    encoder_decoder = Refusal(
+        f"{label} is {config.model_type}, which transformers loads as an encoder-decoder; use a "
+        "decoder-only model, such as Llama or OPT."
+    )
+    if config.is_encoder_decoder:
+        raise encoder_decoder
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not listed:
         return
     text = config.get_text_config()
     served = text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if listed and not served:
+        raise encoder_decoder
+    if listed:
+        raise Refusal(
+            f"{label} is {config.model_type}, a decoder of another input than text, such as speech, around "
+            f"{text.model_type}; use a checkpoint of {text.model_type} alone."
+        )
     inner = f" It wraps {text.model_type}: use a checkpoint of that alone." if served else ""
     raise Refusal(
         f"{label} is {config.model_type}, which transformers does not load as a causal language model; use a "
@@ -226,8 +235,8 @@ def load_model(artifact: str, run: Run, *, dequantize: bool) -> PreTrainedModel:
     """Load the artifact's model in eval mode, on the run's device and in its dtype.
 
     Args:
-        dequantize: turn packed weights into plain ones, to be compressed or trained further. False loads the
-            checkpoint exactly as any user of it would.
+        dequantize: turn packed weights into plain ones, to be compressed or trained further, which no forward
+            changes. False loads the checkpoint exactly as any user of it would.
     """
     config = load_config(artifact)
     if dequantize and getattr(config, "quantization_config", None):
@@ -242,4 +251,16 @@ def load_model(artifact: str, run: Run, *, dequantize: bool) -> PreTrainedModel:
     )
     if dequantize:
         check_names(artifact, model)
+        never_rescale(model)
     return model.to(run.resolved_device()).eval()
+
+
+def never_rescale(model: PreTrainedModel) -> None:
+    """Let no forward of a model change its weights, as they are compared, streamed and saved.
+
+    RWKV halves weights of later blocks at its first forward in eval mode, and its stream with them, so that
+    float16 holds it. Its files hold whole weights, and with these its logits are the same.
+    """
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled"):
+            vars(module)["_rescale_layers"] = lambda: None

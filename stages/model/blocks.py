@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
+from stages.model.positions import most_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -160,8 +161,7 @@ def check_divides(setting: str, size: int, targets: list[Linear], cure: str) -> 
 
 def check_length(model: nn.Module, windows: Tensor) -> None:
     """Refuse windows `[n, tokens]` that are longer than the model's positions."""
-    config: Any = model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = most_tokens(model.config)
     if limit is not None and windows.shape[1] > limit:
         raise Refusal(
             f"sequence_length {windows.shape[1]} is more than the {limit} tokens the model reads; lower "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
+from stages.model.positions import most_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,8 +50,7 @@ def probe_tokens(model: nn.Module, length: int) -> Tensor:
     Args:
         length: tokens of a row; fewer if the model reads fewer.
     """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    length = min(length, most_tokens(model.config) or length)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     ids = torch.arange(2 * length, device=embedding.weight.device) * 7 % embedding.num_embeddings
     row, other, half = ids[:length], ids[length:], length // 2

@@ -27,7 +27,14 @@ from stages.core.files import MODELS
 from stages.core.lazy import importing, torch
 from stages.core.numbers import check_finite
 from stages.core.reading import reading
-from stages.model.artifact import attention, load_config, load_model, load_tokenizer, misshapen
+from stages.model.artifact import (
+    attention,
+    load_config,
+    load_model,
+    load_tokenizer,
+    misshapen,
+    never_rescale,
+)
 from stages.model.blocks import blocks
 from stages.model.grid import Quantized
 from stages.model.names import check_names, naming
@@ -161,6 +168,7 @@ class Empty:
             memory.keep_freed()
         self.model.tie_weights()
         check_names(artifact, self.model)
+        never_rescale(self.model)
         files = Files(artifact, self.model, scheme)
         self._source: Files | Loaded = files
         if others := [n for n, p in self.model.named_parameters() if not files.holds(n, p.shape)]:

@@ -22,6 +22,7 @@ from stages.core.lazy import torch
 from stages.core.memory import exhausted
 from stages.core.numbers import no_grad
 from stages.corpus.rows import IGNORED, Batch, Row, TopLogits, collate
+from stages.model.positions import sharing, switch_lengths
 from stages.recovery.tuning import Distillation
 
 if TYPE_CHECKING:
@@ -50,8 +51,12 @@ def batch_loss(model: PreTrainedModel, batch: Batch, distillation: Distillation 
 def predictions(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return fp32 logits `[n, vocabulary]` at the n predicted tokens, in order, and those tokens `[n]`.
 
-    The output head runs only at positions where some row predicts.
+    The output head runs only at positions where some row predicts. Rows run apart if longer ones would change
+    the rotary frequencies of the others.
     """
+    apart = sharing(model.config, batch.sizes)
+    if len(apart) > 1:
+        return _predictions_apart(model, batch, apart)
     device = model.device
     next_labels = batch.labels.roll(-1, 1)  # a row's first label is IGNORED, and becomes its last
     places = (next_labels != IGNORED).any(0).nonzero().squeeze(1)
@@ -67,6 +72,20 @@ def predictions(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     if len(predicted) < len(targets):
         logits = logits.index_select(0, predicted.to(device))
     return logits.float(), targets[predicted].to(device)
+
+
+def _predictions_apart(
+    model: PreTrainedModel, batch: Batch, groups: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """Do as `predictions`, a forward for each of the groups of rows, by their places."""
+    counts = (batch.labels != IGNORED).sum(1).tolist()
+    rows: dict[int, tuple[Tensor, Tensor]] = {}
+    for places in groups:
+        sizes = [counts[place] for place in places]
+        parts = [each.split(sizes) for each in predictions(model, batch.part(places))]
+        rows |= zip(places, zip(*parts, strict=True), strict=True)
+    logits, targets = zip(*(rows[place] for place in range(len(counts))), strict=True)
+    return torch.cat(logits), torch.cat(targets)
 
 
 def packing_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,6 +117,13 @@ def check_packing(model: PreTrainedModel, rows: Sequence[Row]) -> None:
     row = next((row for row in rows if len(row) > 1), None)
     if row is None:
         return
+    limit = min(switch_lengths(model.config), default=None)
+    if limit is not None and any(sum(len(item.input_ids) for item in row) > limit for row in rows):
+        raise Refusal(
+            f"packed rows are longer than {limit} tokens, where {type(model).__name__} changes the rotary "
+            "frequencies of all examples in a row; set packing: false, or lower sequence_length to at most "
+            f"{limit}."
+        )
     first, *others = row
     reversed_first = replace(first, input_ids=first.input_ids.flip(0))
     count = sum(int((example.labels != IGNORED).sum()) for example in others)

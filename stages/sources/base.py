@@ -8,7 +8,6 @@ lm-eval (which ties once more what a config calls tied) and every later stage lo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +16,9 @@ from pydantic import Field
 from stages.core.errors import Refusal
 from stages.core.files import MODELS, writing
 from stages.core.lazy import torch
+from stages.core.memory import exhausted
 from stages.core.numbers import check_finite
+from stages.core.reading import reason
 from stages.core.schema import Strict
 from stages.model.blocks import linears
 from stages.model.causal import check_causal
@@ -48,7 +49,8 @@ class Model(Strict):
         """Write data/models/base/<key>.
 
         Raises:
-            Refusal: the source cannot be fetched, differs from params, or is no causal language model.
+            Refusal: the source cannot be fetched, differs from params, does not run, or is no causal language
+            model.
         """
         from stages.model.checkpoint import finish_base  # imports safetensors
 
@@ -57,8 +59,17 @@ class Model(Strict):
             facts = self.write(folder, run.torch_dtype)
             record = {"name": key, **portable(self.model_dump(mode="json")), **facts}
             model = finish_base(f"base/{key}", folder, record)
-            with suppress(RuntimeError):  # a device may lack a kernel; evaluation asks on its own
+            try:
                 check_causal(model)
+            except NotImplementedError:
+                pass  # a device may lack a kernel; evaluation asks on its own
+            except RuntimeError as error:
+                if exhausted(error):
+                    raise
+                raise Refusal(
+                    f"models.{key} is {model.config.model_type}, which fails on a few tokens of text "
+                    f"({reason(error)}); use another model."
+                ) from error
             widths = tuple(sorted({linear.weight.shape[1] for linear in linears(model, partial=True)}))
             if widths != self.in_features:
                 raise Refusal(

@@ -34,6 +34,8 @@ _PIECES = {
 """What documents are in each format."""
 _TABLES = ("csv", "parquet", "jsonl")
 """The formats whose text is in a column."""
+_HALF = re.compile("[\\ud800-\\udfff]")
+"""Half of a character that JSON writes as two escapes, such as an emoji; alone it is no text."""
 TABLE_SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 """The suffixes of tables, and the `documents` that reads each."""
 
@@ -255,7 +257,7 @@ def json_lines(text: str, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the object of each line that is not blank.
 
     Raises:
-        Refusal: a line is no JSON object.
+        Refusal: a line is no JSON object, or holds half a character.
     """
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -269,6 +271,11 @@ def json_lines(text: str, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise Refusal(
                 f'{file}: line {number} is a {type(row).__name__}, not an object; write {{"text": ...}}.'
+            )
+        if "\\u" in line and (half := _HALF.search(json.dumps(row, ensure_ascii=False))):
+            raise Refusal(
+                f"{file}: line {number} has \\u{ord(half[0]):04x}, half of a character that JSON writes as "
+                "two; write both halves, or remove it."
             )
         yield number, row
 

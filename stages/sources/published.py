@@ -79,7 +79,9 @@ class Published(Model):
                 facts, stored = self._write_packed(folder)
             model = self._loaded(folder, run.torch_dtype, plain=bool(self.file))
             check_finite(f"{self.source} in {run.dtype}", stored_floats(model))
-            with suppress(RuntimeError):  # a device may lack a kernel; evaluation asks on its own
+            # A device may lack a kernel, and packages for packed weights say so in their own ways; evaluation
+            # asks on its own.
+            with suppress(NotImplementedError if self.file else RuntimeError):
                 check_causal(model)
             weights = _weights(model)
             plain = model if self.file else self._dequantized(folder, facts["grid"]["format"])

@@ -29,6 +29,7 @@ from stages.corpus.examples import choose_questions, few_shot_text, prompt_text
 from stages.corpus.rows import example
 from stages.corpus.taught import GradedExample, Lesson
 from stages.corpus.windows import check_token_ids
+from stages.model.positions import most_tokens
 from stages.teaching.teaching import Teaching
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Answers(Teaching):
         shots = few_shot_text(self.dataset, self.shots)
         shown = [begin(tokenizer.encode(shots + text, add_special_tokens=False), bos) for text in texts]
         config = model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = most_tokens(config)
         longest = max(map(len, shown)) + self.max_new_tokens
         if limit is not None and longest > limit:
             raise Refusal(

@@ -38,7 +38,7 @@ def test_a_batch_holds_its_rows_and_padding_that_is_not_predicted(packed):
     batch = collate(rows)
     length = max(map(size, rows))
     assert batch.input_ids.shape == batch.labels.shape == (len(rows), length)
-    assert batch.tokens == sum(map(size, rows)) == int((batch.input_ids != 0).sum())
+    assert sum(batch.sizes) == sum(map(size, rows)) == int((batch.input_ids != 0).sum())
     assert batch.predicted == int((batch.labels != IGNORED).sum())
     assert batch.predicted == sum(length - start for length, start in SIZES)
     if not packed:

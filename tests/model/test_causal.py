@@ -36,6 +36,15 @@ def test_models_that_look_ahead_are_refused(family, dtype):
         check_causal(model(family, dtype))
 
 
+def test_a_model_that_reads_any_length_and_looks_ahead_is_refused():
+    """The config of XLNet says that it has -1 positions."""
+    config = AutoConfig.for_model(
+        "xlnet", vocab_size=families.VOCAB, d_model=32, n_layer=2, n_head=2, d_inner=64
+    )
+    with pytest.raises(Refusal, match="this xlnet model looks ahead"):
+        check_causal(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+
+
 @pytest.mark.parametrize("family", ["bert", "electra", "rembert"])
 def test_the_way_out_of_the_refusal_is_one(family):
     check_causal(model(family, is_decoder=True))

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, LlavaConfig, WhisperConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    LlavaConfig,
+    Qwen2AudioConfig,
+    WhisperConfig,
+)
 
 from stages.core.errors import Refusal
 from stages.model import names
@@ -107,3 +114,11 @@ def test_an_encoder_decoder_is_refused_as_that_and_so_is_its_decoder_alone(tmp_p
     )  # fmt: skip
     with pytest.raises(Refusal, match=r"^m is whisper, which transformers loads as an encoder-decoder"):
         check_text_model("m", speech)
+
+
+def test_a_model_of_speech_around_a_decoder_is_refused_as_that():
+    """transformers lists it among encoder-decoders, though it writes by Qwen2."""
+    with pytest.raises(Refusal, match=r"^m is qwen2_audio, a decoder of .* speech, around qwen2; use a .*"):
+        check_text_model("m", Qwen2AudioConfig())
+    with pytest.raises(Refusal, match=r"^m is musicgen, which transformers loads as an encoder-decoder"):
+        check_text_model("m", AutoConfig.for_model("musicgen"))

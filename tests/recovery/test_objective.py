@@ -10,7 +10,7 @@ from stages.corpus.rows import IGNORED, Example, collate, example, pack
 from stages.recovery.objective import batch_loss, check_packing, divergence, predictions
 from stages.recovery.tuning import Distillation
 from stages.teaching.logits import top_logits
-from tests import families
+from tests import families, generators
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
 SIZES = [(30, 20), (17, 1), (9, 5), (26, 3), (12, 11), (7, 6), (3, 2)]
@@ -36,6 +36,36 @@ def losses(model: torch.nn.Module, row: tuple[Example, ...]) -> list[Tensor]:
     logits, targets = predictions(model, collate([row]))
     nats = -logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     return list(nats.split([int((item.labels != IGNORED).sum()) for item in row]))
+
+
+@pytest.mark.parametrize("name", generators.NAMES)
+def test_rows_of_a_batch_are_predicted_as_alone(name):
+    """Some rows are longer than the length where the frequencies of LongRoPE change, some are not."""
+    model, rows = generators.model(name), [(item,) for item in examples()]
+    together, targets = predictions(model, collate(rows))
+    alone, expected = zip(*(predictions(model, collate([row])) for row in rows), strict=True)
+    assert torch.equal(targets, torch.cat(expected))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=2e-3, atol=2e-3)
+
+
+def test_rows_on_both_sides_of_a_switch_train_as_they_do_alone():
+    model, rows = generators.model("phi3"), [(item,) for item in examples()]
+    predicted = collate(rows).predicted
+    gradients = []
+    for batches in ([collate(rows)], [collate([row]) for row in rows]):
+        for batch in batches:
+            mean, count = batch_loss(model, batch, None)
+            (mean * (count / predicted)).backward()
+        gradients.append(torch.cat([each.grad.flatten() for each in model.parameters()]))
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_packed_rows_longer_than_a_switch_are_refused():
+    model = generators.model("phi3")
+    check_packing(model, pack(examples(9), 20))
+    with pytest.raises(Refusal, match=r"packed rows are longer than 20 tokens, .* at most 20\.$"):
+        check_packing(model, pack(examples(), 40))
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)

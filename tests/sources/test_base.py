@@ -1,11 +1,13 @@
 """Downloads of models: only what params declare, or nothing."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from stages.core.errors import Refusal
 from stages.core.files import sha256
+from stages.sources import base
 from tests import families
 from tests.model import test_causal
 from tests.pipeline import params
@@ -35,4 +37,16 @@ def test_a_model_that_looks_ahead_is_refused(own_inputs):
     ahead = chosen.models["tiny"].model_copy(update={"source": "path:inputs/bert", "sha256": sha256(folder)})
     with pytest.raises(Refusal, match="this bert model looks ahead"):
         ahead.download("tiny", chosen.run)
+    assert not Path("data/models/base/tiny").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), NotImplementedError("no kernel")])
+def test_only_a_kernel_that_a_device_lacks_may_keep_a_model_untried(error, workspace, monkeypatch):
+    monkeypatch.setattr(base, "check_causal", Mock(side_effect=error))
+    chosen = params("llama", {})
+    if isinstance(error, NotImplementedError):
+        chosen.models["tiny"].download("tiny", chosen.run)
+        return
+    with pytest.raises(Refusal, match=r"^models\.tiny is llama, which fails on .* size mismatch\); use"):
+        chosen.models["tiny"].download("tiny", chosen.run)
     assert not Path("data/models/base/tiny").exists()

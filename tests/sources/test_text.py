@@ -139,12 +139,18 @@ def test_documents_of_json_lines_are_a_field_of_each_object():
             '{"body": "b"}',
             "line 2 of t.jsonl has no column text, only body; set column to the one of documents",
         ),
+        (r'{"text": "b \ud83d c"}', r"t.jsonl: line 2 has \\ud83d, half of a character .*; write both"),
+        (r'{"text": "b", "\udc00": [1]}', r"t.jsonl: line 2 has \\udc00, half of a character"),
         ('{"text": ["b"]}', "t.jsonl: in line 2 text is list, not text; write it as a string"),
     ],
 )
 def test_a_broken_line_of_json_is_named(line, sentence):
     with pytest.raises(Refusal, match=f"^{sentence}"):
         split_documents(f'{{"text": "a"}}\n{line}\n'.encode(), "jsonl", "t.jsonl")
+
+
+def test_a_character_written_as_two_escapes_is_text():
+    assert split_documents(rb'{"text": "a \ud83d\ude00 \\ud83d"}', "jsonl", "t") == ["a \U0001f600 \\ud83d"]
 
 
 def folder_of(path: Path, documents: str, **files: str) -> Text:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from stages.core.errors import Refusal
 from stages.core.lazy import mock, torch
 from stages.model.blocks import blocks, check_length, forward
+from stages.model.positions import sharing, switch_lengths
 from stages.pruning.depth.observe import stream_in, stream_out
 from stages.pruning.depth.remove import Target, output_projections
 
@@ -43,6 +44,12 @@ class ScoredRows:
         predicted[:, 0] = False
         return cls(windows, predicted)
 
+    def lengths(self) -> list[int]:
+        """Return the tokens of each row up to the last that is predicted."""
+        places = torch.arange(1, self.tokens.shape[1] + 1)
+        lengths: list[int] = (self.predicted.cpu() * places).amax(1).clamp(min=1).tolist()
+        return lengths
+
 
 class Ablation:
     """A model and the rows on which its runs without some blocks are compared.
@@ -61,7 +68,7 @@ class Ablation:
     ) -> None:
         check_length(model, rows.tokens)
         self._model, self._rows, self._batch_size, self._label = model, rows, batch_size, label
-        self._target = target
+        self._target, self._lengths = target, rows.lengths()
         self._names, self._blocks = (list(each) for each in zip(*blocks(model), strict=True))
         self._projections = output_projections(model) if target == "attention" else []
         self._omitted: frozenset[int] = frozenset()
@@ -77,7 +84,8 @@ class Ablation:
         """
         ordered = sorted(set(sets), key=lambda omitted: [n in omitted for n in range(len(self._blocks))])
         scores: dict[frozenset[int], list[Tensor]] = {omitted: [] for omitted in ordered}
-        batches = torch.arange(len(self._rows.tokens)).split(self._batch_size)
+        groups = sharing(self._model.config, self._lengths)
+        batches = [batch for rows in groups for batch in torch.tensor(rows).split(self._batch_size)]
         with (
             ExitStack() as patches,
             torch.no_grad(),
@@ -92,7 +100,8 @@ class Ablation:
                     scores[omitted].append(self._score(batch))
                     previous = omitted
                     bar.update()
-        joined = {omitted: torch.cat(parts) for omitted, parts in scores.items()}
+        order = torch.cat(batches).argsort()
+        joined = {omitted: torch.cat(parts)[order] for omitted, parts in scores.items()}
         for omitted, values in joined.items():
             if not values.isfinite().all():
                 names = ", ".join(self._names[number] for number in sorted(omitted))
@@ -116,6 +125,9 @@ class Ablation:
         """Return the log-likelihoods of the rows with these numbers, `[batch]` fp64."""
         model: Any = self._model
         tokens, predicted = self._rows.tokens[batch], self._rows.predicted[batch, 1:]
+        if switch_lengths(model.config):  # padding counts as text
+            longest = max(self._lengths[row] for row in batch.tolist())
+            tokens, predicted = tokens[:, :longest], predicted[:, : longest - 1]
         logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
         scores = torch.zeros(len(batch), dtype=torch.float64)
         for row, (row_logits, labels, chosen) in enumerate(

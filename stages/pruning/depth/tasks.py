@@ -61,7 +61,7 @@ class Items(Strict):
                 ids = begin(tokenizer.encode(f"{prompt} {choice}", add_special_tokens=False), bos)
                 sequences.append(torch.tensor(ids, dtype=torch.long))
                 prompt_lengths.append(length)
-        # Padding at the end of a row changes nothing before it.
+        # Padding at the end of a row changes nothing before it; `Ablation` leaves out what would.
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         predicted = torch.zeros_like(tokens, dtype=torch.bool)
         for row, (sequence, start) in enumerate(zip(sequences, prompt_lengths, strict=True)):

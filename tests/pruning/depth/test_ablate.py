@@ -11,7 +11,7 @@ from stages.core.errors import Refusal
 from stages.pruning.depth import rank
 from stages.pruning.depth.ablate import Ablation, ScoredRows
 from stages.pruning.depth.remove import remove_blocks
-from tests import families
+from tests import families, generators
 from tests.deep import WINDOWS, deep, logits, loss, without, without_attention
 
 pytestmark = [pytest.mark.numerics, pytest.mark.device]
@@ -37,6 +37,24 @@ def test_sets_run_together_give_what_they_give_alone():
     losses = Ablation(model, TEXT, 3, "block", "test").losses(sets)
     for omitted in sets:
         assert losses[omitted] == pytest.approx(loss(without(model, omitted)), abs=1e-5)
+
+
+@pytest.mark.parametrize("target", ["block", "attention"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_a_short_row_scores_what_it_does_alone(name, target):
+    """Rows of graded items are padded to the longest of all, which LongRoPE (Phi-3) must not see."""
+    model, tokens = generators.model(name), families.windows(4, 40)
+    predicted = torch.zeros_like(tokens, dtype=torch.bool)
+    ends = [14, 40, 17, 30]
+    for row, end in enumerate(ends):
+        predicted[row, end - 4 : end] = True
+        tokens[row, end:] = 0
+    sets = [frozenset(), frozenset({1})]
+    together = Ablation(model, ScoredRows(tokens, predicted), 3, target, "test").likelihoods(sets)
+    for row, end in enumerate(ends):
+        alone = ScoredRows(tokens[row, None, :end], predicted[row, None, :end])
+        for omitted, value in Ablation(model, alone, 1, target, "test").likelihoods(sets).items():
+            assert float(together[omitted][row]) == pytest.approx(float(value), abs=2e-3)
 
 
 def test_blocks_that_return_more_than_the_stream():

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.core.errors import Refusal
 from stages.job.load import checked_params
 from stages.model.blocks import blocks
 from stages.pruning.depth.depth import Depth
 from stages.pruning.depth.remove import output_projections
-from tests import families, project
+from tests import families, generators, project
 from tests.deep import deep, logits, without, without_attention
 from tests.pipeline import NONE, TEXT, dense, do, load, params, record
 
@@ -24,6 +25,17 @@ def test_reverse_takes_the_last_blocks(source, prune):
     assert torch.equal(logits(load("prune/made")), logits(without(model, {3, 4, 5})))
     assert prune(blocks=3, keep=(5,))["notes"]["prune/made"] == {"removed": [2, 3, 4]}
     assert prune(blocks=5)["notes"]["prune/made"] == {"removed": [1, 2, 3, 4, 5]}
+
+
+def test_weights_that_a_forward_would_halve_are_written_whole(source, prune):
+    """RWKV halves those of its later blocks, and each attempt to remove blocks runs it."""
+    config = AutoConfig.for_model("rwkv", **generators.CONFIGS["rwkv"] | {"num_hidden_layers": 4})
+    torch.manual_seed(0)
+    model = source(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    prune(blocks=1)
+    for name, tensor in load("prune/made").state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    assert load("prune/made").config.rescale_every == config.rescale_every == 1
 
 
 @pytest.mark.parametrize("metric", ["block-influence", "angular", "perplexity", "shapley", "greedy"])
