@@ -7,7 +7,7 @@ must not share a forward, and keys that were kept of the tokens before it are wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _NAMES = ("max_position_embeddings", "max_seq_len")
@@ -18,7 +18,16 @@ there."""
 def most_tokens(config: Any) -> int | None:
     """Return the tokens that a model of this config reads at most; None is no bound (-1 in XLNet's)."""
     text = config.get_text_config()
-    limits = (getattr(text, name, None) for name in _NAMES)
+    return _first(getattr(text, name, None) for name in _NAMES)
+
+
+def most_tokens_of(settings: Mapping[str, Any]) -> int | None:
+    """Return the same of the settings of a config.json, which may have a family's own name."""
+    text = settings.get("text_config", settings)
+    return _first(text.get(name) for name in (*_NAMES, "n_positions"))
+
+
+def _first(limits: Iterable[Any]) -> int | None:
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 

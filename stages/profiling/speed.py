@@ -22,6 +22,7 @@ from pydantic import AfterValidator, Field, model_validator
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Source, Strict
+from stages.model.positions import most_tokens
 from stages.model.stepping import read_on
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Profile(Strict):
         Raises:
             Refusal: prompt and new tokens are more than the model has positions.
         """
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = most_tokens(model.config)
         if longest and self.prompt_tokens + self.new_tokens > longest:
             raise Refusal(
                 f"profile: prompt_tokens {self.prompt_tokens} and new_tokens {self.new_tokens} are more than "

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MptConfig
 from stages.core.errors import Refusal
 from stages.evaluation.shared import SharedPrefixLM
 from stages.model.blocks import check_length, forward
-from stages.model.positions import most_tokens, sharing, switch_lengths
+from stages.model.positions import most_tokens, most_tokens_of, sharing, switch_lengths
 from tests import families, generators
 
 NAMES = sorted({*families.ALL, *generators.NAMES})
@@ -50,3 +50,9 @@ def test_only_rows_on_one_side_of_a_switch_share_a_forward():
     assert switch_lengths(config) == (20,)
     assert sharing(config, sizes) == [[0, 2], [1, 3]]
     assert sharing(families.CONFIGS["llama"], sizes) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mpt", "llama", "opt", "bloom"])
+def test_a_config_on_disk_tells_the_same_bound(family):
+    config = AutoConfig.for_model(family)
+    assert most_tokens_of(config.to_dict()) == most_tokens(config)

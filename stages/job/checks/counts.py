@@ -33,6 +33,7 @@ from stages.corpus.bos import Bos, bos_tokens
 from stages.corpus.examples import Selection
 from stages.corpus.windows import TextPart, Tokens, cut_windows, distinct_windows, read_parts
 from stages.job.params import Params
+from stages.model.positions import most_tokens_of
 from stages.sources.mix import Mix
 from stages.sources.origin import portable
 from stages.sources.safetensors import Safetensors
@@ -215,9 +216,7 @@ def _longest(params: Params, base: str) -> int | None:
     folder = _checkpoint(params, base)
     if folder is None or not (folder / "config.json").exists():
         return None
-    config = read_json(folder / "config.json")
-    limit = config.get("text_config", config).get("max_position_embeddings")
-    return limit if isinstance(limit, int) else None
+    return most_tokens_of(read_json(folder / "config.json"))
 
 
 def _origin(name: str, dataset: Text | Mix) -> Literal["path", "downloaded"] | None:
