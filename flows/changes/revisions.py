@@ -1,11 +1,12 @@
 """A past revision of the project: its params, its locked outputs, and their files in DVC's cache.
 
-Nothing is checked out or fetched. Outputs that the cache lacks are noted as missing, so that everything
-else can still be shown.
+Nothing is checked out. Outputs that the cache lacks are noted as missing, so that everything else can still
+be shown; `fetch` brings them from a remote into the cache, and no file of the workspace changes.
 """
 
 import json
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from stages.core.errors import Refusal
 
 WORKSPACE = "workspace"
+_FILES = ("params.yaml", "dvc.lock", "requirements.lock")
 
 
 @dataclass
@@ -25,6 +27,9 @@ class Revision:
         name: as the user typed it.
         params: params.yaml as plain values.
         outs: path -> entry of dvc.lock (`md5`, `size`), for all outputs that params.yaml still names.
+        cache: the folder of DVC's cache that holds files by their md5.
+        stages: entries of dvc.lock by stage.
+        versions: requirements.lock as text; None if there is none.
         missing: outputs requested so far that the cache lacks in part or whole.
     """
 
@@ -32,6 +37,8 @@ class Revision:
     params: dict[str, Any]
     outs: dict[str, dict[str, Any]]
     cache: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: str | None = None
     missing: set[str] = field(default_factory=set)
 
     def hash(self, out: str) -> str | None:
@@ -40,24 +47,37 @@ class Revision:
 
     def files(self, out: str) -> dict[str, Path]:
         """Return an output's files by their path inside it; note it as missing if any is not cached."""
+        found = self._files(out)
+        if None in found.values() or not found:
+            self.missing.add(out)
+        return {name: file for name, file in found.items() if file}
+
+    def file(self, out: str, name: str, *, needed: bool = True) -> Path | None:
+        """Return a file of an output; None if the output has no such file, or the cache lacks it.
+
+        Args:
+            needed: whether to note the output as missing if the cache lacks the file.
+        """
+        if out not in self.outs:
+            return None
+        found = self._files(out)
+        if needed and (not found or (name in found and found[name] is None)):
+            self.missing.add(out)
+        return found.get(name)
+
+    def _files(self, out: str) -> dict[str, Path | None]:
+        """Return an output's files, None for one that is not cached; nothing if not even the list is."""
         tree = self._locate(self.outs[out]["md5"], Path(out))
         if tree is None:
-            self.missing.add(out)
             return {}
         if tree.is_dir():
             return {str(file.relative_to(tree)): file for file in sorted(tree.rglob("*")) if file.is_file()}
-        files: dict[str, Path] = {}
-        for entry in json.loads(tree.read_text()):
-            file = self._locate(entry["md5"], Path(out, entry["relpath"]))
-            if file is None:
-                self.missing.add(out)
-            else:
-                files[entry["relpath"]] = file
-        return files
-
-    def file(self, out: str, name: str) -> Path | None:
-        """Return a file of an output; None if the output or the file is missing."""
-        return self.files(out).get(name) if out in self.outs else None
+        if not self.outs[out]["md5"].endswith(".dir"):
+            return {"": tree}
+        return {
+            entry["relpath"]: self._locate(entry["md5"], Path(out, entry["relpath"]))
+            for entry in json.loads(tree.read_text())
+        }
 
     def _locate(self, md5: str, path: Path) -> Path | None:
         cached = self.cache / md5[:2] / md5[2:]
@@ -72,17 +92,12 @@ def read_revision(name: str | None) -> Revision:
     Raises:
         Refusal: there is no such revision, or it has no params.yaml.
     """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
     from dvc.scm import NoSCM, RevError, resolve_rev
 
-    try:
-        repo = Repo()
-    except DvcException as error:
-        raise Refusal(f"{error}; run this in the root of a prunequant project.") from None
+    repo = _project()
     cache = Path(repo.cache.local.path)
     if name is None:
-        texts = {path: _text(Path(path)) for path in ("params.yaml", "dvc.lock")}
+        texts = {path: _text(Path(path)) for path in _FILES}
     else:
         if isinstance(repo.scm, NoSCM):
             raise Refusal("this project is not in git, so it has no revisions to compare.")
@@ -92,18 +107,64 @@ def read_revision(name: str | None) -> Revision:
             raise Refusal(
                 f"there is no revision {name!r}; give a commit, a branch, a tag or an experiment."
             ) from None
-        texts = {path: _show(commit, path) for path in ("params.yaml", "dvc.lock")}
+        texts = {path: _show(commit, path) for path in _FILES}
     if texts["params.yaml"] is None:
         raise Refusal(f"{name or WORKSPACE} has no params.yaml; choose a revision of a prunequant project.")
     params = yaml.safe_load(texts["params.yaml"])
-    lock = yaml.load(texts["dvc.lock"] or "{}", yaml.CSafeLoader)
+    stages = yaml.load(texts["dvc.lock"] or "{}", yaml.CSafeLoader).get("stages", {})
     outs = {
         out["path"]: out
-        for stage in lock.get("stages", {}).values()
+        for stage in stages.values()
         for out in stage.get("outs", [])
         if is_named(out["path"], params)
     }
-    return Revision(name or WORKSPACE, params, outs, cache)
+    return Revision(name or WORKSPACE, params, outs, cache, stages, texts["requirements.lock"])
+
+
+def is_revision(name: str) -> bool:
+    """Tell whether git or DVC knows a revision of this name."""
+    from dvc.scm import NoSCM, RevError, resolve_rev
+
+    repo = _project()
+    try:
+        return not isinstance(repo.scm, NoSCM) and bool(resolve_rev(repo.scm, name))
+    except RevError:
+        return False
+
+
+def fetch(outs: Iterable[dict[str, Any]], remote: str | None) -> None:
+    """Bring outputs from a DVC remote into the cache; the workspace stays as it is.
+
+    Args:
+        outs: entries of dvc.lock.
+        remote: its name in DVC's config; None: the default one.
+
+    Raises:
+        Refusal: there is no such remote, or it lacks some of the files.
+    """
+    from dvc.exceptions import DvcException
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    wanted = {HashInfo(out.get("hash", "md5"), out["md5"]) for out in outs}
+    try:
+        failed = _project().cloud.pull(wanted, remote=remote).failed if wanted else ()
+    except (DvcException, OSError) as error:
+        raise Refusal(f"cannot fetch from the DVC remote {remote or '(the default)'}: {error}") from None
+    if failed:
+        raise Refusal(
+            f"{len(failed)} file(s) are not at the DVC remote {remote or '(the default)'}; whoever has them "
+            "runs `dvc push`, or name another remote with --remote."
+        )
+
+
+def _project() -> Any:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        return Repo()
+    except DvcException as error:
+        raise Refusal(f"{error}; run this in the root of a prunequant project.") from None
 
 
 def is_named(out: str, params: dict[str, Any]) -> bool:
