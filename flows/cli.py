@@ -22,6 +22,7 @@ import typer
 
 from flows.changes import Fetched
 from flows.exporting import Destination
+from flows.tracking import Tracker
 from stages.core.errors import Refusal
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
@@ -469,6 +470,26 @@ def export(
         from flows.exporting.ship import export as ship
 
         sentences = ship(artifact, to, output, licence)
+    for sentence in sentences:
+        typer.echo(sentence)
+
+
+@app.command(name="log")
+def log_(
+    to: Annotated[Tracker, typer.Option(help="The tracker; its library is an optional extra.")],
+    candidates: Annotated[
+        list[str] | None, typer.Argument(help="Of evaluate.candidates; default: all that are evaluated.")
+    ] = None,
+    at: Annotated[str | None, typer.Option(help="Their revision; default: the workspace.")] = None,
+    group: Annotated[
+        str, typer.Option("--project", help="An experiment of MLflow, or a project of wandb.")
+    ] = "prunequant",
+) -> None:
+    """Write params, scores and the hashes of artifacts to a tracker, a run a candidate."""
+    with refusals():
+        from flows.tracking.logging_runs import log_candidates
+
+        sentences = log_candidates(to, candidates or [], at, group)
     for sentence in sentences:
         typer.echo(sentence)
 

@@ -17,7 +17,7 @@ import pandas as pd
 
 from flows.changes.causes import causes, param_changes
 from flows.changes.conditions import incomparable
-from flows.changes.revisions import Revision
+from flows.changes.revisions import Revision, recipes_of
 from flows.changes.tensors import compare_tensors
 from stages.core.files import MODELS, REPORT, RESULTS, read_json
 from stages.core.tables import (
@@ -94,7 +94,7 @@ def diff_candidates(revision: Revision, names: Sequence[str]) -> dict[str, Any]:
         "params": [
             {"candidate": other, **change}
             for other in others
-            for change in param_changes(_recipes(revision, first), _recipes(revision, other))
+            for change in param_changes(recipes_of(revision, first), recipes_of(revision, other))
         ],
         "causes": [],
         "artifacts": [_compared(revision, first, other) for other in others],
@@ -186,17 +186,6 @@ def _on(name: str) -> str:
 def _margin(revision: Revision) -> float:
     margin: float = revision.params.get("report", {}).get("margin", _MARGIN)
     return margin
-
-
-def _recipes(revision: Revision, candidate: str) -> dict[str, Any]:
-    """Return the recipes that lead to a candidate, by stage; those of a stage used twice by their names."""
-    steps: dict[str, Any] = {}
-    while candidate:
-        stage, _, name = candidate.partition("/")
-        settings = dict(revision.params["models" if stage == "base" else stage][name])
-        candidate = settings.pop("source") if stage != "base" else ""
-        steps[f"{stage}/{name}" if stage in steps else stage] = settings
-    return steps
 
 
 def _as_sides(results: Results, first: str, others: Sequence[str]) -> tuple[Results, Results]:

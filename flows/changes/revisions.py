@@ -167,6 +167,17 @@ def _project() -> Any:
         raise Refusal(f"{error}; run this in the root of a prunequant project.") from None
 
 
+def recipes_of(revision: Revision, candidate: str) -> dict[str, Any]:
+    """Return the settings that lead to a candidate, by stage; those of a stage used twice by their names."""
+    steps: dict[str, Any] = {}
+    while candidate:
+        stage, _, name = candidate.partition("/")
+        settings = dict(revision.params["models" if stage == "base" else stage][name])
+        candidate = settings.pop("source") if stage != "base" else ""
+        steps[f"{stage}/{name}" if stage in steps else stage] = settings
+    return steps
+
+
 def is_named(out: str, params: dict[str, Any]) -> bool:
     """Tell whether params.yaml still names a result; dvc.lock keeps those of recipes that were removed."""
     kind, _, rest = out.removeprefix("data/").partition("/")

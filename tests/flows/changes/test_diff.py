@@ -14,6 +14,8 @@ from flows.changes.revisions import Revision
 from flows.changes.show import show_diff
 from flows.changes.tensors import compare_tensors
 from stages.core import tables
+from stages.model.grid import Integers
+from stages.model.packed import tensors_of
 from stages.reporting.collect import Results
 from tests import finished as sweep
 from tests import project
@@ -224,21 +226,33 @@ def test_tensors_are_compared_one_by_one(tmp_path):
     assert differences["change"] == pytest.approx(5**0.5 / 2)
 
 
-def test_a_packed_model_is_compared_as_the_weights_it_stands_for(finished):
-    """Each block's change agrees with that of the tensors that plain loading gives."""
-    from transformers import AutoModelForCausalLM
-
-    folders = [finished / "data/models" / name for name in ("base/tiny", "quantize/gptq-w4g32")]
-    differences = compare_tensors(*({file.name: file for file in folder.iterdir()} for folder in folders))
-    was, now = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in folders
-    )
-    assert differences["changed"] > 0 and not differences["reshaped"] and not differences["only_new"]
-    assert [row["block"] for row in differences["blocks"]][-1] == "outside blocks"
-    key = next(name for name in was if name.endswith("layers.0.mlp.up_proj.weight"))
-    assert key in {row["name"] for row in differences["largest"]} or differences["tensors"] > 5
-    assert set(was) >= {row["name"] for row in differences["largest"]}
-    assert now
+def test_a_packed_model_is_compared_as_the_weights_it_stands_for(tmp_path):
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    weight[0, 0] = 0
+    code = Integers(bits=4, group_size=32).nearest(weight)
+    scheme = code.scheme()
+    stored = {"config_groups": {"group_0": scheme}, "format": scheme["format"]}
+    checkpoints = {
+        "dense": ({}, {"layers.3.up.weight": weight}),
+        "packed": ({"quantization_config": stored}, tensors_of("layers.3.up", code)),
+    }
+    files = []
+    for name, (config, weights) in checkpoints.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        save_file(weights, tmp_path / f"{name}.safetensors")
+        files.append(
+            {
+                "config.json": tmp_path / f"{name}.json",
+                "model.safetensors": tmp_path / f"{name}.safetensors",
+            }
+        )
+    differences = compare_tensors(*files)
+    read = code.dequantize()
+    (block,) = differences["blocks"]
+    assert not differences["reshaped"] and not differences["only_old"] and not differences["only_new"]
+    assert block["block"] == "layers.3"
+    assert block["change"] == pytest.approx(float((read - weight).norm() / weight.norm()), rel=1e-6)
+    assert block["zeros_gained"] == int((read == 0).sum()) - 1 > 0 and block["zeros_lost"] == 0
 
 
 @pytest.mark.drill
@@ -299,9 +313,7 @@ def test_different_conditions_are_named_once():
         Revision(
             name, {}, {}, None, {"e": {"deps": dep, "outs": [{"path": "data/results/base/m/s"}]}}, versions
         )
-        for name, dep, versions in zip(
-            "ab", deps, ("torch==1\nrich==1\n", "torch==2\nrich==1\n"), strict=True
-        )
+        for name, dep, versions in zip("ab", deps, ("torch==1\nrich==1", "torch==2\nrich==1"), strict=True)
     )
     rows = conditions.incomparable(old, new, sides, [], [("base/m on s", "base/m/s", "base/m/s")])
     both = ["base/m on s", "prune/w on s"]
