@@ -36,6 +36,12 @@ def compare(
         wanted = [out for gap in changes["missing"] for out in gap["outputs"] if _wanted(out, fetched)]
         fetch(wanted, remote)
         changes = _compared(names, at)
+        lost = [out["path"] for gap in changes["missing"] for out in gap["outputs"] if _wanted(out, fetched)]
+        if lost:
+            raise Refusal(
+                f"{len(lost)} output(s), such as {lost[0]}, are not at the DVC remote "
+                f"{remote or '(the default)'}; whoever has them runs `dvc push`; or name another remote."
+            )
     for gap in changes["missing"]:
         models = any(_is_model(out) for out in gap["outputs"])
         gap["command"] = _command(names, at, Fetched.all if models else Fetched.results)

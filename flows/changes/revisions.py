@@ -133,28 +133,33 @@ def is_revision(name: str) -> bool:
 
 
 def fetch(outs: Iterable[dict[str, Any]], remote: str | None) -> None:
-    """Bring outputs from a DVC remote into the cache; the workspace stays as it is.
+    """Bring outputs, as far as a DVC remote has them, into the cache; the workspace stays as it is.
 
     Args:
         outs: entries of dvc.lock.
         remote: its name in DVC's config; None: the default one.
 
     Raises:
-        Refusal: there is no such remote, or it lacks some of the files.
+        Refusal: there is no such remote, or it does not answer.
     """
     from dvc.exceptions import DvcException
     from dvc_data.hashfile.hash_info import HashInfo
 
-    wanted = {HashInfo(out.get("hash", "md5"), out["md5"]) for out in outs}
+    wanted = {out["md5"] for out in outs}
+    if not wanted:
+        return
+    project = _project()
+    cache = Path(project.cache.local.path)
+
+    def bring(hashes: set[str]) -> None:
+        project.cloud.pull({HashInfo("md5", md5) for md5 in hashes}, remote=remote)
+
     try:
-        failed = _project().cloud.pull(wanted, remote=remote).failed if wanted else ()
+        bring(wanted)
+        trees = [cache / md5[:2] / md5[2:] for md5 in wanted if md5.endswith(".dir")]
+        bring({entry["md5"] for tree in trees if tree.exists() for entry in json.loads(tree.read_text())})
     except (DvcException, OSError) as error:
         raise Refusal(f"cannot fetch from the DVC remote {remote or '(the default)'}: {error}") from None
-    if failed:
-        raise Refusal(
-            f"{len(failed)} file(s) are not at the DVC remote {remote or '(the default)'}; whoever has them "
-            "runs `dvc push`, or name another remote with --remote."
-        )
 
 
 def _project() -> Any:

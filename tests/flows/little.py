@@ -1,5 +1,6 @@
 """A finished project made by hand, without a run: results, checkpoints of two tensors, and their dvc.lock."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -35,14 +36,19 @@ def params() -> dict:
 
 
 def make(folder: Path) -> Path:
-    """Write the project into a new folder and commit it; there is also a branch `prune/w`."""
+    """Write the project into a new folder and commit it; there is also a branch `prune/w`.
+
+    Its DVC remote is the folder `shared` beside it, which holds everything, as does its cache.
+    """
     folder.mkdir(parents=True)
     project.run(folder, "git", "init", "-q", "-b", "main")
     Repo.init(str(folder)).close()
     (folder / ".gitignore").write_text("/data/\n")
+    config = "[core]\n    remote = shared\n['remote \"shared\"']\n    url = ../../shared\n"
+    (folder / ".dvc/config").write_text(config)
     project.write(folder, params())
     stages = {}
-    for at, (candidate, lost) in enumerate(HARM.items()):
+    for candidate, lost in HARM.items():
         model = folder / "data/models" / candidate
         model.mkdir(parents=True)
         weights = {
@@ -67,9 +73,26 @@ def make(folder: Path) -> Path:
             items = samples.reindex(columns=list(tables.ITEM_COLUMNS)).assign(prompt=f"2 + 2 = {NASTY}")
             items.astype(tables.ITEM_COLUMNS).to_parquet(result / tables.ITEMS, index=False)
         for kind, path in (("make", model), ("graded", result)):
-            out = {"path": str(path.relative_to(folder)), "md5": f"{kind[0]}{at}.dir", "size": 10**6}
-            stages[f"{kind}@{candidate}"] = {"deps": [], "outs": [out]}
+            out = {"path": str(path.relative_to(folder)), "hash": "md5", "size": 10**6}
+            stages[f"{kind}@{candidate}"] = {"deps": [], "outs": [out | {"md5": _store(folder, path)}]}
     (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
     project.commit(folder, "made by hand")
     project.run(folder, "git", "branch", "prune/w")
     return folder
+
+
+def _store(folder: Path, out: Path) -> str:
+    """Put an output into DVC's cache and remote; return its md5."""
+    entries, contents = [], {}
+    for file in sorted(out.iterdir()):
+        md5 = hashlib.md5(file.read_bytes()).hexdigest()
+        entries.append({"md5": md5, "relpath": file.name})
+        contents[md5] = file.read_bytes()
+    tree = json.dumps(entries).encode()
+    whole = f"{hashlib.md5(tree).hexdigest()}.dir"
+    for place in (folder / ".dvc/cache", folder.parent / "shared"):
+        for md5, content in (contents | {whole: tree}).items():
+            stored = place / "files/md5" / md5[:2] / md5[2:]
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            stored.write_bytes(content)
+    return whole

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -95,13 +94,22 @@ def test_a_branch_named_like_a_candidate_can_be_meant(folder):
     assert not changes["params"] and not changes["artifacts"]
 
 
-def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(made, tmp_path, monkeypatch):
-    clone = shutil.copytree(made, tmp_path / "clone")
-    shutil.rmtree(clone / "data/models")
-    monkeypatch.chdir(clone)
-    whole = json.loads(diff(*AGAINST, "--json"))
-    assert len(whole["scores"]) == 1 and len(whole["flipped"]) == 30
-    (gap,) = whole["missing"]
+@pytest.fixture
+def clone(made, tmp_path, monkeypatch):
+    """A fresh clone of the little project, to be in: no data, nothing in the cache."""
+    folder = made.parent / tmp_path.name  # beside the remote
+    project.run(tmp_path, "git", "clone", "-q", str(made), str(folder))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(clone, made):
+    unsure = diff(*AGAINST, "--fail-on", "worse", code=Exit.FAILED)
+    assert "the cache lacks 3 result(s) of workspace" in unsure and "--fetch results" in unsure
+    scores = json.loads(diff(*AGAINST, "--json", "--fetch", "results"))
+    assert len(scores["scores"]) == 1 and len(scores["flipped"]) == 30
+    assert "tensors" not in scores["artifacts"][0]
+    (gap,) = scores["missing"]
     assert [(out["path"], out["bytes"]) for out in gap["outputs"]] == [
         ("data/models/base/m", 10**6), ("data/models/quantize/q", 10**6),
     ]  # fmt: skip
@@ -109,17 +117,19 @@ def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(made, tmp_pat
     shown = diff(*AGAINST)
     assert "The cache lacks 2 output(s) of workspace, 2.0 MB" in shown and gap["command"] in shown
     diff(*AGAINST, "--fail-on", "worse", code=Exit.WORSE)
-    refused = diff(*AGAINST, "--fetch", "all", code=Exit.REFUSED)
-    assert "cannot fetch from the DVC remote (the default)" in refused
-    assert "nowhere" in diff(*AGAINST, "--fetch", "all", "--remote", "nowhere", code=Exit.REFUSED)
+    whole = json.loads(diff(*AGAINST, "--json", "--fetch", "all"))
+    assert whole["artifacts"][0]["tensors"]["change"] > 0 and not whole["missing"]
+    assert whole["scores"] == scores["scores"]
+    assert not (clone / "data").exists(), "the workspace is not touched"
+    assert not project.run(clone, "git", "status", "--porcelain").stdout
 
 
-def test_results_that_lack_are_told_and_fail(made, tmp_path, monkeypatch):
-    clone = shutil.copytree(made, tmp_path / "clone")
-    shutil.rmtree(clone / "data/results/quantize")
-    monkeypatch.chdir(clone)
-    unsure = diff(*AGAINST, "--fail-on", "worse", code=Exit.FAILED)
-    assert "the cache lacks 1 result(s) of workspace" in unsure and "--fetch results" in unsure
+def test_what_cannot_be_fetched_is_one_sentence(clone):
+    lost = diff(*AGAINST, "--fetch", "all", "--remote", "nowhere", code=Exit.REFUSED)
+    assert lost.startswith("cannot fetch from the DVC remote nowhere: ") and lost.count("\n") == 1
+    project.run(clone, "dvc", "remote", "add", "-q", "--local", "empty", str(clone.parent / "empty"))
+    lacking = diff(*AGAINST, "--fetch", "results", "--remote", "empty", code=Exit.REFUSED)
+    assert "3 output(s), such as data/results/base/m/s, are not at the DVC remote empty" in lacking
 
 
 def test_the_terminal_shows_nothing_as_markup(folder):
@@ -176,5 +186,5 @@ def test_the_page_holds_no_foreign_element_and_fetches_nothing(folder, tmp_path)
 
 def test_the_workspace_stays_as_it_is(folder):
     before = project.run(folder, "git", "status", "--porcelain", "--ignored").stdout
-    diff(*AGAINST, "--at", "main")
+    assert "1 worse" in diff(*AGAINST, "--at", "main")
     assert project.run(folder, "git", "status", "--porcelain", "--ignored").stdout == before

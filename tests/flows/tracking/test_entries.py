@@ -12,6 +12,8 @@ from flows.tracking.entries import entries, redacted
 from tests import project
 from tests.flows import little
 
+LACKS_MLFLOW = "mlflow-skinny is not installed: pip install -e '.[mlflow]'"
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -32,13 +34,18 @@ def log(*arguments: str, code: int = 0) -> str:
     return result.output
 
 
+def md5_of_model() -> str:
+    return read_revision(None).hash("data/models/quantize/q")
+
+
 def test_an_entry_has_params_scores_and_hashes(folder):
     (entry,) = entries(read_revision(None), ["quantize/q"])
     assert entry.params["quantize.bits"] == "4" and entry.params["suites.s.shots"] == "1"
     assert entry.params["base.source"] == "path:m", "no folder of this machine"
     assert entry.scores["s/exact_match"] == pytest.approx(2 / 3)
     assert entry.scores["s/exact_match/low"] < 2 / 3 < entry.scores["s/exact_match/high"]
-    assert entry.artifacts == {"data/models/quantize/q": "m1.dir", "data/results/quantize/q/s": "g1.dir"}
+    assert entry.artifacts.keys() == {"data/models/quantize/q", "data/results/quantize/q/s"}
+    assert entry.artifacts["data/models/quantize/q"] == md5_of_model()
     listed = entries(read_revision(None))
     assert [other.candidate for other in listed] == list(little.HARM)
     assert len({other.key for other in listed}) == 4 and entry.key in {other.key for other in listed}
@@ -75,46 +82,51 @@ def test_a_missing_library_is_one_sentence(folder, monkeypatch, tracker):
     assert said == f"{tracker} is not installed; install it here: pip install -e '.[{tracker}]'\n"
 
 
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The address of a local store of MLflow's."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
 @pytest.fixture
-def store(folder, tmp_path, monkeypatch):
-    """A local store of MLflow's, empty; its client."""
-    reason = "mlflow-skinny is not installed: pip install -e '.[mlflow]'"
-    mlflow = pytest.importorskip("mlflow", reason=reason)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-
-
-def runs(client):
-    experiment = client.get_experiment_by_name("prunequant")
-    return client.search_runs([experiment.experiment_id]) if experiment else []
+def store(folder, address, monkeypatch):
+    """A client of the local store, which is the one to log to."""
+    mlflow = pytest.importorskip(
+        "mlflow", reason="mlflow-skinny is not installed: pip install -e '.[mlflow]'"
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    return mlflow.MlflowClient(address)
 
 
 def test_mlflow_holds_a_run_once(store):
-    assert "quantize/q: 3 metrics are run" in log("quantize/q", "--to", "mlflow")
-    (run,) = runs(store)
+    def runs():
+        return store.search_runs([store.get_experiment_by_name("mine").experiment_id])
+
+    to = ("--to", "mlflow", "--project", "mine")
+    assert "quantize/q: 3 metrics are run" in log("quantize/q", *to)
+    (run,) = runs()
     assert run.info.run_name == "quantize/q" and run.info.status == "FINISHED"
     assert run.data.metrics["s/exact_match"] == pytest.approx(2 / 3)
     assert run.data.params["quantize.bits"] == "4"
-    assert run.data.tags["md5.data/models/quantize/q"] == "m1.dir"
+    assert run.data.tags["md5.data/models/quantize/q"] == md5_of_model()
     assert "somebody" not in str(run.to_dictionary()) and "s3cret" not in str(run.to_dictionary())
-    said = log("--to", "mlflow")
-    assert f"quantize/q: these results are run {run.info.run_id} already." in said
-    assert sorted(other.info.run_name for other in runs(store)) == sorted(little.HARM)
-    log("--to", "mlflow", "--at", "main")
-    assert len(runs(store)) == 4, "the same results of a commit"
+    assert f"quantize/q: these results are run {run.info.run_id} already." in log(*to)
+    assert sorted(other.info.run_name for other in runs()) == sorted(little.HARM)
+    log(*to, "--at", "main")
+    assert len(runs()) == 4, "the same results of a commit"
 
 
 def test_mlflow_completes_a_run_that_was_cut_off(store):
     (entry,) = entries(read_revision(None), ["prune/w"])
-    place = store.create_experiment("prunequant")
+    place = store.create_experiment("cut off")
     cut = store.create_run(place, tags={"prunequant.key": entry.key})
-    log("prune/w", "--to", "mlflow")
-    (run,) = runs(store)
+    log("prune/w", "--to", "mlflow", "--project", "cut off")
+    (run,) = store.search_runs([place])
     assert run.info.run_id == cut.info.run_id and run.info.status == "FINISHED" and run.data.metrics
 
 
 def test_mlflow_needs_a_place(folder, monkeypatch):
-    pytest.importorskip("mlflow", reason="mlflow-skinny is not installed: pip install -e '.[mlflow]'")
+    pytest.importorskip("mlflow", reason=LACKS_MLFLOW)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert "MLFLOW_TRACKING_URI is not set" in log("--to", "mlflow", code=Exit.REFUSED)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://a:s3cret@b")
@@ -130,7 +142,7 @@ def test_wandb_keeps_a_run_once_offline(made, tmp_path, monkeypatch):
     assert "quantize/q: 3 scores are run" in log("quantize/q", "--to", "wandb")
     (kept,) = (made / "data/runs/wandb").glob("offline-run-*")
     written = b"".join(file.read_bytes() for file in kept.rglob("*") if file.is_file())
-    assert b"quantize.bits" in written and b"m1.dir" in written
+    assert b"quantize.bits" in written and md5_of_model().encode() in written
     assert b"s3cret" not in written and str(made).encode() not in written
     assert "already" in log("quantize/q", "--to", "wandb")
     assert len(list((made / "data/runs/wandb").glob("offline-run-*"))) == 1
