@@ -54,7 +54,7 @@ def heading(diff: dict[str, Any]) -> str:
     return f"from {diff['revisions'][0]} to {diff['revisions'][1]}"
 
 
-def sides(diff: dict[str, Any]) -> tuple[str, str]:
+def columns_of(diff: dict[str, Any]) -> tuple[str, str]:
     """Return the names of the two columns of values."""
     if diff["candidates"]:
         return diff["candidates"][0], "candidate"
@@ -65,7 +65,7 @@ def summary(diff: dict[str, Any]) -> list[str]:
     """Return sentences with the totals; one that says so if nothing differs."""
     parts = ("verdicts", "params", "artifacts", "scores", "flipped")
     if not any(diff[part] for part in parts):
-        return [f"{' and '.join(sides(diff))}: the same params, artifacts and scores."]
+        return [f"{' and '.join(columns_of(diff))}: the same params, artifacts and scores."]
     lines = []
     if words := Counter(row["verdict"] for row in diff["scores"] if row["verdict"]):
         lines.append(f"Scores: {', '.join(f'{count} {word}' for word, count in words.most_common())}.")
@@ -99,18 +99,18 @@ def _verdicts(diff: dict[str, Any]) -> Section:
         )
         for row in diff["verdicts"]
     ]
-    return Section("Verdicts that turned", ("hypothesis", *sides(diff), "why"), rows)
+    return Section("Verdicts that turned", ("hypothesis", *columns_of(diff), "why"), rows)
 
 
 def _incomparable(diff: dict[str, Any]) -> Section:
-    rows = [(row["kind"], Quote(row["because"]), listed(row["of"])) for row in diff["incomparable"]]
+    rows = [(row["kind"], Quote(row["because"]), _listed(row["of"])) for row in diff["incomparable"]]
     return Section("Not comparable, because", ("sort", "because", "of"), rows)
 
 
 def _scores(diff: dict[str, Any], levels: bool) -> Section:
     chosen = [row for row in diff["scores"] if (row["difficulty"] != "all") == levels]
     rows = [_score(row) for row in chosen]
-    columns = ("candidate", "measure", *sides(diff), "change", "noise", "p", "verdict")
+    columns = ("candidate", "measure", *columns_of(diff), "change", "noise", "p", "verdict")
     title = "Scores by level" if levels else "Scores"
     return Section(title, columns, rows, () if levels else _families(chosen), detail=levels)
 
@@ -182,7 +182,7 @@ def _flipped(diff: dict[str, Any]) -> Section:
         )
         for i in diff["flipped"]
     ]  # fmt: skip
-    columns = ("candidate", "item", "question", "expected", *sides(diff), "became")
+    columns = ("candidate", "item", "question", "expected", *columns_of(diff), "became")
     return Section("Flipped items", columns, rows, notes, detail=True)
 
 
@@ -197,11 +197,11 @@ def _answer(text: str | None, item: dict[str, Any]) -> Quote:
 def _params(diff: dict[str, Any]) -> Section:
     """Return params beside what they caused; of candidates, the steps that lead to each."""
     if diff["candidates"]:
-        rows = [(p["candidate"], p["key"], *map(value, (p["old"], p["new"]))) for p in diff["params"]]
-        return Section("Recipes", ("candidate", "key", *sides(diff)), rows)
+        rows = [(p["candidate"], p["key"], *map(_value, (p["old"], p["new"]))) for p in diff["params"]]
+        return Section("Recipes", ("candidate", "key", *columns_of(diff)), rows)
     caused = {row["cause"]: row for row in diff["causes"] if row["kind"] == "param"}
     rows = [
-        (p["key"], value(p["old"]), value(p["new"]), _made_again(caused.get(p["key"])))
+        (p["key"], _value(p["old"]), _value(p["new"]), _made_again(caused.get(p["key"])))
         for p in diff["params"]
     ]
     rows += [
@@ -209,28 +209,28 @@ def _params(diff: dict[str, Any]) -> Section:
         for row in diff["causes"]
         if row["kind"] != "param"
     ]
-    return Section("Params and what they caused", ("key", *sides(diff), "stages made again"), rows)
+    return Section("Params and what they caused", ("key", *columns_of(diff), "stages made again"), rows)
 
 
 def _made_again(cause: dict[str, Any] | None) -> str:
     if cause is None:
         return ""
-    parts = [listed(cause["stages"])] if cause["stages"] else []
+    parts = [_listed(cause["stages"])] if cause["stages"] else []
     if cause["then"]:
         parts.append(f"then {len(cause['then'])} after them")
     if cause["artifacts"]:
         parts.append(f"{len(cause['artifacts'])} output(s) differ")
     if cause["waiting"]:
-        parts.append(f"not run yet: {listed(cause['waiting'])}")
+        parts.append(f"not run yet: {_listed(cause['waiting'])}")
     return "; ".join(parts)
 
 
-def value(setting: Any) -> Quote | str:
+def _value(setting: Any) -> Quote | str:
     """Return the value of a param as a text."""
     return "–" if setting is None else Quote(str(setting))
 
 
-def listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     """Return names, the first few of them if they are many."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
@@ -241,7 +241,7 @@ def _artifacts(diff: dict[str, Any]) -> Section:
         (row["path"], row["change"], *map(_size, (row["old_bytes"], row["new_bytes"])))
         for row in diff["artifacts"]
     ]
-    return Section("Artifacts", ("output", "change", *sides(diff)), rows, detail=True)
+    return Section("Artifacts", ("output", "change", *columns_of(diff)), rows, detail=True)
 
 
 def _size(count: int | None) -> str:

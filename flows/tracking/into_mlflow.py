@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from flows.tracking.entries import Entry, redacted
+from flows.tracking.logged import Entry, redacted
 from stages.core.errors import Refusal
 
 _ADDRESS = "MLFLOW_TRACKING_URI"
@@ -24,7 +24,7 @@ _PIECE = 90
 _UNNAMEABLE = re.compile(r"[^\w\-. :/]")
 
 
-def write(logged: Sequence[Entry], project: str) -> list[str]:
+def write_to_mlflow(logged: Sequence[Entry], project: str) -> list[str]:
     """Write entries into an experiment; return a sentence for each.
 
     Raises:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import wandb
 
-from flows.tracking.entries import Entry, redacted
+from flows.tracking.logged import Entry, redacted
 from stages.core.errors import Refusal
 from stages.core.files import RUNS
 
 
-def write(logged: Sequence[Entry], project: str) -> list[str]:
+def write_to_wandb(logged: Sequence[Entry], project: str) -> list[str]:
     """Write entries into a project, with WANDB_MODE=offline into data/runs/wandb; a sentence for each.
 
     Raises:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from flows.changes.revisions import WORKSPACE, read_revision
 from flows.tracking import Tracker
-from flows.tracking.entries import entries
+from flows.tracking.logged import entries
 from stages.core.errors import Refusal
 
 
@@ -19,20 +19,14 @@ def log_candidates(tracker: Tracker, candidates: Sequence[str], at: str | None, 
     Raises:
         Refusal: the tracker's library is not installed, there is nothing to log, or the tracker fails.
     """
-    if tracker is Tracker.mlflow:
-        try:
-            from flows.tracking.into_mlflow import write
-        except ModuleNotFoundError as error:
-            raise _lacking(tracker, error) from None
-    else:
-        try:
-            from flows.tracking.into_wandb import write
-        except ModuleNotFoundError as error:
-            raise _lacking(tracker, error) from None
+    try:
+        if tracker is Tracker.mlflow:
+            from flows.tracking.into_mlflow import write_to_mlflow as write
+        else:
+            from flows.tracking.into_wandb import write_to_wandb as write
+    except ModuleNotFoundError as error:
+        if error.name != tracker.value:
+            raise
+        extra = f"'.[{tracker.value}]'"
+        raise Refusal(f"{tracker.value} is not installed; install it here: pip install -e {extra}") from None
     return write(entries(read_revision(None if at == WORKSPACE else at), candidates), project)
-
-
-def _lacking(tracker: Tracker, error: ModuleNotFoundError) -> Refusal:
-    if error.name != tracker.value:
-        raise error
-    return Refusal(f"{tracker.value} is not installed; install it here: pip install -e '.[{tracker.value}]'")

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from flows.changes.revisions import read_revision
 from flows.cli import Exit, app
-from flows.tracking.entries import entries, redacted
+from flows.tracking.logged import entries, redacted
 from tests import project
 from tests.flows import little
 
