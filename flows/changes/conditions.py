@@ -70,7 +70,7 @@ def _of_scores(old: pd.DataFrame, new: pd.DataFrame) -> Iterator[Reason]:
     for row in records(sides[0].merge(sides[1], on=key, suffixes=("_old", "_new"))):
         for column, kind in _COLUMNS.items():
             was, now = row[f"{column}_old"], row[f"{column}_new"]
-            if was == now or (column == "backend" and None in (was, now)):  # older results do not say
+            if was == now or None in (was, now):  # older results do not say
                 continue
             said = f"{column} was {was}, is {now}"
             if column in ("prompt_hash", "template"):
