@@ -20,7 +20,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from flows.changes import Fetched
 from flows.exporting import Destination
+from flows.tracking import Tracker
 from stages.core.errors import Refusal
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
@@ -340,29 +342,57 @@ def doctor(
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(help="The older revision: a commit, branch, tag or DVC experiment.")],
-    b: Annotated[str | None, typer.Argument(help="The newer revision; default: the workspace.")] = None,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A [B] | CANDIDATE CANDIDATE...",
+            help="Revisions: a commit, branch, tag, run or DVC experiment, and a newer one; default: the "
+            "workspace. Or two or more candidates, compared with the first.",
+        ),
+    ],
+    at: Annotated[
+        str | None, typer.Option(help="The revision of the candidates; default: the workspace.")
+    ] = None,
     fail_on: Annotated[
         FailOn | None,
         typer.Option(help="Exit with 3 if a score is worse, or also if it is slightly worse; for CI."),
     ] = None,
+    fetch: Annotated[
+        Fetched | None,
+        typer.Option(help="First bring what the cache lacks from the DVC remote: results, or all."),
+    ] = None,
+    remote: Annotated[str | None, typer.Option(help="The DVC remote of --fetch; default: DVC's.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page of one file.")] = None,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what changed from A to B: params, artifacts, scores beside their noise, and flipped items."""
+    """Show what differs between revisions or candidates: params, tensors, scores, flipped items."""
     with refusals(as_json):
-        from flows.diff import diff_revisions
+        if as_json and as_markdown:
+            raise Refusal("--json and --markdown are both given; the standard output holds one of them.")
+        from flows.changes.asked import compare
 
-        changes = diff_revisions(a, b)
+        changes = compare(names, at, fetch, remote)
+        if html:
+            from flows.changes.webpage import webpage
+
+            html.write_text(webpage(changes), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(changes, indent=2))
+    elif as_markdown:
+        from flows.changes.markdown import markdown
+
+        typer.echo(markdown(changes))
     else:
-        from flows.show import show_diff
+        from flows.changes.show import show_diff
         from flows.terminal import console
 
         show_diff(changes, console)
 
     if fail_on:
-        from flows.diff import unsure, worsened
+        from flows.changes.diff import unsure, worsened
 
         if any(worsened(row, fail_on.words) for row in changes["scores"]):
             raise typer.Exit(Exit.WORSE)
@@ -440,6 +470,26 @@ def export(
         from flows.exporting.ship import export as ship
 
         sentences = ship(artifact, to, output, licence)
+    for sentence in sentences:
+        typer.echo(sentence)
+
+
+@app.command(name="log")
+def log_(
+    to: Annotated[Tracker, typer.Option(help="The tracker; its library is an optional extra.")],
+    candidates: Annotated[
+        list[str] | None, typer.Argument(help="Of evaluate.candidates; default: all that are evaluated.")
+    ] = None,
+    at: Annotated[str | None, typer.Option(help="Their revision; default: the workspace.")] = None,
+    group: Annotated[
+        str, typer.Option("--project", help="An experiment of MLflow, or a project of wandb.")
+    ] = "prunequant",
+) -> None:
+    """Write params, scores and the hashes of artifacts to a tracker, a run a candidate."""
+    with refusals():
+        from flows.tracking.logging_runs import log_candidates
+
+        sentences = log_candidates(to, candidates or [], at, group)
     for sentence in sentences:
         typer.echo(sentence)
 

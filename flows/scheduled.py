@@ -18,11 +18,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
 from flows import commits, doctor, graph, workspace
+from flows.changes.asked import compare
+from flows.changes.show import show_diff
 from flows.commits import Branch
 from flows.compare import THREADS, advance_all, mendable, state_of
-from flows.diff import diff_revisions
 from flows.process import Children
-from flows.show import show_diff
 from flows.spread import Workers
 from flows.update import Ending, plan_and_advance
 from stages.core.errors import Refusal
@@ -119,7 +119,7 @@ def _tell_changes(branch: str) -> None:
     """Write the page of what changed since the last run, and leave it as an artifact."""
     console = Console(record=True, file=io.StringIO(), width=140)
     try:
-        show_diff(diff_revisions(f"{branch}~1", branch), console)
+        show_diff(compare([f"{branch}~1", branch]), console)
     except Exception as error:  # such as a last run whose params are of an older form
         console.print(f"{branch}~1 and {branch} cannot be compared: {error}", markup=False)
     page = RUNS / f"since-{branch.replace('/', '-')}.html"

@@ -190,15 +190,20 @@ def compare_pooled(
     return with_verdicts(pooled, pd.Series(True, index=pooled.index), margin)
 
 
-def compare_revisions(old: Results, new: Results, margin: float) -> pd.DataFrame:
+def compare_revisions(
+    old: Results, new: Results, margin: float, noise: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Compare each score in `new` with the same candidate's in `old`; columns as in `compare_candidates`.
 
     The family is the headline scores that both have, unchanged ones included.
+
+    Args:
+        noise: the score rows that noise is measured on; None: those of both sides.
     """
     renamed = [table.assign(candidate=_BEFORE + table["candidate"]) for table in (old.scores, old.samples)]
     both = Results(pd.concat([renamed[0], new.scores]), pd.concat([renamed[1], new.samples]))
     rows = _against(new.scores, _BEFORE + new.scores["candidate"], _Items(both), margin)
-    rows = _with_noise(rows, old.scores, new.scores)
+    rows = _with_noise(rows, *((old.scores, new.scores) if noise is None else (noise,)))
     return with_verdicts(rows, _is_headline(rows), margin)
 
 

@@ -71,11 +71,7 @@ def headline_scores(comparison: Comparison) -> pd.DataFrame:
     label, scores = labels(comparison.rows), by_measure(rows)
     chosen = {measure[:-1] for measure in comparison.headlines()}  # at every budget, which comes last
     lines = [scores[measure].assign(label=label[measure]) for measure in scores if measure[:-1] in chosen]
-    table = pd.concat(lines)
-    reach = table["stderr"] * stats.t.ppf(0.975, (table["num_items"].astype("float64") - 1).clip(lower=1))
-    table["low"], table["high"] = table["value"] - reach, table["value"] + reach
-    share = table["metric"].isin(SHARES)
-    table.loc[share, ["low", "high"]] = table.loc[share, ["low", "high"]].clip(0, 1)
+    table = with_intervals(pd.concat(lines))
     table["of_reference"] = table["value"] / table["reference_value"].replace(0, float("nan"))
     table["word"] = [worded(row) for row in records(table)]
     columns = [
@@ -90,6 +86,15 @@ def headline_scores(comparison: Comparison) -> pd.DataFrame:
         "reference",
     ]
     return table[[*columns, "of_reference", "floor", "verdict", "word", *_SIZES]]
+
+
+def with_intervals(scores: pd.DataFrame) -> pd.DataFrame:
+    """Add `low` and `high`, the 95 % interval of each score; that of a share is cut to [0, 1]."""
+    reach = scores["stderr"] * stats.t.ppf(0.975, (scores["num_items"].astype("float64") - 1).clip(lower=1))
+    table = scores.assign(low=scores["value"] - reach, high=scores["value"] + reach)
+    share = table["metric"].isin(SHARES)
+    table.loc[share, ["low", "high"]] = table.loc[share, ["low", "high"]].clip(0, 1)
+    return table
 
 
 def summarize(comparison: Comparison) -> pd.DataFrame:

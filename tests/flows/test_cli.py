@@ -147,13 +147,13 @@ def test_json_of_a_run_is_alone_on_the_standard_output(ended):
 
 def test_diff_fails_on_a_worse_score(monkeypatch):
     nothing = {
-        key: [] for key in ("verdicts", "params", "artifacts", "scores", "flipped", "warnings", "missing")
+        key: [] for key in ("verdicts", "params", "artifacts", "scores", "flipped", "incomparable", "missing")
     }
 
     def diff(*arguments: str, missing: tuple = (), **row: object) -> Result:
         score = {"verdict": "same within the margin", "old": 1.0, "new": 1.1, "in_new": True} | row
         changes = nothing | {"revisions": ["a", "b"], "scores": [score], "missing": list(missing)}
-        monkeypatch.setattr("flows.diff.diff_revisions", lambda *_: changes)
+        monkeypatch.setattr("flows.changes.asked.compare", lambda *_: changes)
         return CliRunner().invoke(app, ["diff", "a", "b", "--json", *arguments])
 
     worse, slightly = ("--fail-on", "worse"), ("--fail-on", "slightly-worse")
@@ -164,8 +164,12 @@ def test_diff_fails_on_a_worse_score(monkeypatch):
     assert diff(*worse).exit_code == Exit.DONE
     assert diff(*worse, verdict=None, new=None).exit_code == Exit.WORSE, "the score is no number any more"
     assert diff(*worse, verdict=None, new=None, in_new=False).exit_code == Exit.DONE, "no longer evaluated"
-    gap = {"revision": "a", "outputs": ["data/results/x"], "command": "dvc fetch"}
-    unsure = diff(*worse, missing=(gap,))
+    model, result = (
+        {"revision": "a", "outputs": [{"path": f"data/{kind}/x", "bytes": 1}], "command": "prunequant diff"}
+        for kind in ("models", "results")
+    )
+    assert diff(*worse, missing=(model,)).exit_code == Exit.DONE, "scores need no model"
+    unsure = diff(*worse, missing=(result,))
     assert unsure.exit_code == Exit.FAILED and "were not compared" in unsure.stderr
 
 

@@ -1,0 +1,107 @@
+"""What `prunequant diff` is asked to compare: two revisions, or candidates of one.
+
+A word that names a candidate of the workspace is a candidate, any other a revision. Candidates of another
+revision are asked for with `--at`, where every word is a candidate. A word that could be both is refused.
+"""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.changes import Fetched
+from flows.changes.revisions import WORKSPACE, Revision, fetch, is_revision, read_revision
+from stages.core.errors import Refusal
+from stages.core.files import MODELS
+from stages.core.schema import RECIPES
+from stages.job.sentences import allowed
+
+
+def compare(
+    names: Sequence[str], at: str | None = None, fetched: Fetched | None = None, remote: str | None = None
+) -> dict[str, Any]:
+    """Compare revisions, or candidates of one, and say what the cache lacks and how to bring it.
+
+    Args:
+        names: one or two revisions, of which a second one left out is the workspace; or candidates.
+        at: the revision of the candidates; None: the workspace, and names may be revisions.
+        fetched: what to bring from the remote first; None: nothing.
+        remote: its name in DVC's config; None: the default one.
+
+    Raises:
+        Refusal: a name is neither, or both; or the remote lacks what was asked for.
+    """
+    changes = _compared(names, at)
+    if fetched and changes["missing"]:
+        wanted = [out for gap in changes["missing"] for out in gap["outputs"] if _wanted(out, fetched)]
+        fetch(wanted, remote)
+        changes = _compared(names, at)
+        lost = [out["path"] for gap in changes["missing"] for out in gap["outputs"] if _wanted(out, fetched)]
+        if lost:
+            raise Refusal(
+                f"{len(lost)} output(s), such as {lost[0]}, are not at the DVC remote "
+                f"{remote or '(the default)'}; whoever has them runs `dvc push`; or name another remote."
+            )
+    for gap in changes["missing"]:
+        models = any(_is_model(out) for out in gap["outputs"])
+        gap["command"] = _command(names, at, Fetched.all if models else Fetched.results)
+    return changes
+
+
+def _compared(names: Sequence[str], at: str | None) -> dict[str, Any]:
+    from flows.changes.diff import diff_candidates, diff_revisions  # pandas and scipy take a second
+
+    if revision := _of_candidates(names, at):
+        return diff_candidates(revision, names)
+    if len(names) > 2:
+        raise Refusal(f"{len(names)} revisions are given; compare two: prunequant diff {' '.join(names[:2])}")
+    return diff_revisions(read_revision(names[0]), read_revision(names[1] if len(names) == 2 else None))
+
+
+def _of_candidates(names: Sequence[str], at: str | None) -> Revision | None:
+    """Return the revision whose candidates are named; None if the names are revisions."""
+    if at is None and not Path("params.yaml").exists():
+        return None
+    revision = read_revision(None if at in (None, WORKSPACE) else at)
+    known = _models(revision.params)
+    candidates = [name for name in names if name in known]
+    if at is None and not candidates:
+        stages = ("base", *RECIPES)
+        lost = [name for name in names if name.partition("/")[0] in stages and not is_revision(name)]
+        if not lost:
+            return None
+        raise Refusal(f"{lost[0]!r} is neither a candidate nor a revision; {allowed(known, lost[0])}.")
+    if at is None and (both := [name for name in candidates if is_revision(name)]):
+        raise Refusal(
+            f"{both[0]!r} names a candidate and a git revision; write refs/heads/{both[0]} for the branch, "
+            f"or add --at {WORKSPACE} for the candidate."
+        )
+    if others := [name for name in names if name not in known]:
+        if at is None and is_revision(others[0]):
+            raise Refusal(
+                f"{others[0]!r} is a revision and {candidates[0]!r} a candidate; give revisions alone, or "
+                f"candidates of one: prunequant diff CANDIDATE CANDIDATE --at {others[0]}"
+            )
+        raise Refusal(f"{others[0]!r} is no candidate of {revision.name}; {allowed(known, others[0])}.")
+    if len(set(names)) < 2:
+        raise Refusal(f"{names[0]!r} alone is given; name a second candidate to compare, such as its base.")
+    return revision
+
+
+def _models(params: dict[str, Any]) -> list[str]:
+    """Return every model that params.yaml names, as `<stage>/<recipe>`."""
+    recipes = [f"{stage}/{name}" for stage in RECIPES if stage != "teach" for name in params.get(stage) or {}]
+    return [*(f"base/{name}" for name in params["models"]), *recipes]
+
+
+def _is_model(out: dict[str, Any]) -> bool:
+    return Path(out["path"]).is_relative_to(MODELS)
+
+
+def _wanted(out: dict[str, Any], fetched: Fetched) -> bool:
+    return fetched is Fetched.all or not _is_model(out)
+
+
+def _command(names: Sequence[str], at: str | None, fetched: Fetched) -> str:
+    words = ["prunequant", "diff", *names, *(["--at", at] if at else []), "--fetch", fetched.value]
+    return shlex.join(words)

@@ -1,0 +1,120 @@
+"""What a tracker is told of a candidate: its params, its scores, and its artifacts by hash.
+
+Nothing else is: no files, no host, user, path, command or remote. Values of params lose what looks like a
+secret and the folders of local paths. An entry's key is a hash of the candidate's name and its artifacts, so
+the same results have the same key on every machine.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.changes.revisions import Revision, recipes_of
+from stages.core.errors import Refusal
+from stages.core.files import MODELS, RESULTS, text_sha256
+from stages.job.sentences import allowed
+
+_SECRET_KEY = re.compile(r"(^|[._-])(token|secret|password|passwd|api[_-]?key|credentials?)$", re.I)
+_SECRET = re.compile(r"(?<=://)[^/@\s]+@|\b(hf|ghp|gho|sk|wandb)[_-][A-Za-z0-9_-]{16,}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One candidate of one revision."""
+
+    candidate: str
+    key: str
+    """32 hexadecimal digits, the same for the same results."""
+    params: dict[str, str]
+    scores: dict[str, float]
+    """`<suite>/<label>`, and behind it `/low`, `/high` and `/floor`."""
+    artifacts: dict[str, str]
+    """The md5 of the model and of each result, by path; `dvc.lock` has the same."""
+
+
+def entries(revision: Revision, candidates: Sequence[str] = ()) -> list[Entry]:
+    """Return an entry for each candidate.
+
+    Args:
+        candidates: of `evaluate.candidates`; empty: all that are evaluated.
+
+    Raises:
+        Refusal: a candidate is unknown or not evaluated, or the cache lacks its results.
+    """
+    known = list(revision.params["evaluate"]["candidates"])
+    if unknown := [name for name in candidates if name not in known]:
+        raise Refusal(f"{unknown[0]!r} is no candidate; {allowed(known, unknown[0])}.")
+    results = {name: _results(revision, name) for name in candidates or known}
+    if lacking := [name for name in candidates if not results[name]]:
+        raise Refusal(f"{lacking[0]} is not evaluated in {revision.name}; `prunequant run` evaluates it.")
+    if not any(results.values()):
+        raise Refusal(f"nothing is evaluated in {revision.name}; `prunequant run` evaluates what is listed.")
+    scores = _scores(revision, [out for outs in results.values() for out in outs])
+    if revision.missing:
+        missing = sorted(revision.missing)
+        raise Refusal(
+            f"the cache lacks {len(missing)} result(s) of {revision.name}, such as {missing[0]}; `dvc pull "
+            f"{missing[0]}` brings one, `prunequant diff {revision.name} --fetch results` all."
+        )
+    return [_entry(revision, name, outs, scores.get(name, {})) for name, outs in results.items() if outs]
+
+
+def redacted(text: str) -> str:
+    """Return a text without what looks like a secret, and of a local path only the last part."""
+    if text.startswith("path:"):
+        text = f"path:{Path(text.removeprefix('path:')).name}"
+    return _SECRET.sub("", text)
+
+
+def _entry(revision: Revision, candidate: str, outs: Sequence[str], scores: dict[str, float]) -> Entry:
+    paths = [path for path in (str(MODELS / candidate), *outs) if path in revision.outs]
+    artifacts = {path: str(revision.outs[path]["md5"]) for path in paths}
+    key = text_sha256(json.dumps([candidate, sorted(artifacts.items())]))[:32]
+    suites = {
+        name: settings
+        for group in revision.params["suites"].values()
+        for name, settings in group.items()
+        if f"{RESULTS / candidate / name}" in outs
+    }
+    params = {**recipes_of(revision, candidate), "suites": suites, "run": revision.params.get("run", {})}
+    return Entry(candidate, key, dict(_flat(params)), scores, artifacts)
+
+
+def _results(revision: Revision, candidate: str) -> list[str]:
+    return sorted(path for path in revision.outs if str(Path(path).parent) == str(RESULTS / candidate))
+
+
+def _scores(revision: Revision, outs: list[str]) -> dict[str, dict[str, float]]:
+    """Return the overall scores of every candidate by name."""
+    from flows.changes.diff import read_results  # pandas and scipy take a second
+    from stages.reporting.collect import measure_of, records
+    from stages.reporting.export import with_intervals
+    from stages.reporting.words import labels
+
+    table = with_intervals(read_results(revision, outs).scores)
+    label = labels(table)
+    found: dict[str, dict[str, float]] = {}
+    for row in records(table[table["difficulty"] == "all"]):
+        name = f"{row['suite']}/{label[measure_of(row)]}"
+        values = {"": row["value"], **{f"/{end}": row[end] for end in ("low", "high", "floor")}}
+        found.setdefault(row["candidate"], {}).update(
+            {
+                name + end: float(value)
+                for end, value in values.items()
+                if value is not None and math.isfinite(value)
+            }
+        )
+    return found
+
+
+def _flat(settings: Any, key: str = "") -> list[tuple[str, str]]:
+    """Return the leaves of settings as texts, by dotted key, without those whose name says secret."""
+    if isinstance(settings, dict):
+        return [pair for name, inner in settings.items() for pair in _flat(inner, f"{key}.{name}".strip("."))]
+    if _SECRET_KEY.search(key):
+        return []
+    return [(key, redacted(settings if isinstance(settings, str) else json.dumps(settings)))]

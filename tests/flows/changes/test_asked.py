@@ -1,0 +1,190 @@
+"""`prunequant diff` between candidates: what its words mean, and the forms of its answer."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from markdown_it import MarkdownIt
+from typer.testing import CliRunner
+
+from flows.changes import markdown
+from flows.cli import Exit, app
+from tests import project
+from tests.flows import little
+
+AGAINST = ("diff", "base/m", "quantize/q")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The little project; read it, do not write to it."""
+    return little.make(tmp_path_factory.mktemp("little") / "project")
+
+
+@pytest.fixture
+def folder(made, monkeypatch):
+    """The little project, to be in."""
+    monkeypatch.chdir(made)
+    return made
+
+
+def diff(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_a_model_is_compared_with_its_quantized_self(folder):
+    changes = json.loads(diff(*AGAINST, "--json"))
+    assert (changes["candidates"], changes["revisions"]) == (["base/m", "quantize/q"], ["workspace"])
+    (score,) = changes["scores"]
+    assert (score["old"], score["new"], score["verdict"]) == (1.0, pytest.approx(2 / 3), "worse")
+    assert (score["lost"], score["won"], score["noise"], score["family"]) == (30, 0, 0, 1)
+    assert score["new_low"] < score["new"] < score["new_high"]
+    assert score["change_low"] < score["difference"] < score["change_high"] < 0
+    assert len(changes["flipped"]) == 30 and changes["flipped"][0]["prompt"].startswith("2 + 2 = ")
+    assert {"candidate": "quantize/q", "key": "quantize.bits", "old": None, "new": 4} in changes["params"]
+    (model,) = changes["artifacts"]
+    assert [(row["block"], row["change"]) for row in model["tensors"]["blocks"]] == [
+        ("layers.0", 0.5), ("outside blocks", 0.0),
+    ]  # fmt: skip
+    assert changes["incomparable"] == [
+        {"kind": "machine", "because": "cpu_capability was AVX2, is AVX512", "of": ["quantize/q"]}
+    ]
+    assert changes["missing"] == []
+
+
+def test_any_number_of_candidates_is_compared_with_the_first(folder):
+    changes = json.loads(diff(*AGAINST, "prune/w", "noise/n", "--at", "workspace", "--json"))
+    assert [(row["candidate"], row["family"]) for row in changes["scores"]] == [
+        ("noise/n", 3), ("prune/w", 3), ("quantize/q", 3),
+    ]  # fmt: skip
+    assert [row["tensors"]["zeros_gained"] for row in changes["artifacts"]] == [0, 1, 0]
+    assert {row["candidate"] for row in changes["params"]} == {"quantize/q", "prune/w", "noise/n"}
+
+
+def test_a_worse_candidate_fails(folder):
+    diff(*AGAINST, "--fail-on", "worse", code=Exit.WORSE)
+    diff("diff", "base/m", "noise/n", "--fail-on", "slightly-worse")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("base/m", "prune/w"), "'prune/w' names a candidate and a git revision; write refs/heads/prune/w"),
+        (("main", "quantize/q"), "'main' is a revision and 'quantize/q' a candidate"),
+        (("quantize/q",), "'quantize/q' alone is given"),
+        (("base/m", "base/m"), "'base/m' alone is given"),
+        (("base/m", "quantize/p"), "'quantize/p' is no candidate of workspace; did you mean 'quantize/q'?"),
+        (("quantize/p",), "'quantize/p' is neither a candidate nor a revision; did you mean 'quantize/q'?"),
+        (("base/m", "gone", "--at", "main"), "'gone' is no candidate of main"),
+        (("main", "main", "main"), "3 revisions are given; compare two"),
+        (("nowhere",), "there is no revision 'nowhere'"),
+        ((*AGAINST[1:], "--json", "--markdown"), "--json and --markdown are both given"),
+    ],
+)
+def test_what_is_unclear_is_refused(folder, words, sentence):
+    assert sentence in diff("diff", *words, code=Exit.REFUSED)
+
+
+def test_a_branch_named_like_a_candidate_can_be_meant(folder):
+    changes = json.loads(diff("diff", "refs/heads/prune/w", "--json"))
+    assert changes["revisions"] == ["refs/heads/prune/w", "workspace"]
+    assert not changes["params"] and not changes["artifacts"]
+
+
+@pytest.fixture
+def clone(made, tmp_path, monkeypatch):
+    """A fresh clone of the little project, to be in: no data, nothing in the cache."""
+    folder = made.parent / tmp_path.name  # beside the remote
+    project.run(tmp_path, "git", "clone", "-q", str(made), str(folder))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(clone, made):
+    unsure = diff(*AGAINST, "--fail-on", "worse", code=Exit.FAILED)
+    assert "the cache lacks 3 result(s) of workspace" in unsure and "--fetch results" in unsure
+    scores = json.loads(diff(*AGAINST, "--json", "--fetch", "results"))
+    assert len(scores["scores"]) == 1 and len(scores["flipped"]) == 30
+    assert "tensors" not in scores["artifacts"][0]
+    (gap,) = scores["missing"]
+    assert [(out["path"], out["bytes"]) for out in gap["outputs"]] == [
+        ("data/models/base/m", 10**6), ("data/models/quantize/q", 10**6),
+    ]  # fmt: skip
+    assert gap["command"] == "prunequant diff base/m quantize/q --fetch all"
+    shown = diff(*AGAINST)
+    assert "The cache lacks 2 output(s) of workspace, 2.0 MB" in shown and gap["command"] in shown
+    diff(*AGAINST, "--fail-on", "worse", code=Exit.WORSE)
+    whole = json.loads(diff(*AGAINST, "--json", "--fetch", "all"))
+    assert whole["artifacts"][0]["tensors"]["change"] > 0 and not whole["missing"]
+    assert whole["scores"] == scores["scores"]
+    assert not (clone / "data").exists(), "the workspace is not touched"
+    assert not project.run(clone, "git", "status", "--porcelain").stdout
+
+
+def test_what_cannot_be_fetched_is_one_sentence(clone):
+    lost = diff(*AGAINST, "--fetch", "all", "--remote", "nowhere", code=Exit.REFUSED)
+    assert lost.startswith("cannot fetch from the DVC remote nowhere: ") and lost.count("\n") == 1
+    project.run(clone, "dvc", "remote", "add", "-q", "--local", "empty", str(clone.parent / "empty"))
+    lacking = diff(*AGAINST, "--fetch", "results", "--remote", "empty", code=Exit.REFUSED)
+    assert "3 output(s), such as data/results/base/m/s, are not at the DVC remote empty" in lacking
+
+
+def test_the_terminal_shows_nothing_as_markup(folder):
+    shown = diff(*AGAINST)
+    assert "\x1b" not in shown and "[red]z[/red]" in shown.replace("\n", "")
+    assert "Flipped items (20 of 30)" in shown and "1 worse" in shown
+
+
+def test_markdown_is_text_to_github(folder):
+    text = diff(*AGAINST, "--markdown")
+    assert "| quantize&#47;q" in text or "| quantize/q" in text
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not {child.type for child in inline} & {"image", "link_open", "strong_open", "em_open"}
+    code = {child.content for child in inline if child.type == "code_inline"}
+    assert code == {"--html", "--json"}, "only our own words"
+    tags = {child.content for child in inline if child.type == "html_inline"}
+    assert tags == {"<code>", "</code>"}
+    folds = "".join(token.content for token in tokens if token.type == "html_block")
+    assert set(re.findall(r"</?(\w+)", folds)) == {"details", "summary"}
+    assert "@somebody" not in text and "![" not in text
+    read = "".join(child.content for child in inline if child.type in ("text", "text_special"))
+    assert "<script>alert(1)</script> | **x** `y` @somebody" in read, "it reads as it was written"
+    widths = {len(row.split(" | ")) for row in text.splitlines() if row.startswith("| quantize/q | s ")}
+    assert len(widths) <= 2, "no text opens a column"
+
+
+def test_markdown_fits_a_comment(folder, monkeypatch):
+    monkeypatch.setattr(markdown, "LIMIT", 2500)
+    text = diff(*AGAINST, "--markdown")
+    assert len(text) <= 2501 and text.count("<details>") == text.count("</details>")
+    assert "`--html` has all" in text
+
+
+def test_the_page_holds_no_foreign_element_and_fetches_nothing(folder, tmp_path):
+    page = tmp_path / "diff.html"
+    assert "1 worse" in diff(*AGAINST, "--html", str(page))
+    text, tags, texts = page.read_text(), [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            tags.append(tag)
+            assert not {"src", "href", "onclick"} & dict(attrs).keys()
+
+        def handle_data(self, data):
+            texts.append(data)
+
+    Reader().feed(text)
+    assert not {"script", "img", "a", "link", "red"} & set(tags)
+    assert any("<script>alert(1)</script>" in read for read in texts)
+    assert tags.count("tr") > 30 and "default-src 'none'" in text
+    assert "http" not in re.sub(r"http-equiv|<code>.*?</code>", "", text)
+
+
+def test_the_workspace_stays_as_it_is(folder):
+    before = project.run(folder, "git", "status", "--porcelain", "--ignored").stdout
+    assert "1 worse" in diff(*AGAINST, "--at", "main")
+    assert project.run(folder, "git", "status", "--porcelain", "--ignored").stdout == before
