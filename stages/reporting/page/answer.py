@@ -27,7 +27,7 @@ from stages.reporting.words import compact, share, short, size
 
 MARGINS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Margins to choose from, beside the one of params.yaml."""
-KINDS = {"bytes_on_disk": "on disk", "bytes_ideal": "ideal"}
+BUDGETED = {"bytes_on_disk": "on disk", "bytes_ideal": "ideal"}
 """The sizes that a budget may limit."""
 _NEEDED = [
     "candidate",
@@ -45,7 +45,7 @@ _NAMED = 4
 
 
 @dataclass(frozen=True)
-class Line:
+class Advice:
     """A line of an answer: what it says first, the candidate it is about, and the rest."""
 
     head: str
@@ -94,13 +94,14 @@ def _held(row: dict[str, Any]) -> bool:
     return row["verdict"] in (SAME, "better", "slightly better")
 
 
-class Answers:
+class Recommendations:
     """The answers to every margin, kind of size and budget."""
 
     def __init__(self, comparison: Comparison, label: dict[Measure, str], margin: float) -> None:
         self.margins = sorted({*MARGINS, margin})
         self._label = label
-        self._facts = comparison.rows.drop_duplicates("candidate").set_index("candidate")[list(KINDS)]
+        facts = comparison.rows.drop_duplicates("candidate").set_index("candidate")
+        self._sizes = {kind: facts[kind].astype("float64").to_dict() for kind in BUDGETED}
         rows = {at: comparison.at_margin(at)[_NEEDED] for at in self.margins}
         known = rows[margin].dropna(subset=["reference"])
         self.references = [str(name) for name in dict.fromkeys(known["reference"])]
@@ -110,35 +111,35 @@ class Answers:
             for name in self.references
         }
         compared = known["candidate"].unique()
-        self.budgets = {
-            kind: sorted({float(self._facts.at[name, kind]) for name in compared}) for kind in KINDS
-        }
+        self.budgets = {kind: sorted({self._sizes[kind][name] for name in compared}) for kind in BUDGETED}
 
     def of(
         self, reference: str, margin: float, kind: str = "bytes_on_disk", budget: float = math.inf
-    ) -> list[Line]:
+    ) -> list[Advice]:
         """Return the answer for the candidates compared with `reference`.
 
         Args:
             margin: one of `margins`.
-            kind: one of `KINDS`.
+            kind: one of `BUDGETED`.
             budget: the most bytes of that kind.
         """
-        whole = float(self._facts.at[reference, kind])
+        whole = self._sizes[kind][reference]
         models = self._models[reference, margin]
         fitting = sorted(
             (model for model in models if model.sizes[kind] < whole and model.sizes[kind] <= budget),
             key=lambda model: (model.sizes[kind], -len(model.held)),
         )
-        limit = "" if math.isinf(budget) else f" of at most {size(budget)} {KINDS[kind]}"
+        limit = "" if math.isinf(budget) else f" of at most {size(budget)} {BUDGETED[kind]}"
         within = share_of(margin)
 
         def smaller(model: _Model) -> str:
-            return f"{share(1 - model.sizes[kind] / whole)} smaller ({size(model.sizes[kind])} {KINDS[kind]})"
+            return (
+                f"{share(1 - model.sizes[kind] / whole)} smaller ({size(model.sizes[kind])} {BUDGETED[kind]})"
+            )
 
         if not fitting:
             return [
-                Line(
+                Advice(
                     "Nothing to ship", None, f"no model{limit or ' here'} is smaller than {short(reference)}."
                 )
             ]
@@ -147,16 +148,16 @@ class Answers:
         if surely:
             chosen = surely[0]
             lines.append(
-                Line("Ship", chosen.candidate, f"{smaller(chosen)}, {self._within(chosen, within)}.")
+                Advice("Ship", chosen.candidate, f"{smaller(chosen)}, {self._within(chosen, within)}.")
             )
         else:
             sentence = f"no smaller model{limit} is shown to be the same within {within} on every score"
-            lines.append(Line("Ship none yet", None, f"{sentence}."))
+            lines.append(Advice("Ship none yet", None, f"{sentence}."))
         acceptable = [model for model in fitting if model.judged and not model.worse]
         if acceptable:
             chosen = acceptable[0]
             lines.append(
-                Line(
+                Advice(
                     "Smallest acceptable",
                     chosen.candidate,
                     f"{smaller(chosen)}, {self._open(chosen, within)}.",
@@ -170,7 +171,7 @@ class Answers:
                 where = self._name(mildest.loss(margin)[1])
                 ending = f"; {short(mildest.candidate)} loses least, most of it on {where}"
             lines.append(
-                Line(
+                Advice(
                     "Smallest acceptable",
                     None,
                     f"none{limit}: each is worse by more than {within} on a score{ending}.",
@@ -181,7 +182,7 @@ class Answers:
                 f"{_listed(bad)} ({short(good)} is no larger and scores no worse)"
                 for good, bad in avoided.items()
             ]
-            lines.append(Line("Avoid", None, f"{'; '.join(named)}."))
+            lines.append(Advice("Avoid", None, f"{'; '.join(named)}."))
         return lines
 
     def controls(self) -> dict[str, Any]:
@@ -195,7 +196,7 @@ class Answers:
         places: dict[str, int] = {}
         answers: dict[str, dict[str, list[list[int]]]] = {}
         for reference in self.references:
-            for kind in KINDS:
+            for kind in BUDGETED:
                 for margin in self.margins:
                     row = []
                     for budget in (*self.budgets[kind], math.inf):
@@ -214,7 +215,7 @@ class Answers:
         return [
             _Model(
                 str(candidate),
-                {kind: float(self._facts.at[candidate, kind]) for kind in KINDS},
+                {kind: self._sizes[kind][candidate] for kind in BUDGETED},
                 {measure_of(row): row for row in records(group)},
             )
             for candidate, group in chosen.groupby("candidate", sort=False)

@@ -16,7 +16,7 @@ import pandas as pd
 from stages.core.tables import ITEM, MEASURE
 from stages.reporting.collect import Measure, Results, by_measure, records
 from stages.reporting.comparison import PER_ITEM
-from stages.reporting.page.packing import as_json, packed
+from stages.reporting.page.packing import as_json, zipped
 
 LIMIT = 3_000_000
 """The most characters that packed items take."""
@@ -55,7 +55,7 @@ def browse(
         _table(results, place, measure, candidates, references) for place, measure in enumerate(measures)
     ]
     for thrift in _THRIFT:
-        text = packed(as_json(_columns(tables, thrift)))
+        text = zipped(as_json(_columns(tables, thrift)))
         if len(text) <= limit:
             return text, _sentence(tables, thrift)
     raise ValueError("the page's items do not fit even without any")

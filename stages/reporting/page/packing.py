@@ -27,12 +27,12 @@ def embedded(value: Any) -> Markup:
     return Markup(as_json(value))
 
 
-def packed(text: str) -> Markup:
+def zipped(text: str) -> Markup:
     """Return a text as gzip in base64, the same for the same text."""
     return Markup(base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode())
 
 
-def joined(folder: Path, *names: str) -> str:
+def texts_of(folder: Path, *names: str) -> str:
     """Return the text of files of a folder, one after another."""
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 

@@ -20,7 +20,7 @@ from stages.reporting.comparison import Comparison
 from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.measured import Measured
 from stages.reporting.page import packing
-from stages.reporting.page.answer import KINDS, Answers, share_of
+from stages.reporting.page.answer import BUDGETED, Recommendations, share_of
 from stages.reporting.page.board import board, relative
 from stages.reporting.page.browse import browse, references_of
 from stages.reporting.page.levels import heat_maps, sweeps
@@ -90,7 +90,7 @@ def render(
     names = [row["candidate"] for row in candidates]
     anchors = {name: f"c{place}" for place, name in enumerate(names)}
     table = board(comparison, label, scope.report.margin, measured)
-    answers = Answers(comparison, label, scope.report.margin)
+    answers = Recommendations(comparison, label, scope.report.margin)
     series, references = sweeps(scope, comparison), references_of(competing)
     headlines = [measure for measure in comparison.headlines() if measure in measures]
     items, left_out = browse(results, headlines, names, references)
@@ -112,7 +112,7 @@ def render(
             {"reference": name, "lines": answers.of(name, scope.report.margin)} for name in answers.references
         ],
         margins=[(value, share_of(value)) for value in answers.margins],
-        kinds=list(KINDS.items()),
+        kinds=list(BUDGETED.items()),
         heat=heat,
         sweeps=series,
         by_level=_by_level(scope, competing, label, {_of(entry) for entry in heat}),
@@ -145,13 +145,13 @@ def render(
             **{name: _listed(rows[name]) for name in ("dtype", "device", "threads", "seed")},
         },
         style=packing.inline_style(
-            packing.joined(vendor, "tabulator_simple.min.css") + packing.joined(assets, "page.css")
+            packing.texts_of(vendor, "tabulator_simple.min.css") + packing.texts_of(assets, "page.css")
         ),
         data=packing.embedded(data),
-        libraries=packing.packed(packing.joined(vendor, *_LIBRARIES)),
+        libraries=packing.zipped(packing.texts_of(vendor, *_LIBRARIES)),
         packed_items=items,
-        script=packing.inline_script(packing.joined(assets, *_SCRIPTS)),
-        licences=packing.joined(vendor, "LICENSE"),
+        script=packing.inline_script(packing.texts_of(assets, *_SCRIPTS)),
+        licences=packing.texts_of(vendor, "LICENSE"),
     )
 
 

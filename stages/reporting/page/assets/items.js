@@ -87,7 +87,7 @@ async function listItems(level) {
   fill(controls.measure, data.charts.measures.map((measure, place) => [place, measure.name]),
     Math.max(0, data.charts.measures.findIndex(measure => measure.higher)));
   form.onsubmit = event => event.preventDefault();
-  form.oninput = event => listItems(event.target === controls.level ? controls.level.value : event.target === controls.text ? controls.level.value : "all");
+  form.oninput = () => listItems(controls.level.value);
   document.addEventListener("click", event => {
     const link = event.target.closest?.("a.number");
     if (!link) return;
