@@ -77,15 +77,14 @@ class _Model:
             row["verdict"] not in ("", "untested") for row in self.scores.values()
         )
 
-    def loss(self, margin: float) -> tuple[float, Measure]:
+    def largest_loss(self, margin: float) -> tuple[float, Measure]:
         """Return the largest loss, in margins, and where it is."""
-        return max(
-            (
-                (-1 if row["higher_is_better"] else 1) * row["change"] / margin_of(row["metric"], margin),
-                measure,
-            )
+        losses = {
+            measure: (-1 if row["higher_is_better"] else 1) * row["change"] / margin_of(row["metric"], margin)
             for measure, row in self.scores.items()
-        )  # fmt: skip
+        }
+        worst = max(losses, key=losses.__getitem__)
+        return losses[worst], worst
 
 
 def _held(row: dict[str, Any]) -> bool:
@@ -130,53 +129,29 @@ class Recommendations:
             key=lambda model: (model.sizes[kind], -len(model.held)),
         )
         limit = "" if math.isinf(budget) else f" of at most {size(budget)} {BUDGETED[kind]}"
+        if not fitting:
+            nothing = f"no model{limit or ' here'} is smaller than {short(reference)}."
+            return [Advice("Nothing to ship", None, nothing)]
         within = share_of(margin)
 
         def smaller(model: _Model) -> str:
-            return (
-                f"{share(1 - model.sizes[kind] / whole)} smaller ({size(model.sizes[kind])} {BUDGETED[kind]})"
-            )
+            count = model.sizes[kind]
+            return f"{share(1 - count / whole)} smaller ({size(count)} {BUDGETED[kind]})"
 
-        if not fitting:
-            return [
-                Advice(
-                    "Nothing to ship", None, f"no model{limit or ' here'} is smaller than {short(reference)}."
-                )
-            ]
+        judged = [model for model in fitting if model.judged]
         lines = []
-        surely = [model for model in fitting if model.judged and len(model.held) == len(model.scores)]
-        if surely:
-            chosen = surely[0]
-            lines.append(
-                Advice("Ship", chosen.candidate, f"{smaller(chosen)}, {self._within(chosen, within)}.")
-            )
+        if best := next((model for model in judged if len(model.held) == len(model.scores)), None):
+            lines.append(Advice("Ship", best.candidate, f"{smaller(best)}, {self._within(best, within)}."))
         else:
-            sentence = f"no smaller model{limit} is shown to be the same within {within} on every score"
-            lines.append(Advice("Ship none yet", None, f"{sentence}."))
-        acceptable = [model for model in fitting if model.judged and not model.worse]
-        if acceptable:
-            chosen = acceptable[0]
-            lines.append(
-                Advice(
-                    "Smallest acceptable",
-                    chosen.candidate,
-                    f"{smaller(chosen)}, {self._open(chosen, within)}.",
-                )
-            )
+            none = f"no smaller model{limit} is shown to be the same within {within} on every score."
+            lines.append(Advice("Ship none yet", None, none))
+        if best := next((model for model in judged if not model.worse), None):
+            text = f"{smaller(best)}, {self._open(best, within)}."
+            lines.append(Advice("Smallest acceptable", best.candidate, text))
         else:
-            known = [model for model in fitting if model.judged]
-            ending = ""
-            if known:
-                mildest = min(known, key=lambda model: model.loss(margin))
-                where = self._name(mildest.loss(margin)[1])
-                ending = f"; {short(mildest.candidate)} loses least, most of it on {where}"
-            lines.append(
-                Advice(
-                    "Smallest acceptable",
-                    None,
-                    f"none{limit}: each is worse by more than {within} on a score{ending}.",
-                )
-            )
+            untested = " or was not tested" if len(judged) < len(fitting) else ""
+            text = f"none{limit}: each is worse by more than {within} on a score{untested}"
+            lines.append(Advice("Smallest acceptable", None, f"{text}{self._mildest(judged, margin)}."))
         if avoided := _avoided(models, kind, reference, whole):
             named = [
                 f"{_listed(bad)} ({short(good)} is no larger and scores no worse)"
@@ -184,6 +159,14 @@ class Recommendations:
             ]
             lines.append(Advice("Avoid", None, f"{'; '.join(named)}."))
         return lines
+
+    def _mildest(self, models: Sequence[_Model], margin: float) -> str:
+        """Name the model that loses least, and where it loses most."""
+        if not models:
+            return ""
+        losses = {model.candidate: model.largest_loss(margin) for model in models}
+        candidate = min(losses, key=lambda name: losses[name][0])
+        return f"; {short(candidate)} loses least, most of it on {self._name(losses[candidate][1])}"
 
     def controls(self) -> dict[str, Any]:
         """Return every answer, as the page's controls look them up.
