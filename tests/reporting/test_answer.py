@@ -53,7 +53,7 @@ def test_it_ships_the_smallest_that_is_surely_within_the_margin(found):
     assert said(found)["Smallest acceptable"][0] == "quantize/close"
     wide = said(found, margin=0.1)  # 6 points are surely a loss, and surely less than ten
     assert wide["Ship"][0] == "quantize/small"
-    assert wide["Ship"][1].endswith("no loss beyond 10 % on any of 1 scores (1 slightly worse).")
+    assert wide["Ship"][1].endswith("no loss beyond 10 % on the one score (1 slightly worse).")
 
 
 def test_it_avoids_what_a_model_no_larger_beats(found):

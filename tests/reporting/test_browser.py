@@ -232,14 +232,3 @@ def test_it_prints_with_its_table_and_chart(wide):
         )
     finally:
         wide.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
-
-
-def test_without_scripts_the_table_and_the_answer_are_there(chromium, file):
-    chromium.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
-    try:
-        chromium.driver.get(file.as_uri())
-        text = chromium.driver.find_element("tag name", "body").text
-    finally:
-        chromium.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
-    assert "Smallest acceptable" in text and "gptq-w4g64" in text and "269.1 MB" in text
-    assert "Filter" not in text and "Budget" not in text

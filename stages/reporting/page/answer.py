@@ -213,7 +213,8 @@ class Recommendations:
         if set(words) == {SAME}:
             return f"same within {within} on {'the one score' if count == 1 else f'all {count} scores'}"
         counted = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
-        return f"no loss beyond {within} on any of {count} scores ({counted})"
+        scores = "the one score" if count == 1 else f"any of {count} scores"
+        return f"no loss beyond {within} on {scores} ({counted})"
 
     def _open(self, model: _Model, within: str) -> str:
         unsettled = [m for m in model.scores if m not in model.held]

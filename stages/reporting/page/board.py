@@ -139,6 +139,8 @@ def relative(share: float | None, metric: str) -> str:
         return "–"
     if metric != "perplexity":
         return f"{100 * share:.1f} %" if 0.9 < share < 1.1 else words.share(share)
+    if share >= 1e6:
+        return f"×{words.compact(share)}"
     return f"×{share:,.3f}" if share < 1.1 else f"×{share:,.2f}" if share < 100 else f"×{share:,.0f}"
 
 
