@@ -2,8 +2,9 @@
 
 from stages.core.files import REPORT, write_text, writing
 from stages.job.entry import entry
-from stages.reporting import agreement, collect, comparison, export, figures, page, verdicts
+from stages.reporting import agreement, collect, comparison, export, figures, verdicts
 from stages.reporting.measured import read_measured
+from stages.reporting.page import rendering
 from stages.reporting.scope import Scope
 from stages.reporting.wrong import wrong_answers
 
@@ -19,12 +20,10 @@ def report(scope: Scope) -> None:
     drawn = {"quality": figures.draw_quality(compared), "difficulty": figures.draw_difficulty(compared)}
     with writing(REPORT) as folder:
         export.write_data(folder, results, compared, agreements, judged, measured, wrong)
-        pictures = {
-            stem: figures.save_figure(figure, folder / stem)
-            for stem, figure in drawn.items()
-            if figure is not None
-        }
-        text = page.render(scope, results, compared, agreements, pictures, judged, measured, wrong)
+        for stem, figure in drawn.items():
+            if figure is not None:
+                figures.save_figure(figure, folder / stem)
+        text = rendering.render(scope, results, compared, agreements, judged, measured, wrong)
         write_text(folder / "index.html", text)
 
 

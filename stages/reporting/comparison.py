@@ -65,6 +65,12 @@ class Comparison:
         finite = np.isfinite(rows["value"].astype("float64"))
         return rows[finite], rows[~finite]
 
+    def at_margin(self, margin: float) -> pd.DataFrame:
+        """Return the headline scores of candidates that compete, judged by another margin."""
+        rows = self.rows[_is_headline(self.rows) & competes(self.rows)]
+        rows = rows.assign(p_same=[_p_same_at(row, margin) for row in records(rows)])
+        return with_verdicts(rows, pd.Series(True, index=rows.index), margin)
+
     def headlines(self) -> list[Measure]:
         """Return the measures that stand for each suite, one a readout, in the order of the suites."""
         return headline_measures(self.rows)
@@ -335,10 +341,8 @@ def _of_changes(changes: list[float], margin: float, higher_is_better: bool = Tr
     """Return the statistics `_CHANGES` of per-item changes, in their unit."""
     lost, won = paired.discordant([0.0] * len(changes), changes, higher_is_better)
     interval = paired.interval(changes)
-    same = paired.equivalence(changes, -margin, margin)
+    same = _p_same(interval, len(changes), lost + won, margin)
     binary = {abs(change) for change in changes} <= {0.0, 1.0}
-    if binary and not lost + won:  # how likely none of these differs if a share as large as the margin would
-        same = (1 - margin) ** len(changes)
     return {
         "pairs": len(changes),
         "lost": lost,
@@ -348,5 +352,24 @@ def _of_changes(changes: list[float], margin: float, higher_is_better: bool = Tr
         "high": interval.high if interval else math.nan,
         "smallest": paired.smallest_shown(changes),
         "p": paired.mcnemar(lost, won) if binary else interval.p if interval else math.nan,
-        "p_same": math.nan if same is None else same,
+        "p_same": same,
     }
+
+
+def _p_same(interval: paired.Interval | None, count: int, differing: int, margin: float) -> float:
+    """Return the p-value of a difference as large as the margin; missing without statistics."""
+    if interval is None:
+        return math.nan
+    if not differing:  # how likely none of these differs if a share as large as the margin would
+        return float((1 - margin) ** count)
+    return paired.equivalence_of(interval, count, -margin, margin)
+
+
+def _p_same_at(row: dict[str, Any], margin: float) -> float:
+    """Return the p-value of a row's difference as large as another margin than that of its comparison."""
+    if row["low"] is None:
+        return math.nan
+    stderr = paired.stderr_of(row["low"], row["high"], int(row["pairs"]))
+    interval = paired.Interval(row["change"], stderr, row["low"], row["high"], row["p"])
+    differing = int(row["lost"] + row["won"])
+    return _p_same(interval, int(row["pairs"]), differing, margin_of(row["metric"], margin))

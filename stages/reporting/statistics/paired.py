@@ -90,6 +90,11 @@ def interval(differences: Sequence[float]) -> Interval | None:
     return Interval(mean, stderr, mean - reach, mean + reach, p)
 
 
+def stderr_of(low: float, high: float, count: int) -> float:
+    """Return the standard error behind the 95 % interval of the mean difference of `count` items."""
+    return (high - low) / 2 / float(stats.t.ppf(1 - LEVEL / 2, count - 1))
+
+
 def equivalence(differences: Sequence[float], low: float, high: float) -> float | None:
     """Test that a mean difference lies between `low` and `high` (TOST): p is small where it surely does.
 
@@ -101,12 +106,15 @@ def equivalence(differences: Sequence[float], low: float, high: float) -> float 
         The larger of the two one-sided p-values; None where `interval` returns None.
     """
     difference = interval(differences)
-    if difference is None:
-        return None
+    return None if difference is None else equivalence_of(difference, len(differences), low, high)
+
+
+def equivalence_of(difference: Interval, count: int, low: float, high: float) -> float:
+    """Test as `equivalence` does, given the paired t statistics of `count` items."""
     if difference.stderr == 0:
         return 0.0 if low < difference.mean < high else 1.0
     ts = ((difference.mean - low) / difference.stderr, (high - difference.mean) / difference.stderr)
-    return float(max(stats.t.sf(t, len(differences) - 1) for t in ts))
+    return float(max(stats.t.sf(t, count - 1) for t in ts))
 
 
 def smallest_shown(differences: Sequence[float]) -> float:

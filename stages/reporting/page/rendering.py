@@ -1,36 +1,42 @@
-"""Render the page: all that a reader needs to judge the comparison, in a single file that fetches nothing."""
+"""Render the page that says what to ship, and shows why: a single file that fetches nothing.
+
+All of it stands in the page as HTML first, so that it can be read, searched and printed without scripts.
+Scripts add the controls of the answer, sorting and filtering, the charts, and the items.
+"""
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from stages.core.identity import beside
-from stages.core.tables import ITEM, MEASURE
+from stages.core.tables import MEASURE
 from stages.reporting import words
 from stages.reporting.collect import Measure, Results, by_measure, competes, measure_of, records
 from stages.reporting.comparison import Comparison
 from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.measured import Measured
+from stages.reporting.page import packing
+from stages.reporting.page.answer import BUDGETED, Recommendations, share_of
+from stages.reporting.page.board import board, relative
+from stages.reporting.page.browse import browse, references_of
+from stages.reporting.page.levels import heat_maps, sweeps
+from stages.reporting.page.points import chart_data
 from stages.reporting.scope import Scope
 from stages.reporting.wrong import CLASSES
 
-_FLIPS_SHOWN = 8
-"""Changed answers shown for each candidate; samples.parquet has all."""
 _CHOICES = (
     "structure", "allocation", "scope", "importance", "block_metric", "blocks_removed", "width_ratio", "arm",
     "steps", "train_difficulty", "recipe_seed",
 )  # fmt: skip
 """Columns shown beside a candidate's recipes where they have a value."""
-_ANSWER_SHOWN = 80
-"""Characters shown of an answer."""
-_PROMPT_SHOWN = 160
-"""Characters shown of a prompt, its last."""
+_DIVERGENCES = ("kl", "same_top")
+"""Metrics whose levels are the base's confidence, not difficulty."""
+_LIBRARIES = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js", "tabulator.min.js")
+_SCRIPTS = ("page.js", "answer.js", "board.js", "charts.js", "items.js")
 
 
 def render(
@@ -38,7 +44,6 @@ def render(
     results: Results,
     comparison: Comparison,
     agreements: pd.DataFrame,
-    pictures: Mapping[str, str],
     verdicts: Sequence[Verdict] = (),
     measured: Measured | None = None,
     wrong: pd.DataFrame | None = None,
@@ -47,19 +52,18 @@ def render(
 
     Args:
         agreements: the table of `stages.reporting.agreement`.
-        pictures: the figures as SVG, by name.
         verdicts: those of all studies.
         measured: speed and memory; None where nothing was measured.
         wrong: the classes of wrong answers.
     """
     environment = Environment(
-        loader=FileSystemLoader(beside(__file__, "page.html").parent),
+        loader=FileSystemLoader(beside(__file__, "templates")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    environment.filters |= {"relative": relative} | {
         name: getattr(words, name)
         for name in (
             "number",
@@ -74,6 +78,7 @@ def render(
             "removal",
         )
     }
+    vendor, assets = beside(__file__, "vendor"), beside(__file__, "assets")
     rows, competing, noise = comparison.rows, comparison.competitors, comparison.noise
     label = words.labels(rows)
     suites = list(dict.fromkeys(competing["suite"]))
@@ -81,28 +86,47 @@ def render(
         measure: _measure(scope, label[measure], scores)
         for measure, scores in by_measure(competing[competing["difficulty"] == "all"]).items()
     }
+    candidates = [_candidate(scope, row, suites) for row in records(competing.drop_duplicates("candidate"))]
+    names = [row["candidate"] for row in candidates]
+    anchors = {name: f"c{place}" for place, name in enumerate(names)}
+    table = board(comparison, label, scope.report.margin, measured)
+    answers = Recommendations(comparison, label, scope.report.margin)
+    series, references = sweeps(scope, comparison), references_of(competing)
+    headlines = [measure for measure in comparison.headlines() if measure in measures]
+    items, left_out = browse(results, headlines, names, references)
+    heat = heat_maps(comparison, label)
+    data = {
+        "anchors": anchors,
+        "references": references,
+        "answer": answers.controls() | {"budgets": answers.budgets},
+        "charts": chart_data(table, {row["candidate"]: row["family"] for row in candidates}, series, scope),
+    }
     return environment.get_template("page.html").render(
         bases=[_base(scope, group) for _, group in rows.groupby("base", sort=False)],
-        candidates=[
-            _candidate(scope, row, suites) for row in records(competing.drop_duplicates("candidate"))
+        candidates=candidates,
+        anchors=anchors,
+        own_domain={name: [row["candidate"] for row in candidates if name in row["read"]] for name in suites},
+        board=table,
+        measured=table["measured"],
+        answers=[
+            {"reference": name, "lines": answers.of(name, scope.report.margin)} for name in answers.references
         ],
+        margins=[(value, share_of(value)) for value in answers.margins],
+        kinds=list(BUDGETED.items()),
+        heat=heat,
+        sweeps=series,
+        by_level=_by_level(scope, competing, label, {_of(entry) for entry in heat}),
+        left_out=left_out,
         suites=[_suite(rows[rows["suite"] == suite], label) for suite in suites],
-        headlines=[measures[measure] for measure in comparison.headlines() if measure in measures],
         measures=list(measures.values()),
         noise=_labelled(noise[noise["difficulty"] == "all"], label),
         floors=_labelled(
             rows[rows["candidate"].str.startswith("floor/") & (rows["difficulty"] == "all")], label
         ),
-        difficulty=[
-            _difficulty(scope, label[measure], scores)
-            for measure, scores in by_measure(competing).items()
-            if scores["difficulty"].nunique() > 1
-        ],
         agreement=records(agreements),
         wrong=[] if wrong is None else records(wrong),
         classes=CLASSES,
         profile=records(measured.figures) if measured else [],
-        flips=_flips(results, comparison),
         compared=int(competing["family"].max()) if len(competing) else 0,
         studies=[
             {
@@ -116,13 +140,42 @@ def render(
         margin=scope.report.margin,
         reference=scope.report.reference,
         undrawn=records(comparison.perplexities[1]),
-        figures={stem: _inline(picture) for stem, picture in pictures.items()},
         facts={
             "file_dtype": _listed(competing["dtype"]),
             **{name: _listed(rows[name]) for name in ("dtype", "device", "threads", "seed")},
         },
-        shown=(_FLIPS_SHOWN, _ANSWER_SHOWN, _PROMPT_SHOWN),
+        style=packing.inline_style(
+            packing.texts_of(vendor, "tabulator_simple.min.css") + packing.texts_of(assets, "page.css")
+        ),
+        data=packing.embedded(data),
+        libraries=packing.zipped(packing.texts_of(vendor, *_LIBRARIES)),
+        packed_items=items,
+        script=packing.inline_script(packing.texts_of(assets, *_SCRIPTS)),
+        licences=packing.texts_of(vendor, "LICENSE"),
     )
+
+
+def _of(entry: Mapping[str, Any]) -> Measure:
+    return tuple(entry[name] for name in MEASURE)
+
+
+def _by_level(
+    scope: Scope, competing: pd.DataFrame, label: Mapping[Measure, str], drawn: set[Measure]
+) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Return the scores by level that no heat map shows: a title, a sentence, and their tables."""
+    parts: tuple[tuple[str, str, list[dict[str, Any]]], ...] = (
+        ("Other scores by level", "Single levels have differences but no word.", []),
+        (
+            "Distance from the base's predictions, by its confidence",
+            "Sure: the base gives its likeliest token more than .9; likely: more than .5; unsure: less.",
+            [],
+        ),
+    )
+    for measure, scores in by_measure(competing).items():
+        if scores["difficulty"].nunique() > 1 and measure not in drawn:
+            diverging = measure[MEASURE.index("metric")] in _DIVERGENCES
+            parts[diverging][2].append(_difficulty(scope, label[measure], scores))
+    return [part for part in parts if part[2]]
 
 
 def _listed(values: "pd.Series[Any]") -> str:
@@ -231,29 +284,3 @@ def _difficulty(scope: Scope, label: str, rows: pd.DataFrame) -> dict[str, Any]:
         "cells": cells,
         "about": {row["candidate"]: _marks(row, scope) for row in scores},
     }
-
-
-def _flips(results: Results, comparison: Comparison) -> list[dict[str, Any]]:
-    """Return generated answers whose score differs from the dense base's, the first few of each candidate."""
-    references = comparison.competitors.dropna(subset=["reference"])
-    pairs = references.drop_duplicates("candidate")[["candidate", "reference"]].to_numpy().tolist()
-    samples = results.samples
-    generated = samples[(samples["readout"] == "generation") & samples["response"].notna()]
-    flips = []
-    for candidate, reference in pairs:
-        ours, base = (generated[generated["candidate"] == name] for name in (candidate, reference))
-        both = ours.merge(base, on=[*MEASURE, "doc_id", "draw", "prompt_hash"], suffixes=("", "_base"))
-        changed = both[both["score"] != both["score_base"]]
-        if len(changed):
-            asked = results.items[[*ITEM, "prompt"]]
-            shown = records(changed.head(_FLIPS_SHOWN).merge(asked, on=list(ITEM), how="left"))
-            flips.append({"candidate": candidate, "count": len(changed), "rows": shown})
-    return flips
-
-
-def _inline(picture: str) -> Markup:
-    """Return an SVG file as an element of the page, without its prologue and without unused ids."""
-    text = picture[picture.index("<svg") :]
-    referred = set(re.findall(r"#([\w-]+)", text))
-    text = re.sub(r' id="([\w-]+)"', lambda match: match[0] if match[1] in referred else "", text)
-    return Markup(text)

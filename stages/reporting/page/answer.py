@@ -1,0 +1,281 @@
+"""Answer what to ship, from the words that every headline score has.
+
+- Ship: the smallest model whose every score is surely within the margin of the base's. That is `same within
+  the margin`, `better` or `slightly better`; or `slightly worse` where the loss, though sure, is also surely
+  smaller than the margin.
+- Smallest acceptable: the smallest model of which no score is `worse`. Scores that are not settled may still
+  hide a loss, so the answer counts them.
+- Avoid: a model with a score that is `worse` while another, no larger, scores at least as well everywhere.
+
+Only models smaller than the base count. Every answer that the page's controls can ask for is computed here,
+so that the page and its controls cannot disagree.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from stages.core.tables import MEASURE
+from stages.reporting.collect import Measure, measure_of, records
+from stages.reporting.comparison import Comparison
+from stages.reporting.margins import OPEN, SAME, margin_of
+from stages.reporting.statistics.paired import LEVEL
+from stages.reporting.words import compact, share, short, size
+
+MARGINS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Margins to choose from, beside the one of params.yaml."""
+BUDGETED = {"bytes_on_disk": "on disk", "bytes_ideal": "ideal"}
+"""The sizes that a budget may limit."""
+_NEEDED = [
+    "candidate",
+    "reference",
+    *MEASURE,
+    "higher_is_better",
+    "value",
+    "delta",
+    "change",
+    "p_same",
+    "verdict",
+]
+_NAMED = 4
+"""Models or scores that a line names at most."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A line of an answer: what it says first, the candidate it is about, and the rest."""
+
+    head: str
+    candidate: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A candidate with its headline scores, by measure."""
+
+    candidate: str
+    sizes: dict[str, float]
+    scores: dict[Measure, dict[str, Any]]
+
+    @property
+    def held(self) -> list[Measure]:
+        """The scores that are surely within the margin."""
+        return [measure for measure, row in self.scores.items() if _held(row)]
+
+    @property
+    def worse(self) -> list[Measure]:
+        return [measure for measure, row in self.scores.items() if row["verdict"] == "worse"]
+
+    @property
+    def judged(self) -> bool:
+        """Whether every score has a word that a test gave."""
+        return bool(self.scores) and all(
+            row["verdict"] not in ("", "untested") for row in self.scores.values()
+        )
+
+    def largest_loss(self, margin: float) -> tuple[float, Measure]:
+        """Return the largest loss, in margins, and where it is."""
+        losses = {
+            measure: (-1 if row["higher_is_better"] else 1) * row["change"] / margin_of(row["metric"], margin)
+            for measure, row in self.scores.items()
+        }
+        worst = max(losses, key=losses.__getitem__)
+        return losses[worst], worst
+
+
+def _held(row: dict[str, Any]) -> bool:
+    if row["verdict"] == "slightly worse":
+        return row["p_same"] is not None and row["p_same"] <= LEVEL
+    return row["verdict"] in (SAME, "better", "slightly better")
+
+
+class Recommendations:
+    """The answers to every margin, kind of size and budget."""
+
+    def __init__(self, comparison: Comparison, label: dict[Measure, str], margin: float) -> None:
+        self.margins = sorted({*MARGINS, margin})
+        self._label = label
+        facts = comparison.rows.drop_duplicates("candidate").set_index("candidate")
+        self._sizes = {kind: facts[kind].astype("float64").to_dict() for kind in BUDGETED}
+        rows = {at: comparison.at_margin(at)[_NEEDED] for at in self.margins}
+        known = rows[margin].dropna(subset=["reference"])
+        self.references = [str(name) for name in dict.fromkeys(known["reference"])]
+        self._models = {
+            (name, at): self._compared(judged, name)
+            for at, judged in rows.items()
+            for name in self.references
+        }
+        compared = known["candidate"].unique()
+        self.budgets = {kind: sorted({self._sizes[kind][name] for name in compared}) for kind in BUDGETED}
+
+    def of(
+        self, reference: str, margin: float, kind: str = "bytes_on_disk", budget: float = math.inf
+    ) -> list[Advice]:
+        """Return the answer for the candidates compared with `reference`.
+
+        Args:
+            margin: one of `margins`.
+            kind: one of `BUDGETED`.
+            budget: the most bytes of that kind.
+        """
+        whole = self._sizes[kind][reference]
+        models = self._models[reference, margin]
+        fitting = sorted(
+            (model for model in models if model.sizes[kind] < whole and model.sizes[kind] <= budget),
+            key=lambda model: (model.sizes[kind], -len(model.held)),
+        )
+        limit = "" if math.isinf(budget) else f" of at most {size(budget)} {BUDGETED[kind]}"
+        if not fitting:
+            nothing = f"no model{limit or ' here'} is smaller than {short(reference)}."
+            return [Advice("Nothing to ship", None, nothing)]
+        within = share_of(margin)
+
+        def smaller(model: _Model) -> str:
+            count = model.sizes[kind]
+            return f"{share(1 - count / whole)} smaller ({size(count)} {BUDGETED[kind]})"
+
+        judged = [model for model in fitting if model.judged]
+        lines = []
+        if best := next((model for model in judged if len(model.held) == len(model.scores)), None):
+            lines.append(Advice("Ship", best.candidate, f"{smaller(best)}, {self._within(best, within)}."))
+        else:
+            none = f"no smaller model{limit} is shown to be the same within {within} on every score."
+            lines.append(Advice("Ship none yet", None, none))
+        if best := next((model for model in judged if not model.worse), None):
+            text = f"{smaller(best)}, {self._open(best, within)}."
+            lines.append(Advice("Smallest acceptable", best.candidate, text))
+        else:
+            untested = " or was not tested" if len(judged) < len(fitting) else ""
+            text = f"none{limit}: each is worse by more than {within} on a score{untested}"
+            lines.append(Advice("Smallest acceptable", None, f"{text}{self._mildest(judged, margin)}."))
+        if avoided := _avoided(models, kind, reference, whole):
+            named = [
+                f"{_listed(bad)} ({short(good)} is no larger and scores no worse)"
+                for good, bad in avoided.items()
+            ]
+            lines.append(Advice("Avoid", None, f"{'; '.join(named)}."))
+        return lines
+
+    def _mildest(self, models: Sequence[_Model], margin: float) -> str:
+        """Name the model that loses least, and where it loses most."""
+        if not models:
+            return ""
+        losses = {model.candidate: model.largest_loss(margin) for model in models}
+        candidate = min(losses, key=lambda name: losses[name][0])
+        return f"; {short(candidate)} loses least, most of it on {self._name(losses[candidate][1])}"
+
+    def controls(self) -> dict[str, Any]:
+        """Return every answer, as the page's controls look them up.
+
+        Returns:
+            `texts`, each distinct answer as a list of [head, candidate, text]; and `answers`, by reference,
+            kind and margin, a list with the place in `texts` for each budget, the last for no budget.
+        """
+        texts: list[list[list[str | None]]] = []
+        places: dict[str, int] = {}
+        answers: dict[str, dict[str, list[list[int]]]] = {}
+        for reference in self.references:
+            for kind in BUDGETED:
+                for margin in self.margins:
+                    row = []
+                    for budget in (*self.budgets[kind], math.inf):
+                        lines = [
+                            [x.head, x.candidate, x.text] for x in self.of(reference, margin, kind, budget)
+                        ]
+                        if (key := repr(lines)) not in places:
+                            places[key] = len(texts)
+                            texts.append(lines)
+                        row.append(places[key])
+                    answers.setdefault(reference, {}).setdefault(kind, []).append(row)
+        return {"texts": texts, "answers": answers}
+
+    def _compared(self, rows: pd.DataFrame, reference: str) -> list[_Model]:
+        chosen = rows[rows["candidate"].isin(rows[rows["reference"] == reference]["candidate"])]
+        return [
+            _Model(
+                str(candidate),
+                {kind: self._sizes[kind][candidate] for kind in BUDGETED},
+                {measure_of(row): row for row in records(group)},
+            )
+            for candidate, group in chosen.groupby("candidate", sort=False)
+        ]
+
+    def _name(self, measure: Measure) -> str:
+        return f"{measure[0]} ({self._label[measure]})"
+
+    def _within(self, model: _Model, within: str) -> str:
+        words = [row["verdict"] for row in model.scores.values()]
+        count = len(words)
+        if set(words) == {SAME}:
+            return f"same within {within} on {'the one score' if count == 1 else f'all {count} scores'}"
+        counted = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+        scores = "the one score" if count == 1 else f"any of {count} scores"
+        return f"no loss beyond {within} on {scores} ({counted})"
+
+    def _open(self, model: _Model, within: str) -> str:
+        unsettled = [m for m in model.scores if m not in model.held]
+        if not unsettled:
+            return f"every score surely within {within}"
+        named = ", ".join(f"{self._name(m)} {_doubt(model.scores[m])}" for m in unsettled[:_NAMED])
+        more = f" and {len(unsettled) - _NAMED} more" if len(unsettled) > _NAMED else ""
+        return (
+            f"no score shown worse by more than {within}, but {len(unsettled)} of {len(model.scores)} "
+            f"not shown the same: {named}{more}"
+        )
+
+
+def share_of(margin: float) -> str:
+    """Format a margin: 0.005 is `0.5 %`."""
+    return f"{compact(100 * margin)} %"
+
+
+def _doubt(row: dict[str, Any]) -> str:
+    return "not settled" if row["verdict"] == OPEN else str(row["verdict"])
+
+
+def _listed(candidates: Sequence[str]) -> str:
+    names = [short(name) for name in candidates[:_NAMED]]
+    return ", ".join(names) + (f" and {len(candidates) - _NAMED} more" if len(candidates) > _NAMED else "")
+
+
+def _avoided(models: Sequence[_Model], kind: str, reference: str, whole: float) -> dict[str, list[str]]:
+    """Return the models to avoid, by the one to prefer: no larger, nowhere worse, and not itself avoided."""
+    beaten_by: dict[str, list[_Model]] = {}
+    for bad in models:
+        if bad.worse:
+            beaten_by[bad.candidate] = [
+                good
+                for good in models
+                if good is not bad and good.sizes[kind] <= bad.sizes[kind] and _covers(good, bad)
+            ]
+    groups: dict[str, list[str]] = {}
+    for bad in models:
+        if good := [
+            other for other in beaten_by.get(bad.candidate, []) if not beaten_by.get(other.candidate)
+        ]:
+            best = max(good, key=lambda model: (len(model.held), -model.sizes[kind]))
+            groups.setdefault(best.candidate, []).append(bad.candidate)
+        elif bad.worse and whole <= bad.sizes[kind] and not any(map(_gained, bad.scores.values())):
+            groups.setdefault(reference, []).append(bad.candidate)
+    return groups
+
+
+def _gained(row: dict[str, Any]) -> bool:
+    return row["delta"] is None or ((row["delta"] > 0) == bool(row["higher_is_better"]) and row["delta"] != 0)
+
+
+def _covers(good: _Model, bad: _Model) -> bool:
+    """Tell whether a model scores at least as well as another on every score, and better on one."""
+    if not bad.scores.keys() <= good.scores.keys():
+        return False
+    leads = []
+    for measure, row in bad.scores.items():
+        ours, theirs = good.scores[measure]["value"], row["value"]
+        if ours is None or theirs is None:
+            return False
+        leads.append((ours - theirs) * (1 if row["higher_is_better"] else -1))
+    return min(leads) >= 0 and max(leads) > 0

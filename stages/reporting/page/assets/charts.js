@@ -1,0 +1,114 @@
+/* The scatter and the curves, drawn by Vega-Lite as SVG with texts. Colours are Okabe and Ito's. */
+{
+  const { measures, axes, families, points, fronts, sweeps, reference } = data.charts;
+  const colours = { dense: "currentColor", pruned: "#0072B2", quantized: "#D55E00", "pruned and quantized": "#CC79A7", recovered: "#009E73" };
+  const shapes = { dense: "diamond", pruned: "circle", quantized: "square", "pruned and quantized": "cross", recovered: "triangle-up" };
+  const narrow = () => innerWidth < 700;
+  const config = {
+    background: "transparent", font: "system-ui, DejaVu Sans, sans-serif",
+    axis: { labelColor: "currentColor", titleColor: "currentColor", gridColor: "#88888840", domainColor: "#888", tickColor: "#888", labelFontSize: 12, titleFontSize: 12 },
+    legend: { labelColor: "currentColor", titleColor: "currentColor", labelFontSize: 12 }, view: { stroke: "#88888860" },
+  };
+  const options = { renderer: "svg", actions: false };
+  const percent = (value, ratio) => value === null ? "–" : ratio ? `×${value.toPrecision(4)}` : `${(100 * value).toFixed(1)} %`;
+  const title = measure => `${measure.name}, ${measure.ratio ? "times" : "share of"} ${reference}'s`;
+
+  function rowsOf(place, axis) {
+    const measure = measures[place];
+    return points.flatMap((point, index) => {
+      const score = point.scores[place];
+      if (!score || score[0] === null || score[0] === undefined || (axis && point[axis] === null)) return [];
+      const [share, low, high, value, verdict] = score;
+      return [{ index, candidate: point.candidate, name: point.short, family: point.family, size: axis && point[axis], share, low: low ?? share, high: high ?? share,
+        interval: low === null ? "" : `${percent(low, measure.ratio)} to ${percent(high, measure.ratio)}`, text: percent(share, measure.ratio), value, verdict }];
+    });
+  }
+
+  /* From the lowest interval to the highest, and the base's own 1. */
+  function domainOf(rows, log) {
+    const ends = [1, ...rows.flatMap(row => [row.low, row.high])].filter(value => Number.isFinite(value) && (!log || value > 0));
+    const [low, high] = [Math.min(...ends), Math.max(...ends)];
+    return log ? [low / 1.12, high * 1.12] : [low - .05 * (high - low || 1), high + .05 * (high - low || 1)];
+  }
+  const scaleOf = (domain, log) => log ? { type: "log", domain, nice: false, clamp: true } : { type: "linear", domain, zero: false, nice: false };
+
+  function drawScatter() {
+    const { measure: chosen, axis: against, logx, logy } = byId("scatter-controls").elements;
+    const place = +chosen.value, measure = measures[place], axis = against.value;
+    const rows = rowsOf(place, axis);
+    const positive = rows.every(row => row.low > 0);
+    const floor = Math.min(...rows.filter(row => row.low > 0).map(row => row.low));
+    const log = logy.checked && rows.every(row => row.share > 0);
+    if (log && !positive) for (const row of rows) row.low = Math.max(row.low, Math.min(floor, row.share / 4));
+    const domain = domainOf(rows, log);
+    const front = fronts[axis][place].flatMap(index => rows.filter(row => row.index === index)).sort((a, b) => a.size - b.size);
+    const tooltip = [["candidate", "candidate"], ["text", `of ${reference}`], ["interval", "95 %"], ["value", "score"], ["verdict", "verdict"], ["size", axes[axis]]]
+      .map(([field, name]) => ({ field, title: name, type: "nominal", ...(field === "value" || field === "size" ? { type: "quantitative", format: ".4~g" } : {}) }));
+    const y = field => ({ field, type: "quantitative", title: title(measure), scale: scaleOf(domain, log), axis: { format: measure.ratio ? ".3~g" : ".0%" } });
+    const x = { field: "size", type: "quantitative", title: axes[axis], scale: { type: logx.checked ? "log" : "linear", nice: true, padding: 12, ...(logx.checked ? {} : { zero: false }) } };
+    const color = { field: "family", type: "nominal", title: null, scale: { domain: families, range: families.map(f => colours[f]) }, legend: { orient: "top", columns: narrow() ? 2 : 5 } };
+    const spec = {
+      $schema: "https://vega.github.io/schema/vega-lite/v5.json", width: "container", height: narrow() ? 380 : 440, config,
+      description: `${title(measure)} against ${axes[axis]}`,
+      layer: [
+        { data: { values: [{}] }, mark: { type: "rule", strokeDash: [2, 3], color: "#888" }, encoding: { y: { datum: 1, type: "quantitative" } } },
+        { data: { values: front }, mark: { type: "line", interpolate: "step-after", strokeDash: [6, 4], color: "#888" }, encoding: { x, y: y("share") } },
+        { data: { values: rows }, mark: { type: "rule", strokeWidth: 1.5, opacity: .7 }, encoding: { x, y: y("low"), y2: { field: "high" }, color } },
+        { data: { values: rows }, name: "dots", mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" }, encoding: { x, y: y("share"), tooltip,
+          color,
+          shape: { field: "family", type: "nominal", title: null, scale: { domain: families, range: families.map(f => shapes[f]) } },
+          description: { field: "candidate" } } },
+      ],
+    };
+    /* Vega places the names where they cover nothing, and leaves out those for which there is no room. */
+    const label = vega => {
+      vega.marks.push({
+        type: "text", name: "names", from: { data: "dots_marks" }, interactive: false, aria: false,
+        encode: { enter: { text: { field: "datum.name" }, fill: { value: "currentColor" }, fontSize: { value: narrow() ? 10 : 12 } } },
+        transform: [{ type: "label", size: { signal: "[width, height]" }, anchor: ["right", "left", "top", "bottom", "top-right", "bottom-right", "top-left", "bottom-left"],
+          offset: [6, 6, 6, 6, 5, 5, 5, 5], avoidMarks: ["layer_0_marks", "layer_1_marks", "layer_2_marks"], padding: 0 }],
+      });
+      return vega;
+    };
+    return vegaEmbed("#scatter-plot", spec, { ...options, patch: label }).then(({ view }) => {
+      view.addEventListener("click", (event, item) => { if (item?.datum?.candidate) showItems({ candidate: item.datum.candidate, measure: place }); });
+    });
+  }
+
+  function drawDose() {
+    const place = +byId("dose-controls").elements.measure.value, measure = measures[place];
+    const known = new Map(rowsOf(place, null).map(row => [row.candidate, row]));
+    const rows = sweeps.flatMap(({ name, dose, points: steps }) => steps.filter(([, candidate]) => known.has(candidate))
+      .map(([value, candidate]) => ({ ...known.get(candidate), series: name, kind: dose, dose: value })));
+    const kinds = [...new Set(rows.map(row => row.kind))];
+    const log = measure.ratio;
+    const charts = kinds.map(kind => {
+      const chosen = rows.filter(row => row.kind === kind);
+      const x = { field: "dose", type: "quantitative", title: kind, scale: { zero: false, padding: 20, reverse: kind === "bits" }, axis: { values: [...new Set(chosen.map(row => row.dose))] } };
+      const y = field => ({ field, type: "quantitative", title: title(measure), scale: scaleOf(domainOf(rows, log), log), axis: { format: log ? ".3~g" : ".0%" } });
+      const color = { field: "series", type: "nominal", title: null, scale: { range: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"] }, legend: { orient: "top", columns: narrow() ? 1 : 3, labelLimit: 300 } };
+      return { $schema: "https://vega.github.io/schema/vega-lite/v5.json", width: "container", height: 300, config, data: { values: chosen }, description: `${title(measure)} by ${kind}`,
+        layer: [
+          { mark: { type: "rule", strokeWidth: 1.5 }, encoding: { x, y: y("low"), y2: { field: "high" }, color } },
+          { mark: { type: "line", point: { size: 70 } }, encoding: { x, y: y("share"), color, tooltip: [{ field: "candidate" }, { field: "text", title: `of ${reference}` }, { field: "interval", title: "95 %" }, { field: "verdict" }] } },
+        ] };
+    });
+    const folder = byId("dose-plot");
+    folder.replaceChildren(...charts.map(() => make("div", { class: "plot" })));
+    return Promise.all(charts.map((chart, at) => vegaEmbed(folder.children[at], chart, options)));
+  }
+
+  const offered = measures.map((measure, place) => [place, measure.name]);
+  const scatter = byId("scatter-controls"), dose = byId("dose-controls");
+  fill(scatter.elements.measure, offered, 0);
+  fill(scatter.elements.axis, Object.entries(axes));
+  scatter.onchange = drawScatter;
+  scatter.onsubmit = event => event.preventDefault();
+  if (dose) {
+    fill(dose.elements.measure, offered, 0);
+    dose.onchange = drawDose;
+    dose.onsubmit = event => event.preventDefault();
+  }
+  libraries.then(() => Promise.all([measures.length && drawScatter(), dose && drawDose()]))
+    .then(() => document.documentElement.dataset.drawn = "yes");
+}

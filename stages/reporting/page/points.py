@@ -1,0 +1,88 @@
+"""The data of the page's charts: scores, sizes, speed and memory, and who is on which Pareto front."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stages.reporting.scope import Scope
+from stages.reporting.statistics.pareto import frontier
+from stages.reporting.words import FAMILIES, short
+
+AXES = {
+    "disk": "size on disk, MB",
+    "ideal": "ideal size, MB",
+    "latency": "milliseconds a token",
+    "memory": "peak memory, MB",
+}
+
+
+def chart_data(
+    table: dict[str, Any], families: dict[str, str], series: Sequence[dict[str, Any]], scope: Scope
+) -> dict[str, Any]:
+    """Return all that the charts draw.
+
+    Args:
+        table: what `stages.reporting.page.board` returns.
+        families: the family of each candidate.
+        series: what `stages.reporting.page.levels.sweeps` returns.
+
+    Returns:
+        `measures`; `axes`, those with values; `points`, a dict a candidate, its scores as (share of the
+        base's, low, high, score, verdict); `fronts`, by axis and measure
+        the places of candidates; `sweeps`; `reference`, its name.
+    """
+    lines = table["lines"]
+    points = [
+        {
+            "candidate": line["candidate"],
+            "short": short(line["candidate"]),
+            "family": families[line["candidate"]],
+            "disk": line["sizes"]["bytes_on_disk"]["bytes"] / 1e6,
+            "ideal": line["sizes"]["bytes_ideal"]["bytes"] / 1e6,
+            "latency": line["speed"] and 1000 * line["speed"]["seconds_per_token"],
+            "memory": line["speed"] and line["speed"]["peak_bytes"] and line["speed"]["peak_bytes"] / 1e6,
+            "scores": [_point(cell) for cell in line["cells"]],
+        }
+        for line in lines
+    ]
+    axes = [axis for axis in AXES if any(point[axis] is not None for point in points)]
+    fronts = {
+        axis: [_front(points, axis, place, column["higher"]) for place, column in enumerate(table["columns"])]
+        for axis in axes
+    }
+    return {
+        "measures": [
+            {
+                "name": f"{column['suite']}: {column['label']}",
+                "ratio": column["ratio"],
+                "higher": column["higher"],
+            }
+            for column in table["columns"]
+        ],
+        "axes": {axis: AXES[axis] for axis in axes},
+        "families": [family for family in FAMILIES if family in families.values()],
+        "points": points,
+        "fronts": fronts,
+        "sweeps": list(series),
+        "reference": short(scope.report.reference) if scope.report.reference else "the base",
+    }
+
+
+def _point(cell: dict[str, Any] | None) -> list[Any] | None:
+    """Return a score; the reference itself is the whole of its own."""
+    if cell is None or cell["value"] is None:
+        return None
+    if cell["share"] is None and cell["reference"] is None:
+        return [1.0, None, None, cell["value"], ""]
+    return [cell["share"], cell["share_low"], cell["share_high"], cell["value"], cell["verdict"]]
+
+
+def _front(points: Sequence[dict[str, Any]], axis: str, place: int, higher: bool) -> list[int]:
+    def loss(point: dict[str, Any]) -> float:
+        score = point["scores"][place]
+        value = np.nan if score is None or score[0] is None else score[0]
+        return -value if higher else value
+
+    sizes = [np.nan if point[axis] is None else point[axis] for point in points]
+    return [int(i) for i in np.flatnonzero(frontier(sizes, [loss(point) for point in points]))]

@@ -1,0 +1,125 @@
+"""What to ship: from the words of scores, and never `same` where that is not shown."""
+
+import math
+
+import pytest
+
+from stages.reporting import words
+from stages.reporting.collect import records
+from stages.reporting.page.answer import MARGINS, Recommendations
+from tests import results
+from tests.results import compared, of_items, together
+
+
+def answers(table, sizes, margin=0.02):
+    """Return the answers for candidates of the base `m`, whose sizes are in bytes."""
+    rows = table.scores["candidate"].map(sizes)
+    table.scores["bytes_on_disk"], table.scores["bytes_ideal"] = rows, rows
+    comparison = compared(table, margin=margin)
+    return Recommendations(comparison, words.labels(comparison.rows), margin)
+
+
+def said(found, **settings):
+    """Return an answer as {head: (candidate, text)}."""
+    return {
+        line.head: (line.candidate, line.text)
+        for line in found.of("base/m", settings.pop("margin", 0.02), **settings)
+    }
+
+
+def losing(count, of=1000):
+    return [0.0] * count + [1.0] * (of - count)
+
+
+SIZES = {"base/m": 100, "quantize/close": 60, "quantize/small": 40, "prune/bad": 50}
+
+
+@pytest.fixture(scope="module")
+def found():
+    # Of 1000 items `close` loses 2, `small` 60 and `bad` 500.
+    items = {
+        "base/m": losing(0),
+        "quantize/close": losing(2),
+        "quantize/small": losing(60),
+        "prune/bad": losing(500),
+    }
+    return answers(of_items(items), SIZES)
+
+
+def test_it_ships_the_smallest_that_is_surely_within_the_margin(found):
+    assert said(found)["Ship"] == (
+        "quantize/close", "40 % smaller (0.1 kB on disk), same within 2 % on the one score.",
+    )  # fmt: skip
+    assert said(found)["Smallest acceptable"][0] == "quantize/close"
+    wide = said(found, margin=0.1)  # 6 points are surely a loss, and surely less than ten
+    assert wide["Ship"][0] == "quantize/small"
+    assert wide["Ship"][1].endswith("no loss beyond 10 % on the one score (1 slightly worse).")
+
+
+def test_it_avoids_what_a_model_no_larger_beats(found):
+    assert said(found)["Avoid"] == (None, "bad (small is no larger and scores no worse).")
+
+
+def test_a_budget_leaves_larger_models_out(found):
+    tight = said(found, budget=45)
+    assert tight["Ship none yet"][1].startswith(
+        "no smaller model of at most 0.0 kB on disk is shown to be the same"
+    )
+    assert tight["Smallest acceptable"][0] is None and "small loses least" in tight["Smallest acceptable"][1]
+    assert list(said(found, budget=10)) == ["Nothing to ship"]
+
+
+def test_few_items_are_never_called_the_same():
+    few = answers(of_items({"base/m": losing(0, 20), "quantize/close": losing(1, 20)}), SIZES)
+    lines = said(few)
+    assert list(lines) == ["Ship none yet", "Smallest acceptable"]
+    assert "1 of 1 not shown the same: s (acc) not settled" in lines["Smallest acceptable"][1]
+
+
+def test_every_score_counts():
+    table = together(
+        of_items({"base/m": losing(0), "quantize/close": losing(2)}),
+        of_items(
+            {"base/m": losing(0), "quantize/close": losing(500)}, readout="generation", metric="exact_match"
+        ),
+    )
+    lines = said(answers(table, SIZES))
+    assert "Ship" not in lines and lines["Smallest acceptable"][0] is None
+
+
+def test_a_perplexity_counts_in_per_cent():
+    nats = [3.0 + 0.01 * (i % 7) for i in range(50)]
+    table = of_items(
+        {"base/m": nats, "quantize/close": [x + 0.01 + 0.001 * (i % 3) for i, x in enumerate(nats)]},
+        metric="perplexity",
+    )
+    found = answers(table, SIZES)
+    assert said(found)["Ship"][0] == "quantize/close"
+    assert "Ship" not in said(found, margin=0.005)
+
+
+def test_words_of_another_margin_are_those_of_a_report_with_it(whole):
+    wanted, folder = whole
+    read = results.read(wanted, folder / "data/results")
+    comparison = compared(read)
+    for margin in (0.02, 0.2):
+        ours = comparison.at_margin(margin)
+        theirs = compared(read, margin=margin).rows.loc[ours.index]
+        assert ours["verdict"].tolist() == theirs["verdict"].tolist()
+        for row, other in zip(records(ours), records(theirs), strict=True):
+            assert row["p_same"] == pytest.approx(other["p_same"], rel=1e-6, abs=1e-12)
+
+
+def test_controls_hold_every_answer(found):
+    controls = found.controls()
+    assert set(found.margins) == set(MARGINS)
+    assert found.budgets["bytes_on_disk"] == [40.0, 50.0, 60.0]
+    for kind, by_margin in controls["answers"]["base/m"].items():
+        for margin, places in zip(found.margins, by_margin, strict=True):
+            for budget, place in zip((*found.budgets[kind], math.inf), places, strict=True):
+                lines = found.of("base/m", margin, kind, budget)
+                assert controls["texts"][place] == [[x.head, x.candidate, x.text] for x in lines]
+
+
+def test_without_a_base_there_is_no_answer():
+    assert answers(of_items({"quantize/close": losing(2)}), SIZES).references == []

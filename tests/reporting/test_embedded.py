@@ -1,0 +1,129 @@
+"""The data that the page holds: equal to the tables, safe inside a script, and small."""
+
+import json
+import math
+import random
+
+import pandas as pd
+import pytest
+
+from stages.reporting.collect import Results, by_measure, records
+from stages.reporting.page.board import relative
+from stages.reporting.page.browse import browse
+from stages.reporting.page.packing import as_json, inline_script, zipped
+from stages.reporting.page.points import AXES
+from stages.reporting.statistics.pareto import frontier
+from tests import results
+from tests.reporting.opened import Page, unpacked
+from tests.results import compared, of_items
+
+
+@pytest.fixture(scope="module")
+def page(whole):
+    return Page.of(whole[1])
+
+
+@pytest.fixture(scope="module")
+def rows(whole):
+    wanted, folder = whole
+    return compared(results.read(wanted, folder / "data/results"))
+
+
+def test_the_charts_hold_the_scores_of_the_tables(page, rows):
+    charts = page.data["charts"]
+    whole = rows.competitors[rows.competitors["difficulty"] == "all"]
+    scores = by_measure(whole)
+    for place, measure in enumerate(rows.headlines()):
+        for row in records(scores[measure]):
+            point = next(p for p in charts["points"] if p["candidate"] == row["candidate"])
+            share, low, high, value, verdict = point["scores"][place]
+            assert value == row["value"] and verdict == row["verdict"]
+            assert (point["disk"], point["ideal"]) == (row["bytes_on_disk"] / 1e6, row["bytes_ideal"] / 1e6)
+            if row["reference"] is None:
+                assert (share, low, high) == (1.0, None, None)
+                continue
+            assert share == pytest.approx(row["value"] / row["reference_value"])
+            assert low <= share * 1.001 and share <= high * 1.001
+            if row["metric"] == "perplexity":
+                assert (low, high) == pytest.approx((math.exp(row["low"]), math.exp(row["high"])))
+    assert charts["axes"] == AXES  # two models were measured
+
+
+def test_fronts_are_those_of_pareto(page):
+    charts = page.data["charts"]
+    for place, measure in enumerate(charts["measures"]):
+        shares = [point["scores"][place][0] * (-1 if measure["higher"] else 1) for point in charts["points"]]
+        on = frontier([point["disk"] for point in charts["points"]], shares)
+        assert charts["fronts"]["disk"][place] == [i for i, marked in enumerate(on) if marked]
+
+
+def test_the_static_table_has_the_same_shares(page):
+    for point in page.data["charts"]["points"]:
+        for (share, *_), measure in zip(point["scores"], page.data["charts"]["measures"], strict=True):
+            if point["candidate"] != "base/smollm2":
+                assert relative(share, "perplexity" if measure["ratio"] else "acc") in page.read
+
+
+def test_the_answer_is_there_without_scripts(page):
+    answers = page.data["answer"]
+    texts = answers["answers"]["base/smollm2"]["bytes_on_disk"]
+    static = page.read.split("What to ship")[1].split("All candidates")[0]
+    shown = [text for _, _, text in answers["texts"][texts[2][-1]]]  # 2 %, of any size
+    assert len(shown) >= 2 and all(" ".join(text.split()) in static for text in shown)
+
+
+def test_items_hold_every_answer_and_each_text_once(page, whole, rows):
+    samples = results.read(whole[0], whole[1] / "data/results").samples
+    texts = page.items["texts"]
+    assert len(texts) == len(set(texts))
+    place = next(i for i, m in enumerate(page.data["charts"]["measures"]) if "acc" in m["name"])
+    for candidate in ("base/smollm2", "prune/wanda-50"):
+        ours = samples[(samples["candidate"] == candidate) & (samples["metric"] == "acc")]
+        expected = {(int(r["doc_id"]), r["target"], r["response"], r["score"]) for r in records(ours)}
+        found = page.answers(candidate, place)
+        assert {(a["item"], a["target"], a["response"], a["score"]) for a in found} == expected
+        assert all(a["prompt"].startswith(f"question {a['item']} of ") for a in found)
+
+
+def many(count: int) -> Results:
+    right = [float(i % 3 > 0) for i in range(count)]
+    flipped = [1 - x if i % 10 == 0 else x for i, x in enumerate(right)]
+    found = of_items({"base/m": right, "prune/p": flipped})
+    draw = random.Random(0)
+    texts = [f"answer {draw.randrange(10**9)} of {i}" for i in range(len(found.samples))]
+    found.samples["response"] = pd.Series(texts, dtype="str")
+    return found
+
+
+@pytest.mark.parametrize(("limit", "rest"), [(1_000_000, True), (20_000, False), (3_000, False)])
+def test_items_beyond_the_limit_are_sampled_and_flipped_ones_come_first(limit, rest):
+    found = many(1000)
+    headlines = compared(found).headlines()
+    text, sentence = browse(found, headlines, ["base/m", "prune/p"], {"prune/p": "base/m"}, limit)
+    assert len(text) <= limit
+    (measure,) = json.loads(unpacked(text))["measures"]
+    kept = len(measure["item"])
+    base, ours = (measure["answers"].get(name, {"score": []})["score"] for name in ("base/m", "prune/p"))
+    flips = sum(a != b for a, b in zip(base, ours, strict=True))
+    if rest:
+        assert kept == 1000 and sentence == "" and flips == 100
+    else:
+        assert kept < 1000 and f"{kept:,} of 1,000 items" in sentence
+        assert flips == 100 if "all items that a candidate flipped" in sentence else flips < 100
+
+
+def test_json_cannot_end_its_script():
+    hostile = {"</script><script>": ["<!--", "&amp;", "\u2028", math.inf, math.nan, None]}
+    text = as_json(hostile)
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"</script><script>": ["<!--", "&amp;", "\u2028", None, None, None]}
+    assert unpacked(zipped("é" * 1000)) == "é" * 1000
+    with pytest.raises(ValueError, match="end of a script"):
+        inline_script("x = '</SCRIPT>'")
+
+
+def test_a_page_of_thirty_candidates_stays_small(page):
+    """Libraries and items do not grow with candidates; all else here is of ten."""
+    parts = [page.element("packed-libraries"), page.element("packed-items")]
+    rest = len(page.text) - sum(map(len, parts))
+    assert len(parts[0]) + 3 * rest < 1_500_000
