@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := compare
-.PHONY: help bench bench-device bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup vega clean
+.PHONY: help bench bench-device bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup docs vega clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 22
@@ -90,8 +90,27 @@ bench-orchestration: $(READY) .venv-snakemake/ready ## the flow beside Snakemake
 	.venv-snakemake/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-snakemake.lock
 	@touch $@
 
+# The site has an environment of its own; its generator reads the code without importing it.
+docs: .venv-docs/ready ## the documentation as a site, site/index.html
+	.venv-docs/bin/zensical build --strict
+
+.venv-docs/ready: requirements-docs.lock
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install $(PIP_ARGS) -r requirements-docs.lock
+	@touch $@
+
+# Browsers start no worker from a disk; the search of the site needs one, or this stand-in.
+WORKER := iframe-worker-1.0.4
+WORKER_SHA256 := e8c5d12d87829c503afba01d67772ea9f4aba5b7ae57a0c98e1917711030efbb
+docs/vendor: ## bring the script by which the site searches from a disk, from npm
+	mkdir -p $@
+	curl --fail --silent --show-error https://registry.npmjs.org/iframe-worker/-/$(WORKER).tgz --output $@/package.tgz
+	echo "$(WORKER_SHA256)  $@/package.tgz" | sha256sum --check --quiet
+	tar --extract --gzip --file $@/package.tgz --directory $@ --strip-components 1 package/LICENSE package/shim/index.js
+	mv $@/shim/index.js $@/iframe-worker.js && rm -r $@/shim $@/package.tgz
+
 vega: $(READY) ## bring the page of `dvc plots show`, with the pinned Vega inside, from npm
 	python deploy/vega.py
 
 clean: ## remove the environments and the tools' caches
-	rm -rf $(VENV) .venv-llmcompressor .venv-snakemake .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-llmcompressor .venv-snakemake .venv-docs site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
