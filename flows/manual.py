@@ -11,9 +11,9 @@ from typing import Any
 
 _HEAD = """# Settings of params.yaml
 
-Every section and setting, its type and its default, with a star where it must be given. This page is made from the
-schema: `prunequant schema --markdown` prints that of your version, and `prunequant check` reports every mistake in a
-file. Editors with a YAML language server show the same texts as you type, from
+Every section and setting, its type and its default, with a star where it must be given. This page is made
+from the schema: `prunequant schema --markdown` prints that of your version, and `prunequant check` reports
+every mistake in a file. Editors with a YAML language server show the same texts as you type, from
 [params.schema.json](params.schema.json).
 """
 _LIMITS = {
@@ -128,6 +128,6 @@ def _prose(text: str) -> str:
     """Return a docstring as Markdown: what is no code means itself."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(
-        part if part.startswith("`") else re.sub(r"[*_<\[\]]", lambda found: "\\" + found[0], part)
+        part if part.startswith("`") else re.sub(r"([*_\[\]])", r"\\\1", part.replace("<", "&lt;"))
         for part in parts
     )

@@ -56,12 +56,12 @@ def test_dvc_has_no_default_for_a_list(tmp_path, inputs, monkeypatch):
     values = sweep.params(inputs)
     del values["profile"]
     project.write(folder, values)
-    with Repo() as repo, pytest.raises(ResolveError, match="Could not find 'profile.candidates'"):
+    with Repo() as repo, pytest.raises(ResolveError, match=r"Could not find 'profile\.candidates'"):
         repo.index.stages  # noqa: B018
     graph = (folder / "dvc.yaml").read_text()
     (folder / "dvc.yaml").write_text(graph.replace("vars:", "vars:\n  - profile: {candidates: []}"))
     project.write(folder, sweep.params(inputs))
-    with Repo() as repo, pytest.raises(ResolveError, match="cannot redefine 'profile.candidates'"):
+    with Repo() as repo, pytest.raises(ResolveError, match=r"cannot redefine 'profile\.candidates'"):
         repo.index.stages  # noqa: B018
 
 
