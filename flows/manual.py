@@ -89,7 +89,8 @@ class _Page:
         if "anyOf" in field:
             return " or ".join(self._type(each) for each in field["anyOf"])
         if "const" in field or "enum" in field:
-            return " or ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+            values = field.get("enum", [field.get("const")])
+            return " or ".join(f"`{v if isinstance(v, str) else json.dumps(v)}`" for v in values)
         limits = [
             text.format(f"{field[key]:,}".replace(",", "")) for key, text in _LIMITS.items() if key in field
         ]
