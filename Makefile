@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := compare
-.PHONY: help bench bench-device bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup vendor clean
+.PHONY: help bench bench-device bench-orchestration compare test test-all test-numerics test-runners runners lint types format setup docs vendor clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 22
@@ -90,8 +90,17 @@ bench-orchestration: $(READY) .venv-snakemake/ready ## the flow beside Snakemake
 	.venv-snakemake/bin/python -m pip install $(PIP_ARGS) -r benchmarks/requirements-snakemake.lock
 	@touch $@
 
-vendor: $(READY) ## bring the libraries of the report and of `dvc plots show` from npm, pinned
+# The site has an environment of its own; its generator reads the code without importing it.
+docs: .venv-docs/ready ## the documentation as a site, site/index.html
+	.venv-docs/bin/zensical build --strict
+
+.venv-docs/ready: requirements-docs.lock
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install $(PIP_ARGS) -r requirements-docs.lock
+	@touch $@
+
+vendor: $(READY) ## bring the libraries of the report, of `dvc plots show` and of the site from npm, pinned
 	python deploy/vendor.py
 
 clean: ## remove the environments and the tools' caches
-	rm -rf $(VENV) .venv-llmcompressor .venv-snakemake .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-llmcompressor .venv-snakemake .venv-docs site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Bring the libraries of the pages from npm: the report's, and Vega for the page of `dvc plots show`.
+"""Bring the libraries of the pages from npm: the report's, Vega for `dvc plots show`, a script for the site.
 
 Run by `make vendor`, which needs npm's registry; what it writes is committed, so nothing needs a network or
 Node afterwards. Each package is checked against its sha256 before anything is taken from it.
@@ -17,6 +17,8 @@ FOLDER = ROOT / "stages" / "reporting" / "page" / "vendor"
 """The report's libraries, minified, and their licences."""
 PLOTS = ROOT / ".dvc" / "vega"
 """The page of `dvc plots show`, and its licences."""
+SITE = ROOT / "docs" / "vendor"
+"""What the site's search stands on where it is opened from a disk, as browsers start no worker there."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ PACKAGES = {
     ),
 }
 """In the order in which a page loads them; DVC's page takes Vega's three."""
+WORKER = Package(
+    "1.0.4", "e8c5d12d87829c503afba01d67772ea9f4aba5b7ae57a0c98e1917711030efbb", ("shim/index.js", "LICENSE")
+)
 PLOT_PAGE = """<!DOCTYPE html>
 <html>
 <head>
@@ -68,7 +73,7 @@ PLOT_PAGE = """<!DOCTYPE html>
 
 
 def main() -> None:
-    """Write both folders."""
+    """Write the folders."""
     scripts: list[str] = []
     licences: dict[str, str] = {}
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -93,6 +98,10 @@ def main() -> None:
     PLOTS.mkdir(exist_ok=True)
     (PLOTS / "page.html").write_text(PLOT_PAGE.format(scripts="\n".join(scripts)), encoding="utf-8")
     _write_licences(PLOTS, {name: text for name, text in licences.items() if name.startswith("vega")})
+    SITE.mkdir(parents=True, exist_ok=True)
+    with _fetched("iframe-worker", WORKER) as archive:
+        for file, target in zip(WORKER.files, ("iframe-worker.js", "LICENSE"), strict=True):
+            (SITE / target).write_bytes(archive.extractfile(f"package/{file}").read())
 
 
 def _write_licences(folder: Path, licences: dict[str, str]) -> None:

@@ -304,11 +304,20 @@ def study(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a page for people: docs/params.md.")
+    ] = False,
+) -> None:
     """Print the JSON Schema of params.yaml, from which editors complete and check it as you type."""
     from stages.job.editors import json_schema  # imports all methods
 
-    typer.echo(json.dumps(json_schema(), indent=1))
+    if markdown:
+        from flows.manual import params_page
+
+        typer.echo(params_page(json_schema()), nl=False)
+    else:
+        typer.echo(json.dumps(json_schema(), indent=1))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from dvc.parsing import ResolveError
 from dvc.repo import Repo
 
 from stages.job.load import load
@@ -46,6 +47,22 @@ def test_dvc_reads_params_without_a_section(tmp_path, inputs, monkeypatch):
     assert load().recipes() == {}
     with Repo() as repo:
         assert "report" in repo.status()
+
+
+def test_dvc_has_no_default_for_a_list(tmp_path, inputs, monkeypatch):
+    """So `profile` is no optional section, and its absence is answered with the line to write."""
+    folder = project.make(tmp_path / "project", inputs)
+    monkeypatch.chdir(folder)
+    values = sweep.params(inputs)
+    del values["profile"]
+    project.write(folder, values)
+    with Repo() as repo, pytest.raises(ResolveError, match=r"Could not find 'profile\.candidates'"):
+        repo.index.stages  # noqa: B018
+    graph = (folder / "dvc.yaml").read_text()
+    (folder / "dvc.yaml").write_text(graph.replace("vars:", "vars:\n  - profile: {candidates: []}"))
+    project.write(folder, sweep.params(inputs))
+    with Repo() as repo, pytest.raises(ResolveError, match=r"cannot redefine 'profile\.candidates'"):
+        repo.index.stages  # noqa: B018
 
 
 def test_a_profile_of_candidates_is_explicit(tmp_path, inputs):

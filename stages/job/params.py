@@ -128,19 +128,34 @@ class Params(Strict):
     """All of params.yaml; sections with a default may be left out."""
 
     run: Run
+    """Where and how everything is computed."""
     models: dict[Slug, AnyModel]
+    """The bases: `base/<model>` as a source or candidate."""
     datasets: dict[Slug, AnyDataset]
+    """Texts, tasks and conversations: calibrated on, trained on, scored."""
     prune: dict[Slug, Prune] = Field(default_factory=dict)
+    """Recipes that remove weights, or whole neurons, heads or blocks."""
     quantize: dict[Slug, Quantize] = Field(default_factory=dict)
+    """Recipes that store weights in fewer bits."""
     teach: dict[Slug, Teach] = Field(default_factory=dict)
+    """Data sets that a model writes for others to learn from: its answers or its logits."""
     finetune: dict[Slug, Finetune] = Field(default_factory=dict)
+    """Recipes that train a model to recover what compression cost."""
     noise: dict[Slug, Noise] = Field(default_factory=dict)
+    """Copies of a model that are evaluated under other conditions: their difference is noise."""
     floor: dict[Slug, Floor] = Field(default_factory=dict)
+    """Responders without knowledge, as candidates of their own."""
     suites: Suites
+    """How every candidate is scored."""
     evaluate: Evaluate
-    profile: Profile
+    """Which models are scored."""
+    profile: Annotated[Profile, Field(examples=[{"candidates": []}])]
+    """Which models are timed. With none write `profile: {candidates: []}`: DVC's `vars` stand for sections
+    that are left out, but not for a list."""
     report: Report = Report()
+    """How differences are judged."""
     studies: dict[Slug, Study] = Field(default_factory=dict)
+    """Published claims put to the test."""
 
     def recipes(self) -> dict[str, Recipe | Noise | Floor | Teaching]:
         """Return every recipe that has a source, by `<stage>/<recipe>`."""

@@ -5,6 +5,7 @@ location is followed through the schema's annotations instead.
 """
 
 import difflib
+import json
 from collections.abc import Iterable
 from typing import Annotated, Any, get_args, get_origin
 
@@ -83,6 +84,8 @@ def sentence(details: Any, root: type[Strict]) -> str:
     if kind in ("extra_forbidden", "missing"):
         fields = _follow(root, loc[:-1])[0].model_fields
         if kind == "missing":
+            if examples := fields[loc[-1]].examples:
+                return f"{where}: this field is missing; for none write `{where}: {json.dumps(examples[0])}`."
             needed = [field for field, info in fields.items() if info.is_required()]
             return f"{where}: this field is missing; needed: {', '.join(needed)}."
         return f"{where}: no such field; {allowed(fields, words[-1])}."

@@ -194,6 +194,9 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "missing section": (
         "suites", ..., "suites: this field is missing; needed: run, models, datasets, suites, evaluate, profile.",
     ),
+    "missing profile": (
+        "profile", ..., 'profile: this field is missing; for none write `profile: {"candidates": []}`.',
+    ),
     "null section": (
         "noise", None, "noise: null given; it must be a mapping from names, {} for none.",
     ),

@@ -1,0 +1,83 @@
+"""The documentation: pages are in the site's menu, links of the README lead somewhere."""
+
+import re
+import tomllib
+
+from flows.manual import params_page
+from stages.job.editors import json_schema
+from tests import project
+
+DOCS = project.ROOT / "docs"
+SITE = tomllib.loads((project.ROOT / "zensical.toml").read_text())["project"]
+
+
+def listed(entries):
+    """The pages of a menu."""
+    for entry in entries:
+        for value in entry.values():
+            yield from [value] if isinstance(value, str) else listed(value)
+
+
+def anchors(text):
+    """The anchors of a page's headings, as git hosts make them."""
+    words = (heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.M))
+    return {re.sub(r"[^\w-]", "", word) for word in words}
+
+
+def test_every_page_is_in_the_menu_once():
+    pages = sorted(str(file.relative_to(DOCS)) for file in DOCS.rglob("*.md"))
+    assert sorted(listed(SITE["nav"])) == pages
+
+
+def test_links_of_the_readme_lead_to_a_file_and_a_heading():
+    text = (project.ROOT / "README.md").read_text()
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    assert targets
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        linked = project.ROOT / (path or "README.md")
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text()), target
+
+
+def test_the_site_takes_nothing_from_a_network():
+    assert SITE["theme"]["font"] is False
+    assert "offline" in SITE["plugins"], "without it the search needs a web server"
+    assert [script["path"] for script in SITE["extra"]["polyfills"]] == ["vendor/iframe-worker.js"]
+    assert (DOCS / "vendor/iframe-worker.js").exists() and (DOCS / "vendor/LICENSE").exists()
+
+
+def test_the_page_of_settings_is_current():
+    page = (DOCS / "params.md").read_text()
+    assert page == params_page(json_schema()), "run `prunequant schema --markdown > docs/params.md`"
+
+
+def test_the_page_of_settings_has_every_class_and_links_to_its_headings():
+    schema = json_schema()
+    page = params_page(schema)
+    headings = re.findall(r"^##+ (.+)$", page, re.M)
+    assert len(headings) == len(set(headings))
+    assert {*schema["properties"]} < {*headings}
+    assert {"prune: wanda", "quantize: gptq", "Shared: Calibration"} < {*headings}
+    assert {*re.findall(r"\]\(#([^)]+)\)", page)} <= anchors(page)
+    tables = re.findall(r"^\| setting \|.*\n\|---.*\n((?:\|.*\n)+)", page, re.M)
+    assert len(tables) >= len(schema["$defs"])
+
+
+def test_texts_of_settings_are_shown_as_they_are():
+    schema = {
+        "required": [], "properties": {"one": {"$ref": "#/$defs/One", "description": "A <b> of *x*."}},
+        "$defs": {
+            "One": {
+                "required": ["size"],
+                "properties": {
+                    "size": {"type": "integer", "minimum": 1, "description": "`a|b`, c_d | <script>"},
+                    "way": {"anyOf": [{"enum": ["a", True]}, {"type": "null"}], "default": None},
+                },
+            }
+        },
+    }  # fmt: skip
+    page = params_page(schema)
+    assert r"A &lt;b> of \*x\*." in page and "It may be left out." in page
+    assert r"| `size` * | integer, at least 1 |  | `a\|b`, c\_d \| &lt;script> |" in page
+    assert "| `way` | `a` or `true` or `null` | `null` |  |" in page
