@@ -76,11 +76,11 @@ class Batch:
         """Return the batch of the rows at these places, without their teacher."""
         sizes = tuple(self.sizes[place] for place in places)
         rows = [list(places), slice(max(sizes))]
-        labels = self.labels[*rows]
+        labels = self.labels[*rows]  # type: ignore[index]
         return Batch(
-            self.input_ids[*rows],
+            self.input_ids[*rows],  # type: ignore[index]
             labels,
-            None if self.position_ids is None else self.position_ids[*rows],
+            None if self.position_ids is None else self.position_ids[*rows],  # type: ignore[index]
             None,
             sizes,
             int((labels != IGNORED).sum()),
