@@ -21,7 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.figures import show
+from stages.reporting.collect import by_measure, competes
+from stages.reporting.comparison import headline_measures
 from stages.reporting.effects import draw_effects
+from stages.reporting.export import MEASURED_VERDICTS, VERDICTS
 from stages.reporting.figures import COLOURS, STYLE
 from stages.reporting.words import family
 from tests import project
@@ -46,10 +49,9 @@ def write_page(name: str, at: Path, pages: Path) -> Path:
     Raises:
         SystemExit: the project holds no verdicts of that study, or the page lacks a mark.
     """
-    study = yaml.safe_load((at / "params.yaml").read_text())["studies"].get(name)
-    file = at / "data/report/verdicts.json"
-    verdicts = json.loads(file.read_text()).get(name) if file.exists() else None
-    if study is None or verdicts is None:
+    study = yaml.safe_load((at / "params.yaml").read_text()).get("studies", {}).get(name)
+    verdicts = read_verdicts(at / "data/report", name)
+    if study is None or not verdicts:
         raise SystemExit(f"{at.resolve()} holds no verdicts of {name}; run the study there first.")
     page = pages / f"{name}.md"
     text = page.read_text() if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
@@ -69,6 +71,13 @@ def write_page(name: str, at: Path, pages: Path) -> Path:
     return page
 
 
+def read_verdicts(report: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Read all verdicts of a study, those on measurements last; empty if there are none."""
+    files = [report / file for file in (VERDICTS, MEASURED_VERDICTS)]
+    known = [json.loads(file.read_text()).get(name, {}) for file in files if file.exists()]
+    return {hypothesis: entry for part in known for hypothesis, entry in part.items()}
+
+
 def verdict_table(study: Mapping[str, Any], verdicts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yield the table of hypotheses with their verdicts."""
     claims = study["hypotheses"] | study.get("no_data", {})
@@ -80,11 +89,12 @@ def verdict_table(study: Mapping[str, Any], verdicts: Mapping[str, Mapping[str, 
             cells += [entry["why"], "", ""]
         else:
             low, high = (_number(entry[end]) for end in ("low", "high"))
-            interval = f"{_number(entry['effect'])} ({low} to {high}) {entry['unit']}"
+            interval = f" ({low} to {high})" if low and high else ""
             repeats = entry.get("over_repeats")
             over = f"; over repeats {_number(repeats)}" if repeats is not None else ""
-            cells += [interval + over, _number(entry["p_holm"]), _number(entry["smallest"])]
-        yield f"| {' | '.join(cells)} |"
+            effect = f"{_number(entry['effect'])}{interval} {entry['unit']}{over}"
+            cells += [effect, _number(entry["p_holm"]), _number(entry["smallest"])]
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def score_table(at: Path) -> Iterator[str]:
@@ -119,16 +129,18 @@ def spent(at: Path) -> Iterator[str]:
     yield f"{'; '.join(sorted(versions))}."
 
 
-def draw_scores(rows: pd.DataFrame) -> Figure:
+def draw_scores(rows: pd.DataFrame) -> Figure | None:
     """Draw each suite's headline scores against ideal size, with 95 % intervals and floors."""
-    whole = rows[(rows["difficulty"] == "all") & rows["metric"].isin(["perplexity", "acc", "exact_match"])]
-    whole = whole[~whole["candidate"].str.startswith("noise/")]
-    measures = list(dict.fromkeys(zip(whole["suite"], whole["metric"], strict=True)))
+    whole = rows[(rows["difficulty"] == "all") & competes(rows)]
+    by = by_measure(whole)
+    panels = [by[measure] for measure in headline_measures(whole)]
+    if not panels:
+        return None
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * len(measures), 3.6), layout="constrained")
-        grid = figure.subplots(1, len(measures), squeeze=False).flatten()
-        for axis, (suite, metric) in zip(grid, measures, strict=True):
-            chosen = whole[(whole["suite"] == suite) & (whole["metric"] == metric)]
+        figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+        grid = figure.subplots(1, len(panels), squeeze=False).flatten()
+        for axis, chosen in zip(grid, panels, strict=True):
+            suite, metric = chosen["suite"].iloc[0], chosen["metric"].iloc[0]
             kinds = [family(row) for row in chosen.to_dict("records")]
             for kind in dict.fromkeys(kinds):
                 points = chosen[[each == kind for each in kinds]]

@@ -6,6 +6,7 @@ skipped and the others still run; then the flow fails and says which stage faile
 does the same work, a stage at a time.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -76,14 +77,15 @@ def advance_on_a_server(run: Plan) -> None:
         if ended.is_set():
             return
         try:
-            console.print(
-                f"Prefect's temporary server has died; finished stages are kept. Run again, {WITHOUT}.",
-                soft_wrap=True,
-            )
+            with contextlib.suppress(OSError):  # the terminal is closed
+                console.print(
+                    f"Prefect's temporary server has died; finished stages are kept. Run again, {WITHOUT}.",
+                    soft_wrap=True,
+                )
             run.stop()
             run.lock.sort()
             console.show_cursor()
-        finally:  # a full disk or a closed terminal, for example
+        finally:  # a full disk, for example
             os._exit(1)  # the flow would wait for the server for minutes
 
     server.start(end)

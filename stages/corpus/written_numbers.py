@@ -47,7 +47,8 @@ _DIGITS = rf"(?:(?<!\.)\.)?\d(?:[\d.:{_SPACERS}]*\d)?"
 _PARTS = (
     rf"(?<![^\W_])(?P<sign>[-+]?)(?P<digits>{_DIGITS})(?:e(?P<exponent>[-+]?\d{{1,3}}))?"
     rf"(?:\s?[×x*]\s?10\^(?P<power>-?\d{{1,3}}))?(?:(?:\s(?P<part>\d+))?/(?P<parts>{_DIGITS}))?"
-    rf"(?P<scale>\s?(?:{'|'.join(scale for scale in _SCALES if scale not in 'mb')})\b|(?-i:[MB])\b)?"
+    rf"(?P<scale>\s?(?:{'|'.join(scale for scale in _SCALES if scale not in 'mb')})\b"
+    r"|(?:(?<=\.\d)|(?<=\.\d\d))(?-i:[MB])\b)?"
     r"(?![^\W\d_]*\d)"
 )
 _NUMBER = re.compile(_PARTS, re.IGNORECASE)
@@ -87,7 +88,7 @@ _UNKNOWNS = ("x", "y", "z")
 _UNKNOWN = re.compile(r"[xyz](?![^\W_])", re.IGNORECASE)
 _FACTOR = re.compile(r"\s?[xyz](?=\s*[-+*×÷/^=])", re.IGNORECASE)
 _EQUALS = re.compile(r"\s*=+\s*")
-_SIGN = re.compile(r"((?:[=≈≃>→⇒]|\d[ \t]*[-+*×÷/][ \t])[ \t]*-)[ \t]+(?=[.\d(])")
+_SIGN = re.compile(r"((?:[-=]>|[=≈≃→⇒]|\d[ \t]*[-+*×÷/][ \t])[ \t]*-)[ \t]+(?=[.\d(])")
 _SIGN_OF_WORDS = re.compile(r"(\b(?:is|equals?)[ \t]+[-\u2212])[ \t]+(?=[.\d(])", re.IGNORECASE)
 """A minus that can only be a sign, behind words if it is no dash."""
 _STEP = re.compile(

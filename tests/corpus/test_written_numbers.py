@@ -56,7 +56,8 @@ WRITTEN = {
     "The answer =\n- 12 is one": 12, "Answers =\n- 12\n- 13": 12, "- 12\n- 13": 12, "27\n- 15\n= 12": 12,
     # words that calculate if a result follows
     "12 less 5 is 7": 7, "12 over 5 is 2.4": "12/5", "5 from 12 is 7": 7, "5 into 60 is 12": 12,
-    "1.2M": 1200000, "3B": 3000000000, "3 m": 3, "12m": 12, "3 million": 3000000,
+    "1.2M": 1200000, "1.25B": 1250000000, "3 m": 3, "1.5m": "3/2", "answer is 12B": 12,
+    "> - 12 apples": 12, "<b>- 12</b>": 12, "x -> - 12": -12, "3 million": 3000000,
     # verbs and units
     "27 and 15 make 42": 42, "27 and 15 makes 42": 42, "27 and 15 gives 42": 42, "27 and 15 is 42": 42,
     "27 and 15 comes to 42": 42, "27 and 15 totals 42": 42, "27 and 15 together make 42": 42,

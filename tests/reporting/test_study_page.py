@@ -3,10 +3,12 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 import yaml
 
 from benchmarks import study_page
+from stages.reporting.comparison import headline_measures
 from stages.reporting.effects import draw_effects
 from tests import project
 
@@ -14,6 +16,7 @@ ENTRY = {
     "verdict": "supported", "effect": 0.2, "low": 0.1, "high": 0.3, "unit": "share right", "p_holm": 0.001,
     "items": 60, "smallest": 0.08, "why": "p = 0.001 after correction.", "over_repeats": 0.18,
 }  # fmt: skip
+POINT = ENTRY | {"low": None, "high": None}
 NOTHING = ENTRY | {"verdict": "undecided", "effect": None, "low": None, "high": None, "why": "no data: none."}
 
 
@@ -24,10 +27,16 @@ def ran(whole, tmp_path):
         to = tmp_path / "data/report" / name
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes((whole[1] / "data/report" / name).read_bytes())
-    study = {"hypotheses": {"a1": {"claim": "Fewer bits."}}, "no_data": {"a2": {"claim": "Facts go first."}}}
+    claims = {"a1": "Fewer bits.", "a3": "Time | bits.", "c5": "Time a token."}
+    study = {
+        "hypotheses": {name: {"claim": claim} for name, claim in claims.items()},
+        "no_data": {"a2": {"claim": "Facts go first."}},
+    }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({"studies": {"falls": study}}))
-    verdicts = {"falls": {"a1": ENTRY, "a2": NOTHING}}
+    verdicts = {"falls": {"a1": ENTRY, "a2": NOTHING, "a3": POINT}}
     (tmp_path / "data/report/verdicts.json").write_text(json.dumps(verdicts))
+    measured = {"falls": {"c5": ENTRY | {"unit": "ms"}}}
+    (tmp_path / "data/report/measured_verdicts.json").write_text(json.dumps(measured))
     record = {
         "cpu_seconds": 90, "commit": "0123456789", "python": "3.11.7",
         "versions": {"torch": "2.13.0", "transformers": "5", "lm-eval": "1"},
@@ -42,6 +51,8 @@ def test_a_page_holds_results_and_keeps_prose(ran):
     text = page.read_text()
     assert "| `a1` | Fewer bits. | supported | 0.2 (0.1 to 0.3) share right; over repeats 0.18 |" in text
     assert "| `a2` | Facts go first. | undecided | no data: none. |" in text
+    assert "| `a3` | Time \\| bits. | supported | 0.2 share right; over repeats 0.18 |" in text
+    assert "| `c5` | Time a token. | supported | 0.2 (0.1 to 0.3) ms; over repeats 0.18 |" in text
     assert "CPU minutes: 2 (prune 1.5). Code of commit 0123456" in text
     for picture in re.findall(r"\]\((\S+\.png)\)", text):
         assert (page.parent / picture).stat().st_size > 1000
@@ -74,3 +85,12 @@ def test_effects_are_drawn_by_unit_and_verdict():
     labels = [[tick.get_text() for tick in axis.get_yticklabels()] for axis in figure.axes]
     assert labels == [["a", "c"], ["b"]]
     assert draw_effects({"d": NOTHING}) is None
+
+
+def test_scores_are_drawn_of_competitors_and_headlines(whole):
+    rows = pd.read_parquet(whole[1] / "data/report/results.parquet")
+    floor = rows.head(1).assign(candidate="floor/uniform", value=99.0)
+    figure = study_page.draw_scores(pd.concat([rows, floor], ignore_index=True))
+    drawn = {y for axis in figure.axes for line in axis.get_lines() for y in line.get_ydata()}
+    assert 99.0 not in drawn and len(figure.axes) == len(headline_measures(rows))
+    assert study_page.draw_scores(floor) is None
