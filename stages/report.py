@@ -3,6 +3,7 @@
 from stages.core.files import REPORT, write_text, writing
 from stages.job.entry import entry
 from stages.reporting import agreement, collect, comparison, export, figures, verdicts
+from stages.reporting.effects import draw_effects
 from stages.reporting.measured import read_measured
 from stages.reporting.page import rendering
 from stages.reporting.scope import Scope
@@ -23,7 +24,12 @@ def report(scope: Scope) -> None:
         for stem, figure in drawn.items():
             if figure is not None:
                 figures.save_figure(figure, folder / stem)
-        text = rendering.render(scope, results, compared, agreements, judged, measured, wrong)
+        effects = {
+            study: figures.save_figure(figure, folder / f"effects-{study}")
+            for study, entries in verdicts.nested_verdicts(judged).items()
+            if (figure := draw_effects(entries)) is not None
+        }
+        text = rendering.render(scope, results, compared, agreements, judged, measured, wrong, effects)
         write_text(folder / "index.html", text)
 
 

@@ -161,6 +161,40 @@ def test_controls_show_the_answers_that_python_gave(wide, page):
         assert wide.js(said) == expected(kind, at, budget)
 
 
+def test_an_answer_is_that_of_the_controls_when_a_page_opens(chromium, file, tmp_path):
+    text = file.read_text()
+    assert text.count('value="2" selected') == 1
+    other = tmp_path / "restored.html"
+    other.write_text(
+        text.replace('value="2" selected', 'value="2"').replace('value="4">', 'value="4" selected>', 1)
+    )
+    first = chromium.open(other).js("return document.querySelector('.answer dl').innerText")
+    chromium.choose("answer-controls", "margin", "4")
+    assert "10 %" in first and chromium.js("return document.querySelector('.answer dl').innerText") == first
+
+
+def test_columns_of_words_and_of_odd_numbers_sort(wide):
+    wide.js("""
+        const table = document.querySelector("#numbers table.sort");
+        [...document.querySelectorAll("details")].forEach(part => part.open = true);
+        window.heads = [...table.tHead.rows[0].cells];
+        window.column = name => heads.findIndex(head => head.textContent.startsWith(name));
+        window.sorted = name => {
+            heads[column(name)].querySelector("button").click();
+            return [...table.tBodies[0].rows].map(row => row.cells[column(name)].innerText.trim());
+        };
+    """)
+    words = wide.js("return sorted('verdict')")
+    assert words == sorted(words, key=str.lower) and len(set(words)) > 2
+    p = [text for text in wide.js("return sorted('p,')") if text != "–"]
+    small = [text.startswith("p <") for text in p]
+    assert any(small) and not all(small) and small == sorted(small, reverse=True)
+    ratios = [
+        float(text.split()[0].replace(",", "")) for text in wide.js("return sorted('times')") if text != "–"
+    ]
+    assert ratios == sorted(ratios)
+
+
 def test_a_point_tells_its_name_and_axes_can_be_chosen(wide):
     from selenium.webdriver.common.action_chains import ActionChains
 

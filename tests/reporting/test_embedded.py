@@ -1,18 +1,22 @@
 """The data that the page holds: equal to the tables, safe inside a script, and small."""
 
+import html
 import json
 import math
 import random
+import re
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from stages.reporting.collect import Results, by_measure, records
-from stages.reporting.page.board import relative
+from stages.reporting.judging import Report
+from stages.reporting.page.board import board, relative
 from stages.reporting.page.browse import browse
 from stages.reporting.page.packing import as_json, inline_script, zipped
-from stages.reporting.page.points import AXES
-from stages.reporting.statistics.pareto import frontier
+from stages.reporting.page.points import AXES, chart_data
+from stages.reporting.words import labels
 from tests import results
 from tests.reporting.opened import Page, unpacked
 from tests.results import compared, of_items
@@ -49,19 +53,38 @@ def test_the_charts_hold_the_scores_of_the_tables(page, rows):
     assert charts["axes"] == AXES  # two models were measured
 
 
-def test_fronts_are_those_of_pareto(page):
-    charts = page.data["charts"]
-    for place, measure in enumerate(charts["measures"]):
-        shares = [point["scores"][place][0] * (-1 if measure["higher"] else 1) for point in charts["points"]]
-        on = frontier([point["disk"] for point in charts["points"]], shares)
-        assert charts["fronts"]["disk"][place] == [i for i, marked in enumerate(on) if marked]
+def charts_of(shares, sizes, bases):
+    """Return the charts of candidates with `shares` of 100 items right, each made from its base."""
+    table = of_items({name: [1.0] * right + [0.0] * (100 - right) for name, right in shares.items()})
+    scores = table.scores
+    scores["base"] = scores["candidate"].map(bases)
+    scores["bytes_on_disk"] = scores["bytes_ideal"] = scores["candidate"].map(sizes)
+    rows = compared(table)
+    shown = board(rows, labels(rows.rows), 0.02, None)
+    return chart_data(shown, dict.fromkeys(shares, "dense"), [], SimpleNamespace(report=Report()))
+
+
+def test_a_front_holds_the_models_of_one_base():
+    shares = {"base/m": 100, "prune/a": 50, "prune/b": 40, "base/n": 50, "prune/c": 45, "prune/lone": 100}
+    sizes = {"base/m": 10, "prune/a": 5, "prune/b": 6, "base/n": 9, "prune/c": 4, "prune/lone": 1}
+    bases = dict.fromkeys(("base/m", "prune/a", "prune/b"), "m") | {"base/n": "n", "prune/c": "n"}
+    charts = charts_of(shares, sizes, bases | {"prune/lone": "gone"})
+    # `b` is larger and worse than `a`; the base of `lone` was not evaluated, so it has no share.
+    assert charts["fronts"]["disk"] == [[[0, 1], [3, 4]]]
+    assert [point["scores"][0][0] for point in charts["points"]] == [1.0, 0.5, 0.4, 1.0, 0.9, None]
 
 
 def test_the_static_table_has_the_same_shares(page):
-    for point in page.data["charts"]["points"]:
-        for (share, *_), measure in zip(point["scores"], page.data["charts"]["measures"], strict=True):
-            if point["candidate"] != "base/smollm2":
-                assert relative(share, "perplexity" if measure["ratio"] else "acc") in page.read
+    lines = re.findall(r'<tr role="row" data-candidate="([^"]+)">(.*?)</tr>', page.text, re.DOTALL)
+    assert len(lines) == len(page.data["charts"]["points"]) > 5
+    for (candidate, line), point in zip(lines, page.data["charts"]["points"], strict=True):
+        assert candidate == point["candidate"]
+        cells = re.findall(r'<td [^>]*data-key="m\d+" data-v="([^"]+)"><a [^>]*>([^<]+)</a>', line)
+        measures = page.data["charts"]["measures"]
+        for (value, text), (share, *_), measure in zip(cells, point["scores"], measures, strict=True):
+            assert float(value) == share
+            if candidate != "base/smollm2":
+                assert html.unescape(text) == relative(share, "perplexity" if measure["ratio"] else "acc")
 
 
 def test_the_answer_is_there_without_scripts(page):
@@ -110,6 +133,16 @@ def test_items_beyond_the_limit_are_sampled_and_flipped_ones_come_first(limit, r
     else:
         assert kept < 1000 and f"{kept:,} of 1,000 items" in sentence
         assert flips == 100 if "all items that a candidate flipped" in sentence else flips < 100
+
+
+def test_long_texts_lose_their_beginning_with_a_mark_and_a_sentence():
+    found = of_items({"base/m": [1.0, 0.0], "prune/p": [1.0, 1.0]})
+    found.samples["response"] = pd.Series(["a" * 4001, "b", "c" * 4000, "d"], dtype="str")
+    headlines = compared(found).headlines()
+    text, sentence = browse(found, headlines, ["base/m", "prune/p"], {"prune/p": "base/m"})
+    texts = json.loads(unpacked(text))["texts"]
+    assert "…" + "a" * 4000 in texts and "c" * 4000 in texts and "b" in texts
+    assert sentence == "1 long text has an ellipsis (…) in place of all but the last 4,000 characters."
 
 
 def test_json_cannot_end_its_script():

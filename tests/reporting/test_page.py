@@ -1,5 +1,6 @@
 """The page against the rows that it comes from: nothing lost, nothing invented, nothing that varies."""
 
+import base64
 import html
 import math
 import re
@@ -13,11 +14,14 @@ import yaml
 
 from stages.reporting import words
 from stages.reporting.agreement import agreement
-from stages.reporting.collect import records
+from stages.reporting.collect import Results, records
+from stages.reporting.effects import draw_effects
 from stages.reporting.judging import Report
 from stages.reporting.page.rendering import render
 from stages.reporting.scope import Scope
+from stages.reporting.verdicts import judge_studies, nested_verdicts
 from tests import results
+from tests.claims import difference, study
 from tests.pipeline import report
 from tests.reporting.conftest import HOSTILE
 from tests.reporting.opened import Page, unpacked
@@ -165,6 +169,12 @@ def test_a_kind_of_suite_may_be_absent(candidates, absent, tmp_path, monkeypatch
     if candidates == ["prune/wanda-50"]:
         assert "it is not a candidate" in page
         assert "v-worse" not in page.split("</style>")[1]
+        charts = Page(page).data["charts"]
+        assert {score[0] for point in charts["points"] for score in point["scores"]} == {None}
+        assert not any(front for fronts in charts["fronts"].values() for front in fronts)
+        assert (
+            'data-v="1"' not in page.split('id="board"')[1].split('data-key="m0"', 2)[2].split("</table>")[0]
+        )
 
 
 def _broken(root: Path, candidate: str, value: float) -> None:
@@ -232,7 +242,7 @@ def test_without_a_perplexity_to_draw_there_is_no_figure(tmp_path, monkeypatch):
     page = Path("data/report/index.html").read_text()
     assert "not finite: smollm2 on news (inf)." in page
     assert [point["scores"][0] for point in Page(page).data["charts"]["points"]] == [
-        [1.0, None, None, None, ""]
+        [None, None, None, None, ""]
     ]
 
 
@@ -322,3 +332,81 @@ def test_the_page_shows_what_was_measured_and_what_was_asked(whole):
     assert any(re.fullmatch(r"question \d+ of \d-.*", text) for text in Page(page).items["texts"])
     for file in ("metrics.json", "verdicts.json", "results.parquet"):
         assert b"seconds" not in (whole[1] / "data/report" / file).read_bytes()
+
+
+RIGHT = [1.0] * 40
+
+
+def scope(*candidates, studies=None, models=None):
+    """Return a scope of the suite `s`, whose bases are not pinned."""
+    bases = models or {"m": SimpleNamespace(sha256="0" * 64)}
+    return Scope(
+        evaluations=(), candidates=candidates, suites=("s",), recipes={}, profiled=(), datasets={},
+        report=Report(margin=0.02), studies=studies or {}, models=bases,
+    )  # fmt: skip
+
+
+def rendered(table, models=None, **more):
+    shown = scope(*table.candidates, models=models, studies=more.pop("studies", None))
+    return render(shown, table, compared(table), agreement(table), **more)
+
+
+def two_bases():
+    """Return results of two bases on a grid, one of whose models is `worse` in shares of the other's."""
+    table = of_items({"base/m": RIGHT, "prune/a": RIGHT[:20] + [0.0] * 20, "base/n": RIGHT, "prune/b": RIGHT})
+    theirs = table.scores["candidate"].isin(["base/n", "prune/b"])
+    table.scores.loc[theirs, ["base", "base_source"]] = ["n", "path:n"]
+    table.scores["base_grid"] = "Q4_1 g32"
+    return table, {name: SimpleNamespace(sha256="0" * 64) for name in "mn"}
+
+
+def test_ids_are_unique_with_two_bases_and_the_caption_tells_of_two_fronts():
+    table, models = two_bases()
+    text = rendered(table, models)
+    seen = Seen()
+    seen.feed(text)
+    assert len(seen.ids) == len(set(seen.ids)) and "about-grid" in seen.ids
+    assert "no model of the same base is both smaller and better" in text
+
+
+def test_cells_of_levels_open_the_items_of_their_column():
+    leveled = of_items({"base/m": RIGHT, "prune/p": RIGHT})
+    levels = [leveled.scores.assign(difficulty=level) for level in ("all", "easy", "hard")]
+    floor = of_items({"floor/f": RIGHT}, readout="generation", metric="exact_match")
+    table = together(floor, Results(pd.concat(levels, ignore_index=True), leveled.samples))
+    heat = rendered(table).split('<table class="heat">')[1].split("</table>")[0]
+    assert set(re.findall(r'data-measure="(\d+)"', heat)) == {"0"}
+
+
+def test_commands_are_those_that_can_work():
+    table = of_items({"base/m": RIGHT, "quantize/q": RIGHT, "base/n": RIGHT})
+    table.scores.loc[table.scores["candidate"] != "base/m", "layout"] = "pack-quantized"
+    table.scores.loc[table.scores["candidate"] == "base/n", "base"] = "n"
+    one = SimpleNamespace(sha256="0" * 64)
+    text = rendered(table, {"m": one, "n": SimpleNamespace(sha256="0" * 64, format="packed")})
+    recipes = text.split('<div id="recipes">')[1].split("</section>")[0]
+    dense, packed, published = recipes.split('class="recipe"')[1:]
+    assert "compressed-tensors" not in dense and "compressed-tensors" in packed
+    assert "export quantize/q --to hf" in packed and "gguf and ollama where the layout allows it" in packed
+    assert "prunequant export" not in published and "compressed-tensors" in published
+
+
+def test_studies_show_their_effects_beside_the_verdicts():
+    table = of_items({"base/m": RIGHT, "prune/a": RIGHT[:10] + [0.0] * 30})
+    studies = {"falls": study(a1=difference("prune/a"))}
+    judged = judge_studies(table, studies)
+    figure = draw_effects(nested_verdicts(judged)["falls"])
+    assert figure is not None
+    text = rendered(table, studies=studies, verdicts=judged, effects={"falls": "<svg>&</svg>"})
+    picture = text.split('<section id="studies">')[1].split("</section>")[0]
+    address = re.search(r'<img src="data:image/svg\+xml;base64,([^"]+)" alt="Effects of [^"]*falls', picture)
+    assert base64.b64decode(address[1]) == b"<svg>&</svg>"
+    assert "<img" not in rendered(table, studies=studies, verdicts=judged)
+
+
+def test_forms_do_not_remember_what_was_chosen():
+    page = rendered(of_items({"base/m": RIGHT, "prune/p": RIGHT}))
+    forms = re.findall(r"<form [^>]*>", page)
+    assert len(forms) == 2 + page.count('id="items-controls"') and all(
+        'autocomplete="off"' in f for f in forms
+    )

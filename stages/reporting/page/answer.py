@@ -7,12 +7,15 @@
   hide a loss, so the answer counts them.
 - Avoid: a model with a score that is `worse` while another, no larger, scores at least as well everywhere.
 
+Candidates that `report.noise` lists as draws of one recipe count as one model, each score by its worst draw,
+so that no answer rests on a lucky one.
+
 Only models smaller than the base count. Every answer that the page's controls can ask for is computed here,
 so that the page and its controls cannot disagree.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ import pandas as pd
 from stages.core.tables import MEASURE
 from stages.reporting.collect import Measure, measure_of, records
 from stages.reporting.comparison import Comparison
+from stages.reporting.judging import repeats_of
 from stages.reporting.margins import OPEN, SAME, margin_of
 from stages.reporting.statistics.paired import LEVEL
 from stages.reporting.words import compact, share, short, size
@@ -60,6 +64,12 @@ class _Model:
     candidate: str
     sizes: dict[str, float]
     scores: dict[Measure, dict[str, Any]]
+    draws: int = 1
+    """How many candidates it stands for, by their worst."""
+
+    @property
+    def drawn(self) -> str:
+        return f" (worst of {self.draws} draws)" if self.draws > 1 else ""
 
     @property
     def held(self) -> list[Measure]:
@@ -74,7 +84,8 @@ class _Model:
     def judged(self) -> bool:
         """Whether every score has a word that a test gave."""
         return bool(self.scores) and all(
-            row["verdict"] not in ("", "untested") for row in self.scores.values()
+            row["verdict"] not in ("", "untested") and row["change"] is not None
+            for row in self.scores.values()
         )
 
     def largest_loss(self, margin: float) -> tuple[float, Measure]:
@@ -96,8 +107,20 @@ def _held(row: dict[str, Any]) -> bool:
 class Recommendations:
     """The answers to every margin, kind of size and budget."""
 
-    def __init__(self, comparison: Comparison, label: dict[Measure, str], margin: float) -> None:
+    def __init__(
+        self,
+        comparison: Comparison,
+        label: dict[Measure, str],
+        margin: float,
+        noise: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        """Judge every model by every margin.
+
+        Args:
+            noise: which candidates repeat each other, as in `report.noise`.
+        """
         self.margins = sorted({*MARGINS, margin})
+        self._noise = noise or {}
         self._label = label
         facts = comparison.rows.drop_duplicates("candidate").set_index("candidate")
         self._sizes = {kind: facts[kind].astype("float64").to_dict() for kind in BUDGETED}
@@ -110,7 +133,9 @@ class Recommendations:
             for name in self.references
         }
         compared = known["candidate"].unique()
-        self.budgets = {kind: sorted({self._sizes[kind][name] for name in compared}) for kind in BUDGETED}
+        self.budgets = {
+            kind: sorted({_rounded_up(self._sizes[kind][name]) for name in compared}) for kind in BUDGETED
+        }
 
     def of(
         self, reference: str, margin: float, kind: str = "bytes_on_disk", budget: float = math.inf
@@ -141,20 +166,24 @@ class Recommendations:
         judged = [model for model in fitting if model.judged]
         lines = []
         if best := next((model for model in judged if len(model.held) == len(model.scores)), None):
-            lines.append(Advice("Ship", best.candidate, f"{smaller(best)}, {self._within(best, within)}."))
+            lines.append(
+                Advice("Ship", best.candidate, f"{smaller(best)}, {self._within(best, within)}{best.drawn}.")
+            )
         else:
             none = f"no smaller model{limit} is shown to be the same within {within} on every score."
             lines.append(Advice("Ship none yet", None, none))
         if best := next((model for model in judged if not model.worse), None):
-            text = f"{smaller(best)}, {self._open(best, within)}."
+            text = f"{smaller(best)}, {self._open(best, within)}{best.drawn}."
             lines.append(Advice("Smallest acceptable", best.candidate, text))
         else:
             untested = " or was not tested" if len(judged) < len(fitting) else ""
             text = f"none{limit}: each is worse by more than {within} on a score{untested}"
             lines.append(Advice("Smallest acceptable", None, f"{text}{self._mildest(judged, margin)}."))
-        if avoided := _avoided(models, kind, reference, whole):
+        allowed = [model for model in models if model.sizes[kind] <= budget]
+        if avoided := _avoided(allowed, kind, reference, whole):
+            drawn = {model.candidate: model.drawn for model in allowed}
             named = [
-                f"{_listed(bad)} ({short(good)} is no larger and scores no worse)"
+                f"{_listed(bad, drawn)} ({short(good)}{drawn.get(good, '')} is no larger and scores no worse)"
                 for good, bad in avoided.items()
             ]
             lines.append(Advice("Avoid", None, f"{'; '.join(named)}."))
@@ -164,9 +193,9 @@ class Recommendations:
         """Name the model that loses least, and where it loses most."""
         if not models:
             return ""
-        losses = {model.candidate: model.largest_loss(margin) for model in models}
-        candidate = min(losses, key=lambda name: losses[name][0])
-        return f"; {short(candidate)} loses least, most of it on {self._name(losses[candidate][1])}"
+        best = min(models, key=lambda model: model.largest_loss(margin)[0])
+        most = self._name(best.largest_loss(margin)[1])
+        return f"; {short(best.candidate)}{best.drawn} loses least, most of it on {most}"
 
     def controls(self) -> dict[str, Any]:
         """Return every answer, as the page's controls look them up.
@@ -195,14 +224,13 @@ class Recommendations:
 
     def _compared(self, rows: pd.DataFrame, reference: str) -> list[_Model]:
         chosen = rows[rows["candidate"].isin(rows[rows["reference"] == reference]["candidate"])]
-        return [
-            _Model(
-                str(candidate),
-                {kind: self._sizes[kind][candidate] for kind in BUDGETED},
-                {measure_of(row): row for row in records(group)},
-            )
-            for candidate, group in chosen.groupby("candidate", sort=False)
-        ]
+        groups: dict[tuple[str, ...], list[_Model]] = {}
+        for candidate, group in chosen.groupby("candidate", sort=False):
+            name = str(candidate)
+            sizes = {kind: self._sizes[kind][name] for kind in BUDGETED}
+            model = _Model(name, sizes, {measure_of(row): row for row in records(group)})
+            groups.setdefault(repeats_of(name, self._noise) or (name,), []).append(model)
+        return [_worst(models) for models in groups.values()]
 
     def _name(self, measure: Measure) -> str:
         return f"{measure[0]} ({self._label[measure]})"
@@ -228,6 +256,32 @@ class Recommendations:
         )
 
 
+def _worst(draws: Sequence[_Model]) -> _Model:
+    """Return one model in place of draws of one recipe: the first's name, and the worst of all of them."""
+    measures = dict.fromkeys(measure for model in draws for measure in model.scores)
+    return _Model(
+        draws[0].candidate,
+        {kind: max(model.sizes[kind] for model in draws) for kind in BUDGETED},
+        {
+            measure: max((m.scores[measure] for m in draws if measure in m.scores), key=_badness)
+            for measure in measures
+        },
+        len(draws),
+    )
+
+
+def _badness(row: dict[str, Any]) -> tuple[bool, bool, bool, float]:
+    """Return what orders the scores of draws, the largest the worst; a score without a test comes last."""
+    tested = row["verdict"] not in ("", "untested") and row["change"] is not None
+    loss = (-1 if row["higher_is_better"] else 1) * row["change"] if tested else math.inf
+    return not tested, row["verdict"] == "worse", not _held(row), loss
+
+
+def _rounded_up(count: float) -> float:
+    """Round bytes up to a tenth of a megabyte, in which budgets are named."""
+    return math.ceil(count / 1e5) * 1e5
+
+
 def share_of(margin: float) -> str:
     """Format a margin: 0.005 is `0.5 %`."""
     return f"{compact(100 * margin)} %"
@@ -237,8 +291,8 @@ def _doubt(row: dict[str, Any]) -> str:
     return "not settled" if row["verdict"] == OPEN else str(row["verdict"])
 
 
-def _listed(candidates: Sequence[str]) -> str:
-    names = [short(name) for name in candidates[:_NAMED]]
+def _listed(candidates: Sequence[str], drawn: Mapping[str, str]) -> str:
+    names = [short(name) + drawn[name] for name in candidates[:_NAMED]]
     return ", ".join(names) + (f" and {len(candidates) - _NAMED} more" if len(candidates) > _NAMED else "")
 
 

@@ -30,6 +30,7 @@ def board(
     rows = comparison.competitors
     whole = by_measure(rows[rows["difficulty"] == "all"])
     headlines = [measure for measure in comparison.headlines() if measure in whole]
+    yardsticks = set(rows["reference"].dropna()) | {f"base/{name}" for name in rows["base"]}
     columns, cells = [], []
     for place, measure in enumerate(headlines):
         named = dict(zip(MEASURE, measure, strict=True))
@@ -40,9 +41,8 @@ def board(
             "label": label[measure],
             "ratio": named["metric"] == "perplexity",
             "higher": bool(scores[0]["higher_is_better"]),
-            "floor": scores[0]["floor"],
         }
-        found = {row["candidate"]: _cell(row) for row in scores}
+        found = {row["candidate"]: _cell(row, yardsticks) for row in scores}
         _draw(list(found.values()), column["ratio"], margin_of(named["metric"], margin))
         columns.append(column)
         cells.append(found)
@@ -56,7 +56,7 @@ def board(
         }
         for row in records(rows.drop_duplicates("candidate"))
     ]
-    return {"columns": columns, "lines": lines, "measured": bool(speeds)}
+    return {"columns": columns, "lines": lines, "measured": any(line["speed"] for line in lines)}
 
 
 def _size(row: Mapping[str, Any], kind: str, comparison: Comparison) -> dict[str, Any]:
@@ -67,10 +67,20 @@ def _size(row: Mapping[str, Any], kind: str, comparison: Comparison) -> dict[str
     return {"bytes": row[kind], "share": share}
 
 
-def _cell(row: dict[str, Any]) -> dict[str, Any]:
-    """Add to a score row its share of the reference's and the ends of its interval; None where undefined."""
+def _cell(row: dict[str, Any], yardsticks: set[str]) -> dict[str, Any]:
+    """Add to a score row its share of the reference's and the ends of its interval; None where undefined.
+
+    `whole` is the candidate whose score is the whole of this one: the reference, or itself where others are
+    compared with it; None where there is neither.
+    """
     value, low, high = _shares(row)
-    return row | {"share": value, "share_low": low, "share_high": high, "bar": None}
+    own = row["reference"] is None and row["candidate"] in yardsticks and _finite(row["value"])
+    whole = row["candidate"] if own else row["reference"]
+    return row | {"share": value, "share_low": low, "share_high": high, "whole": whole, "bar": None}
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _shares(row: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:

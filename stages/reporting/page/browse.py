@@ -1,8 +1,9 @@
 """The items of the page: every question once, with what the base and each candidate answered.
 
 They stand in columns, each text once, packed (`stages.reporting.page.packing`). Where that takes more than
-`LIMIT`, the page keeps all items that some candidate flipped and a sample of the rest, and says so; beyond
-that texts are cut, and at last flipped items are sampled too.
+`_MOST`, the page keeps all items that some candidate flipped and a sample of the rest, and says so; beyond
+that texts are cut, and at last flipped items are sampled too. An ellipsis stands where a text lacks its
+beginning.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from stages.reporting.collect import Measure, Results, by_measure, records
 from stages.reporting.comparison import PER_ITEM
 from stages.reporting.page.packing import as_json, zipped
 
-LIMIT = 3_000_000
+_MOST = 3_000_000
 """The most characters that packed items take."""
 
 
@@ -42,7 +43,7 @@ _THRIFT = (
 
 def browse(
     results: Results, measures: Sequence[Measure], candidates: Sequence[str], references: dict[str, str],
-    limit: int = LIMIT,
+    limit: int = _MOST,
 ) -> tuple[str, str]:  # fmt: skip
     """Return the packed items and a sentence on what is left out, empty where nothing is.
 
@@ -55,9 +56,10 @@ def browse(
         _table(results, place, measure, candidates, references) for place, measure in enumerate(measures)
     ]
     for thrift in _THRIFT:
-        text = zipped(as_json(_columns(tables, thrift)))
+        columns, cut = _columns(tables, thrift)
+        text = zipped(as_json(columns))
         if len(text) <= limit:
-            return text, _sentence(tables, thrift)
+            return text, _sentence(tables, thrift, cut)
     raise ValueError("the page's items do not fit even without any")
 
 
@@ -89,6 +91,8 @@ def _table(
             }
     entries = records(joined)
     for entry in entries:
+        if entry["prompt"] is not None and (entry["prompt_characters"] or 0) > len(entry["prompt"]):
+            entry["prompt"] = f"…{entry['prompt']}"  # what the evaluation kept of it
         key = (entry["doc_id"], entry["prompt_hash"])
         entry["answers"] = {name: at[key] for name, at in answers.items() if key in at}
         entry["flipped"] = any(
@@ -111,11 +115,18 @@ def _kept(table: dict[str, Any], thrift: _Thrift) -> list[dict[str, Any]]:
     ]
 
 
-def _columns(tables: Sequence[dict[str, Any]], thrift: _Thrift) -> dict[str, Any]:
+def _columns(tables: Sequence[dict[str, Any]], thrift: _Thrift) -> tuple[dict[str, Any], int]:
+    """Return the items in columns, and how many texts are cut."""
     texts: dict[str, int] = {}
+    cut: set[str] = set()
 
     def place_of(text: str | None) -> int:
-        return -1 if text is None else texts.setdefault(text[-thrift.characters :], len(texts))
+        if text is None:
+            return -1
+        if len(text) > thrift.characters:
+            text = f"…{text[-thrift.characters :]}"
+            cut.add(text)
+        return texts.setdefault(text, len(texts))
 
     measures = []
     for table in tables:
@@ -125,7 +136,7 @@ def _columns(tables: Sequence[dict[str, Any]], thrift: _Thrift) -> dict[str, Any
         for name in names:
             given = [entry["answers"].get(name) for entry in entries]
             columns[name] = {
-                "response": [place_of(answer and _said(answer)) for answer in given],
+                "response": [place_of(answer and answer["response"]) for answer in given],
                 "score": [answer and _rounded(answer["score"]) for answer in given],
                 "likelihoods": [
                     answer and answer["log_likelihoods"] and [round(x, 2) for x in answer["log_likelihoods"]]
@@ -149,12 +160,7 @@ def _columns(tables: Sequence[dict[str, Any]], thrift: _Thrift) -> dict[str, Any
                 "answers": columns,
             }
         )
-    return {"texts": list(texts), "measures": measures}
-
-
-def _said(answer: dict[str, Any]) -> str | None:
-    response: str | None = answer["response"]
-    return response
+    return {"texts": list(texts), "measures": measures}, len(cut)
 
 
 def _rounded(score: float | None) -> float | int | None:
@@ -163,10 +169,16 @@ def _rounded(score: float | None) -> float | int | None:
     return int(score) if score == int(score) else round(score, 4)
 
 
-def _sentence(tables: Sequence[dict[str, Any]], thrift: _Thrift) -> str:
+def _sentence(tables: Sequence[dict[str, Any]], thrift: _Thrift, cut: int) -> str:
     """Say what the page lacks, empty where it has all."""
+    shortened = (
+        f"{cut:,} long text{'s have' if cut > 1 else ' has'} an ellipsis (…) in place of all but the last "
+        f"{thrift.characters:,} characters."
+        if cut
+        else ""
+    )
     if thrift == _Thrift():
-        return ""
+        return shortened
     count = sum(len(table["entries"]) for table in tables)
     kept = sum(len(_kept(table, thrift)) for table in tables)
     flipped = (
@@ -174,11 +186,10 @@ def _sentence(tables: Sequence[dict[str, Any]], thrift: _Thrift) -> str:
         if thrift.flipped == 1
         else f"{thrift.flipped:.1%} of the flipped items"
     )
-    cut = f", texts cut to their last {thrift.characters} characters" if thrift.characters < 4000 else ""
     without = "" if thrift.likelihoods else ", no likelihoods"
     return (
         f"The page has {kept:,} of {count:,} items: {flipped} and {thrift.rest:.0%} of the others, drawn by "
-        f"hash{cut}{without}. samples.parquet and items.parquet have all."
+        f"hash{without}. samples.parquet and items.parquet have all. {shortened}".rstrip()
     )
 
 

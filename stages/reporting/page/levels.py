@@ -5,7 +5,7 @@ the items do not tell. A score that is not clearly above its floor is marked as 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stages.core.tables import MEASURE
@@ -17,14 +17,19 @@ from stages.reporting.statistics.paired import Z
 UNTOLD = 0.1
 """A loss that items must be able to exclude or show, for a cell to tell anything."""
 _SHADES = 6
-_DOSES = {"sparsity": "sparsity", "bits": "bits"}
-"""Settings of recipes whose values make a sweep, and the axis they are drawn on."""
+_DOSES = ("sparsity", "bits")
+"""Settings of recipes whose values make a sweep."""
 
 
-def heat_maps(comparison: Comparison, label: Mapping[Measure, str]) -> list[dict[str, Any]]:
-    """Return a heat map for each share of items right that has levels: headline measures only."""
+def heat_maps(
+    comparison: Comparison, headlines: Sequence[Measure], label: Mapping[Measure, str]
+) -> list[dict[str, Any]]:
+    """Return a heat map for each share of items right that has levels.
+
+    Args:
+        headlines: the measures to show, in the order of the table's columns.
+    """
     maps = []
-    headlines = comparison.headlines()
     for measure, scores in by_measure(comparison.competitors).items():
         rows = records(scores)
         if measure not in headlines or scores["difficulty"].nunique() < 2 or not rows[0]["higher_is_better"]:
@@ -70,12 +75,12 @@ def sweeps(scope: Scope, comparison: Comparison) -> list[dict[str, Any]]:
     for candidate in dict.fromkeys(comparison.competitors["candidate"]):
         recipe = scope.recipes.get(candidate)
         settings = recipe.model_dump(mode="json") if recipe is not None else {}
-        for dose, axis in _DOSES.items():
+        for dose in _DOSES:
             if isinstance(settings.get(dose), int | float):
                 others = {key: value for key, value in settings.items() if key != dose}
                 key = json.dumps([dose, others], sort_keys=True)
                 name = f"{settings['method']} on {settings['source']}"
-                entry = series.setdefault(key, {"name": name, "dose": axis, "points": []})
+                entry = series.setdefault(key, {"name": name, "dose": dose, "points": []})
                 entry["points"].append((settings[dose], candidate))
     found = [
         entry | {"points": sorted(entry["points"])} for entry in series.values() if len(entry["points"]) > 1

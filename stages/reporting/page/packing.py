@@ -32,6 +32,11 @@ def zipped(text: str) -> Markup:
     return Markup(base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode())
 
 
+def picture(svg: str) -> str:
+    """Return the address of a picture that holds it, so that its ids meet no others of the page."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
 def texts_of(folder: Path, *names: str) -> str:
     """Return the text of files of a folder, one after another."""
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)

@@ -29,8 +29,8 @@ def chart_data(
 
     Returns:
         `measures`; `axes`, those with values; `points`, a dict a candidate, its scores as (share of the
-        base's, low, high, score, verdict); `fronts`, by axis and measure
-        the places of candidates; `sweeps`; `reference`, its name.
+        base's, low, high, score, verdict); `fronts`, by axis and measure a list for each base, as shares of
+        different bases do not compare, of the places of candidates; `sweeps`; `reference`, its name.
     """
     lines = table["lines"]
     points = [
@@ -48,7 +48,10 @@ def chart_data(
     ]
     axes = [axis for axis in AXES if any(point[axis] is not None for point in points)]
     fronts = {
-        axis: [_front(points, axis, place, column["higher"]) for place, column in enumerate(table["columns"])]
+        axis: [
+            _fronts(points, axis, place, column["higher"], [line["cells"][place] for line in lines])
+            for place, column in enumerate(table["columns"])
+        ]
         for axis in axes
     }
     return {
@@ -70,19 +73,35 @@ def chart_data(
 
 
 def _point(cell: dict[str, Any] | None) -> list[Any] | None:
-    """Return a score; the reference itself is the whole of its own."""
+    """Return a score; what others are compared with is the whole of its own."""
     if cell is None or cell["value"] is None:
         return None
-    if cell["share"] is None and cell["reference"] is None:
+    if cell["whole"] == cell["candidate"]:
         return [1.0, None, None, cell["value"], ""]
     return [cell["share"], cell["share_low"], cell["share_high"], cell["value"], cell["verdict"]]
 
 
-def _front(points: Sequence[dict[str, Any]], axis: str, place: int, higher: bool) -> list[int]:
+def _fronts(
+    points: Sequence[dict[str, Any]],
+    axis: str,
+    place: int,
+    higher: bool,
+    cells: Sequence[dict[str, Any] | None],
+) -> list[list[int]]:
+    """Return the places of the points that nothing with the same base beats, a list a base."""
+
     def loss(point: dict[str, Any]) -> float:
         score = point["scores"][place]
         value = np.nan if score is None or score[0] is None else score[0]
         return -value if higher else value
 
-    sizes = [np.nan if point[axis] is None else point[axis] for point in points]
-    return [int(i) for i in np.flatnonzero(frontier(sizes, [loss(point) for point in points]))]
+    groups: dict[str, list[int]] = {}
+    for at, cell in enumerate(cells):
+        if cell is not None and cell["whole"] is not None:
+            groups.setdefault(cell["whole"], []).append(at)
+    found = []
+    for group in groups.values():
+        sizes = [np.nan if points[at][axis] is None else points[at][axis] for at in group]
+        on = frontier(sizes, [loss(points[at]) for at in group])
+        found.append([at for at, marked in zip(group, on, strict=True) if marked])
+    return found

@@ -47,6 +47,7 @@ def render(
     verdicts: Sequence[Verdict] = (),
     measured: Measured | None = None,
     wrong: pd.DataFrame | None = None,
+    effects: Mapping[str, str] | None = None,
 ) -> str:
     """Return the page's HTML; every number comes from the rows, and text written by models is escaped.
 
@@ -55,6 +56,7 @@ def render(
         verdicts: those of all studies.
         measured: speed and memory; None where nothing was measured.
         wrong: the classes of wrong answers.
+        effects: the picture of a study's verdicts, as SVG, by study.
     """
     environment = Environment(
         loader=FileSystemLoader(beside(__file__, "templates")),
@@ -90,11 +92,11 @@ def render(
     names = [row["candidate"] for row in candidates]
     anchors = {name: f"c{place}" for place, name in enumerate(names)}
     table = board(comparison, label, scope.report.margin, measured)
-    answers = Recommendations(comparison, label, scope.report.margin)
+    answers = Recommendations(comparison, label, scope.report.margin, scope.report.noise)
     series, references = sweeps(scope, comparison), references_of(competing)
     headlines = [measure for measure in comparison.headlines() if measure in measures]
     items, left_out = browse(results, headlines, names, references)
-    heat = heat_maps(comparison, label)
+    heat = heat_maps(comparison, headlines, label)
     data = {
         "anchors": anchors,
         "references": references,
@@ -132,12 +134,14 @@ def render(
             {
                 "name": name,
                 "study": study,
+                "picture": packing.picture(effects[name]) if effects and name in effects else None,
                 "verdicts": [verdict for verdict in verdicts if verdict.study == name],
             }
             for name, study in scope.studies.items()
         ],
         pooled=records(comparison.pooled),
         margin=scope.report.margin,
+        repeats=bool(scope.report.noise),
         reference=scope.report.reference,
         undrawn=records(comparison.perplexities[1]),
         facts={
@@ -215,6 +219,7 @@ def _candidate(scope: Scope, row: Mapping[str, Any], suites: Iterable[str]) -> d
         ],
         "on_grid": _marks(row, scope)["on_grid"],
         "read": [name for name in suites if scope.has_read(row["candidate"], name)],
+        "published": getattr(scope.models.get(row["base"]), "format", None) == "packed",
     }
 
 

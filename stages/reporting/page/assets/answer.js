@@ -19,6 +19,7 @@
       }
     };
     offer();
+    show();
     kind.onchange = () => { offer(); show(); };
     margin.onchange = budget.onchange = show;
     controls.onsubmit = event => event.preventDefault();

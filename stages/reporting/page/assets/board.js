@@ -1,4 +1,4 @@
-/* Sort every table whose headings can be clicked; the values are those of data-v, else the text. */
+/* Sort every table whose headings can be clicked: by data-v, else by the text, in columns of numbers by its first number. */
 for (const table of document.querySelectorAll("table.sort")) {
   for (const [place, head] of [...table.tHead.rows[0].cells].entries()) {
     const button = make("button", { type: "button" }, ...head.childNodes);
@@ -8,11 +8,14 @@ for (const table of document.querySelectorAll("table.sort")) {
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       closeRows(table);
+      const cells = row => row.cells[place];
+      const [first] = table.tBodies[0].rows, named = head.classList.contains("text") && first && !("v" in cells(first).dataset);
       const value = row => {
-        const cell = row.cells[place], number = parseFloat(cell.dataset.v ?? cell.textContent);
+        const number = parseFloat(cells(row).dataset.v ?? cells(row).textContent.replaceAll(",", "").replaceAll("\u2212", "-"));
         return isNaN(number) ? Infinity : down ? -number : number;
       };
       table.tBodies[0].append(...[...table.tBodies[0].rows].sort((a, b) => {
+        if (named) return (down ? -1 : 1) * cells(a).textContent.localeCompare(cells(b).textContent, "en", { numeric: true });
         const [left, right] = [value(a), value(b)];
         return left === right ? 0 : left - right;
       }));

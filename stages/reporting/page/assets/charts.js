@@ -41,7 +41,7 @@
     const log = logy.checked && rows.every(row => row.share > 0);
     if (log && !positive) for (const row of rows) row.low = Math.max(row.low, Math.min(floor, row.share / 4));
     const domain = domainOf(rows, log);
-    const front = fronts[axis][place].flatMap(index => rows.filter(row => row.index === index)).sort((a, b) => a.size - b.size);
+    const edges = fronts[axis][place].map(front => rows.filter(row => front.includes(row.index)).sort((a, b) => a.size - b.size));
     const tooltip = [["candidate", "candidate"], ["text", `of ${reference}`], ["interval", "95 %"], ["value", "score"], ["verdict", "verdict"], ["size", axes[axis]]]
       .map(([field, name]) => ({ field, title: name, type: "nominal", ...(field === "value" || field === "size" ? { type: "quantitative", format: ".4~g" } : {}) }));
     const y = field => ({ field, type: "quantitative", title: title(measure), scale: scaleOf(domain, log), axis: { format: measure.ratio ? ".3~g" : ".0%" } });
@@ -52,7 +52,7 @@
       description: `${title(measure)} against ${axes[axis]}`,
       layer: [
         { data: { values: [{}] }, mark: { type: "rule", strokeDash: [2, 3], color: "#888" }, encoding: { y: { datum: 1, type: "quantitative" } } },
-        { data: { values: front }, mark: { type: "line", interpolate: "step-after", strokeDash: [6, 4], color: "#888" }, encoding: { x, y: y("share") } },
+        ...edges.map(front => ({ data: { values: front }, mark: { type: "line", interpolate: "step-after", strokeDash: [6, 4], color: "#888" }, encoding: { x, y: y("share") } })),
         { data: { values: rows }, mark: { type: "rule", strokeWidth: 1.5, opacity: .7 }, encoding: { x, y: y("low"), y2: { field: "high" }, color } },
         { data: { values: rows }, name: "dots", mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" }, encoding: { x, y: y("share"), tooltip,
           color,
@@ -66,7 +66,7 @@
         type: "text", name: "names", from: { data: "dots_marks" }, interactive: false, aria: false,
         encode: { enter: { text: { field: "datum.name" }, fill: { value: "currentColor" }, fontSize: { value: narrow() ? 10 : 12 } } },
         transform: [{ type: "label", size: { signal: "[width, height]" }, anchor: ["right", "left", "top", "bottom", "top-right", "bottom-right", "top-left", "bottom-left"],
-          offset: [6, 6, 6, 6, 5, 5, 5, 5], avoidMarks: ["layer_0_marks", "layer_1_marks", "layer_2_marks"], padding: 0 }],
+          offset: [6, 6, 6, 6, 5, 5, 5, 5], avoidMarks: spec.layer.slice(0, -1).map((_, at) => `layer_${at}_marks`), padding: 0 }],
       });
       return vega;
     };
