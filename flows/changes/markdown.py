@@ -1,9 +1,11 @@
 """A diff as Markdown, for the comment of a pull request.
 
 Every ASCII mark that Markdown could read is written as a character reference, and quotes stand in `<code>`,
-where GitHub links neither names nor addresses: what a model answered can only ever be text.
+where GitHub links no names: what a model answered can only ever be text. Addresses would be links there too,
+so `www.` has a reference for its dot, and `@`, which GitHub sees even behind a reference, stands alone.
 """
 
+import re
 from typing import Any
 
 from flows.changes.sections import Quote, Section, heading, sections, summary
@@ -14,7 +16,8 @@ _ROWS = 20
 """Rows of a table; `--json` and `--html` have all."""
 _LENGTH = 160
 """Characters of a quote."""
-_MARKS = frozenset("\\`*_{}[]<>#!|~@&:$^")
+_MARKS = {mark: f"&#{ord(mark)};" for mark in "\\`*_{}[]<>#!|~&:$^"} | {"@": "<span>&#64;</span>"}
+_SITE = re.compile(r"(www)\.", re.IGNORECASE)
 
 
 def markdown(diff: dict[str, Any]) -> str:
@@ -57,4 +60,4 @@ def _cell(cell: str | Quote) -> str:
 
 
 def _escaped(text: str) -> str:
-    return "".join(f"&#{ord(mark)};" if mark in _MARKS else mark for mark in text)
+    return _SITE.sub(r"\1&#46;", "".join(_MARKS.get(mark, mark) for mark in text))

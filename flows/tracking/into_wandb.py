@@ -18,7 +18,7 @@ def write_to_wandb(logged: Sequence[Entry], project: str) -> list[str]:
     """Write entries into a project, with WANDB_MODE=offline into data/runs/wandb; a sentence for each.
 
     Raises:
-        Refusal: wandb fails, for example as nobody is logged in.
+        Refusal: wandb fails, for example as nobody is logged in, or is switched off.
     """
     try:
         return [_write(entry, project) for entry in logged]
@@ -36,13 +36,14 @@ def _write(entry: Entry, project: str) -> str:
         if kept:
             return f"{entry.candidate}: these results are in {kept[0]} already."
     settings = wandb.Settings(
-        console="off", disable_code=True, disable_git=True, disable_job_creation=True, save_code=False,
-        silent=True, x_disable_machine_info=True, x_disable_meta=True, x_disable_stats=True,
-        x_save_requirements=False,
+        console="off", disable_code=True, disable_git=True, disable_job_creation=True, silent=True,
+        x_disable_meta=True, x_disable_stats=True, x_save_requirements=False,
     )  # fmt: skip
     with wandb.init(
         project=project, id=entry.key, name=entry.candidate, resume="allow", dir=RUNS, settings=settings
     ) as run:
+        if run.disabled:
+            raise Refusal("wandb is disabled, so nothing was logged; unset WANDB_MODE, or set it to offline.")
         config = {**entry.params, "md5": entry.artifacts, "candidate": entry.candidate}
         run.config.update(config, allow_val_change=True)
         run.summary.update(entry.scores)
