@@ -1,8 +1,8 @@
 """What a tracker is told of a candidate: its params, its scores, and its artifacts by hash.
 
 Nothing else is: no files, no host, user, path, command or remote. Values of params, those in lists too, lose
-what looks like a secret and the folders of local paths. An entry's key is a hash of the candidate's name and its artifacts, so
-the same results have the same key on every machine.
+what looks like a secret and the folders of local paths. An entry's key is a hash of the candidate's name and
+its artifacts, so the same results have the same key on every machine.
 """
 
 import json
@@ -63,11 +63,11 @@ def entries(revision: Revision, candidates: Sequence[str] = (), fetched: bool = 
         fetch((revision.outs[path] for path in paths), None)
     scores = _scores(revision, paths)
     if revision.missing:
-        mend = "whoever has them runs `dvc push`" if fetched else "add --fetch"
-        raise Refusal(
-            f"the cache{' and the DVC remote lack' if fetched else ' lacks'} {len(revision.missing)} result(s) "
-            f"of {revision.name}, such as {min(revision.missing)}; {mend}."
-        )
+        where, mend = "the cache lacks", "add --fetch"
+        if fetched:
+            where, mend = "the cache and the DVC remote lack", "whoever has them runs `dvc push`"
+        count = f"{len(revision.missing)} result(s) of {revision.name}"
+        raise Refusal(f"{where} {count}, such as {min(revision.missing)}; {mend}.")
     return [_entry(revision, name, outs, scores.get(name, {})) for name, outs in results.items() if outs]
 
 
