@@ -20,6 +20,8 @@ def write_to_wandb(logged: Sequence[Entry], project: str) -> list[str]:
     Raises:
         Refusal: wandb fails, for example as nobody is logged in, or is switched off.
     """
+    if os.environ.get("WANDB_MODE") == "disabled":
+        raise Refusal("WANDB_MODE is disabled, so nothing is logged; unset it, or set it to offline.")
     try:
         return [_write(entry, project) for entry in logged]
     except wandb.Error as error:
@@ -42,8 +44,6 @@ def _write(entry: Entry, project: str) -> str:
     with wandb.init(
         project=project, id=entry.key, name=entry.candidate, resume="allow", dir=RUNS, settings=settings
     ) as run:
-        if run.disabled:
-            raise Refusal("wandb is disabled, so nothing was logged; unset WANDB_MODE, or set it to offline.")
         config = {**entry.params, "md5": entry.artifacts, "candidate": entry.candidate}
         run.config.update(config, allow_val_change=True)
         run.summary.update(entry.scores)

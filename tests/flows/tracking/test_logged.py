@@ -169,7 +169,7 @@ def test_wandb_says_if_it_is_switched_off(folder, monkeypatch):
     pytest.importorskip("wandb", reason=LACKS_WANDB)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     said = log("quantize/q", "--to", "wandb", code=Exit.REFUSED)
-    assert said == "wandb is disabled, so nothing was logged; unset WANDB_MODE, or set it to offline.\n"
+    assert said == "WANDB_MODE is disabled, so nothing is logged; unset it, or set it to offline.\n"
 
 
 def test_wandb_keeps_a_run_once_offline(made, tmp_path, monkeypatch):
