@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.changes.sections import Quote, Section, heading, sections, summary
 
-LIMIT = 65_536
+LONGEST_COMMENT = 65_536
 """Characters that GitHub takes in a comment."""
 _ROWS = 20
 """Rows of a table; `--json` and `--html` have all."""
@@ -21,12 +21,12 @@ _SITE = re.compile(r"(www)\.", re.IGNORECASE)
 
 
 def markdown(diff: dict[str, Any]) -> str:
-    """Return the diff as Markdown, details folded, cut to whole parts if it is longer than `LIMIT`."""
+    """Return the diff as Markdown, details folded, cut to whole parts if it is too long for a comment."""
     text = f"### {_escaped(heading(diff))}\n\n" + "".join(f"{_escaped(line)}\n\n" for line in summary(diff))
     left_out = "\nThe rest is too long for a comment; `--html` has all.\n"
     for section in sections(diff):
         part = _part(section)
-        if len(text) + len(part) + len(left_out) > LIMIT:
+        if len(text) + len(part) + len(left_out) > LONGEST_COMMENT:
             return text + left_out
         text += part
     return text

@@ -273,7 +273,7 @@ def test_markdown_is_text_to_github(folder):
 
 
 def test_markdown_fits_a_comment(folder, monkeypatch):
-    monkeypatch.setattr(markdown, "LIMIT", 2500)
+    monkeypatch.setattr(markdown, "LONGEST_COMMENT", 2500)
     text = diff(*AGAINST, "--markdown")
     assert len(text) <= 2501 and text.count("<details>") == text.count("</details>")
     assert "`--html` has all" in text
