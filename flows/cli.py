@@ -381,12 +381,17 @@ def diff(
     with refusals(as_json):
         if as_json and as_markdown:
             raise Refusal("--json and --markdown are both given; the standard output holds one of them.")
+        if remote and not fetch:
+            raise Refusal(f"--remote {remote} is given without --fetch; add --fetch results, or all.")
+        if html and html.is_dir():
+            raise Refusal(f"--html {html} is a folder; name a file, such as {html / 'diff.html'}.")
         from flows.changes.asked import compare
 
         changes = compare(names, at, fetch, remote)
         if html:
             from flows.changes.webpage import webpage
 
+            html.parent.mkdir(parents=True, exist_ok=True)
             html.write_text(webpage(changes), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(changes, indent=2))
@@ -490,6 +495,9 @@ def log_(
         list[str] | None, typer.Argument(help="Of evaluate.candidates; default: all that are evaluated.")
     ] = None,
     at: Annotated[str | None, typer.Option(help="Their revision; default: the workspace.")] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="First bring results that the cache lacks from the DVC remote.")
+    ] = False,
     group: Annotated[
         str, typer.Option("--project", help="An experiment of MLflow, or a project of wandb.")
     ] = "prunequant",
@@ -498,7 +506,7 @@ def log_(
     with refusals():
         from flows.tracking.logging_runs import log_candidates
 
-        sentences = log_candidates(to, candidates or [], at, group)
+        sentences = log_candidates(to, candidates or [], at, group, fetch)
     for sentence in sentences:
         typer.echo(sentence)
 

@@ -31,17 +31,16 @@ def compare(
     Raises:
         Refusal: a name is neither, or both; or the remote lacks what was asked for.
     """
-    changes = _compared(names, at)
-    if fetched and changes["missing"]:
-        wanted = [out for gap in changes["missing"] for out in gap["outputs"] if _wanted(out, fetched)]
-        fetch(wanted, remote)
-        changes = _compared(names, at)
-        lost = [out["path"] for gap in changes["missing"] for out in gap["outputs"] if _wanted(out, fetched)]
-        if lost:
+    changes, tried = _compared(names, at), set[str]()
+    while fetched and (lacking := _lacking(changes, fetched)):
+        if lost := [out["path"] for out in lacking if out["md5"] in tried]:
             raise Refusal(
                 f"{len(lost)} output(s), such as {lost[0]}, are not at the DVC remote "
                 f"{remote or '(the default)'}; whoever has them runs `dvc push`; or name another remote."
             )
+        fetch(lacking, remote)
+        tried |= {out["md5"] for out in lacking}
+        changes = _compared(names, at)  # scores may show that questions lack as well
     for gap in changes["missing"]:
         models = any(_is_model(out) for out in gap["outputs"])
         gap["command"] = _command(names, at, Fetched.all if models else Fetched.results)
@@ -52,7 +51,7 @@ def _compared(names: Sequence[str], at: str | None) -> dict[str, Any]:
     from flows.changes.diff import diff_candidates, diff_revisions  # pandas and scipy take a second
 
     if revision := _of_candidates(names, at):
-        return diff_candidates(revision, names)
+        return diff_candidates(revision, list(dict.fromkeys(names)))
     if len(names) > 2:
         raise Refusal(f"{len(names)} revisions are given; compare two: prunequant diff {' '.join(names[:2])}")
     return diff_revisions(read_revision(names[0]), read_revision(names[1] if len(names) == 2 else None))
@@ -60,13 +59,15 @@ def _compared(names: Sequence[str], at: str | None) -> dict[str, Any]:
 
 def _of_candidates(names: Sequence[str], at: str | None) -> Revision | None:
     """Return the revision whose candidates are named; None if the names are revisions."""
+    stages = ("base", *RECIPES)
+    if at is None and not any(name.partition("/")[0] in stages for name in names):
+        return None  # the workspace's params.yaml may be half edited
     if at is None and not Path("params.yaml").exists():
         return None
-    revision = read_revision(None if at in (None, WORKSPACE) else at)
+    revision = read_revision(at)
     known = _models(revision.params)
     candidates = [name for name in names if name in known]
     if at is None and not candidates:
-        stages = ("base", *RECIPES)
         lost = [name for name in names if name.partition("/")[0] in stages and not is_revision(name)]
         if not lost:
             return None
@@ -90,16 +91,18 @@ def _of_candidates(names: Sequence[str], at: str | None) -> Revision | None:
 
 def _models(params: dict[str, Any]) -> list[str]:
     """Return every model that params.yaml names, as `<stage>/<recipe>`."""
-    recipes = [f"{stage}/{name}" for stage in RECIPES if stage != "teach" for name in params.get(stage) or {}]
-    return [*(f"base/{name}" for name in params["models"]), *recipes]
+    recipes = [f"{stage}/{name}" for stage in RECIPES if stage != "teach" for name in params.get(stage, {})]
+    return [*(f"base/{name}" for name in params.get("models", {})), *recipes]
 
 
 def _is_model(out: dict[str, Any]) -> bool:
     return Path(out["path"]).is_relative_to(MODELS)
 
 
-def _wanted(out: dict[str, Any], fetched: Fetched) -> bool:
-    return fetched is Fetched.all or not _is_model(out)
+def _lacking(changes: dict[str, Any], fetched: Fetched) -> list[dict[str, Any]]:
+    """Return the outputs that the cache lacks, of those that may be fetched."""
+    outs = [out for gap in changes["missing"] for out in gap["outputs"]]
+    return [out for out in outs if fetched is Fetched.all or not _is_model(out)]
 
 
 def _command(names: Sequence[str], at: str | None, fetched: Fetched) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import networkx
 
 from flows.changes.revisions import Revision
+from stages.core.files import DATASETS, MODELS
+from stages.core.schema import RECIPES
 
 _APART = ("code", "validate")
 """Stages that all others wait for; what they write is a cause of its own or never changes."""
@@ -35,7 +37,7 @@ def causes(old: Revision, new: Revision) -> list[dict[str, Any]]:
     Returns:
         Rows of `kind` (param, code or file), `cause`, `stages` that depend on it, `then` the stages made
         again after those, `artifacts`, the outputs of both that differ, and `waiting`, stages of the new
-        side that have not run with the new param.
+        side that have not run with the new param, or not at all.
     """
     stages = [_stages(side) for side in (old, new)]
     direct: dict[tuple[str, str], dict[str, None]] = {}
@@ -43,10 +45,12 @@ def causes(old: Revision, new: Revision) -> list[dict[str, Any]]:
         for root in _roots(stages[0][name], stages[1][name], _made(old, new)):
             direct.setdefault(root, {})[name] = None
     waiting: dict[str, list[str]] = {}
+    unmade = _unmade(new)
     for change in param_changes(old.params, new.params):
         direct.setdefault(("param", change["key"]), {})
         waiting[change["key"]] = [
-            name for name, entry in stages[1].items() if _is_waiting(entry, change["key"], new.params)
+            *(name for name, entry in stages[1].items() if _is_waiting(entry, change["key"], new.params)),
+            *(name for name, recipe in unmade.items() if f"{change['key']}.".startswith(f"{recipe}.")),
         ]
     graph, outs = _graph({**stages[0], **stages[1]}), _changed_outs(old, new)
     rows = []
@@ -103,6 +107,16 @@ def _is_waiting(entry: dict[str, Any], key: str, params: dict[str, Any]) -> bool
                 now = now.get(part) if isinstance(now, dict) else None
             return bool(now != value)
     return False
+
+
+def _unmade(side: Revision) -> dict[str, str]:
+    """Return the stages of recipes whose output dvc.lock lacks, each with its recipe's key."""
+    return {
+        f"{stage}@{name}": f"{stage}.{name}"
+        for stage in RECIPES
+        for name in side.params.get(stage, {})
+        if str(DATASETS / name if stage == "teach" else MODELS / stage / name) not in side.outs
+    }
 
 
 def _graph(stages: dict[str, dict[str, Any]]) -> networkx.DiGraph:

@@ -61,15 +61,15 @@ def diff_revisions(old: Revision, new: Revision) -> dict[str, Any]:
         "artifacts": artifact_changes(old, new),
         "verdicts": verdict_changes(*(read_verdicts(revision) for revision in (old, new))),
         "scores": score_changes(results[0], results[1], _margin(new)),
-        "flipped": flipped_items(
-            results[0].samples, results[1].samples, read_questions((new, old), _suites(outs))
-        ),
+        "flipped": _flipped((new, old), results[0].samples, results[1].samples),
+        "uncompared": [],
         "incomparable": incomparable(
             old, new, (results[0].scores, results[1].scores),
             [(name, name) for name in sorted(models)], [(_on(name), name, name) for name in names],
         ),
     }  # fmt: skip
-    return {**changes, "missing": [missing_outputs(side) for side in (old, new) if side.missing]}
+    gaps = [missing_outputs(side) for side in (old, new)]
+    return {**changes, "missing": [gap for gap in gaps if gap["outputs"]]}
 
 
 def diff_candidates(revision: Revision, names: Sequence[str]) -> dict[str, Any]:
@@ -87,6 +87,8 @@ def diff_candidates(revision: Revision, names: Sequence[str]) -> dict[str, Any]:
     ]
     results = read_results(revision, _cached(outs, revision))
     old, new = _as_sides(results, first, others)
+    scores = score_changes(old, new, _margin(revision), results.scores, unchanged=True)
+    scored = {row["candidate"] for row in scores if row["old"] is not None and row["in_new"]}
     suites = _suites(path for path in outs if str(Path(path).relative_to(RESULTS).parent) in names)
     changes = {
         "revisions": [revision.name],
@@ -99,8 +101,9 @@ def diff_candidates(revision: Revision, names: Sequence[str]) -> dict[str, Any]:
         "causes": [],
         "artifacts": [_compared(revision, first, other) for other in others],
         "verdicts": [],
-        "scores": score_changes(old, new, _margin(revision), results.scores, unchanged=True),
-        "flipped": flipped_items(old.samples, new.samples, read_questions((revision,), suites)),
+        "scores": scores,
+        "flipped": _flipped((revision,), old.samples, new.samples),
+        "uncompared": [other for other in others if other not in scored],
         "incomparable": incomparable(
             revision, revision, (old.scores, new.scores), [(first, other) for other in others],
             [
@@ -110,7 +113,8 @@ def diff_candidates(revision: Revision, names: Sequence[str]) -> dict[str, Any]:
             ],
         ),
     }  # fmt: skip
-    return {**changes, "missing": [missing_outputs(revision)] if revision.missing else []}
+    gap = missing_outputs(revision)
+    return {**changes, "missing": [gap] if gap["outputs"] else []}
 
 
 def artifact_changes(old: Revision, new: Revision) -> list[dict[str, Any]]:
@@ -212,13 +216,13 @@ def read_results(revision: Revision, outs: list[str]) -> Results:
 
 
 def read_questions(revisions: Sequence[Revision], suites: Sequence[str]) -> pd.DataFrame:
-    """Read what the bases of some revisions were asked, as far as the cache has it; each question once."""
+    """Read what the bases of some revisions were asked, each question once; what the cache lacks is noted."""
     files = [
         file
         for revision in revisions
         for out in revision.outs
         if Path(out).is_relative_to(RESULTS / "base") and Path(out).name in suites
-        if (file := revision.file(out, ITEMS, needed=False))
+        if (file := revision.file(out, ITEMS, questions=True))
     ]
     frames = [
         pd.read_parquet(file).reindex(columns=list(ITEM_COLUMNS)).astype(ITEM_COLUMNS) for file in files
@@ -302,17 +306,30 @@ def worsened(row: dict[str, Any], verdicts: tuple[str, ...]) -> bool:
 def unsure(changes: dict[str, Any]) -> str:
     """Say what keeps a diff from telling whether scores got worse; empty if nothing does."""
     counts = {
-        gap["revision"]: sum(Path(out["path"]).is_relative_to(RESULTS) for out in gap["outputs"])
+        gap["revision"]: sum(
+            Path(out["path"]).is_relative_to(RESULTS) and not out["questions"] for out in gap["outputs"]
+        )
         for gap in changes["missing"]
     }
     gaps = [f"{count} result(s) of {revision}" for revision, count in counts.items() if count]
     if gaps:
         return f"the cache lacks {' and '.join(gaps)}, so some scores were not compared; add --fetch results."
+    if changes["uncompared"]:
+        return (
+            f"{', '.join(changes['uncompared'])} and {changes['candidates'][0]} have no score in common, so "
+            "nothing was compared; `prunequant run` evaluates what evaluate.candidates lists."
+        )
     untested = [
         f"{row['candidate']} on {row['suite']}" for row in changes["scores"] if row["verdict"] == "untested"
     ]
     names = ", ".join(dict.fromkeys(untested))
     return f"the sides share no items for {names}, so these scores were not compared." if names else ""
+
+
+def _flipped(revisions: Sequence[Revision], old: pd.DataFrame, new: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return flipped items with their questions, which only the suites of such items are read for."""
+    suites = {item["suite"] for item in flipped_items(old, new, table([], ITEM_COLUMNS))}
+    return flipped_items(old, new, read_questions(revisions, sorted(suites)))
 
 
 def flipped_items(old: pd.DataFrame, new: pd.DataFrame, items: pd.DataFrame) -> list[dict[str, Any]]:
@@ -335,9 +352,12 @@ def flipped_items(old: pd.DataFrame, new: pd.DataFrame, items: pd.DataFrame) -> 
 
 
 def missing_outputs(revision: Revision) -> dict[str, Any]:
-    """Return the outputs of a revision that the cache lacks, with what they hold at most."""
+    """Return the outputs of a revision that the cache lacks, and which lack for their questions alone."""
     outputs = [
-        {"path": path, "bytes": revision.outs[path].get("size"), "md5": revision.outs[path]["md5"]}
-        for path in sorted(revision.missing)
-    ]
+        {
+            "path": path, "bytes": revision.outs[path].get("size"), "md5": revision.outs[path]["md5"],
+            "questions": path not in revision.missing,
+        }
+        for path in sorted(revision.missing | revision.unread)
+    ]  # fmt: skip
     return {"revision": revision.name, "outputs": outputs}

@@ -1,29 +1,32 @@
 """A diff as Markdown, for the comment of a pull request.
 
 Every ASCII mark that Markdown could read is written as a character reference, and quotes stand in `<code>`,
-where GitHub links neither names nor addresses: what a model answered can only ever be text.
+where GitHub links no names: what a model answered can only ever be text. Addresses would be links there too,
+so `www.` has a reference for its dot, and `@`, which GitHub sees even behind a reference, stands alone.
 """
 
+import re
 from typing import Any
 
 from flows.changes.sections import Quote, Section, heading, sections, summary
 
-LIMIT = 65_536
+LONGEST_COMMENT = 65_536
 """Characters that GitHub takes in a comment."""
 _ROWS = 20
 """Rows of a table; `--json` and `--html` have all."""
 _LENGTH = 160
 """Characters of a quote."""
-_MARKS = frozenset("\\`*_{}[]<>#!|~@&:$^")
+_MARKS = {mark: f"&#{ord(mark)};" for mark in "\\`*_{}[]<>#!|~&:$^"} | {"@": "<span>&#64;</span>"}
+_SITE = re.compile(r"(www)\.", re.IGNORECASE)
 
 
 def markdown(diff: dict[str, Any]) -> str:
-    """Return the diff as Markdown, details folded, cut to whole parts if it is longer than `LIMIT`."""
+    """Return the diff as Markdown, details folded, cut to whole parts if it is too long for a comment."""
     text = f"### {_escaped(heading(diff))}\n\n" + "".join(f"{_escaped(line)}\n\n" for line in summary(diff))
     left_out = "\nThe rest is too long for a comment; `--html` has all.\n"
     for section in sections(diff):
         part = _part(section)
-        if len(text) + len(part) + len(left_out) > LIMIT:
+        if len(text) + len(part) + len(left_out) > LONGEST_COMMENT:
             return text + left_out
         text += part
     return text
@@ -57,4 +60,4 @@ def _cell(cell: str | Quote) -> str:
 
 
 def _escaped(text: str) -> str:
-    return "".join(f"&#{ord(mark)};" if mark in _MARKS else mark for mark in text)
+    return _SITE.sub(r"\1&#46;", "".join(_MARKS.get(mark, mark) for mark in text))

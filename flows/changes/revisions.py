@@ -31,6 +31,7 @@ class Revision:
         stages: entries of dvc.lock by stage.
         versions: requirements.lock as text; None if there is none.
         missing: outputs requested so far that the cache lacks in part or whole.
+        unread: likewise those that hold nothing but the questions behind answers.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Revision:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: str | None = None
     missing: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
 
     def hash(self, out: str) -> str | None:
         """Return the md5 of an output; None if there is no such output."""
@@ -52,17 +54,17 @@ class Revision:
             self.missing.add(out)
         return {name: file for name, file in found.items() if file}
 
-    def file(self, out: str, name: str, *, needed: bool = True) -> Path | None:
+    def file(self, out: str, name: str, *, questions: bool = False) -> Path | None:
         """Return a file of an output; None if the output has no such file, or the cache lacks it.
 
         Args:
-            needed: whether to note the output as missing if the cache lacks the file.
+            questions: whether to note the output as `unread`, not `missing`, if the cache lacks the file.
         """
         if out not in self.outs:
             return None
         found = self._files(out)
-        if needed and (not found or (name in found and found[name] is None)):
-            self.missing.add(out)
+        if not found or (name in found and found[name] is None):
+            (self.unread if questions else self.missing).add(out)
         return found.get(name)
 
     def _files(self, out: str) -> dict[str, Path | None]:
@@ -87,16 +89,19 @@ class Revision:
 
 
 def read_revision(name: str | None) -> Revision:
-    """Read the revision of this name: a commit, branch, tag or DVC experiment; None is the workspace.
+    """Read the revision of this name: a commit, branch, tag or DVC experiment.
+
+    Args:
+        name: `workspace` or None: the files as they are.
 
     Raises:
-        Refusal: there is no such revision, or it has no params.yaml.
+        Refusal: there is no such revision, or its params.yaml or dvc.lock cannot be read.
     """
     from dvc.scm import NoSCM, RevError, resolve_rev
 
     repo = _project()
     cache = Path(repo.cache.local.path)
-    if name is None:
+    if name in (None, WORKSPACE):
         texts = {path: _text(Path(path)) for path in _FILES}
     else:
         if isinstance(repo.scm, NoSCM):
@@ -110,8 +115,8 @@ def read_revision(name: str | None) -> Revision:
         texts = {path: _show(commit, path) for path in _FILES}
     if texts["params.yaml"] is None:
         raise Refusal(f"{name or WORKSPACE} has no params.yaml; choose a revision of a prunequant project.")
-    params = yaml.safe_load(texts["params.yaml"])
-    stages = yaml.load(texts["dvc.lock"] or "{}", yaml.CSafeLoader).get("stages", {})
+    params = _settings(texts["params.yaml"], "params.yaml", name or WORKSPACE)
+    stages = _settings(texts["dvc.lock"] or "{}", "dvc.lock", name or WORKSPACE).get("stages", {})
     outs = {
         out["path"]: out
         for stage in stages.values()
@@ -122,9 +127,11 @@ def read_revision(name: str | None) -> Revision:
 
 
 def is_revision(name: str) -> bool:
-    """Tell whether git or DVC knows a revision of this name."""
+    """Tell whether this is the workspace, or git or DVC knows a revision of this name."""
     from dvc.scm import NoSCM, RevError, resolve_rev
 
+    if name == WORKSPACE:
+        return True
     repo = _project()
     try:
         return not isinstance(repo.scm, NoSCM) and bool(resolve_rev(repo.scm, name))
@@ -173,12 +180,27 @@ def _project() -> Any:
 
 
 def recipes_of(revision: Revision, candidate: str) -> dict[str, Any]:
-    """Return the settings that lead to a candidate, by stage; those of a stage used twice by their names."""
-    steps: dict[str, Any] = {}
+    """Return the settings that lead to a candidate, by stage, from its base on.
+
+    A stage used again, as by a recipe made from one of the same section, is called `<stage>/<recipe>`.
+
+    Raises:
+        Refusal: params.yaml lacks the candidate, or what it is made from.
+    """
+    chain = []
     while candidate:
         stage, _, name = candidate.partition("/")
-        settings = dict(revision.params["models" if stage == "base" else stage][name])
+        known = _section(revision.params, stage)
+        if name not in known:
+            raise Refusal(
+                f"params.yaml of {revision.name} has no recipe {candidate}, which others name; `prunequant "
+                "check` lists such mistakes."
+            )
+        settings = dict(known[name])
         candidate = settings.pop("source") if stage != "base" else ""
+        chain.append((stage, name, settings))
+    steps: dict[str, Any] = {}
+    for stage, name, settings in reversed(chain):
         steps[f"{stage}/{name}" if stage in steps else stage] = settings
     return steps
 
@@ -186,16 +208,17 @@ def recipes_of(revision: Revision, candidate: str) -> dict[str, Any]:
 def is_named(out: str, params: dict[str, Any]) -> bool:
     """Tell whether params.yaml still names a result; dvc.lock keeps those of recipes that were removed."""
     kind, _, rest = out.removeprefix("data/").partition("/")
+    suites = params.get("suites", {})
     if kind == "datasets":
-        known = [params["datasets"], params.get("teach", {}), params["suites"].get("datasets", {})]
+        known = [*(params.get(section, {}) for section in ("datasets", "teach")), suites.get("datasets", {})]
         return rest == "none" or any(rest in section for section in known)
     if kind == "models":
         stage, _, recipe = rest.partition("/")
-        return recipe in params["models" if stage == "base" else stage]
+        return recipe in _section(params, stage)
     if kind == "results":
         candidate, _, suite = rest.rpartition("/")
-        suites = {name for group in params["suites"].values() for name in group}
-        return candidate in params["evaluate"]["candidates"] and suite in suites
+        known = params.get("evaluate", {}).get("candidates", [])
+        return candidate in known and any(suite in group for group in suites.values())
     if kind == "provenance":
         return False  # what it names is compared itself
     if kind == "curves":
@@ -203,6 +226,23 @@ def is_named(out: str, params: dict[str, Any]) -> bool:
     if kind == "profile":
         return rest in params.get("profile", {}).get("candidates", [])
     return True
+
+
+def _section(params: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Return the models or the recipes that a stage makes."""
+    section: dict[str, Any] = params.get("models" if stage == "base" else stage, {})
+    return section
+
+
+def _settings(text: str, path: str, revision: str) -> dict[str, Any]:
+    """Return a file of YAML as plain values, without sections that are empty."""
+    try:
+        settings = yaml.load(text, yaml.CSafeLoader)
+    except yaml.YAMLError as error:
+        raise Refusal(f"{path} of {revision} is no YAML: {' '.join(str(error).split())}; mend it.") from None
+    if not isinstance(settings, dict):
+        raise Refusal(f"{path} of {revision} has no sections; mend it, or `git checkout {path}`.")
+    return {name: section for name, section in settings.items() if section is not None}
 
 
 def _text(path: Path) -> str | None:

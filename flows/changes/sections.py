@@ -69,6 +69,9 @@ def summary(diff: dict[str, Any]) -> list[str]:
     lines = []
     if words := Counter(row["verdict"] for row in diff["scores"] if row["verdict"]):
         lines.append(f"Scores: {', '.join(f'{count} {word}' for word, count in words.most_common())}.")
+    if diff["uncompared"]:
+        names = f"{', '.join(diff['uncompared'])} and {diff['candidates'][0]}"
+        lines.append(f"Not compared: {names} have no score in common.")
     if turned := Counter(item["became"] for item in diff["flipped"]):
         lines.append(f"Answers: {', '.join(f'{count} became {word}' for word, count in turned.items())}.")
     if diff["verdicts"]:

@@ -18,8 +18,10 @@ def write_to_wandb(logged: Sequence[Entry], project: str) -> list[str]:
     """Write entries into a project, with WANDB_MODE=offline into data/runs/wandb; a sentence for each.
 
     Raises:
-        Refusal: wandb fails, for example as nobody is logged in.
+        Refusal: wandb fails, for example as nobody is logged in, or is switched off.
     """
+    if os.environ.get("WANDB_MODE") == "disabled":
+        raise Refusal("WANDB_MODE is disabled, so nothing is logged; unset it, or set it to offline.")
     try:
         return [_write(entry, project) for entry in logged]
     except wandb.Error as error:
@@ -36,9 +38,8 @@ def _write(entry: Entry, project: str) -> str:
         if kept:
             return f"{entry.candidate}: these results are in {kept[0]} already."
     settings = wandb.Settings(
-        console="off", disable_code=True, disable_git=True, disable_job_creation=True, save_code=False,
-        silent=True, x_disable_machine_info=True, x_disable_meta=True, x_disable_stats=True,
-        x_save_requirements=False,
+        console="off", disable_code=True, disable_git=True, disable_job_creation=True, silent=True,
+        x_disable_meta=True, x_disable_stats=True, x_save_requirements=False,
     )  # fmt: skip
     with wandb.init(
         project=project, id=entry.key, name=entry.candidate, resume="allow", dir=RUNS, settings=settings

@@ -1,8 +1,8 @@
 """What a tracker is told of a candidate: its params, its scores, and its artifacts by hash.
 
-Nothing else is: no files, no host, user, path, command or remote. Values of params lose what looks like a
-secret and the folders of local paths. An entry's key is a hash of the candidate's name and its artifacts, so
-the same results have the same key on every machine.
+Nothing else is: no files, no host, user, path, command or remote. Values of params, those in lists too, lose
+what looks like a secret and the folders of local paths. An entry's key is a hash of the candidate's name and
+its artifacts, so the same results have the same key on every machine.
 """
 
 import json
@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.changes.revisions import Revision, recipes_of
+from flows.changes.revisions import Revision, fetch, recipes_of
 from stages.core.errors import Refusal
 from stages.core.files import MODELS, RESULTS, text_sha256
 from stages.job.sentences import allowed
 
-_SECRET_KEY = re.compile(r"(^|[._-])(token|secret|password|passwd|api[_-]?key|credentials?)$", re.I)
+_SECRET_KEY = re.compile(
+    r"(^|[._-])(token|secret|password|passwd|api[_-]?key|credentials?)$|(^|\.)command$", re.I
+)
 _SECRET = re.compile(r"(?<=://)[^/@\s]+@|\b(hf|ghp|gho|sk|wandb)[_-][A-Za-z0-9_-]{16,}")
+_ABSOLUTE = re.compile(r"~?/[^/\n]+/[^\n]*$|[A-Za-z]:[\\/]")
+_FOLDERS = re.compile(r"(file:/{2,}|(?<![\w/~.-])~?/(?!/))(?:[^/\s]+/)+|\b[A-Za-z]:\\(?:[^\\\s]+\\)*")
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,17 @@ class Entry:
     """The md5 of the model and of each result, by path; `dvc.lock` has the same."""
 
 
-def entries(revision: Revision, candidates: Sequence[str] = ()) -> list[Entry]:
+def entries(revision: Revision, candidates: Sequence[str] = (), fetched: bool = False) -> list[Entry]:
     """Return an entry for each candidate.
 
     Args:
         candidates: of `evaluate.candidates`; empty: all that are evaluated.
+        fetched: whether to bring results that the cache lacks from the default DVC remote.
 
     Raises:
         Refusal: a candidate is unknown or not evaluated, or the cache lacks its results.
     """
-    known = list(revision.params["evaluate"]["candidates"])
+    known = list(revision.params.get("evaluate", {}).get("candidates", []))
     if unknown := [name for name in candidates if name not in known]:
         raise Refusal(f"{unknown[0]!r} is no candidate; {allowed(known, unknown[0])}.")
     results = {name: _results(revision, name) for name in candidates or known}
@@ -53,21 +58,26 @@ def entries(revision: Revision, candidates: Sequence[str] = ()) -> list[Entry]:
         raise Refusal(f"{lacking[0]} is not evaluated in {revision.name}; `prunequant run` evaluates it.")
     if not any(results.values()):
         raise Refusal(f"nothing is evaluated in {revision.name}; `prunequant run` evaluates what is listed.")
-    scores = _scores(revision, [out for outs in results.values() for out in outs])
+    paths = [path for outs in results.values() for path in outs]
+    if fetched:
+        fetch((revision.outs[path] for path in paths), None)
+    scores = _scores(revision, paths)
     if revision.missing:
-        missing = sorted(revision.missing)
-        raise Refusal(
-            f"the cache lacks {len(missing)} result(s) of {revision.name}, such as {missing[0]}; `dvc pull "
-            f"{missing[0]}` brings one, `prunequant diff {revision.name} --fetch results` all."
-        )
+        where, mend = "the cache lacks", "add --fetch"
+        if fetched:
+            where, mend = "the cache and the DVC remote lack", "whoever has them runs `dvc push`"
+        count = f"{len(revision.missing)} result(s) of {revision.name}"
+        raise Refusal(f"{where} {count}, such as {min(revision.missing)}; {mend}.")
     return [_entry(revision, name, outs, scores.get(name, {})) for name, outs in results.items() if outs]
 
 
 def redacted(text: str) -> str:
-    """Return a text without what looks like a secret, and of a local path only the last part."""
+    """Return a text without what looks like a secret, and of local paths only the last part."""
     if text.startswith("path:"):
         text = f"path:{Path(text.removeprefix('path:')).name}"
-    return _SECRET.sub("", text)
+    elif _ABSOLUTE.match(text):
+        text = re.split(r"[\\/]", text.rstrip("\\/"))[-1]
+    return _SECRET.sub("", _FOLDERS.sub("", text))
 
 
 def _entry(revision: Revision, candidate: str, outs: Sequence[str], scores: dict[str, float]) -> Entry:
@@ -113,8 +123,18 @@ def _scores(revision: Revision, outs: list[str]) -> dict[str, dict[str, float]]:
 
 def _flat(settings: Any, key: str = "") -> list[tuple[str, str]]:
     """Return the leaves of settings as texts, by dotted key, without those whose name says secret."""
-    if isinstance(settings, dict):
-        return [pair for name, inner in settings.items() for pair in _flat(inner, f"{key}.{name}".strip("."))]
     if _SECRET_KEY.search(key):
         return []
-    return [(key, redacted(settings if isinstance(settings, str) else json.dumps(settings)))]
+    if isinstance(settings, dict):
+        return [pair for name, inner in settings.items() for pair in _flat(inner, f"{key}.{name}".strip("."))]
+    told = _told(settings)
+    return [(key, told if isinstance(told, str) else json.dumps(told))]
+
+
+def _told(settings: Any) -> Any:
+    """Return a setting, and everything in it, without secrets and folders."""
+    if isinstance(settings, dict):
+        return {name: _told(inner) for name, inner in settings.items() if not _SECRET_KEY.search(str(name))}
+    if isinstance(settings, list):
+        return [_told(inner) for inner in settings]
+    return redacted(settings) if isinstance(settings, str) else settings

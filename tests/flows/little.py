@@ -16,7 +16,8 @@ from tests.results import of_items
 HARM = {"base/m": 0, "quantize/q": 30, "prune/w": 60, "noise/n": 0}
 """Candidates, and how many of 90 items each has lost."""
 NASTY = "<script>alert(1)</script> | **x** `y` @somebody ![i](http://a.b/c.png) [red]z[/red] \x1b[31m"
-"""A prompt and an answer that would be markup in any form."""
+NASTY += " see www.evil.com or a@evil.com now"
+"""A prompt and an answer that would be markup, or a link, in any form."""
 
 
 def params() -> dict:

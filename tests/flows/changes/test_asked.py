@@ -2,14 +2,18 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from flows.changes import markdown
 from flows.cli import Exit, app
+from stages.core import tables
 from tests import project
 from tests.flows import little
 
@@ -27,6 +31,20 @@ def folder(made, monkeypatch):
     """The little project, to be in."""
     monkeypatch.chdir(made)
     return made
+
+
+@pytest.fixture
+def own(made, tmp_path, monkeypatch):
+    """A copy of the little project, to be in and to change."""
+    folder = made.parent / tmp_path.name  # beside the remote
+    shutil.copytree(made, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def edit(folder, **recipes):
+    """Add recipes of `prune` to the params of a project."""
+    project.write(folder, project.read(folder) | {"prune": project.read(folder)["prune"] | recipes})
 
 
 def diff(*arguments: str, code: int = 0) -> str:
@@ -81,7 +99,10 @@ def test_a_worse_candidate_fails(folder):
         (("base/m", "gone", "--at", "main"), "'gone' is no candidate of main"),
         (("main", "main", "main"), "3 revisions are given; compare two"),
         (("nowhere",), "there is no revision 'nowhere'"),
+        (("workspace", "quantize/q"), "'workspace' is a revision and 'quantize/q' a candidate"),
         ((*AGAINST[1:], "--json", "--markdown"), "--json and --markdown are both given"),
+        (("main", "--remote", "shared"), "--remote shared is given without --fetch; add --fetch results"),
+        (("main", "--html", "data"), "--html data is a folder; name a file, such as data/diff.html"),
     ],
 )
 def test_what_is_unclear_is_refused(folder, words, sentence):
@@ -92,6 +113,70 @@ def test_a_branch_named_like_a_candidate_can_be_meant(folder):
     changes = json.loads(diff("diff", "refs/heads/prune/w", "--json"))
     assert changes["revisions"] == ["refs/heads/prune/w", "workspace"]
     assert not changes["params"] and not changes["artifacts"]
+
+
+def test_a_candidate_named_twice_counts_once(folder):
+    assert diff(*AGAINST, "quantize/q", "--json") == diff(*AGAINST, "--json")
+
+
+def test_the_workspace_can_be_named(folder):
+    changes = json.loads(diff("diff", "workspace", "main", "--json"))
+    assert changes["revisions"] == ["workspace", "main"] and not changes["scores"]
+
+
+def test_a_section_can_be_removed(own):
+    params = project.read(own)
+    del params["noise"]
+    params["evaluate"]["candidates"].remove("noise/n")
+    project.write(own, params)
+    changes = json.loads(diff("diff", "main", "--json"))
+    assert [(row["path"], row["change"]) for row in changes["artifacts"]] == [
+        ("data/models/noise/n", "removed"), ("data/results/noise/n/s", "removed"),
+    ]  # fmt: skip
+    (own / "params.yaml").write_text("prune:\n")
+    assert json.loads(diff("diff", "main", "--json"))["scores"]
+
+
+@pytest.mark.parametrize("names", [("base/m", "prune/b"), ("prune/b", "base/m")])
+def test_a_candidate_that_is_not_evaluated_fails(own, names):
+    edit(own, b={"source": "prune/w", "method": "wanda", "sparsity": 0.6})
+    said = diff("diff", *names, "--fail-on", "worse", code=Exit.FAILED)
+    assert f"Not compared: {names[1]} and {names[0]} have no score in common." in said
+    assert "so nothing was compared; `prunequant run` evaluates" in said.replace("\n", " ")
+
+
+def test_a_stage_used_twice_is_told_from_the_base_on(own):
+    edit(own, b={"source": "prune/w", "method": "wanda", "sparsity": 0.6})
+    changes = json.loads(diff("diff", "prune/w", "prune/b", "--at", "workspace", "--json"))
+    assert {row["key"]: (row["old"], row["new"]) for row in changes["params"]} == {
+        "prune/b.method": (None, "wanda"), "prune/b.sparsity": (None, 0.6),
+    }  # fmt: skip
+    edit(own, b={"source": "prune/gone", "method": "wanda", "sparsity": 0.6})
+    lost = diff("diff", "base/m", "prune/b", code=Exit.REFUSED)
+    assert "params.yaml of workspace has no recipe prune/gone" in lost
+
+
+def test_a_new_recipe_has_not_run_yet(own):
+    edit(own, b={"source": "prune/w", "method": "wanda"})
+    causes = json.loads(diff("diff", "main", "--json"))["causes"]
+    assert {row["cause"]: row["waiting"] for row in causes} == {
+        f"prune.b.{key}": ["prune@b"] for key in ("source", "method")
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("models: [\n", "params.yaml of workspace is no YAML: "),
+        ("", "params.yaml of workspace has no sections"),
+        ("- a\n", "params.yaml of workspace has no sections"),
+    ],
+)
+def test_half_edited_params_matter_only_to_the_workspace(own, text, sentence):
+    (own / "params.yaml").write_text(text)
+    assert "the same params" in diff("diff", "main", "main").replace("\n", " ")
+    said = diff("diff", "main", code=Exit.REFUSED)
+    assert sentence in said and said.count("\n") == 1
 
 
 @pytest.fixture
@@ -124,6 +209,35 @@ def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(clone, made):
     assert not project.run(clone, "git", "status", "--porcelain").stdout
 
 
+def test_questions_are_fetched_where_their_base_did_not_change(own, tmp_path, monkeypatch):
+    params = project.read(own)
+    del params["noise"]
+    params["evaluate"]["candidates"].remove("noise/n")
+    project.write(own, params)
+    project.commit(own, "before")
+    result = own / "data/results/quantize/q/s"
+    for name in (tables.SCORES, tables.SAMPLES):
+        table = pd.read_parquet(own / "data/results/prune/w/s" / name)
+        table.assign(candidate="quantize/q").to_parquet(result / name, index=False)
+    lock = yaml.safe_load((own / "dvc.lock").read_text())
+    lock["stages"]["graded@quantize/q"]["outs"][0]["md5"] = little._store(own, result)
+    (own / "dvc.lock").write_text(yaml.safe_dump(lock))
+    project.commit(own, "after")
+    clone = own.parent / f"{own.name}-clone"
+    project.run(own, "git", "clone", "-q", str(own), str(clone))
+    monkeypatch.chdir(clone)
+    changes = json.loads(diff("diff", "HEAD~1", "HEAD", "--fetch", "results", "--json"))
+    assert len(changes["flipped"]) == 30 and all(item["prompt"] for item in changes["flipped"])
+    assert not changes["missing"]
+    tree = clone / ".dvc/cache/files/md5"
+    shutil.rmtree(tree / lock["stages"]["graded@base/m"]["outs"][0]["md5"][:2])
+    unread = json.loads(diff("diff", "HEAD~1", "HEAD", "--json"))
+    assert not any(item["prompt"] for item in unread["flipped"])
+    assert [out["questions"] for gap in unread["missing"] for out in gap["outputs"]] == [True, True]
+    diff("diff", "HEAD~1", "HEAD", "--fail-on", "worse", code=Exit.WORSE)
+    diff("diff", "HEAD", "HEAD~1", "--fail-on", "worse")
+
+
 def test_what_cannot_be_fetched_is_one_sentence(clone):
     lost = diff(*AGAINST, "--fetch", "all", "--remote", "nowhere", code=Exit.REFUSED)
     assert lost.startswith("cannot fetch from the DVC remote nowhere: ") and lost.count("\n") == 1
@@ -147,10 +261,11 @@ def test_markdown_is_text_to_github(folder):
     code = {child.content for child in inline if child.type == "code_inline"}
     assert code == {"--html", "--json"}, "only our own words"
     tags = {child.content for child in inline if child.type == "html_inline"}
-    assert tags == {"<code>", "</code>"}
+    assert tags == {"<code>", "</code>", "<span>", "</span>"}
     folds = "".join(token.content for token in tokens if token.type == "html_block")
     assert set(re.findall(r"</?(\w+)", folds)) == {"details", "summary"}
     assert "@somebody" not in text and "![" not in text
+    assert "www." not in text and text.count("&#64;") == text.count("<span>&#64;</span>") > 0
     read = "".join(child.content for child in inline if child.type in ("text", "text_special"))
     assert "<script>alert(1)</script> | **x** `y` @somebody" in read, "it reads as it was written"
     widths = {len(row.split(" | ")) for row in text.splitlines() if row.startswith("| quantize/q | s ")}
@@ -158,14 +273,14 @@ def test_markdown_is_text_to_github(folder):
 
 
 def test_markdown_fits_a_comment(folder, monkeypatch):
-    monkeypatch.setattr(markdown, "LIMIT", 2500)
+    monkeypatch.setattr(markdown, "LONGEST_COMMENT", 2500)
     text = diff(*AGAINST, "--markdown")
     assert len(text) <= 2501 and text.count("<details>") == text.count("</details>")
     assert "`--html` has all" in text
 
 
 def test_the_page_holds_no_foreign_element_and_fetches_nothing(folder, tmp_path):
-    page = tmp_path / "diff.html"
+    page = tmp_path / "new/diff.html"
     assert "1 worse" in diff(*AGAINST, "--html", str(page))
     text, tags, texts = page.read_text(), [], []
 

@@ -28,7 +28,7 @@ NOTHING = {
         part: []
         for part in (
             "candidates", "params", "causes", "artifacts", "verdicts", "scores", "flipped", "incomparable",
-            "missing",
+            "missing", "uncompared",
         )
     },
 }  # fmt: skip
@@ -68,6 +68,7 @@ def test_outputs_of_recipes_that_params_no_longer_name_are_not_compared():
     )  # fmt: skip
     assert all(revisions.is_named(f"data/{out}", params) for out in named)
     assert not any(revisions.is_named(f"data/{out}", params) for out in removed)
+    assert not any(revisions.is_named(f"data/{out}", {}) for out in (*named[1:-1], *removed))
 
 
 def test_params_are_compared_by_key():

@@ -6,13 +6,15 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from flows.changes.revisions import read_revision
+from flows.changes.revisions import read_revision, recipes_of
 from flows.cli import Exit, app
 from flows.tracking.logged import entries, redacted
+from stages.core.errors import Refusal
 from tests import project
 from tests.flows import little
 
 LACKS_MLFLOW = "mlflow-skinny is not installed: pip install -e '.[mlflow]'"
+LACKS_WANDB = "wandb is not installed: pip install -e '.[wandb]'"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,13 @@ def test_an_entry_has_params_scores_and_hashes(folder):
         ("hf_abcdefghijklmnopqrstuv", ""),
         ("hub:org/name@0123", "hub:org/name@0123"),
         ("pypi:gensim==4.4.0", "pypi:gensim==4.4.0"),
+        ("/home/some body/m.bin", "m.bin"),
+        ("--model=/home/somebody/m.bin -n 3", "--model=m.bin -n 3"),
+        ("~/models/m", "m"),
+        ("C:\\Users\\somebody\\m.bin", "m.bin"),
+        ("read file:///home/somebody/m", "read m"),
+        ("https://host/a/b/c and/or 1/2/3", "https://host/a/b/c and/or 1/2/3"),
+        ("/no_think", "/no_think"),
     ],
 )
 def test_secrets_are_left_out(text, kept):
@@ -68,10 +77,32 @@ def test_secrets_are_left_out(text, kept):
 def test_nothing_secret_is_told(folder):
     values = project.read(folder)
     revision = read_revision(None)
-    revision.params["suites"]["graded"]["s"] |= values["datasets"]["s"] | {"hf_token": "s3cret", "tokens": 3}
+    revision.params["suites"]["graded"]["s"] |= values["datasets"]["s"] | {
+        "hf_token": "s3cret", "tokens": 3, "command": ["serve", "--key", "s3cret"],
+        "sources": ["https://somebody:s3cret@host/t", "/home/somebody/t", {"password": "s3cret", "n": 1}],
+    }  # fmt: skip
     told = json.dumps([vars(entry) for entry in entries(revision)])
     assert "s3cret" not in told and "/home" not in told and str(folder) not in told
-    assert "suites.s.tokens" in told and "https://host/s" in told
+    assert "suites.s.tokens" in told and "https://host/s" in told and "command" not in told
+    (entry,) = entries(revision, ["quantize/q"])
+    assert json.loads(entry.params["suites.s.sources"]) == ["https://host/t", "t", {"n": 1}]
+
+
+def test_a_fresh_clone_fetches_what_it_logs(made, tmp_path, monkeypatch):
+    folder = made.parent / tmp_path.name  # beside the remote
+    project.run(tmp_path, "git", "clone", "-q", str(made), str(folder))
+    monkeypatch.chdir(folder)
+    with pytest.raises(Refusal, match=r"the cache lacks 1 result\(s\) of main, such as .*; add --fetch\."):
+        entries(read_revision("main"), ["quantize/q"])
+    (entry,) = entries(read_revision("workspace"), ["quantize/q"], fetched=True)
+    assert entry.scores["s/exact_match"] == pytest.approx(2 / 3)
+    assert not (folder / "data").exists() and not read_revision(None).files("data/results/prune/w/s")
+
+
+def test_a_recipe_made_from_one_of_its_stage_keeps_both(folder):
+    revision = read_revision(None)
+    revision.params["prune"]["b"] = {"source": "prune/w", "method": "wanda"}
+    assert list(recipes_of(revision, "prune/b")) == ["base", "prune", "prune/b"]
 
 
 @pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
@@ -134,8 +165,15 @@ def test_mlflow_needs_a_place(folder, monkeypatch):
     assert said.startswith("MLflow failed: ") and "s3cret" not in said
 
 
+def test_wandb_says_if_it_is_switched_off(folder, monkeypatch):
+    pytest.importorskip("wandb", reason=LACKS_WANDB)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    said = log("quantize/q", "--to", "wandb", code=Exit.REFUSED)
+    assert said == "WANDB_MODE is disabled, so nothing is logged; unset it, or set it to offline.\n"
+
+
 def test_wandb_keeps_a_run_once_offline(made, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
+    pytest.importorskip("wandb", reason=LACKS_WANDB)
     monkeypatch.chdir(made)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path))
