@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.figures import show
-from stages.reporting.collect import by_measure, competes
+from stages.reporting.collect import by_measure, competes, records
 from stages.reporting.comparison import headline_measures
 from stages.reporting.effects import draw_effects
 from stages.reporting.export import MEASURED_VERDICTS, VERDICTS
@@ -141,7 +141,7 @@ def draw_scores(rows: pd.DataFrame) -> Figure | None:
         grid = figure.subplots(1, len(panels), squeeze=False).flatten()
         for axis, chosen in zip(grid, panels, strict=True):
             suite, metric = chosen["suite"].iloc[0], chosen["metric"].iloc[0]
-            kinds = [family(row) for row in chosen.to_dict("records")]
+            kinds = [family(row) for row in records(chosen)]
             for kind in dict.fromkeys(kinds):
                 points = chosen[[each == kind for each in kinds]]
                 axis.errorbar(
