@@ -29,6 +29,8 @@ def write_to_wandb(logged: Sequence[Entry], project: str) -> list[str]:
             f"wandb failed: {redacted(str(error).splitlines()[0])}; run `wandb login`, or set "
             "WANDB_MODE=offline and `wandb sync` later."
         ) from None
+    finally:
+        wandb.teardown()  # its service has written all before it ends
 
 
 def _write(entry: Entry, project: str) -> str:

@@ -147,8 +147,11 @@ def test_json_of_a_run_is_alone_on_the_standard_output(ended):
 
 def test_diff_fails_on_a_worse_score(monkeypatch):
     nothing = {
-        key: [] for key in ("verdicts", "params", "artifacts", "scores", "flipped", "incomparable", "missing")
-    }
+        key: []
+        for key in (
+            "verdicts", "params", "artifacts", "scores", "flipped", "incomparable", "missing", "uncompared",
+        )
+    }  # fmt: skip
 
     def diff(*arguments: str, missing: tuple = (), **row: object) -> Result:
         score = {"verdict": "same within the margin", "old": 1.0, "new": 1.1, "in_new": True} | row
@@ -165,7 +168,11 @@ def test_diff_fails_on_a_worse_score(monkeypatch):
     assert diff(*worse, verdict=None, new=None).exit_code == Exit.WORSE, "the score is no number any more"
     assert diff(*worse, verdict=None, new=None, in_new=False).exit_code == Exit.DONE, "no longer evaluated"
     model, result = (
-        {"revision": "a", "outputs": [{"path": f"data/{kind}/x", "bytes": 1}], "command": "prunequant diff"}
+        {
+            "revision": "a",
+            "outputs": [{"path": f"data/{kind}/x", "bytes": 1, "questions": False}],
+            "command": "prunequant diff",
+        }
         for kind in ("models", "results")
     )
     assert diff(*worse, missing=(model,)).exit_code == Exit.DONE, "scores need no model"
