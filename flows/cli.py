@@ -389,10 +389,9 @@ def diff(
 
         changes = compare(names, at, fetch, remote)
         if html:
-            from flows.changes.webpage import webpage
+            from flows.changes.webpage import write_webpage
 
-            html.parent.mkdir(parents=True, exist_ok=True)
-            html.write_text(webpage(changes), encoding="utf-8")
+            write_webpage(changes, html)
     if as_json:
         typer.echo(json.dumps(changes, indent=2))
     elif as_markdown:

@@ -5,19 +5,16 @@ starts a server to learn that everything is up to date.
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from flows import summary, workspace
-from flows.exporting import EXPORTING
 from flows.plan import Outcome, Plan, plan
 from flows.process import Children
 from flows.watch import Watch
 from stages.core import disk
 from stages.core.errors import Refusal
-from stages.core.files import SCRATCH
 
 
 @dataclass(frozen=True)
@@ -72,18 +69,8 @@ def plan_and_advance(
             advance(run)
     ending = conclude(run)
     if ending.ok and not targets:
-        clear_scratch()
+        workspace.clear_scratch()
     return ending
-
-
-def clear_scratch() -> None:
-    """Delete what killed stages left to continue from: of a project that is up to date, no stage needs it.
-
-    A stage deletes its own when it ends. This is of recipes that were edited, or restored from the cache.
-    """
-    for left in SCRATCH.iterdir() if SCRATCH.exists() else ():
-        if not left.name.startswith(EXPORTING):  # an export may be at work
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def conclude(run: Plan) -> Ending:

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +25,10 @@ from typing import IO, Any, TypeVar
 
 import psutil
 
+from flows.exporting import EXPORTING
 from flows.guard import GRACE
 from flows.terminal import console
-from stages.core.files import write_text
+from stages.core.files import SCRATCH, write_text
 
 Result = TypeVar("Result")
 DVC_TMP = Path(".dvc/tmp")
@@ -69,6 +71,22 @@ def claim() -> None:
     Call it after stage `code` has run, as that reads the same folder, and after `dvc status`.
     """
     _when_idle(lambda root, table: table["write"].update({f"{root}/{_DOOR}": _me()}))
+
+
+def clear_scratch() -> None:
+    """Delete what killed stages left to continue from, once no DVC command works here.
+
+    A stage deletes its own when it ends. The rest is of recipes that were edited, or restored from the cache;
+    if all is up to date, no stage needs it.
+    """
+    left = [each for each in SCRATCH.glob("*") if not each.name.startswith(EXPORTING)]  # an export may work
+
+    def delete(*_: Any) -> None:
+        for each in left:
+            shutil.rmtree(each, ignore_errors=True)
+
+    if left:
+        _when_idle(delete)
 
 
 class Busy(Exception):

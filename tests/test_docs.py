@@ -81,3 +81,12 @@ def test_texts_of_settings_are_shown_as_they_are():
     assert r"A &lt;b> of \*x\*." in page and "It may be left out." in page
     assert r"| `size` * | integer, at least 1 |  | `a\|b`, c\_d \| &lt;script> |" in page
     assert "| `way` | `a` or `true` or `null` | `null` |  |" in page
+
+
+def test_readme_and_the_landing_page_say_the_same_answer():
+    answers = [
+        re.search(r"For SmolLM2-135M-Instruct the answer is: .*?quantized models", page.read_text(), re.S)
+        for page in (project.ROOT / "README.md", project.ROOT / "docs/index.md")
+    ]
+    assert all(answers)
+    assert len({" ".join(answer[0].split()) for answer in answers}) == 1

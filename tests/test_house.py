@@ -237,6 +237,6 @@ def test_rows_of_unequal_length_share_a_forward_in_few_places():
         "stages/corpus/decoding.py",  # generate_rows, by `batching`
         "stages/corpus/padding.py",  # fills up what was generated
         "stages/corpus/rows.py",  # only `predictions` runs such a batch, by `sharing`
-        "stages/evaluation/shared.py",  # by `batching`, and one row at a time where `switch_lengths` says so
+        "stages/evaluation/shared.py",  # by `batching`, and one row at a time where `sharing` says so
         "stages/pruning/depth/tasks.py",  # `Ablation`, by `sharing`
     }

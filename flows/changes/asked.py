@@ -31,30 +31,31 @@ def compare(
     Raises:
         Refusal: a name is neither, or both; or the remote lacks what was asked for.
     """
-    changes, tried = _compared(names, at), set[str]()
-    while fetched and (lacking := _lacking(changes, fetched)):
+    tried = set[str]()
+    while fetched and (lacking := _lacking(_compared(names, at, tensors=False), fetched)):
         if lost := [out["path"] for out in lacking if out["md5"] in tried]:
             raise Refusal(
                 f"{len(lost)} output(s), such as {lost[0]}, are not at the DVC remote "
                 f"{remote or '(the default)'}; whoever has them runs `dvc push`; or name another remote."
             )
         fetch(lacking, remote)
-        tried |= {out["md5"] for out in lacking}
-        changes = _compared(names, at)  # scores may show that questions lack as well
+        tried |= {out["md5"] for out in lacking}  # scores may then show that questions lack as well
+    changes = _compared(names, at)
     for gap in changes["missing"]:
         models = any(_is_model(out) for out in gap["outputs"])
         gap["command"] = _command(names, at, Fetched.all if models else Fetched.results)
     return changes
 
 
-def _compared(names: Sequence[str], at: str | None) -> dict[str, Any]:
+def _compared(names: Sequence[str], at: str | None, tensors: bool = True) -> dict[str, Any]:
     from flows.changes.diff import diff_candidates, diff_revisions  # pandas and scipy take a second
 
     if revision := _of_candidates(names, at):
-        return diff_candidates(revision, list(dict.fromkeys(names)))
+        return diff_candidates(revision, list(dict.fromkeys(names)), tensors)
     if len(names) > 2:
         raise Refusal(f"{len(names)} revisions are given; compare two: prunequant diff {' '.join(names[:2])}")
-    return diff_revisions(read_revision(names[0]), read_revision(names[1] if len(names) == 2 else None))
+    old, new = (read_revision(name) for name in (names[0], names[1] if len(names) == 2 else None))
+    return diff_revisions(old, new, tensors)
 
 
 def _of_candidates(names: Sequence[str], at: str | None) -> Revision | None:

@@ -41,8 +41,11 @@ def causes(old: Revision, new: Revision) -> list[dict[str, Any]]:
     """
     stages = [_stages(side) for side in (old, new)]
     direct: dict[tuple[str, str], dict[str, None]] = {}
+    outputs = {
+        out["path"] for side in (old, new) for entry in side.stages.values() for out in entry.get("outs", [])
+    }
     for name in stages[0].keys() & stages[1].keys():
-        for root in _roots(stages[0][name], stages[1][name], _made(old, new)):
+        for root in _roots(stages[0][name], stages[1][name], outputs):
             direct.setdefault(root, {})[name] = None
     waiting: dict[str, list[str]] = {}
     unmade = _unmade(new)
@@ -74,11 +77,7 @@ def _stages(side: Revision) -> dict[str, dict[str, Any]]:
     }
 
 
-def _made(*sides: Revision) -> set[str]:
-    return {out["path"] for side in sides for entry in side.stages.values() for out in entry.get("outs", [])}
-
-
-def _roots(old: dict[str, Any], new: dict[str, Any], made: set[str]) -> Iterator[tuple[str, str]]:
+def _roots(old: dict[str, Any], new: dict[str, Any], outputs: set[str]) -> Iterator[tuple[str, str]]:
     """Yield the params, code and files that differ between two entries of a stage."""
     was, now = _params(old), _params(new)
     for key in dict.fromkeys([*was, *now]):
@@ -89,7 +88,7 @@ def _roots(old: dict[str, Any], new: dict[str, Any], made: set[str]) -> Iterator
         if hashes[0].get(path) != hashes[1].get(path):
             if path.startswith(_CODE):
                 yield "code", path.removeprefix(_CODE)
-            elif path not in made and not any(_touch(path, out) for out in made):
+            elif path not in outputs and not any(_touch(path, out) for out in outputs):
                 yield "file", path
 
 

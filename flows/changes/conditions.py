@@ -51,16 +51,16 @@ def incomparable(
         models: pairs of artifacts that are compared.
         evaluations: what a comparison is called, and the two results behind it, `<candidate>/<suite>`.
     """
-    found: dict[tuple[str, str], dict[str, None]] = {}
+    of: dict[tuple[str, str], dict[str, None]] = {}
     reasons = [
         *_of_scores(*scores),
         *(reason for pair in models for reason in _of_models(old, new, *pair)),
         *(reason for three in evaluations for reason in _of_inputs(old, new, *three)),
     ]
     for reason in reasons:
-        found.setdefault((reason.kind, reason.because), {})[reason.of] = None
+        of.setdefault((reason.kind, reason.because), {})[reason.of] = None
     return [
-        {"kind": kind, "because": because, "of": list(of)} for (kind, because), of in sorted(found.items())
+        {"kind": kind, "because": because, "of": list(names)} for (kind, because), names in sorted(of.items())
     ]
 
 
@@ -72,10 +72,10 @@ def _of_scores(old: pd.DataFrame, new: pd.DataFrame) -> Iterator[Reason]:
             was, now = row[f"{column}_old"], row[f"{column}_new"]
             if was == now or None in (was, now):  # older results do not say
                 continue
-            said = f"{column} was {was}, is {now}"
+            because = f"{column} was {was}, is {now}"
             if column in ("prompt_hash", "template"):
-                said = "the prompts differ" if column == "prompt_hash" else "the chat template differs"
-            yield Reason(kind, said, f"{row['candidate']} on {row['suite']}")
+                because = "the prompts differ" if column == "prompt_hash" else "the chat template differs"
+            yield Reason(kind, because, f"{row['candidate']} on {row['suite']}")
 
 
 def _of_models(old: Revision, new: Revision, was: str, now: str) -> Iterator[Reason]:
@@ -87,8 +87,8 @@ def _of_models(old: Revision, new: Revision, was: str, now: str) -> Iterator[Rea
     sides = [read_json(file).get("numerics", {}) if file else {} for file in files]
     for name in sorted(sides[0].keys() & sides[1].keys()):
         if sides[0][name] != sides[1][name]:
-            said = f"{name} was {_plain(sides[0][name])}, is {_plain(sides[1][name])}"
-            yield Reason(_NUMERICS.get(name, "machine"), said, now)
+            because = f"{name} was {_plain(sides[0][name])}, is {_plain(sides[1][name])}"
+            yield Reason(_NUMERICS.get(name, "machine"), because, now)
 
 
 def _of_inputs(old: Revision, new: Revision, label: str, was: str, now: str) -> Iterator[Reason]:
@@ -111,7 +111,7 @@ def _of_inputs(old: Revision, new: Revision, label: str, was: str, now: str) -> 
 def _inputs(side: Revision, out: str) -> dict[str, str | None]:
     """Return the hashes of what the stage behind an output depends on."""
     for entry in side.stages.values():
-        if any(made["path"] == out for made in entry.get("outs", [])):
+        if any(each["path"] == out for each in entry.get("outs", [])):
             return {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])}
     return {}
 

@@ -42,8 +42,12 @@ _ITEM = ["candidate", *MEASURE, "doc_id", "draw", "prompt_hash"]
 _JUDGED = ["p", "p_corrected", "family", "verdict", "pairs", "smallest", "lost", "won"]
 
 
-def diff_revisions(old: Revision, new: Revision) -> dict[str, Any]:
-    """Return everything that differs between two revisions, as plain values."""
+def diff_revisions(old: Revision, new: Revision, tensors: bool = True) -> dict[str, Any]:
+    """Return everything that differs between two revisions, as plain values.
+
+    Args:
+        tensors: whether to compare the tensors of models, which takes longest.
+    """
     outs = results_to_read(old, new)
     results = [read_results(revision, outs) for revision in (old, new)]
     both = [path for path in outs if path in old.outs and path in new.outs]
@@ -58,7 +62,7 @@ def diff_revisions(old: Revision, new: Revision) -> dict[str, Any]:
         "candidates": [],
         "params": list(param_changes(old.params, new.params)),
         "causes": causes(old, new),
-        "artifacts": artifact_changes(old, new),
+        "artifacts": artifact_changes(old, new, tensors),
         "verdicts": verdict_changes(*(read_verdicts(revision) for revision in (old, new))),
         "scores": score_changes(results[0], results[1], _margin(new)),
         "flipped": _flipped((new, old), results[0].samples, results[1].samples),
@@ -72,11 +76,12 @@ def diff_revisions(old: Revision, new: Revision) -> dict[str, Any]:
     return {**changes, "missing": [gap for gap in gaps if gap["outputs"]]}
 
 
-def diff_candidates(revision: Revision, names: Sequence[str]) -> dict[str, Any]:
+def diff_candidates(revision: Revision, names: Sequence[str], tensors: bool = True) -> dict[str, Any]:
     """Return how candidates of a revision differ from the first of them, as plain values.
 
     Args:
         names: two or more, `<stage>/<recipe>`.
+        tensors: whether to compare the tensors of models, which takes longest.
     """
     first, *others = names
     outs = [
@@ -99,7 +104,7 @@ def diff_candidates(revision: Revision, names: Sequence[str]) -> dict[str, Any]:
             for change in param_changes(recipes_of(revision, first), recipes_of(revision, other))
         ],
         "causes": [],
-        "artifacts": [_compared(revision, first, other) for other in others],
+        "artifacts": [_compared(revision, first, other, tensors) for other in others],
         "verdicts": [],
         "scores": scores,
         "flipped": _flipped((revision,), old.samples, new.samples),
@@ -117,7 +122,7 @@ def diff_candidates(revision: Revision, names: Sequence[str]) -> dict[str, Any]:
     return {**changes, "missing": [gap] if gap["outputs"] else []}
 
 
-def artifact_changes(old: Revision, new: Revision) -> list[dict[str, Any]]:
+def artifact_changes(old: Revision, new: Revision, tensors: bool = True) -> list[dict[str, Any]]:
     """Return outputs added, removed or changed; a changed model with its tensors if both are in the cache."""
     rows: list[dict[str, Any]] = []
     for path in sorted(old.outs.keys() | new.outs.keys()):
@@ -128,23 +133,25 @@ def artifact_changes(old: Revision, new: Revision) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"path": path, "change": change}
         row |= {"old_bytes": was and was.get("size"), "new_bytes": now and now.get("size")}
         if change == "changed" and Path(path).is_relative_to(MODELS):
-            row |= _tensors((old, path), (new, path))
+            row |= _tensors((old, path), (new, path), compared=tensors)
         rows.append(row)
     return rows
 
 
-def _compared(revision: Revision, first: str, other: str) -> dict[str, Any]:
+def _compared(revision: Revision, first: str, other: str, tensors: bool) -> dict[str, Any]:
     """Return how a model differs from another of the same revision."""
     paths = [str(MODELS / name) for name in (first, other)]
     sizes = [revision.outs.get(path, {}).get("size") for path in paths]
     row = {"path": paths[1], "change": f"beside {paths[0]}", "old_bytes": sizes[0], "new_bytes": sizes[1]}
     known = all(path in revision.outs for path in paths)
-    return row | (_tensors((revision, paths[0]), (revision, paths[1])) if known else {})
+    sides = [(revision, path) for path in paths]
+    return row | (_tensors(*sides, compared=tensors) if known else {})
 
 
-def _tensors(*sides: tuple[Revision, str]) -> dict[str, Any]:
+def _tensors(*sides: tuple[Revision, str], compared: bool) -> dict[str, Any]:
+    """Compare two models if asked to; what the cache lacks of them is noted either way."""
     files = [revision.files(path) for revision, path in sides]
-    if any(path in revision.missing for revision, path in sides):
+    if not compared or any(path in revision.missing for revision, path in sides):
         return {}
     weights = [any(name.endswith(".safetensors") for name in side) for side in files]
     return {"tensors": compare_tensors(*files)} if all(weights) else {}  # a floor has none

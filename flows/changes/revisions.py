@@ -49,10 +49,10 @@ class Revision:
 
     def files(self, out: str) -> dict[str, Path]:
         """Return an output's files by their path inside it; note it as missing if any is not cached."""
-        found = self._files(out)
-        if None in found.values() or not found:
+        files = self._files(out)
+        if None in files.values() or not files:
             self.missing.add(out)
-        return {name: file for name, file in found.items() if file}
+        return {name: file for name, file in files.items() if file}
 
     def file(self, out: str, name: str, *, questions: bool = False) -> Path | None:
         """Return a file of an output; None if the output has no such file, or the cache lacks it.
@@ -62,10 +62,10 @@ class Revision:
         """
         if out not in self.outs:
             return None
-        found = self._files(out)
-        if not found or (name in found and found[name] is None):
+        files = self._files(out)
+        if not files or (name in files and files[name] is None):
             (self.unread if questions else self.missing).add(out)
-        return found.get(name)
+        return files.get(name)
 
     def _files(self, out: str) -> dict[str, Path | None]:
         """Return an output's files, None for one that is not cached; nothing if not even the list is."""

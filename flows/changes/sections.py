@@ -139,20 +139,19 @@ def _between(low: str, high: str) -> str:
 
 def _change(row: dict[str, Any]) -> str:
     """Return a change with its interval: per cent of a perplexity, points of a share."""
-    ends = (row["change_low"], row["change_high"])
+    ends = [row["change_low"], row["change_high"]]
     if row["old"] is None or row["new"] is None:
         return ""
     if row["metric"] == "perplexity":
-        values = [row["new"] / row["old"] - 1, *(end if end is None else _expm1(end) for end in ends)]
-    elif row["metric"] in SHARES:
-        values = [row["difference"], *ends]
+        unit, scale, middle = " %", 100.0, row["new"] / row["old"] - 1
+        ends = [end if end is None else _expm1(end) for end in ends]
     else:
-        values = [row["difference"] / 100, *(end if end is None else end / 100 for end in ends)]
-    unit = {True: " %", False: " points" if row["metric"] in SHARES else ""}[row["metric"] == "perplexity"]
-    if None in values:
-        return f"{_signed(100 * values[0])}{unit}"
-    middle, low, high = (_signed(100 * value) for value in values)
-    return f"{middle} ({low} to {high}){unit}"
+        unit, scale = (" points", 100.0) if row["metric"] in SHARES else ("", 1.0)
+        middle = row["difference"]
+    if None in ends:
+        return f"{_signed(scale * middle)}{unit}"
+    low, high = (_signed(scale * end) for end in ends)
+    return f"{_signed(scale * middle)} ({low} to {high}){unit}"
 
 
 def _expm1(value: float) -> float:
@@ -254,19 +253,19 @@ def _size(count: int | None) -> str:
 def _tensors(diff: dict[str, Any]) -> Section:
     rows = []
     for row in diff["artifacts"]:
-        if found := row.get("tensors"):
+        if tensors := row.get("tensors"):
             names = [
-                f"{len(found[key])} {key.replace('_', ' ')}, such as {found[key][0]}"
+                f"{len(tensors[key])} {key.replace('_', ' ')}, such as {tensors[key][0]}"
                 for key in ("only_old", "only_new", "reshaped")
-                if found[key]
+                if tensors[key]
             ]
             furthest = [
                 f"{tensor['name']}: {_moved(tensor['change'])}, {tensor['share']:.1%} of values"
-                for tensor in found["largest"][:NAMED]
+                for tensor in tensors["largest"][:NAMED]
             ]
             rows.append(
-                (row["path"], f"{found['changed']} of {found['tensors']}", _moved(found["change"]),
-                 f"{found['zeros_gained']:,}", f"{found['zeros_lost']:,}", "; ".join([*names, *furthest]))
+                (row["path"], f"{tensors['changed']} of {tensors['tensors']}", _moved(tensors["change"]),
+                 f"{tensors['zeros_gained']:,}", f"{tensors['zeros_lost']:,}", "; ".join([*names, *furthest]))
             )  # fmt: skip
     columns = ("model", "tensors that differ", "change", "zeros gained", "zeros lost", "furthest")
     notes = ("Change: the norm of the difference over that of the tensor before.",) if rows else ()

@@ -6,9 +6,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flows.changes.sections import Quote, heading, sections, summary
+from stages.core.files import write_text
 
 _LENGTH = 1500
 """Characters of a quote."""
+
+
+def write_webpage(diff: dict[str, Any], file: Path) -> None:
+    """Write the page, whole or not at all, into a folder that may be new."""
+    write_text(file, webpage(diff))
 
 
 def webpage(diff: dict[str, Any]) -> str:

@@ -46,11 +46,11 @@ def write_to_mlflow(logged: Sequence[Entry], project: str) -> list[str]:
 
 
 def _write(client: MlflowClient, experiment: str, entry: Entry) -> str:
-    found = client.search_runs([experiment], f"tags.`{_KEY}` = '{entry.key}'")
-    if found and found[0].info.status == "FINISHED":
-        return f"{entry.candidate}: these results are run {found[0].info.run_id} already."
+    runs = client.search_runs([experiment], f"tags.`{_KEY}` = '{entry.key}'")
+    if runs and runs[0].info.status == "FINISHED":
+        return f"{entry.candidate}: these results are run {runs[0].info.run_id} already."
     tags = {_KEY: entry.key, "prunequant.candidate": entry.candidate}
-    run = found[0] if found else client.create_run(experiment, tags=tags, run_name=entry.candidate)
+    run = runs[0] if runs else client.create_run(experiment, tags=tags, run_name=entry.candidate)
     name, now = run.info.run_id, int(time.time() * 1000)
     metrics = [Metric(_named(key), score, now, 0) for key, score in entry.scores.items()]
     params = [Param(_named(key), text) for key, text in entry.params.items()]

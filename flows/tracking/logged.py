@@ -1,8 +1,8 @@
-"""What a tracker is told of a candidate: its params, its scores, and its artifacts by hash.
+"""What a tracker gets of a candidate: its params, its scores, and its artifacts by hash.
 
-Nothing else is: no files, no host, user, path, command or remote. Values of params, those in lists too, lose
-what looks like a secret and the folders of local paths. An entry's key is a hash of the candidate's name and
-its artifacts, so the same results have the same key on every machine.
+It gets nothing else: no files, no host, user, path, command or remote. Params, those in lists too, lose what
+looks like a secret and the folders of local paths. An entry's key is a hash of the candidate's name and its
+artifacts, so the same results have the same key on every machine.
 """
 
 import json
@@ -107,18 +107,18 @@ def _scores(revision: Revision, outs: list[str]) -> dict[str, dict[str, float]]:
 
     table = with_intervals(read_results(revision, outs).scores)
     label = labels(table)
-    found: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, float]] = {}
     for row in records(table[table["difficulty"] == "all"]):
         name = f"{row['suite']}/{label[measure_of(row)]}"
         values = {"": row["value"], **{f"/{end}": row[end] for end in ("low", "high", "floor")}}
-        found.setdefault(row["candidate"], {}).update(
+        scores.setdefault(row["candidate"], {}).update(
             {
                 name + end: float(value)
                 for end, value in values.items()
                 if value is not None and math.isfinite(value)
             }
         )
-    return found
+    return scores
 
 
 def _flat(settings: Any, key: str = "") -> list[tuple[str, str]]:
@@ -127,14 +127,14 @@ def _flat(settings: Any, key: str = "") -> list[tuple[str, str]]:
         return []
     if isinstance(settings, dict):
         return [pair for name, inner in settings.items() for pair in _flat(inner, f"{key}.{name}".strip("."))]
-    told = _told(settings)
-    return [(key, told if isinstance(told, str) else json.dumps(told))]
+    safe = _safe(settings)
+    return [(key, safe if isinstance(safe, str) else json.dumps(safe))]
 
 
-def _told(settings: Any) -> Any:
+def _safe(settings: Any) -> Any:
     """Return a setting, and everything in it, without secrets and folders."""
     if isinstance(settings, dict):
-        return {name: _told(inner) for name, inner in settings.items() if not _SECRET_KEY.search(str(name))}
+        return {name: _safe(inner) for name, inner in settings.items() if not _SECRET_KEY.search(str(name))}
     if isinstance(settings, list):
-        return [_told(inner) for inner in settings]
+        return [_safe(inner) for inner in settings]
     return redacted(settings) if isinstance(settings, str) else settings

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,25 +50,16 @@ def batching(model: PreTrainedModel) -> Batching:
 
 
 def batches_well(model: PreTrainedModel) -> bool:
-    """Tell whether prompts of equal length may share a forward: the model keeps a cache of transformers.
-
-    The state of RWKV, which is its own, gives wrong logits for all rows of a batch.
-    """
-    return isinstance(_cache(model), Cache)
-
-
-@torch.no_grad()
-def _cache(model: PreTrainedModel) -> Any:
-    """Return what the model keeps of a token."""
-    out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
-    return out.get("past_key_values", out.get("cache_params"))
+    """Tell whether prompts of equal length may share a forward: with LongRoPE they may, in RWKV not."""
+    return batching(model) != "one prompt" or bool(switch_lengths(model.config))
 
 
 @torch.no_grad()
 def _batching(model: PreTrainedModel) -> Batching:
     if switch_lengths(model.config):
         return "one prompt"
-    cache = _cache(model)
+    out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    cache = out.get("past_key_values", out.get("cache_params"))
     # MiniMax, for example, adds the state of its linear attention to a cache of its own.
     plain = type(cache) is DynamicCache and all(type(layer) in _KEYS_AND_VALUES for layer in cache.layers)
     plain = plain and "logits_to_keep" in inspect.signature(type(model).forward).parameters

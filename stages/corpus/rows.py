@@ -69,22 +69,19 @@ class Batch:
     teacher: TopLogits | None
     sizes: tuple[int, ...]
     """Tokens of each row other than padding."""
+    longest: tuple[int, ...]
+    """Tokens of the longest example in each row."""
     predicted: int
     """Tokens that are predicted."""
 
     def part(self, places: Sequence[int]) -> Batch:
         """Return the batch of the rows at these places, without their teacher."""
-        sizes = tuple(self.sizes[place] for place in places)
-        rows = [list(places), slice(max(sizes))]
-        labels = self.labels[*rows]  # type: ignore[index]
-        return Batch(
-            self.input_ids[*rows],  # type: ignore[index]
-            labels,
-            None if self.position_ids is None else self.position_ids[*rows],  # type: ignore[index]
-            None,
-            sizes,
-            int((labels != IGNORED).sum()),
-        )
+        sizes, longest = (tuple(each[place] for place in places) for each in (self.sizes, self.longest))
+        rows = (list(places), slice(max(sizes)))
+        labels = self.labels[rows]
+        positions = None if self.position_ids is None else self.position_ids[rows]
+        predicted = int((labels != IGNORED).sum())
+        return Batch(self.input_ids[rows], labels, positions, None, sizes, longest, predicted)
 
 
 def pack(examples: Sequence[Example], sequence_length: int) -> list[Row]:
@@ -120,6 +117,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         positions,
         join_teachers(teachers) if teachers else None,
         sizes=tuple(map(len, ids)),
+        longest=tuple(max(len(item.input_ids) for item in row) for row in rows),
         predicted=int(sum((part != IGNORED).sum() for part in labels)),
     )
 
@@ -133,6 +131,7 @@ def join_teachers(teachers: Sequence[TopLogits]) -> TopLogits:
 
 
 def _positions(row: Row, length: int) -> Tensor:
-    """Return positions that restart at each example and at the padding, as if it were another example."""
+    """Return positions that restart at each example; every token of padding is a text by itself."""
     sizes = [len(item.input_ids) for item in row]
-    return torch.cat([torch.arange(size) for size in (*sizes, length - sum(sizes))])
+    padding = torch.zeros(length - sum(sizes), dtype=torch.long)
+    return torch.cat([*(torch.arange(size) for size in sizes), padding])

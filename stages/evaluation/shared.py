@@ -42,7 +42,7 @@ from stages.corpus.padding import (
 from stages.corpus.windows import check_token_ids
 from stages.evaluation.room import fitting_rows
 from stages.model.causal import check_causal
-from stages.model.positions import most_tokens, switch_lengths
+from stages.model.positions import most_tokens, sharing
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -321,8 +321,8 @@ class SharedPrefixLM(HFLM):
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
         longest = min(longest, self.max_length)
         fitting = self.fitting(longest, longest, longest)
-        lengths = {len(context) + len(continuation) for _, context, continuation in requests}
-        if len(lengths) > 1 and switch_lengths(self.model.config):
+        lengths = [len(context) + len(continuation) for _, context, continuation in requests]
+        if len(sharing(self.model.config, lengths)) > 1:
             fitting = 1  # a longer row would change the others
         with mock.patch.object(self, "batch_size_per_gpu", fitting):
             size = min(override_bs, fitting) if override_bs else None

@@ -28,17 +28,17 @@ class _Explained(GenerateJsonSchema):
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         """Return the JSON Schema of one class of settings."""
-        made = super().model_schema(schema)
+        described = super().model_schema(schema)
         texts = {
             name: text
             for config in reversed(schema["cls"].__mro__)
             if issubclass(config, Strict)
             for name, text in _field_texts(config)
         }
-        for name, field in made.get("properties", {}).items():
+        for name, field in described.get("properties", {}).items():
             if name in texts:
                 field["description"] = texts[name]
-        return made
+        return described
 
 
 def _field_texts(config: type[Strict]) -> Iterator[tuple[str, str]]:

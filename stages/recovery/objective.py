@@ -54,7 +54,7 @@ def predictions(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     The output head runs only at positions where some row predicts. Rows run apart if longer ones would change
     the rotary frequencies of the others.
     """
-    apart = sharing(model.config, batch.sizes)
+    apart = sharing(model.config, batch.longest)
     if len(apart) > 1:
         return _predictions_apart(model, batch, apart)
     device = model.device
@@ -117,13 +117,14 @@ def check_packing(model: PreTrainedModel, rows: Sequence[Row]) -> None:
     row = next((row for row in rows if len(row) > 1), None)
     if row is None:
         return
-    limit = min(switch_lengths(model.config), default=None)
-    if limit is not None and any(sum(len(item.input_ids) for item in row) > limit for row in rows):
-        raise Refusal(
-            f"packed rows are longer than {limit} tokens, where {type(model).__name__} changes the rotary "
-            "frequencies of all examples in a row; set packing: false, or lower sequence_length to at most "
-            f"{limit}."
-        )
+    for part in rows:
+        if len(sharing(model.config, [len(item.input_ids) for item in part])) > 1:
+            limit = switch_lengths(model.config)[0]
+            raise Refusal(
+                f"a packed row has an example longer than {limit} tokens, where {type(model).__name__} "
+                "changes the rotary frequencies of the whole row; set packing: false, or lower "
+                f"sequence_length to at most {limit}."
+            )
     first, *others = row
     reversed_first = replace(first, input_ids=first.input_ids.flip(0))
     count = sum(int((example.labels != IGNORED).sum()) for example in others)

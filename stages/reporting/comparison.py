@@ -362,7 +362,7 @@ def _p_same(interval: paired.Interval | None, count: int, differing: int, margin
         return math.nan
     if not differing:  # how likely none of these differs if a share as large as the margin would
         return float((1 - margin) ** count)
-    return paired.equivalence_of(interval, count, -margin, margin)
+    return paired.equivalence(interval, count, -margin, margin)
 
 
 def _p_same_at(row: dict[str, Any], margin: float) -> float:

@@ -38,6 +38,7 @@ def test_a_batch_holds_its_rows_and_padding_that_is_not_predicted(packed):
     batch = collate(rows)
     length = max(map(size, rows))
     assert batch.input_ids.shape == batch.labels.shape == (len(rows), length)
+    assert list(batch.longest) == [max(len(item.input_ids) for item in row) for row in rows]
     assert sum(batch.sizes) == sum(map(size, rows)) == int((batch.input_ids != 0).sum())
     assert batch.predicted == int((batch.labels != IGNORED).sum())
     assert batch.predicted == sum(length - start for length, start in SIZES)
@@ -46,7 +47,8 @@ def test_a_batch_holds_its_rows_and_padding_that_is_not_predicted(packed):
         return
     for row, positions in zip(rows, batch.position_ids.tolist(), strict=True):
         parts = [len(item.input_ids) for item in row]
-        assert positions == [at for part in (*parts, length - sum(parts)) for at in range(part)]
+        assert positions == [at for part in parts for at in range(part)] + [0] * (length - sum(parts))
+        assert all(position < max(parts) for position in positions)
 
 
 def test_a_teacher_of_some_examples_only_is_a_bug():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flows import update
+from flows import update, workspace
 from flows.plan import Plan
 from flows.resources import Pool
 from stages.core.errors import Refusal
@@ -82,7 +82,8 @@ def test_scratch_goes_once_all_is_up_to_date(run, monkeypatch, targets, fails, k
         file.parent.mkdir(parents=True)
         file.touch()
     monkeypatch.setattr(update, "plan", lambda *_: run)
-    monkeypatch.setattr(update.workspace, "claim", lambda: None)
+    monkeypatch.setattr(workspace, "claim", lambda: None)
+    monkeypatch.setattr(workspace, "_when_idle", lambda act: act("", {}))
 
     def advance(run):
         if fails:

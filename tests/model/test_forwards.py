@@ -16,7 +16,7 @@ RUN = Run(device=families.DEVICE, dtype="float32", threads=1, seed=0, numerics="
 NAMES = sorted({*families.ALL, *generators.NAMES})
 
 
-def made(name: str) -> PreTrainedModel:
+def model_of(name: str) -> PreTrainedModel:
     return generators.model(name) if name in generators.NAMES else families.wide(name)
 
 
@@ -29,7 +29,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_forward_changes_a_weight_that_is_saved(name, source):
-    made(name).cpu().save_pretrained(source)
+    model_of(name).cpu().save_pretrained(source)
     model = load_source("base/tiny", RUN)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     for training in (False, True, False):
@@ -42,9 +42,11 @@ def test_no_forward_changes_a_weight_that_is_saved(name, source):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_streamed_block_computes_what_a_loaded_one_does(name, source):
-    made(name).cpu().save_pretrained(source)
+    model_of(name).cpu().save_pretrained(source)
     windows, empty = families.windows(2, 12), Empty("base/tiny", RUN)
     empty.bring_rest()
     streamed = drift.block_outputs(empty.model, windows, empty)
     loaded = drift.block_outputs(load_source("base/tiny", RUN), windows, InMemory())
-    assert streamed and all(map(torch.equal, streamed, loaded))
+    assert len(streamed) == len(loaded) > 0
+    for mine, other in zip(streamed, loaded, strict=True):  # a halved weight is far from these
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

@@ -61,11 +61,27 @@ def test_rows_on_both_sides_of_a_switch_train_as_they_do_alone():
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
-def test_packed_rows_longer_than_a_switch_are_refused():
+def test_a_packed_row_with_examples_on_both_sides_of_a_switch_is_refused():
     model = generators.model("phi3")
-    check_packing(model, pack(examples(9), 20))
-    with pytest.raises(Refusal, match=r"packed rows are longer than 20 tokens, .* at most 20\.$"):
-        check_packing(model, pack(examples(), 40))
+    short = [(item,) for item in examples() if len(item.input_ids) <= 20]
+    packed = pack([item for (item,) in short], 60)
+    assert max(sum(len(item.input_ids) for item in row) for row in packed) > 20
+    check_packing(model, packed)
+    with pytest.raises(Refusal, match=r"has an example longer than 20 tokens, .* at most 20\.$"):
+        check_packing(model, pack(examples(), 60))
+
+
+def test_packed_rows_of_short_examples_are_predicted_as_alone():
+    """Beside a row with a longer example, which another set of frequencies reads."""
+    model = generators.model("phi3")
+    short, long = (
+        [item for item in examples() if (len(item.input_ids) <= 20) == fits] for fits in (True, False)
+    )
+    rows = [tuple(short[:3]), (long[0],)]
+    together, targets = predictions(model, collate(rows))
+    alone, expected = zip(*(predictions(model, collate([(i,)])) for row in rows for i in row), strict=True)
+    assert torch.equal(targets, torch.cat(expected))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)

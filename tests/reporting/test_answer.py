@@ -19,11 +19,11 @@ def answers(table, sizes, margin=0.02, noise=None):
     return Recommendations(comparison, words.labels(comparison.rows), margin, noise)
 
 
-def said(found, **settings):
+def lines_of(advice, **settings):
     """Return an answer as {head: (candidate, text)}."""
     return {
         line.head: (line.candidate, line.text)
-        for line in found.of("base/m", settings.pop("margin", 0.02), **settings)
+        for line in advice.of("base/m", settings.pop("margin", 0.02), **settings)
     }
 
 
@@ -35,7 +35,7 @@ SIZES = {"base/m": 100, "quantize/close": 60, "quantize/small": 40, "prune/bad":
 
 
 @pytest.fixture(scope="module")
-def found():
+def advice():
     # Of 1000 items `close` loses 2, `small` 60 and `bad` 500.
     items = {
         "base/m": losing(0),
@@ -46,32 +46,32 @@ def found():
     return answers(of_items(items), SIZES)
 
 
-def test_it_ships_the_smallest_that_is_surely_within_the_margin(found):
-    assert said(found)["Ship"] == (
+def test_it_ships_the_smallest_that_is_surely_within_the_margin(advice):
+    assert lines_of(advice)["Ship"] == (
         "quantize/close", "40 % smaller (0.1 kB on disk), same within 2 % on the one score.",
     )  # fmt: skip
-    assert said(found)["Smallest acceptable"][0] == "quantize/close"
-    wide = said(found, margin=0.1)  # 6 points are surely a loss, and surely less than ten
+    assert lines_of(advice)["Smallest acceptable"][0] == "quantize/close"
+    wide = lines_of(advice, margin=0.1)  # 6 points are surely a loss, and surely less than ten
     assert wide["Ship"][0] == "quantize/small"
     assert wide["Ship"][1].endswith("no loss beyond 10 % on the one score (1 slightly worse).")
 
 
-def test_it_avoids_what_a_model_no_larger_beats(found):
-    assert said(found)["Avoid"] == (None, "bad (small is no larger and scores no worse).")
+def test_it_avoids_what_a_model_no_larger_beats(advice):
+    assert lines_of(advice)["Avoid"] == (None, "bad (small is no larger and scores no worse).")
 
 
-def test_a_budget_leaves_larger_models_out(found):
-    tight = said(found, budget=45)
+def test_a_budget_leaves_larger_models_out(advice):
+    tight = lines_of(advice, budget=45)
     assert tight["Ship none yet"][1].startswith(
         "no smaller model of at most 0.0 kB on disk is shown to be the same"
     )
     assert tight["Smallest acceptable"][0] is None and "small loses least" in tight["Smallest acceptable"][1]
-    assert list(said(found, budget=10)) == ["Nothing to ship"]
+    assert list(lines_of(advice, budget=10)) == ["Nothing to ship"]
 
 
 def test_few_items_are_never_called_the_same():
     few = answers(of_items({"base/m": losing(0, 20), "quantize/close": losing(1, 20)}), SIZES)
-    lines = said(few)
+    lines = lines_of(few)
     assert list(lines) == ["Ship none yet", "Smallest acceptable"]
     assert "1 of 1 not shown the same: s (acc) not settled" in lines["Smallest acceptable"][1]
 
@@ -83,7 +83,7 @@ def test_every_score_counts():
             {"base/m": losing(0), "quantize/close": losing(500)}, readout="generation", metric="exact_match"
         ),
     )
-    lines = said(answers(table, SIZES))
+    lines = lines_of(answers(table, SIZES))
     assert "Ship" not in lines and lines["Smallest acceptable"][0] is None
 
 
@@ -93,9 +93,9 @@ def test_a_perplexity_counts_in_per_cent():
         {"base/m": nats, "quantize/close": [x + 0.01 + 0.001 * (i % 3) for i, x in enumerate(nats)]},
         metric="perplexity",
     )
-    found = answers(table, SIZES)
-    assert said(found)["Ship"][0] == "quantize/close"
-    assert "Ship" not in said(found, margin=0.005)
+    advice = answers(table, SIZES)
+    assert lines_of(advice)["Ship"][0] == "quantize/close"
+    assert "Ship" not in lines_of(advice, margin=0.005)
 
 
 def test_words_of_another_margin_are_those_of_a_report_with_it(whole):
@@ -112,14 +112,14 @@ def test_words_of_another_margin_are_those_of_a_report_with_it(whole):
         )
 
 
-def test_controls_hold_every_answer(found):
-    controls = found.controls()
-    assert set(found.margins) == set(MARGINS)
-    assert found.budgets["bytes_on_disk"] == [100_000.0]  # all are smaller
+def test_controls_hold_every_answer(advice):
+    controls = advice.controls()
+    assert set(advice.margins) == set(MARGINS)
+    assert advice.budgets["bytes_on_disk"] == [100_000.0]  # all are smaller
     for kind, by_margin in controls["answers"]["base/m"].items():
-        for margin, places in zip(found.margins, by_margin, strict=True):
-            for budget, place in zip((*found.budgets[kind], math.inf), places, strict=True):
-                lines = found.of("base/m", margin, kind, budget)
+        for margin, places in zip(advice.margins, by_margin, strict=True):
+            for budget, place in zip((*advice.budgets[kind], math.inf), places, strict=True):
+                lines = advice.of("base/m", margin, kind, budget)
                 assert controls["texts"][place] == [[x.head, x.candidate, x.text] for x in lines]
 
 
@@ -130,21 +130,21 @@ def test_without_a_base_there_is_no_answer():
 def test_budgets_are_tenths_of_a_megabyte_each_once():
     items = {"base/m": losing(0)} | {f"quantize/{name}": losing(2) for name in "abc"}
     sizes = {"base/m": 200e6, "quantize/a": 99_760_000, "quantize/b": 99_790_000, "quantize/c": 99_810_000}
-    found = answers(of_items(items), sizes)
-    assert found.budgets["bytes_on_disk"] == [99_800_000, 99_900_000]
-    assert said(found, budget=99_800_000)["Ship"][0] == "quantize/a"
+    advice = answers(of_items(items), sizes)
+    assert advice.budgets["bytes_on_disk"] == [99_800_000, 99_900_000]
+    assert lines_of(advice, budget=99_800_000)["Ship"][0] == "quantize/a"
 
 
-def test_models_above_the_budget_are_not_avoided(found):
-    assert "Avoid" not in said(found, budget=45)  # `small` fits, `bad` does not
-    assert "Avoid" in said(found, budget=50)
+def test_models_above_the_budget_are_not_avoided(advice):
+    assert "Avoid" not in lines_of(advice, budget=45)  # `small` fits, `bad` does not
+    assert "Avoid" in lines_of(advice, budget=50)
 
 
 def test_a_score_with_a_word_but_no_items_to_compare_is_not_judged():
     table = of_items({"base/m": losing(0), "noise/n": losing(9), "quantize/close": losing(2)})
     table.scores.loc[table.scores["candidate"] == "noise/n", "source"] = "base/m"
     kept = table.samples[table.samples["candidate"] != "quantize/close"]
-    lines = said(answers(Results(table.scores, kept), SIZES | {"noise/n": 100}))
+    lines = lines_of(answers(Results(table.scores, kept), SIZES | {"noise/n": 100}))
     text = "none: each is worse by more than 2 % on a score or was not tested."
     assert lines["Smallest acceptable"] == (None, text)
 
@@ -154,10 +154,10 @@ def test_draws_of_a_recipe_are_judged_by_the_worst():
     table = of_items({"base/m": losing(0)} | draws)
     sizes = {"base/m": 100} | dict.fromkeys(draws, 50)
     # Alone, the lucky draw is surely within 15 %.
-    assert said(answers(table, sizes, margin=0.15), margin=0.15)["Ship"][0] == "prune/lucky"
-    found = answers(table, sizes, margin=0.15, noise={"first": tuple(draws)})
-    lines = said(found, margin=0.15)
+    assert lines_of(answers(table, sizes, margin=0.15), margin=0.15)["Ship"][0] == "prune/lucky"
+    advice = answers(table, sizes, margin=0.15, noise={"first": tuple(draws)})
+    lines = lines_of(advice, margin=0.15)
     assert "Ship" not in lines and lines["Smallest acceptable"][0] is None
     assert "first (worst of 3 draws) loses least" in lines["Smallest acceptable"][1]
-    wide = said(found, margin=0.2)["Ship"]
+    wide = lines_of(advice, margin=0.2)["Ship"]
     assert wide[0] == "prune/first" and wide[1].endswith("(worst of 3 draws).")

@@ -103,26 +103,26 @@ def test_items_hold_every_answer_and_each_text_once(page, whole, rows):
     for candidate in ("base/smollm2", "prune/wanda-50"):
         ours = samples[(samples["candidate"] == candidate) & (samples["metric"] == "acc")]
         expected = {(int(r["doc_id"]), r["target"], r["response"], r["score"]) for r in records(ours)}
-        found = page.answers(candidate, place)
-        assert {(a["item"], a["target"], a["response"], a["score"]) for a in found} == expected
-        assert all(a["prompt"].startswith(f"question {a['item']} of ") for a in found)
+        answered = page.answers(candidate, place)
+        assert {(a["item"], a["target"], a["response"], a["score"]) for a in answered} == expected
+        assert all(a["prompt"].startswith(f"question {a['item']} of ") for a in answered)
 
 
 def many(count: int) -> Results:
     right = [float(i % 3 > 0) for i in range(count)]
     flipped = [1 - x if i % 10 == 0 else x for i, x in enumerate(right)]
-    found = of_items({"base/m": right, "prune/p": flipped})
+    answered = of_items({"base/m": right, "prune/p": flipped})
     draw = random.Random(0)
-    texts = [f"answer {draw.randrange(10**9)} of {i}" for i in range(len(found.samples))]
-    found.samples["response"] = pd.Series(texts, dtype="str")
-    return found
+    texts = [f"answer {draw.randrange(10**9)} of {i}" for i in range(len(answered.samples))]
+    answered.samples["response"] = pd.Series(texts, dtype="str")
+    return answered
 
 
 @pytest.mark.parametrize(("limit", "rest"), [(1_000_000, True), (20_000, False), (3_000, False)])
 def test_items_beyond_the_limit_are_sampled_and_flipped_ones_come_first(limit, rest):
-    found = many(1000)
-    headlines = compared(found).headlines()
-    text, sentence = browse(found, headlines, ["base/m", "prune/p"], {"prune/p": "base/m"}, limit)
+    answered = many(1000)
+    headlines = compared(answered).headlines()
+    text, sentence = browse(answered, headlines, ["base/m", "prune/p"], {"prune/p": "base/m"}, limit)
     assert len(text) <= limit
     (measure,) = json.loads(unpacked(text))["measures"]
     kept = len(measure["item"])
@@ -136,10 +136,10 @@ def test_items_beyond_the_limit_are_sampled_and_flipped_ones_come_first(limit, r
 
 
 def test_long_texts_lose_their_beginning_with_a_mark_and_a_sentence():
-    found = of_items({"base/m": [1.0, 0.0], "prune/p": [1.0, 1.0]})
-    found.samples["response"] = pd.Series(["a" * 4001, "b", "c" * 4000, "d"], dtype="str")
-    headlines = compared(found).headlines()
-    text, sentence = browse(found, headlines, ["base/m", "prune/p"], {"prune/p": "base/m"})
+    answered = of_items({"base/m": [1.0, 0.0], "prune/p": [1.0, 1.0]})
+    answered.samples["response"] = pd.Series(["a" * 4001, "b", "c" * 4000, "d"], dtype="str")
+    headlines = compared(answered).headlines()
+    text, sentence = browse(answered, headlines, ["base/m", "prune/p"], {"prune/p": "base/m"})
     texts = json.loads(unpacked(text))["texts"]
     assert "…" + "a" * 4000 in texts and "c" * 4000 in texts and "b" in texts
     assert sentence == "1 long text has an ellipsis (…) in place of all but the last 4,000 characters."

@@ -42,17 +42,17 @@ def board(
             "ratio": named["metric"] == "perplexity",
             "higher": bool(scores[0]["higher_is_better"]),
         }
-        found = {row["candidate"]: _cell(row, yardsticks) for row in scores}
-        _draw(list(found.values()), column["ratio"], margin_of(named["metric"], margin))
+        by_candidate = {row["candidate"]: _cell(row, yardsticks) for row in scores}
+        _draw(list(by_candidate.values()), column["ratio"], margin_of(named["metric"], margin))
         columns.append(column)
-        cells.append(found)
+        cells.append(by_candidate)
     speeds = _speeds(measured)
     lines = [
         {
             "candidate": row["candidate"],
             "sizes": {kind: _size(row, kind, comparison) for kind in ("bytes_on_disk", "bytes_ideal")},
             "speed": speeds.get(row["candidate"]),
-            "cells": [found.get(row["candidate"]) for found in cells],
+            "cells": [column.get(row["candidate"]) for column in cells],
         }
         for row in records(rows.drop_duplicates("candidate"))
     ]

@@ -14,8 +14,8 @@ from stages.reporting.comparison import Comparison
 from stages.reporting.scope import Scope
 from stages.reporting.statistics.paired import Z
 
-UNTOLD = 0.1
-"""A loss that items must be able to exclude or show, for a cell to tell anything."""
+TEN_POINTS = 0.1
+"""A loss that the items of a cell must show or exclude; if they do neither, they are too few."""
 _SHADES = 6
 _DOSES = ("sparsity", "bits")
 """Settings of recipes whose values make a sweep."""
@@ -56,11 +56,11 @@ def heat_maps(
 def _marked(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the shade of a cell (-1 for a gain, 0 for none, up to the darkest), and what limits it."""
     loss = None if row["delta"] is None else -row["delta"]
-    unsure = row["low"] is not None and row["low"] <= -UNTOLD and row["high"] >= 0
+    few = row["low"] is not None and row["low"] <= -TEN_POINTS and row["high"] >= 0
     at_floor = row["floor"] is not None and row["value"] is not None
     return {
         "shade": None if loss is None else -1 if loss < 0 else min(_SHADES, round(loss * 12)),
-        "few": unsure,
+        "few": few,
         "at_floor": at_floor and row["value"] - Z * (row["stderr"] or 0.0) <= row["floor"],
     }
 
@@ -82,11 +82,11 @@ def sweeps(scope: Scope, comparison: Comparison) -> list[dict[str, Any]]:
                 name = f"{settings['method']} on {settings['source']}"
                 entry = series.setdefault(key, {"name": name, "dose": dose, "points": []})
                 entry["points"].append((settings[dose], candidate))
-    found = [
+    several = [
         entry | {"points": sorted(entry["points"])} for entry in series.values() if len(entry["points"]) > 1
     ]
-    names = [entry["name"] for entry in found]
-    for place, entry in enumerate(found):  # series that only other settings tell apart
+    names = [entry["name"] for entry in several]
+    for place, entry in enumerate(several):  # series that only other settings tell apart
         if names.count(entry["name"]) > 1:
             entry["name"] += f" ({place + 1}: {entry['points'][0][1].split('/')[1]}, …)"
-    return found
+    return several

@@ -99,9 +99,9 @@ def _fronts(
     for at, cell in enumerate(cells):
         if cell is not None and cell["whole"] is not None:
             groups.setdefault(cell["whole"], []).append(at)
-    found = []
+    fronts = []
     for group in groups.values():
         sizes = [np.nan if points[at][axis] is None else points[at][axis] for at in group]
         on = frontier(sizes, [loss(points[at]) for at in group])
-        found.append([at for at, marked in zip(group, on, strict=True) if marked])
-    return found
+        fronts.append([at for at, marked in zip(group, on, strict=True) if marked])
+    return fronts

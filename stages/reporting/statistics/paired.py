@@ -95,22 +95,16 @@ def stderr_of(low: float, high: float, count: int) -> float:
     return (high - low) / 2 / float(stats.t.ppf(1 - LEVEL / 2, count - 1))
 
 
-def equivalence(differences: Sequence[float], low: float, high: float) -> float | None:
+def equivalence(difference: Interval, count: int, low: float, high: float) -> float:
     """Test that a mean difference lies between `low` and `high` (TOST): p is small where it surely does.
 
     Args:
-        differences: per item, in the unit of the margins.
+        difference: the paired t statistics of `count` items.
         high: infinity tests for non-inferiority only, a mean above `low`.
 
     Returns:
-        The larger of the two one-sided p-values; None where `interval` returns None.
+        The larger of the two one-sided p-values.
     """
-    difference = interval(differences)
-    return None if difference is None else equivalence_of(difference, len(differences), low, high)
-
-
-def equivalence_of(difference: Interval, count: int, low: float, high: float) -> float:
-    """Test as `equivalence` does, given the paired t statistics of `count` items."""
     if difference.stderr == 0:
         return 0.0 if low < difference.mean < high else 1.0
     ts = ((difference.mean - low) / difference.stderr, (high - difference.mean) / difference.stderr)

@@ -20,24 +20,11 @@ from tests.flows import little
 AGAINST = ("diff", "base/m", "quantize/q")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The little project; read it, do not write to it."""
-    return little.make(tmp_path_factory.mktemp("little") / "project")
-
-
 @pytest.fixture
-def folder(made, monkeypatch):
-    """The little project, to be in."""
-    monkeypatch.chdir(made)
-    return made
-
-
-@pytest.fixture
-def own(made, tmp_path, monkeypatch):
+def own(little_project, tmp_path, monkeypatch):
     """A copy of the little project, to be in and to change."""
-    folder = made.parent / tmp_path.name  # beside the remote
-    shutil.copytree(made, folder, symlinks=True)
+    folder = little_project.parent / tmp_path.name  # beside the remote
+    shutil.copytree(little_project, folder, symlinks=True)
     monkeypatch.chdir(folder)
     return folder
 
@@ -53,7 +40,7 @@ def diff(*arguments: str, code: int = 0) -> str:
     return result.output
 
 
-def test_a_model_is_compared_with_its_quantized_self(folder):
+def test_a_model_is_compared_with_its_quantized_self(in_little):
     changes = json.loads(diff(*AGAINST, "--json"))
     assert (changes["candidates"], changes["revisions"]) == (["base/m", "quantize/q"], ["workspace"])
     (score,) = changes["scores"]
@@ -73,7 +60,7 @@ def test_a_model_is_compared_with_its_quantized_self(folder):
     assert changes["missing"] == []
 
 
-def test_any_number_of_candidates_is_compared_with_the_first(folder):
+def test_any_number_of_candidates_is_compared_with_the_first(in_little):
     changes = json.loads(diff(*AGAINST, "prune/w", "noise/n", "--at", "workspace", "--json"))
     assert [(row["candidate"], row["family"]) for row in changes["scores"]] == [
         ("noise/n", 3), ("prune/w", 3), ("quantize/q", 3),
@@ -82,9 +69,9 @@ def test_any_number_of_candidates_is_compared_with_the_first(folder):
     assert {row["candidate"] for row in changes["params"]} == {"quantize/q", "prune/w", "noise/n"}
 
 
-def test_a_worse_candidate_fails(folder):
-    diff(*AGAINST, "--fail-on", "worse", code=Exit.WORSE)
-    diff("diff", "base/m", "noise/n", "--fail-on", "slightly-worse")
+def test_a_worse_candidate_fails(in_little):
+    assert "Scores: 1 worse." in diff(*AGAINST, "--fail-on", "worse", code=Exit.WORSE)
+    assert "worse" not in diff("diff", "base/m", "noise/n", "--fail-on", "slightly-worse")
 
 
 @pytest.mark.parametrize(
@@ -105,21 +92,21 @@ def test_a_worse_candidate_fails(folder):
         (("main", "--html", "data"), "--html data is a folder; name a file, such as data/diff.html"),
     ],
 )
-def test_what_is_unclear_is_refused(folder, words, sentence):
+def test_what_is_unclear_is_refused(in_little, words, sentence):
     assert sentence in diff("diff", *words, code=Exit.REFUSED)
 
 
-def test_a_branch_named_like_a_candidate_can_be_meant(folder):
+def test_a_branch_named_like_a_candidate_can_be_meant(in_little):
     changes = json.loads(diff("diff", "refs/heads/prune/w", "--json"))
     assert changes["revisions"] == ["refs/heads/prune/w", "workspace"]
     assert not changes["params"] and not changes["artifacts"]
 
 
-def test_a_candidate_named_twice_counts_once(folder):
+def test_a_candidate_named_twice_counts_once(in_little):
     assert diff(*AGAINST, "quantize/q", "--json") == diff(*AGAINST, "--json")
 
 
-def test_the_workspace_can_be_named(folder):
+def test_the_workspace_can_be_named(in_little):
     changes = json.loads(diff("diff", "workspace", "main", "--json"))
     assert changes["revisions"] == ["workspace", "main"] and not changes["scores"]
 
@@ -140,9 +127,9 @@ def test_a_section_can_be_removed(own):
 @pytest.mark.parametrize("names", [("base/m", "prune/b"), ("prune/b", "base/m")])
 def test_a_candidate_that_is_not_evaluated_fails(own, names):
     edit(own, b={"source": "prune/w", "method": "wanda", "sparsity": 0.6})
-    said = diff("diff", *names, "--fail-on", "worse", code=Exit.FAILED)
-    assert f"Not compared: {names[1]} and {names[0]} have no score in common." in said
-    assert "so nothing was compared; `prunequant run` evaluates" in said.replace("\n", " ")
+    output = diff("diff", *names, "--fail-on", "worse", code=Exit.FAILED)
+    assert f"Not compared: {names[1]} and {names[0]} have no score in common." in output
+    assert "so nothing was compared; `prunequant run` evaluates" in output.replace("\n", " ")
 
 
 def test_a_stage_used_twice_is_told_from_the_base_on(own):
@@ -175,20 +162,20 @@ def test_a_new_recipe_has_not_run_yet(own):
 def test_half_edited_params_matter_only_to_the_workspace(own, text, sentence):
     (own / "params.yaml").write_text(text)
     assert "the same params" in diff("diff", "main", "main").replace("\n", " ")
-    said = diff("diff", "main", code=Exit.REFUSED)
-    assert sentence in said and said.count("\n") == 1
+    output = diff("diff", "main", code=Exit.REFUSED)
+    assert sentence in output and output.count("\n") == 1
 
 
 @pytest.fixture
-def clone(made, tmp_path, monkeypatch):
+def clone(little_project, tmp_path, monkeypatch):
     """A fresh clone of the little project, to be in: no data, nothing in the cache."""
-    folder = made.parent / tmp_path.name  # beside the remote
-    project.run(tmp_path, "git", "clone", "-q", str(made), str(folder))
+    folder = little_project.parent / tmp_path.name  # beside the remote
+    project.run(tmp_path, "git", "clone", "-q", str(little_project), str(folder))
     monkeypatch.chdir(folder)
     return folder
 
 
-def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(clone, made):
+def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(clone, little_project):
     unsure = diff(*AGAINST, "--fail-on", "worse", code=Exit.FAILED)
     assert "the cache lacks 3 result(s) of workspace" in unsure and "--fetch results" in unsure
     scores = json.loads(diff(*AGAINST, "--json", "--fetch", "results"))
@@ -246,13 +233,13 @@ def test_what_cannot_be_fetched_is_one_sentence(clone):
     assert "3 output(s), such as data/results/base/m/s, are not at the DVC remote empty" in lacking
 
 
-def test_the_terminal_shows_nothing_as_markup(folder):
+def test_the_terminal_shows_nothing_as_markup(in_little):
     shown = diff(*AGAINST)
     assert "\x1b" not in shown and "[red]z[/red]" in shown.replace("\n", "")
     assert "Flipped items (20 of 30)" in shown and "1 worse" in shown
 
 
-def test_markdown_is_text_to_github(folder):
+def test_markdown_is_text_to_github(in_little):
     text = diff(*AGAINST, "--markdown")
     assert "| quantize&#47;q" in text or "| quantize/q" in text
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
@@ -272,14 +259,14 @@ def test_markdown_is_text_to_github(folder):
     assert len(widths) <= 2, "no text opens a column"
 
 
-def test_markdown_fits_a_comment(folder, monkeypatch):
+def test_markdown_fits_a_comment(in_little, monkeypatch):
     monkeypatch.setattr(markdown, "LONGEST_COMMENT", 2500)
     text = diff(*AGAINST, "--markdown")
     assert len(text) <= 2501 and text.count("<details>") == text.count("</details>")
     assert "`--html` has all" in text
 
 
-def test_the_page_holds_no_foreign_element_and_fetches_nothing(folder, tmp_path):
+def test_the_page_holds_no_foreign_element_and_fetches_nothing(in_little, tmp_path):
     page = tmp_path / "new/diff.html"
     assert "1 worse" in diff(*AGAINST, "--html", str(page))
     text, tags, texts = page.read_text(), [], []
@@ -299,7 +286,7 @@ def test_the_page_holds_no_foreign_element_and_fetches_nothing(folder, tmp_path)
     assert "http" not in re.sub(r"http-equiv|<code>.*?</code>", "", text)
 
 
-def test_the_workspace_stays_as_it_is(folder):
-    before = project.run(folder, "git", "status", "--porcelain", "--ignored").stdout
+def test_the_workspace_stays_as_it_is(in_little):
+    before = project.run(in_little, "git", "status", "--porcelain", "--ignored").stdout
     assert "1 worse" in diff(*AGAINST, "--at", "main")
-    assert project.run(folder, "git", "status", "--porcelain", "--ignored").stdout == before
+    assert project.run(in_little, "git", "status", "--porcelain", "--ignored").stdout == before

@@ -1,4 +1,4 @@
-"""`prunequant log`: what a tracker is told, and that it is told once."""
+"""`prunequant log`: what a tracker gets, and that it gets it once."""
 
 import json
 import sys
@@ -17,19 +17,6 @@ LACKS_MLFLOW = "mlflow-skinny is not installed: pip install -e '.[mlflow]'"
 LACKS_WANDB = "wandb is not installed: pip install -e '.[wandb]'"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The little project; read it, do not write to it."""
-    return little.make(tmp_path_factory.mktemp("little") / "project")
-
-
-@pytest.fixture
-def folder(made, monkeypatch):
-    """The little project, to be in."""
-    monkeypatch.chdir(made)
-    return made
-
-
 def log(*arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, ["log", *arguments])
     assert result.exit_code == code, result.output
@@ -40,10 +27,10 @@ def md5_of_model() -> str:
     return read_revision(None).hash("data/models/quantize/q")
 
 
-def test_an_entry_has_params_scores_and_hashes(folder):
+def test_an_entry_has_params_scores_and_hashes(in_little):
     (entry,) = entries(read_revision(None), ["quantize/q"])
     assert entry.params["quantize.bits"] == "4" and entry.params["suites.s.shots"] == "1"
-    assert entry.params["base.source"] == "path:m", "no folder of this machine"
+    assert entry.params["base.source"] == "path:m", "no in_little of this machine"
     assert entry.scores["s/exact_match"] == pytest.approx(2 / 3)
     assert entry.scores["s/exact_match/low"] < 2 / 3 < entry.scores["s/exact_match/high"]
     assert entry.artifacts.keys() == {"data/models/quantize/q", "data/results/quantize/q/s"}
@@ -74,23 +61,23 @@ def test_secrets_are_left_out(text, kept):
     assert redacted(text) == kept
 
 
-def test_nothing_secret_is_told(folder):
-    values = project.read(folder)
+def test_nothing_secret_is_told(in_little):
+    values = project.read(in_little)
     revision = read_revision(None)
     revision.params["suites"]["graded"]["s"] |= values["datasets"]["s"] | {
         "hf_token": "s3cret", "tokens": 3, "command": ["serve", "--key", "s3cret"],
         "sources": ["https://somebody:s3cret@host/t", "/home/somebody/t", {"password": "s3cret", "n": 1}],
     }  # fmt: skip
-    told = json.dumps([vars(entry) for entry in entries(revision)])
-    assert "s3cret" not in told and "/home" not in told and str(folder) not in told
-    assert "suites.s.tokens" in told and "https://host/s" in told and "command" not in told
+    logged = json.dumps([vars(entry) for entry in entries(revision)])
+    assert "s3cret" not in logged and "/home" not in logged and str(in_little) not in logged
+    assert "suites.s.tokens" in logged and "https://host/s" in logged and "command" not in logged
     (entry,) = entries(revision, ["quantize/q"])
     assert json.loads(entry.params["suites.s.sources"]) == ["https://host/t", "t", {"n": 1}]
 
 
-def test_a_fresh_clone_fetches_what_it_logs(made, tmp_path, monkeypatch):
-    folder = made.parent / tmp_path.name  # beside the remote
-    project.run(tmp_path, "git", "clone", "-q", str(made), str(folder))
+def test_a_fresh_clone_fetches_what_it_logs(little_project, tmp_path, monkeypatch):
+    folder = little_project.parent / tmp_path.name  # beside the remote
+    project.run(tmp_path, "git", "clone", "-q", str(little_project), str(folder))
     monkeypatch.chdir(folder)
     with pytest.raises(Refusal, match=r"the cache lacks 1 result\(s\) of main, such as .*; add --fetch\."):
         entries(read_revision("main"), ["quantize/q"])
@@ -99,18 +86,18 @@ def test_a_fresh_clone_fetches_what_it_logs(made, tmp_path, monkeypatch):
     assert not (folder / "data").exists() and not read_revision(None).files("data/results/prune/w/s")
 
 
-def test_a_recipe_made_from_one_of_its_stage_keeps_both(folder):
+def test_a_recipe_made_from_one_of_its_stage_keeps_both(in_little):
     revision = read_revision(None)
     revision.params["prune"]["b"] = {"source": "prune/w", "method": "wanda"}
     assert list(recipes_of(revision, "prune/b")) == ["base", "prune", "prune/b"]
 
 
 @pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
-def test_a_missing_library_is_one_sentence(folder, monkeypatch, tracker):
+def test_a_missing_library_is_one_sentence(in_little, monkeypatch, tracker):
     monkeypatch.setitem(sys.modules, tracker, None)
     monkeypatch.delitem(sys.modules, f"flows.tracking.into_{tracker}", raising=False)
-    said = log("--to", tracker, code=Exit.REFUSED)
-    assert said == f"{tracker} is not installed; install it here: pip install -e '.[{tracker}]'\n"
+    output = log("--to", tracker, code=Exit.REFUSED)
+    assert output == f"{tracker} is not installed; install it here: pip install -e '.[{tracker}]'\n"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +107,7 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture
-def store(folder, address, monkeypatch):
+def store(in_little, address, monkeypatch):
     """A client of the local store, which is the one to log to."""
     mlflow = pytest.importorskip(
         "mlflow", reason="mlflow-skinny is not installed: pip install -e '.[mlflow]'"
@@ -156,34 +143,34 @@ def test_mlflow_completes_a_run_that_was_cut_off(store):
     assert run.info.run_id == cut.info.run_id and run.info.status == "FINISHED" and run.data.metrics
 
 
-def test_mlflow_needs_a_place(folder, monkeypatch):
+def test_mlflow_needs_a_place(in_little, monkeypatch):
     pytest.importorskip("mlflow", reason=LACKS_MLFLOW)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert "MLFLOW_TRACKING_URI is not set" in log("--to", "mlflow", code=Exit.REFUSED)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://a:s3cret@b")
-    said = log("--to", "mlflow", code=Exit.REFUSED)
-    assert said.startswith("MLflow failed: ") and "s3cret" not in said
+    output = log("--to", "mlflow", code=Exit.REFUSED)
+    assert output.startswith("MLflow failed: ") and "s3cret" not in output
 
 
-def test_wandb_says_if_it_is_switched_off(folder, monkeypatch):
+def test_wandb_says_if_it_is_switched_off(in_little, monkeypatch):
     pytest.importorskip("wandb", reason=LACKS_WANDB)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    said = log("quantize/q", "--to", "wandb", code=Exit.REFUSED)
-    assert said == "WANDB_MODE is disabled, so nothing is logged; unset it, or set it to offline.\n"
+    output = log("quantize/q", "--to", "wandb", code=Exit.REFUSED)
+    assert output == "WANDB_MODE is disabled, so nothing is logged; unset it, or set it to offline.\n"
 
 
-def test_wandb_keeps_a_run_once_offline(made, tmp_path, monkeypatch):
+def test_wandb_keeps_a_run_once_offline(little_project, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason=LACKS_WANDB)
-    monkeypatch.chdir(made)
+    monkeypatch.chdir(little_project)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path))
     assert "quantize/q: 3 scores are run" in log("quantize/q", "--to", "wandb")
-    (kept,) = (made / "data/runs/wandb").glob("offline-run-*")
+    (kept,) = (little_project / "data/runs/wandb").glob("offline-run-*")
     written = b"".join(file.read_bytes() for file in kept.rglob("*") if file.is_file())
     assert b"quantize.bits" in written and md5_of_model().encode() in written
-    assert b"s3cret" not in written and str(made).encode() not in written
+    assert b"s3cret" not in written and str(little_project).encode() not in written
     assert "already" in log("quantize/q", "--to", "wandb")
-    assert len(list((made / "data/runs/wandb").glob("offline-run-*"))) == 1
+    assert len(list((little_project / "data/runs/wandb").glob("offline-run-*"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -197,5 +184,5 @@ def test_what_cannot_be_logged_is_refused(store, words, sentence):
     assert sentence in log(*words, "--to", "mlflow", code=Exit.REFUSED)
 
 
-def test_nothing_is_logged_unless_asked(folder):
+def test_nothing_is_logged_unless_asked(in_little):
     assert "Missing option '--to'" in log(code=2)

@@ -9,7 +9,7 @@ from stages.core.errors import Refusal
 from stages.reporting.hypotheses import effect
 from stages.reporting.hypotheses.cells import ItemGrid
 from stages.reporting.hypotheses.effect import decide, drawn, permuted, read_between, weighted_sum
-from stages.reporting.statistics.paired import LEVEL, equivalence, mcnemar
+from stages.reporting.statistics.paired import LEVEL, equivalence, interval, mcnemar
 from tests.chance import is_nominal, rate
 
 
@@ -58,8 +58,9 @@ def test_a_difference_in_differences_matches_card_and_krueger():
 def test_an_effect_within_a_bound_is_two_one_sided_tests():
     changes = np.random.default_rng(0).normal(0.01, 0.2, 400)
     found = weighted_sum(grid(np.stack([np.zeros(400), changes], axis=1)), np.array([-1.0, 1.0]))
+    expected = equivalence(interval(changes.tolist()), 400, -0.05, 0.05)
     p, side = decide(found, "within", 0.05)
-    assert (p, side) == (pytest.approx(equivalence(changes.tolist(), -0.05, 0.05)), "supported")
+    assert (p, side) == (pytest.approx(expected), "supported")
     assert decide(found, "within", 0.001)[1] == "contradicted"
     assert decide(found, "above", -0.02)[1] == "supported" != decide(found, "above", 0.02)[1]
 

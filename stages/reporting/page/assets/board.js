@@ -76,6 +76,7 @@ function closeRows(table) {
   }
   byId("filter").oninput = filter;
 
+  const textOf = head => [...head.querySelector("button").childNodes].map(node => node.textContent).join(" ");
   const list = byId("columns").querySelector("div");
   for (const head of table.tHead.rows[0].cells) {
     const key = head.dataset.key;
@@ -85,11 +86,11 @@ function closeRows(table) {
     box.checked = !("off" in head.dataset);
     box.onchange = apply;
     apply();
-    list.append(make("label", {}, box, " " + [...head.querySelector("button").childNodes].map(node => node.textContent).join(" ")));
+    list.append(make("label", {}, box, " " + textOf(head)));
   }
   /* A phone shows cards without headings. */
-  const heads = [...table.tHead.rows[0].cells], said = head => [...head.querySelector("button").childNodes].map(node => node.textContent).join(" ");
-  fill(byId("sort"), heads.map((head, place) => [place, said(head)]));
+  const heads = [...table.tHead.rows[0].cells];
+  fill(byId("sort"), heads.map((head, place) => [place, textOf(head)]));
   byId("sort").onchange = () => heads[byId("sort").value].querySelector("button").click();
   document.addEventListener("keydown", event => { if (event.key === "Escape") byId("columns").open = false; });
 }
