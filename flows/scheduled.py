@@ -20,13 +20,13 @@ from rich.console import Console
 from flows import commits, doctor, graph, workspace
 from flows.changes.asked import compare
 from flows.changes.show import show_diff
+from flows.changes.webpage import write_changes
 from flows.commits import Branch
 from flows.compare import THREADS, advance_all, mendable, state_of
 from flows.process import Children
 from flows.spread import Workers
 from flows.update import Ending, plan_and_advance
 from stages.core.errors import Refusal
-from stages.core.files import RUNS, write_text
 
 _KEY = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
 """Letters that a key of Prefect's artifacts may have, beside dashes."""
@@ -118,16 +118,17 @@ def _advance(
 def _tell_changes(branch: str) -> None:
     """Write the page of what changed since the last run, and leave it as an artifact."""
     console = Console(record=True, file=io.StringIO(), width=140)
+    page = None
     try:
-        show_diff(compare([f"{branch}~1", branch]), console)
+        diff = compare([f"{branch}~1", branch])
+        show_diff(diff, console)
+        page = write_changes(diff, branch)
     except Exception as error:  # such as a last run whose params are of an older form
         console.print(f"{branch}~1 and {branch} cannot be compared: {error}", markup=False)
-    page = RUNS / f"since-{branch.replace('/', '-')}.html"
-    text = console.export_text(clear=False)
-    write_text(page, console.export_html())
+    text = console.export_text()
     create_markdown_artifact(
         f"```text\n{text}```\n",
         key=f"since-{''.join(letter if letter in _KEY else '-' for letter in branch.lower())}",
         description=f"`prunequant diff {branch}~1 {branch}`",
     )
-    get_run_logger().info("Since the last run: %s", page.resolve())
+    get_run_logger().info("Since the last run: %s", page.resolve() if page else text)

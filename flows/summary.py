@@ -1,7 +1,7 @@
 """Summarize a run on the terminal and in Prefect's artifact."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -77,6 +77,32 @@ def show_report() -> None:
     console.print("Results")
     scores.show_scores(rows, console)
     console.print(f"The report: {_PAGE.resolve()}", soft_wrap=True)
+
+
+def show_changes(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the report with what changed since the last commit and print its path, if the report is new.
+
+    Args:
+        rows: those of `outcome_rows`.
+    """
+    made = (_STATES["ran"], _STATES["restored"])
+    if not any(row["stage"] == "report" and row["outcome"] in made for row in rows):
+        return
+    from flows.changes.diff import diff_revisions  # pandas and scipy take a second
+    from flows.changes.revisions import read_revision
+    from flows.changes.webpage import write_changes
+
+    try:
+        last, now = read_revision("HEAD"), read_revision(None)
+        if last.hash(str(REPORT)) in (None, now.hash(str(REPORT))):
+            return
+        page = write_changes(diff_revisions(last, now, tensors=False), "HEAD")
+    except Refusal:  # no git, or a first commit that is still to come
+        return
+    except Exception as error:  # such as a commit whose params are of an older form
+        console.print(f"HEAD and this run cannot be compared: {error}", markup=False, soft_wrap=True)
+        return
+    console.print(f"With what changed since HEAD: {page.resolve()}", soft_wrap=True)
 
 
 def show_evaluated(outcomes: Sequence[Outcome]) -> None:

@@ -45,7 +45,9 @@ def update(
 
     try:
         with set_loggers_level(logging.CRITICAL), workspace.alone() as held:  # DVC's bars tear ours
-            return plan_and_advance(Children(held), jobs, targets, advance, Watch(plain))
+            ending = plan_and_advance(Children(held), jobs, targets, advance, Watch(plain))
+            summary.show_changes(ending.stages)
+            return ending
     except Exception as error:
         if isinstance(error, Refusal) or not disk.is_full(error):
             raise

@@ -1,4 +1,4 @@
-"""Evaluate: score one candidate on one suite; write scores, answers, and for a base the questions."""
+"""Evaluate: score one candidate on one suite; write its record, scores, answers, for a base the questions."""
 
 from importlib.metadata import version
 from typing import Any
@@ -23,7 +23,7 @@ from stages.evaluation.kept import KeptAnswers
 from stages.evaluation.room import VLLM_ROWS, usual_rows
 from stages.evaluation.suite import Suite
 from stages.job.entry import entry
-from stages.model.artifact import load_record
+from stages.model.artifact import load_record, write_record
 
 
 def evaluate(suite: Suite, run: Run, name: str) -> None:
@@ -50,6 +50,7 @@ def evaluate(suite: Suite, run: Run, name: str) -> None:
         **{key: arithmetic[key] for key in ("dtype", "device", "threads")},
     )
     with writing(RESULTS / name) as folder:
+        write_record(folder, record)
         write_tables(
             folder,
             score_table(about, setting, scores),

@@ -11,7 +11,14 @@ from stages.core.files import MODELS, RECORD, write_json, writing
 from stages.job.entry import entry
 from stages.model.artifact import load_record
 
-_SIZES = ("num_parameters", "bits_per_weight", "bytes_ideal", "bytes_on_disk", "sparsity")
+_SIZES = (
+    "num_parameters",
+    "bits_per_weight",
+    "bytes_ideal",
+    "bytes_on_disk",
+    "sparsity",
+    "sparsity_by_block",
+)
 
 
 def floor(variant: Floor, name: str) -> None:
@@ -24,7 +31,7 @@ def floor(variant: Floor, name: str) -> None:
             "artifact": f"floor/{name}",
             "lineage": [*record["lineage"], f"floor/{name}"],
             "responder": variant.responder,
-            **{size: type(record[size])(0) for size in _SIZES},
+            **{size: type(record[size])() for size in _SIZES},  # 0, or an empty list
         }
         write_json(folder / RECORD, record)
 

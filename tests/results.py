@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from stages.core import tables
+from stages.core.files import RECORD
 from stages.core.tables import Sample, Score, Setting, Subject
 from stages.job.load import checked_params
 from stages.job.params import Params
@@ -52,6 +53,7 @@ def write(root: Path, wanted: Params, *, response: str = "7") -> None:
     """
     for candidate in wanted.evaluate.candidates:
         for suite in wanted.suites.by_name():
+            about = record(wanted, candidate)
             setting = Setting(
                 suite=suite, dataset_source=getattr(wanted.datasets[suite], "source", "reasoning-gym"),
                 backend="transformers", batch_size=5 if candidate.startswith("noise/") else 8,
@@ -63,9 +65,10 @@ def write(root: Path, wanted: Params, *, response: str = "7") -> None:
             folder.mkdir(parents=True)
             tables.write_tables(
                 folder,
-                tables.score_table(tables.subject(record(wanted, candidate)), setting, scores),
+                tables.score_table(tables.subject(about), setting, scores),
                 tables.sample_table(candidate, suite, samples),
             )
+            (folder / RECORD).write_text(json.dumps(about))
             if candidate.startswith("base/"):
                 tables.item_table(suite, samples).to_parquet(folder / tables.ITEMS, index=False)
     for candidate in wanted.profile.candidates:
@@ -124,12 +127,22 @@ def record(wanted: Params, candidate: str) -> dict[str, Any]:
         },
         "texts": {name: dataset.source for name, dataset in wanted.datasets.items() if name != "arithmetic"},
         "sparsity": 0.5 if "50" in name else 0.0015,
+        "sparsity_by_block": [0.4, 0.6] if "50" in name else [0.0, 0.0001],
+        "notes": {step: _note(step) for step in lineage[1:]},
         "layout": "pack-quantized" if candidate.startswith("quantize/") else "dense",
         "num_parameters": 134_515_008,
         "bits_per_weight": ideal * 8e6 / 134_515_008,
         "bytes_ideal": int(ideal * 1e6),
         "bytes_on_disk": int(disk * 1e6),
     }
+
+
+def _note(artifact: str) -> dict[str, Any]:
+    """Return what a step notes: a recovery its curve, one that reads text its errors by block."""
+    if artifact.startswith("finetune/"):
+        return {"curve": {"tokens": [0, 1000, 2000], "held_out_loss": [3.5, 3.25, 3.125]}}
+    reads = any(method in artifact for method in ("wanda", "gptq"))
+    return {"block_errors": {"tokens": 512, "errors": [0.125, 0.25]}} if reads else {}
 
 
 def read(wanted: Params, root: Path) -> Results:

@@ -1,15 +1,23 @@
-"""A diff as one HTML file without scripts, which fetches nothing."""
+"""A diff as HTML that fetches nothing: a file without scripts, or a section of the report's page.
+
+The report is the same for everyone who has its inputs; what changed since the last run is not. So that
+section stands in a copy of the page, in `data/runs`.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import escape
 
 from flows.changes.sections import Quote, heading, sections, summary
-from stages.core.files import write_text
+from stages.core.files import REPORT, RUNS, write_text
 
 _LENGTH = 1500
 """Characters of a quote."""
+_LINK = ' <a href="#caveats">'
+_CAVEATS = '<section id="caveats"'
+"""Where the report's page links to its caveats, and where they begin."""
 
 
 def write_webpage(diff: dict[str, Any], file: Path) -> None:
@@ -19,12 +27,38 @@ def write_webpage(diff: dict[str, Any], file: Path) -> None:
 
 def webpage(diff: dict[str, Any]) -> str:
     """Return the page; every text in it is escaped."""
+    return _rendered("diff.html", diff)
+
+
+def with_changes(report: str, diff: dict[str, Any]) -> str:
+    """Return the report's page with the diff of two revisions before its caveats, and a link to it.
+
+    Raises:
+        ValueError: the page has no caveats, so no version of this project made it.
+    """
+    parts = report.split(_LINK), report.split(_CAVEATS)
+    if any(len(part) != 2 for part in parts):
+        raise ValueError("the page of the report has no caveats to put the changes before")
+    section = _rendered("since.html", diff, last=diff["revisions"][0])
+    linked = f' <a href="#since">Since {escape(diff["revisions"][0])}</a>{_LINK}'.join(parts[0])
+    return f"{section}{_CAVEATS}".join(linked.split(_CAVEATS))
+
+
+def write_changes(diff: dict[str, Any], name: str) -> Path:
+    """Write the report with the changes, or these, in `data/runs/since-<name>.html`; return the path."""
+    page, report = RUNS / f"since-{name.replace('/', '-')}.html", REPORT / "index.html"
+    text = with_changes(report.read_text(encoding="utf-8"), diff) if report.exists() else webpage(diff)
+    write_text(page, text)
+    return page
+
+
+def _rendered(template: str, diff: dict[str, Any], **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return environment.get_template("diff.html").render(
-        heading=heading(diff), summary=summary(diff), sections=sections(diff), quoted=_quoted
+    return environment.get_template(template).render(
+        heading=heading(diff), summary=summary(diff), sections=sections(diff), quoted=_quoted, **values
     )
 
 

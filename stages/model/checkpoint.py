@@ -1,6 +1,6 @@
 """Writing a model artifact, and the definition of its sizes.
 
-- `sparsity`: share of exact zeros among the weights of the block linears.
+- `sparsity`: share of exact zeros among the weights of the block linears; `sparsity_by_block`: in each block.
 - `bytes_ideal`: bytes in a perfect container. A dense tensor takes 16 (or 32) bits per value, a quantized one
   its codes and scales. A block linear's weight takes its nonzero values plus a bitmap of one bit per position
   where that is smaller. Embeddings count; tied ones count once.
@@ -27,7 +27,7 @@ from stages.model.artifact import (
     pretrained,
     write_record,
 )
-from stages.model.blocks import Linear, linears
+from stages.model.blocks import Linear, blocks, linears
 from stages.model.grid import Quantized
 from stages.model.names import as_stored, naming
 
@@ -44,6 +44,7 @@ class Sizes:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self._by_block: list[float | None] = []
 
     def add(self, tensor: Tensor, code: Quantized | None, *, prunable: bool) -> None:
         """Count a tensor, or the `code` it is stored as.
@@ -60,19 +61,29 @@ class Sizes:
             self.counts += Counter(prunable=count, zeros=zeros)
         self.counts += Counter(parameters=count, bits=bits)
 
-    def merge(self, counts: Mapping[str, int]) -> None:
-        """Add the counts of another `Sizes`."""
+    def add_block(self, counts: Mapping[str, int]) -> None:
+        """Add the counts of another `Sizes`, which are those of the next block."""
         self.counts.update(counts)
+        self._by_block.append(_sparsity(counts))
 
     def summary(self) -> dict[str, Any]:
-        """Return `num_parameters`, `sparsity`, `bytes_ideal` and `bits_per_weight`."""
-        total, prunable = self.counts["parameters"], self.counts["prunable"]
+        """Return `num_parameters`, `sparsity`, `sparsity_by_block`, `bytes_ideal` and `bits_per_weight`.
+
+        A block without linears has no sparsity: None.
+        """
+        total = self.counts["parameters"]
         return {
             "num_parameters": total,
-            "sparsity": self.counts["zeros"] / prunable if prunable else 0.0,
+            "sparsity": _sparsity(self.counts) or 0.0,
+            "sparsity_by_block": list(self._by_block),
             "bytes_ideal": -(-self.counts["bits"] // 8),
             "bits_per_weight": self.counts["bits"] / total,
         }
+
+
+def _sparsity(counts: Mapping[str, int]) -> float | None:
+    """Return the share of zeros among the weights that could be pruned; None if there are none."""
+    return counts.get("zeros", 0) / counts["prunable"] if counts.get("prunable") else None
 
 
 def sizes_of(model: nn.Module, quantized: Mapping[str, Quantized] | None = None) -> dict[str, Any]:
@@ -84,11 +95,17 @@ def sizes_of(model: nn.Module, quantized: Mapping[str, Quantized] | None = None)
     codes = {f"{linear}.weight": code for linear, code in (quantized or {}).items()}
     try:
         prunable = {f"{linear.name}.weight" for linear in linears(model, partial=True)}
+        names = [name for name, _ in blocks(model)]
     except Refusal:  # a base may have an architecture that no method serves
-        prunable = set()
+        prunable, names = set(), []
+    inside = {name: Sizes() for name in names}
     sizes = Sizes()
     for name, parameter in model.named_parameters():  # names a tied tensor once
-        sizes.add(parameter, codes.get(name), prunable=name in prunable)
+        block = next((block for block in names if name.startswith(f"{block}.")), None)
+        part = sizes if block is None else inside[block]
+        part.add(parameter, codes.get(name), prunable=name in prunable)
+    for part in inside.values():
+        sizes.add_block(part.counts)
     return sizes.summary()
 
 

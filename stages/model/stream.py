@@ -191,7 +191,7 @@ class Streamed(Empty):
         sizes = Sizes()
         noted: dict[str, list[str]] = {}
         for facts in blocks:
-            sizes.merge(facts.sizes)
+            sizes.add_block(facts.sizes)
             for key, names in facts.noted.items():
                 noted.setdefault(key, []).extend(names)
         schemes = [facts.scheme for facts in blocks if facts.scheme]

@@ -6,6 +6,7 @@ It holds computed numbers only, no times and no speeds, so that equal inputs giv
 import csv
 import io
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from stages.core.files import CURVES, write_text
 
@@ -23,6 +24,15 @@ class Point:
     """Mean of the whole objective over the step's predicted tokens, before the step changes the weights."""
     heldout_loss: float | None
     """Mean cross entropy over the held-out predicted tokens, in nats, after the step, where computed."""
+
+
+def held_out_curve(points: list[Point]) -> dict[str, list[Any]]:
+    """Return `tokens` trained on and `held_out_loss` in nats at the steps where the loss was computed."""
+    computed = [point for point in points if point.heldout_loss is not None]
+    return {
+        "tokens": [point.tokens for point in computed],
+        "held_out_loss": [point.heldout_loss for point in computed],
+    }
 
 
 def write_curve(points: list[Point], recipe: str) -> None:

@@ -8,7 +8,7 @@ from stages.core.files import SCRATCH
 from stages.corpus import examples
 from stages.corpus.bos import begun
 from stages.model import artifact, checkpoint, resume
-from stages.recovery.curve import write_curve
+from stages.recovery.curve import held_out_curve, write_curve
 from stages.recovery.grids import source_grid
 from stages.recovery.objective import check_packing
 from stages.recovery.saves import Checkpoints
@@ -43,6 +43,7 @@ def recover(recipe: Tuning, run: Run, name: str) -> None:
             "bos": begun(rows, tokenizer),
             "steps": points[-1].step,
             "tokens": points[-1].tokens,
+            "curve": held_out_curve(points),
             "trained_parameters": sum(parameter.numel() for parameter in arm.trained().values()),
             # Of the model as written: after merging, or rounding to the source's grid.
             "held_out_loss": held_out_loss(recovered.model, data.held_out, recipe.batch_size),

@@ -1,8 +1,8 @@
 """Read the results that params.yaml names into two tables, in the order of params.yaml.
 
-`data/results/<candidate>/<suite>` holds one evaluation (see `stages.core.tables`), that of a base also its
-questions. DVC evaluates before it
-reports, so results are missing only where the stage is run by hand.
+`data/results/<candidate>/<suite>` holds one evaluation (see `stages.core.tables`) and the record of its
+candidate, that of a base also its questions. DVC evaluates before it reports, so results are missing only
+where the stage is run by hand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from stages.core.errors import Refusal
-from stages.core.files import RESULTS
+from stages.core.files import RECORD, RESULTS, read_json
 from stages.core.lazy import np, pd
 from stages.core.schema import CONTROLS
 from stages.core.tables import (
@@ -44,6 +44,8 @@ class Results:
     samples: pd.DataFrame
     items: pd.DataFrame = field(default_factory=lambda: table([], ITEM_COLUMNS))
     """The questions that the bases were asked, a row an item; joined with samples by `ITEM`."""
+    records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True)
+    """The `artifact.json` of each candidate."""
 
     @property
     def candidates(self) -> list[str]:
@@ -96,7 +98,15 @@ def collect(
             pd.concat(pair, ignore_index=True) for pair in zip((scores, samples), more, strict=True)
         )
     scores = scores.assign(**{PARAMETERS_REMOVED: parameters_removed(scores)})
-    return Results(scores, samples, read_items([root / name for name in ordered]))
+    folders = [root / name for name in ordered]
+    return Results(scores, samples, read_items(folders), records=_read_records(folders))
+
+
+def _read_records(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return the record in results, by candidate."""
+    files = [folder / RECORD for folder in folders]
+    found = [read_json(file) for file in files if file.exists()]
+    return {record["artifact"]: record for record in found}
 
 
 def read_items(folders: Sequence[Path]) -> pd.DataFrame:

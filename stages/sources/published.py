@@ -85,9 +85,10 @@ class Published(Model):
                 check_causal(model)
             weights = _weights(model)
             plain = model if self.file else self._dequantized(folder, facts["grid"]["format"])
+            zeros = sizes_of(plain) if plain else {"sparsity": None, "sparsity_by_block": []}
             sizes = {
                 "num_parameters": weights,
-                "sparsity": sizes_of(plain)["sparsity"] if plain else None,
+                **{name: zeros[name] for name in ("sparsity", "sparsity_by_block")},
                 "bytes_ideal": stored,
                 "bits_per_weight": 8 * stored / weights,
                 "bytes_on_disk": facts.pop("bytes", None) or bytes_on_disk(folder),

@@ -275,7 +275,7 @@ def test_nights_are_compared_and_a_failed_one_is_a_commit(shared):
     assert [change["key"] for change in changes["params"]] == ["quantize.gptq-w4g32.bits"]
     assert "data/models/quantize/gptq-w4g32" in [change["path"] for change in changes["artifacts"]]
     page = (shared.folder / "nights/data/runs/since-night.html").read_text()
-    assert "quantize.gptq-w4g32.bits" in page
+    assert "quantize.gptq-w4g32.bits" in page and 'id="since"' in page and 'id="board"' in page
     sweep.edit(shared.person, "prune.wanda-50.sparsity", 1.5)
     push(shared, "a mistake")
     night(shared)

@@ -37,6 +37,7 @@ def test_a_dense_model_has_16_bits_a_weight(family):
     assert sizes_of(families.model(family)) == {
         "num_parameters": inside + rest,
         "sparsity": 0.0,
+        "sparsity_by_block": [0.0, 0.0],
         "bytes_ideal": 2 * (inside + rest),
         "bits_per_weight": 16.0,
     }
@@ -59,6 +60,7 @@ def test_half_sparse_linears_are_9_bits_and_the_rest_16(workspace):
     facts = make(("prune", WANDA))
     inside, rest = counts("llama")
     assert facts["sparsity"] == 0.5
+    assert facts["sparsity_by_block"] == [0.5, 0.5]
     assert facts["bytes_ideal"] == (9 * inside + 16 * rest) / 8
     assert facts["bits_per_weight"] == (9 * inside + 16 * rest) / (inside + rest)
     # A sparse checkpoint is no smaller on disk.

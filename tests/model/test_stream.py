@@ -58,7 +58,14 @@ def test_the_bytes_are_those_of_a_model_in_memory(method, family, workspace):
     assert streamed.keys() == memory.keys()
     for name in streamed.keys() - {"artifact.json", "model.safetensors"}:
         assert streamed[name] == memory[name], name
-    for key in ("sparsity", "bits_per_weight", "bytes_ideal", "num_parameters", "layout"):
+    for key in (
+        "sparsity",
+        "sparsity_by_block",
+        "bits_per_weight",
+        "bytes_ideal",
+        "num_parameters",
+        "layout",
+    ):
         assert record("prune/made")[key] == record("prune/memory")[key], key
     assert streamed["model.safetensors"] == memory["model.safetensors"]
 

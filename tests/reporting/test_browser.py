@@ -233,6 +233,17 @@ def test_a_number_opens_its_items(wide):
     assert wide.js("return document.querySelectorAll('script[src]').length") == 0
 
 
+def test_blocks_and_recovery_are_drawn(wide):
+    lines = "document.querySelectorAll('#{} .mark-line path').length"
+    errors = [c for c in wide.shown() if any(name in c for name in ("wanda", "gptq")) and "lora" not in c]
+    wide.until(f"{lines.format('block-plot')} === {len(errors)}")
+    assert wide.js(f"return {lines.format('recovery-plot')}") == 1
+    wide.choose("block-controls", "column", "sparsity")
+    wide.until("document.getElementById('block-plot').textContent.includes('share of zeros')")
+    pruned = [c for c in wide.shown() if any(name in c for name in ("50", "gptq"))]
+    wide.until(f"{lines.format('block-plot')} === {len(pruned)}")
+
+
 def test_a_phone_has_every_score_on_its_screen(chromium, file):
     phone = chromium.open(file, width=420)
     assert phone.js("return document.documentElement.scrollWidth") <= 420

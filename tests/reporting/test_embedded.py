@@ -12,6 +12,7 @@ import pytest
 
 from stages.reporting.collect import Results, by_measure, records
 from stages.reporting.judging import Report
+from stages.reporting.page.blocks import recovery_curves
 from stages.reporting.page.board import board, relative
 from stages.reporting.page.browse import browse
 from stages.reporting.page.packing import as_json, inline_script, zipped
@@ -51,6 +52,30 @@ def test_the_charts_hold_the_scores_of_the_tables(page, rows):
             if row["metric"] == "perplexity":
                 assert (low, high) == pytest.approx((math.exp(row["low"]), math.exp(row["high"])))
     assert charts["axes"] == AXES  # two models were measured
+
+
+def test_blocks_are_those_of_the_records(page):
+    rows = page.data["charts"]["blocks"]
+    drawn = dict.fromkeys(row["candidate"] for row in rows)
+    wanda, lora, gptq = "prune/wanda-50", "finetune/wanda-50-lora", "quantize/gptq-w4g64"
+    assert {wanda, lora, gptq, "prune/magnitude-50"} <= drawn.keys()
+    assert not {"base/smollm2", "quantize/rtn-w4g64"} & drawn.keys(), "neither zeros nor errors"
+    chosen = {name: [row for row in rows if row["candidate"] == name] for name in (wanda, lora, gptq)}
+    assert [(row["block"], row["sparsity"], row["error"]) for row in chosen[wanda]] == [
+        (0, 0.4, 0.125), (1, 0.6, 0.25),
+    ]  # fmt: skip
+    assert [row["error"] for row in chosen[lora]] == [None, None], "its source's error is not its own"
+    assert [row["sparsity"] for row in chosen[gptq]] == [0.0, 0.0001]
+
+
+def test_a_training_behind_several_candidates_is_one_curve():
+    note = {"curve": {"tokens": [0, 8], "held_out_loss": [2.0, 1.5]}}
+    tuned = {"finetune/a": note, "quantize/b": {"bos": False}}
+    rows = recovery_curves({"finetune/a": {"notes": {"finetune/a": note}}, "quantize/b": {"notes": tuned}})
+    assert [(row["artifact"], row["tokens"], row["loss"]) for row in rows] == [
+        ("finetune/a", 0, 2.0), ("finetune/a", 8, 1.5),
+    ]  # fmt: skip
+    assert recovery_curves({"base/m": {}}) == []
 
 
 def charts_of(shares, sizes, bases):

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from flows.changes.webpage import with_changes
 from stages.reporting import words
 from stages.reporting.agreement import agreement
 from stages.reporting.collect import Results, records
@@ -22,6 +23,7 @@ from stages.reporting.scope import Scope
 from stages.reporting.verdicts import judge_studies, nested_verdicts
 from tests import results
 from tests.claims import difference, study
+from tests.flows.changes.test_diff import NOTHING
 from tests.pipeline import report
 from tests.reporting.conftest import HOSTILE
 from tests.reporting.opened import Page, unpacked
@@ -47,6 +49,15 @@ class Seen(HTMLParser):
                 self.fetched.append(value)
             if name == "id":
                 self.ids.append(value)
+
+
+def test_what_changed_has_its_place_in_the_page(whole):
+    text = (whole[1] / "data/report/index.html").read_text()
+    same = with_changes(text, NOTHING | {"revisions": ["night~1", "night"]})
+    assert "night~1 and night: the same params, artifacts and scores." in same
+    seen = Seen()
+    seen.feed(same)
+    assert seen.ids.count("since") == 1 and not [at for at in seen.fetched if not at.startswith("data:")]
 
 
 def test_the_page_fetches_nothing_and_escapes_text_of_models(whole):
@@ -259,7 +270,7 @@ def test_a_benchmark_alone_is_enough(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report(wanted, "all")
     page = (tmp_path / "data/report/index.html").read_text()
-    assert 'id="difficulty"' not in page
+    assert 'class="heat"' not in page and 'id="block-controls"' in page
     assert "No suite is text of a source" in page
     assert list(pd.read_csv(tmp_path / "data/report/quality_ideal.csv")) == [
         "candidate", "suite", "family", "megabytes", "perplexity",

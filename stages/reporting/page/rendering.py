@@ -21,6 +21,7 @@ from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.measured import Measured
 from stages.reporting.page import packing
 from stages.reporting.page.answer import BUDGETED, Recommendations, share_of
+from stages.reporting.page.blocks import block_rows, recovery_curves
 from stages.reporting.page.board import board, relative
 from stages.reporting.page.browse import browse, references_of
 from stages.reporting.page.levels import heat_maps, sweeps
@@ -97,11 +98,13 @@ def render(
     headlines = [measure for measure in comparison.headlines() if measure in measures]
     items, left_out = browse(results, headlines, names, references)
     heat = heat_maps(comparison, headlines, label)
+    by_block, curves = block_rows(results.records, names), recovery_curves(results.records)
     data = {
         "anchors": anchors,
         "references": references,
         "answer": answers.controls() | {"budgets": answers.budgets},
-        "charts": chart_data(table, {row["candidate"]: row["family"] for row in candidates}, series, scope),
+        "charts": chart_data(table, {row["candidate"]: row["family"] for row in candidates}, series, scope)
+        | {"blocks": by_block, "recovery": curves},
     }
     return environment.get_template("page.html").render(
         bases=[_base(scope, group) for _, group in rows.groupby("base", sort=False)],
@@ -117,6 +120,8 @@ def render(
         kinds=list(BUDGETED.items()),
         heat=heat,
         sweeps=series,
+        blocks=by_block,
+        recovery=curves,
         by_level=_by_level(scope, competing, label, {_of(entry) for entry in heat}),
         left_out=left_out,
         suites=[_suite(rows[rows["suite"] == suite], label) for suite in suites],

@@ -1,6 +1,6 @@
 /* The scatter and the curves, drawn by Vega-Lite as SVG with texts. Colours are Okabe and Ito's. */
 {
-  const { measures, axes, families, points, fronts, sweeps, reference } = data.charts;
+  const { measures, axes, families, points, fronts, sweeps, reference, blocks, recovery } = data.charts;
   const colours = { dense: "currentColor", pruned: "#0072B2", quantized: "#D55E00", "pruned and quantized": "#CC79A7", recovered: "#009E73" };
   const shapes = { dense: "diamond", pruned: "circle", quantized: "square", "pruned and quantized": "cross", recovered: "triangle-up" };
   const narrow = () => innerWidth < 700;
@@ -98,6 +98,33 @@
     return Promise.all(charts.map((chart, at) => vegaEmbed(folder.children[at], chart, options)));
   }
 
+  /* One line a name; a click in the legend brings it out. */
+  function drawLines(id, rows, name, x, y, tooltip) {
+    const names = new Set(rows.map(row => row[name]));
+    return vegaEmbed(`#${id}`, {
+      $schema: "https://vega.github.io/schema/vega-lite/v5.json", width: "container", height: 300, config, data: { values: rows }, description: `${y.title} by ${x.title}`,
+      params: [{ name: "chosen", select: { type: "point", fields: [name] }, bind: "legend" }],
+      mark: { type: "line", point: { size: 30 } },
+      encoding: {
+        x: { type: "quantitative", scale: { zero: false, padding: 10 }, ...x }, y: { type: "quantitative", scale: { zero: false, padding: 10 }, ...y }, tooltip,
+        color: { field: name, type: "nominal", sort: null, title: null, scale: { scheme: names.size > 10 ? "tableau20" : "tableau10" }, legend: { orient: "top", columns: narrow() ? 2 : 5, labelLimit: 220 } },
+        opacity: { condition: { param: "chosen", value: 1 }, value: .12 },
+      },
+    }, options);
+  }
+
+  const kinds = { error: "error of the block's output", sparsity: "share of zeros" };
+  function drawBlocks() {
+    const column = byId("block-controls").elements.column.value;
+    const x = { field: "block", title: "block", axis: { tickMinStep: 1, format: "d" } };
+    const y = { field: column, title: kinds[column], axis: { format: column === "error" ? ".3~g" : ".0%" }, scale: { zero: true } };
+    return drawLines("block-plot", blocks.filter(row => row[column] !== null), "short", x, y,
+      [{ field: "candidate" }, { field: "block" }, { field: column, title: kinds[column], format: column === "error" ? ".3~g" : ".1%" }]);
+  }
+  const drawRecovery = () => drawLines("recovery-plot", recovery, "short",
+    { field: "tokens", title: "tokens trained on", axis: { format: "~s" } }, { field: "loss", title: "held-out loss, nats", axis: { format: ".3~f" } },
+    [{ field: "artifact" }, { field: "tokens", format: ",d" }, { field: "loss", format: ".4f" }]);
+
   const offered = measures.map((measure, place) => [place, measure.name]);
   const scatter = byId("scatter-controls"), dose = byId("dose-controls");
   fill(scatter.elements.measure, offered, 0);
@@ -109,6 +136,12 @@
     dose.onchange = drawDose;
     dose.onsubmit = event => event.preventDefault();
   }
-  libraries.then(() => Promise.all([measures.length && drawScatter(), dose && drawDose()]))
+  const block = byId("block-controls");
+  if (block) {
+    fill(block.elements.column, Object.entries(kinds).filter(([column]) => blocks.some(row => row[column] !== null)));
+    block.onchange = drawBlocks;
+    block.onsubmit = event => event.preventDefault();
+  }
+  libraries.then(() => Promise.all([measures.length && drawScatter(), dose && drawDose(), block && drawBlocks(), recovery.length && drawRecovery()]))
     .then(() => document.documentElement.dataset.drawn = "yes");
 }

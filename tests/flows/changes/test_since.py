@@ -1,0 +1,75 @@
+"""What changed since the last commit, as a section of a copy of the report's page."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import summary
+from flows.changes.asked import compare
+from flows.changes.webpage import with_changes
+from tests.flows import little
+
+PAGE = '<nav>X <a href="#caveats">Caveats</a></nav><section id="caveats" class="c"></section>'
+RAN = [{"stage": "report", "outcome": "ran"}]
+
+
+@pytest.fixture
+def rerun(little_project, tmp_path, monkeypatch):
+    """A copy of the little project, to be in, whose quantized model has scores that are not committed."""
+    folder = little_project.parent / tmp_path.name  # beside the remote
+    shutil.copytree(little_project, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    reported(lock, "before")
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    little.project.commit(folder, "a run")
+    lock["stages"]["graded@quantize/q"]["outs"][0]["md5"] = _scores_of(lock, "prune/w")
+    reported(lock, "after")
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    return folder
+
+
+def reported(lock: dict, md5: str) -> None:
+    lock["stages"]["report"] = {"outs": [{"path": "data/report", "md5": f"{md5}.dir", "size": 1}]}
+    Path("data/report").mkdir(parents=True, exist_ok=True)
+    Path("data/report/index.html").write_text(PAGE)
+
+
+def _scores_of(lock: dict, candidate: str) -> str:
+    return lock["stages"][f"graded@{candidate}"]["outs"][0]["md5"]
+
+
+def test_a_run_writes_the_report_with_what_changed(rerun, capsys):
+    summary.show_changes(RAN)
+    page = rerun / "data/runs/since-HEAD.html"
+    assert str(page) in capsys.readouterr().out.replace("\n", "")
+    text = page.read_text()
+    assert text.index('href="#since">Since HEAD<') < text.index('href="#caveats"')
+    assert text.index('<section id="since"') < text.index("Artifacts") < text.index('<section id="caveats"')
+    assert "quantize/q" in text
+    assert (rerun / "data/report/index.html").read_text() == PAGE, "the report is its inputs' alone"
+
+
+def test_a_run_that_made_no_other_report_writes_nothing(rerun, capsys):
+    summary.show_changes([{"stage": "report", "outcome": "unchanged"}])
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    reported(lock, "before")
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    summary.show_changes(RAN)
+    shutil.rmtree(".git")
+    summary.show_changes(RAN)
+    assert not (rerun / "data/runs").exists() and capsys.readouterr().out == ""
+
+
+def test_a_commit_that_cannot_be_compared_does_not_end_the_run(rerun, capsys):
+    (rerun / "data/report/index.html").write_text("not ours")
+    summary.show_changes(RAN)
+    assert "HEAD and this run cannot be compared: the page of the report has no" in capsys.readouterr().out
+
+
+def test_what_others_wrote_stays_text(in_little):
+    changes = compare(["base/m", "quantize/q"]) | {"revisions": ["<b>", "now"]}
+    text = with_changes(PAGE, changes)
+    assert "<script>" not in text and "&lt;script&gt;" in text and "<b>" not in text
