@@ -122,7 +122,7 @@ class Published(Model):
             for name in (*_weight_files(path), "config.json", "generation_config.json"):
                 if (path / name).exists():
                     shutil.copyfile(path / name, folder / name)
-        return {"grid": _grid_of(quantization)}, sum(map(_tensor_bytes, folder.glob("*.safetensors")))
+        return {"grid": _grid_of(quantization, folder)}, sum(map(_tensor_bytes, folder.glob("*.safetensors")))
 
     def _loaded(self, folder: Path, dtype: torch.dtype, *, plain: bool) -> PreTrainedModel:
         """Load the copy as evaluation will."""
@@ -157,19 +157,36 @@ def _not_quantized(source: str) -> Refusal:
     )
 
 
-def _grid_of(quantization: dict[str, Any]) -> dict[str, Any]:
+def _grid_of(quantization: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return a config's own settings with its format, bits and group size by the names of a record's grid.
 
-    compressed-tensors names them for each group of linears; the first counts.
+    compressed-tensors names them for each group of linears; the first counts. bitsandbytes names no bits in
+    its config, and the size of its groups only in its files. A group size of None is a whole row.
     """
     groups: dict[str, Any] = quantization.get("config_groups") or {"": {}}
     weights: dict[str, Any] = next(iter(groups.values())).get("weights") or {}
+    bits = quantization.get("bits", weights.get("num_bits"))
+    group_size = quantization.get("group_size", weights.get("group_size"))
+    if quantization.get("quant_method") == "bitsandbytes":
+        bits, group_size = (4, _block_size(folder)) if quantization.get("load_in_4bit") else (8, None)
     return {
         **quantization,
         "format": quantization.get("quant_method"),
-        "bits": quantization.get("bits", weights.get("num_bits")),
-        "group_size": quantization.get("group_size", weights.get("group_size")),
+        "bits": bits,
+        "group_size": None if group_size == -1 else group_size,
     }
+
+
+def _block_size(folder: Path) -> int | None:
+    """Return how many weights share a scale in 4-bit files of bitsandbytes; None if they do not say."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            states = [name for name in tensors.keys() if ".quant_state.bitsandbytes__" in name]  # noqa: SIM118
+            if states:
+                return int(json.loads(bytes(tensors.get_tensor(states[0]).tolist()))["blocksize"])
+    return None
 
 
 def _weights(model: PreTrainedModel) -> int:

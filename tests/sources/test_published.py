@@ -8,11 +8,13 @@ import gguf
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
 from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.job.load import checked_params
 from stages.job.params import Params
+from stages.sources import published as published_sources
 from stages.sources.published import Published
 from tests import pipeline, project
 from tests.ggufs import write_model
@@ -86,6 +88,32 @@ def test_a_gguf_has_the_sizes_of_its_file(workspace):
             .logits.isfinite()
             .all()
         )
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+INT8 = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits", "group_size"),
+    [
+        (NF4, 4, 64), (INT8, 8, None),
+        (GPTQ | {"group_size": 128}, 4, 128), (GPTQ | {"group_size": -1}, 4, None),
+    ],
+)  # fmt: skip
+def test_bits_and_groups_are_those_of_the_files(settings, bits, group_size, tmp_path):
+    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64]})
+    tensors = {
+        "model.norm.weight": torch.ones(4),
+        "model.layers.0.up.weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(state.encode()), dtype=torch.uint8
+        ),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    grid = published_sources._grid_of(settings, tmp_path)
+    assert (grid["bits"], grid["group_size"]) == (bits, group_size)
+    assert grid["format"] == settings["quant_method"]
 
 
 @pytest.mark.parametrize(
