@@ -112,6 +112,8 @@ def test_damage_is_seen(inspected):
     (at / "dvc.lock").write_text(lock.replace("sparsity: 0.5", "sparsity: 0.25", 1))
     record = variants.record(at, "tidy", variants.entries(at)["tidy"])
     os.utime(record, (1e9, 1e9))
+    stopped = variants.record(at, "report", variants.entries(at)["report"])
+    stopped.write_text(json.dumps(json.loads(stopped.read_text()) | {"state": "failed"}))
     inspected._compare(before, "it")
     inspected._inspect()
     seen = "\n".join(inspected.violations)
@@ -122,6 +124,7 @@ def test_damage_is_seen(inspected):
         "prunequant check: ", "prune.magnitude-50 in params.yaml", "dvc status: ", "rwlock holds",
     ):  # fmt: skip
         assert words in seen, seen
+    assert "it computed report again" not in seen
 
 
 @pytest.mark.drill
