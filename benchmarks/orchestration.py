@@ -20,6 +20,7 @@ import ctypes
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -77,7 +78,10 @@ def make(folder: Path, inputs: Path, stages: int) -> list[str]:
     if len(whole) != stages:
         raise SystemExit(f"the project has {len(whole)} stages instead of {stages}.")
     numbers = {name: number for number, name in enumerate(whole)}
-    rules = [(stage.cmd, [numbers[up] for up in stage.upstream]) for stage in whole.values()]
+    rules = [  # DVC tells a stage its name
+        (f"export DVC_STAGE={shlex.quote(name)}; {stage.cmd}", [numbers[up] for up in stage.upstream])
+        for name, stage in whole.items()
+    ]
     (folder / "stages.json").write_text(json.dumps(rules))
     (folder / "Snakefile").write_text(RULES)
     project.commit(folder, "cheap stages")

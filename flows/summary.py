@@ -88,15 +88,14 @@ def show_changes(rows: Sequence[Mapping[str, Any]]) -> None:
     made = (_STATES["ran"], _STATES["restored"])
     if not any(row["stage"] == "report" and row["outcome"] in made for row in rows):
         return
-    from flows.changes.diff import diff_revisions  # pandas and scipy take a second
+    from flows.changes.asked import compare  # DVC takes a second
     from flows.changes.revisions import read_revision
     from flows.changes.webpage import write_changes
 
     try:
-        last, now = read_revision("HEAD"), read_revision(None)
-        if last.hash(str(REPORT)) in (None, now.hash(str(REPORT))):
+        if read_revision("HEAD").hash(str(REPORT)) in (None, read_revision(None).hash(str(REPORT))):
             return
-        page = write_changes(diff_revisions(last, now, tensors=False), "HEAD")
+        page = write_changes(compare(["HEAD"], tensors=False), "HEAD")
     except Refusal:  # no git, or a first commit that is still to come
         return
     except Exception as error:  # such as a commit whose params are of an older form

@@ -18,7 +18,12 @@ from stages.job.sentences import allowed
 
 
 def compare(
-    names: Sequence[str], at: str | None = None, fetched: Fetched | None = None, remote: str | None = None
+    names: Sequence[str],
+    at: str | None = None,
+    fetched: Fetched | None = None,
+    remote: str | None = None,
+    *,
+    tensors: bool = True,
 ) -> dict[str, Any]:
     """Compare revisions, or candidates of one, and say what the cache lacks and how to bring it.
 
@@ -27,6 +32,7 @@ def compare(
         at: the revision of the candidates; None: the workspace, and names may be revisions.
         fetched: what to bring from the remote first; None: nothing.
         remote: its name in DVC's config; None: the default one.
+        tensors: whether to compare the tensors of models, which takes longest.
 
     Raises:
         Refusal: a name is neither, or both; or the remote lacks what was asked for.
@@ -40,7 +46,7 @@ def compare(
             )
         fetch(lacking, remote)
         tried |= {out["md5"] for out in lacking}  # scores may then show that questions lack as well
-    changes = _compared(names, at)
+    changes = _compared(names, at, tensors)
     for gap in changes["missing"]:
         models = any(_is_model(out) for out in gap["outputs"])
         gap["command"] = _command(names, at, Fetched.all if models else Fetched.results)

@@ -9,6 +9,7 @@ import yaml
 from flows import summary
 from flows.changes.asked import compare
 from flows.changes.webpage import with_changes
+from tests import project
 from tests.flows import little
 
 PAGE = '<nav>X <a href="#caveats">Caveats</a></nav><section id="caveats" class="c"></section>'
@@ -24,7 +25,7 @@ def rerun(little_project, tmp_path, monkeypatch):
     lock = yaml.safe_load(Path("dvc.lock").read_text())
     reported(lock, "before")
     Path("dvc.lock").write_text(yaml.safe_dump(lock))
-    little.project.commit(folder, "a run")
+    project.commit(folder, "a run")
     lock["stages"]["graded@quantize/q"]["outs"][0]["md5"] = _scores_of(lock, "prune/w")
     reported(lock, "after")
     Path("dvc.lock").write_text(yaml.safe_dump(lock))
@@ -50,6 +51,14 @@ def test_a_run_writes_the_report_with_what_changed(rerun, capsys):
     assert text.index('<section id="since"') < text.index("Artifacts") < text.index('<section id="caveats"')
     assert "quantize/q" in text
     assert (rerun / "data/report/index.html").read_text() == PAGE, "the report is its inputs' alone"
+
+
+def test_what_the_cache_lacks_is_told_on_the_page(rerun):
+    last = yaml.safe_load(project.run(rerun, "git", "show", "HEAD:dvc.lock").stdout)
+    md5 = _scores_of(last, "quantize/q")
+    Path(".dvc/cache/files/md5", md5[:2], md5[2:]).unlink()
+    summary.show_changes(RAN)
+    assert "prunequant diff HEAD --fetch results" in (rerun / "data/runs/since-HEAD.html").read_text()
 
 
 def test_a_run_that_made_no_other_report_writes_nothing(rerun, capsys):
