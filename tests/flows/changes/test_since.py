@@ -10,7 +10,6 @@ from flows import summary
 from flows.changes.asked import compare
 from flows.changes.webpage import with_changes
 from tests import project
-from tests.flows import little
 
 PAGE = '<nav>X <a href="#caveats">Caveats</a></nav><section id="caveats" class="c"></section>'
 RAN = [{"stage": "report", "outcome": "ran"}]
