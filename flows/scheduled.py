@@ -122,9 +122,10 @@ def _tell_changes(branch: str) -> None:
     try:
         diff = compare([f"{branch}~1", branch])
         show_diff(diff, console)
-        page = write_changes(diff, branch)
+        stale = graph.consult(lambda project: project.stale())
+        page = write_changes(diff, branch, reported="report" not in stale)
     except Exception as error:  # such as a last run whose params are of an older form
-        console.print(f"{branch}~1 and {branch} cannot be compared: {error}", markup=False)
+        console.print(f"what changed since {branch}~1 cannot be told: {error}", markup=False)
     text = console.export_text()
     create_markdown_artifact(
         f"```text\n{text}```\n",

@@ -95,11 +95,11 @@ def show_changes(rows: Sequence[Mapping[str, Any]]) -> None:
     try:
         if read_revision("HEAD").hash(str(REPORT)) in (None, read_revision(None).hash(str(REPORT))):
             return
-        page = write_changes(compare(["HEAD"], tensors=False), "HEAD")
+        page = write_changes(compare(["HEAD"], tensors=False), "HEAD", reported=True)
     except Refusal:  # no git, or a first commit that is still to come
         return
     except Exception as error:  # such as a commit whose params are of an older form
-        console.print(f"HEAD and this run cannot be compared: {error}", markup=False, soft_wrap=True)
+        console.print(f"what changed since HEAD cannot be told: {error}", markup=False, soft_wrap=True)
         return
     console.print(f"With what changed since HEAD: {page.resolve()}", soft_wrap=True)
 

@@ -67,6 +67,8 @@ def summary(diff: dict[str, Any]) -> list[str]:
     if not any(diff[part] for part in parts):
         return [f"{' and '.join(columns_of(diff))}: the same params, artifacts and scores."]
     lines = []
+    if not diff["scores"] and not diff["missing"]:
+        lines.append("No score differs.")
     if words := Counter(row["verdict"] for row in diff["scores"] if row["verdict"]):
         lines.append(f"Scores: {', '.join(f'{count} {word}' for word, count in words.most_common())}.")
     if diff["uncompared"]:
@@ -113,7 +115,7 @@ def _incomparable(diff: dict[str, Any]) -> Section:
 def _scores(diff: dict[str, Any], levels: bool) -> Section:
     chosen = [row for row in diff["scores"] if (row["difficulty"] != "all") == levels]
     rows = [_score(row) for row in chosen]
-    columns = ("candidate", "measure", *columns_of(diff), "change", "noise", "p", "verdict")
+    columns = ("candidate", "measure", "verdict", *columns_of(diff), "change", "noise", "p")
     title = "Scores by level" if levels else "Scores"
     return Section(title, columns, rows, () if levels else _families(chosen), detail=levels)
 
@@ -128,8 +130,8 @@ def _score(row: dict[str, Any]) -> tuple[str, ...]:
     ]
     p = "" if row["p_corrected"] is None else p_value(row["p_corrected"])
     return (
-        row["candidate"], f"{row['suite']}{level} {row['readout']} {row['label']}", *values, _change(row),
-        "" if row["noise"] is None else number(row["noise"], metric), p, worded(row),
+        row["candidate"], f"{row['suite']}{level} {row['readout']} {row['label']}", worded(row), *values,
+        _change(row), "" if row["noise"] is None else number(row["noise"], metric), p,
     )  # fmt: skip
 
 

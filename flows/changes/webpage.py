@@ -4,6 +4,7 @@ The report is the same for everyone who has its inputs; what changed since the l
 section stands in a copy of the page, in `data/runs`.
 """
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,28 @@ def with_changes(report: str, diff: dict[str, Any]) -> str:
     parts = report.split(_LINK), report.split(_CAVEATS)
     if any(len(part) != 2 for part in parts):
         raise ValueError("the page of the report has no caveats to put the changes before")
-    section = _rendered("since.html", diff, last=diff["revisions"][0])
-    linked = f' <a href="#since">Since {escape(diff["revisions"][0])}</a>{_LINK}'.join(parts[0])
+    last = diff["revisions"][0]
+    section = _rendered("since.html", diff, last=last, commit=_commit(last))
+    linked = f' <a href="#since">Since {escape(last)}</a>{_LINK}'.join(parts[0])
     return f"{section}{_CAVEATS}".join(linked.split(_CAVEATS))
 
 
-def write_changes(diff: dict[str, Any], name: str) -> Path:
-    """Write the report with the changes, or these, in `data/runs/since-<name>.html`; return the path."""
-    page, report = RUNS / f"since-{name.replace('/', '-')}.html", REPORT / "index.html"
-    text = with_changes(report.read_text(encoding="utf-8"), diff) if report.exists() else webpage(diff)
-    write_text(page, text)
-    return page
+def write_changes(diff: dict[str, Any], name: str, *, reported: bool) -> Path:
+    """Write what changed as `data/runs/since-<name>.html` and return the path.
+
+    Args:
+        reported: whether data/report is up to date; the changes then stand in its page, else alone.
+    """
+    file = RUNS / f"since-{name.replace('/', '-')}.html"
+    page = (REPORT / "index.html").read_text(encoding="utf-8") if reported else ""
+    write_text(file, with_changes(page, diff) if reported else webpage(diff))
+    return file
+
+
+def _commit(revision: str) -> str:
+    """Return the short hash and the day of a revision; nothing if git does not know it."""
+    command = ["git", "log", "-1", "--format=%h of %ad", "--date=short", revision, "--"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def _rendered(template: str, diff: dict[str, Any], **values: Any) -> str:

@@ -97,12 +97,13 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return [NO_SCORES]
     lines = [
-        "| suite | score | 95 % interval | reference | of it | floor | against the reference |",
-        "|---|---|---|---|---|---|---|",
+        "| suite | score | 95 % interval | reference | of it | floor | noise | against the reference |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         metric = str(row["metric"])
-        value, low, high, floor = (number(row[name], metric) for name in ("value", "low", "high", "floor"))
+        shown = ("value", "low", "high", "floor", "noise")
+        value, low, high, floor, noise = (number(row[name], metric) for name in shown)
         share = "–" if row["of_reference"] is None else f"{row['of_reference']:.1%}"
         words = (
             f"{row['suite']}: {row['label']}",
@@ -111,11 +112,13 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             row["reference"] or "–",
             share,
             floor,
+            noise,
         )
         lines.append(f"| {' | '.join(words)} | {row['word'] or '–'} |")
     return [
         *lines, "",
-        "A score counts from its floor, which needs no knowledge. Perplexity is better when lower.",
+        "A score counts from its floor, which needs no knowledge; a difference counts above the noise, by "
+        "which the base's own score moves with batch size or dtype. Perplexity is better when lower.",
     ]  # fmt: skip
 
 

@@ -65,7 +65,8 @@ def headline_scores(comparison: Comparison) -> pd.DataFrame:
 
     Columns: `suite`, `label`, `metric`, `higher_is_better`, `candidate`, `value`; `low` and `high`, its 95 %
     interval by Student's t, a share's cut to [0, 1]; `reference`, and `of_reference`, the value divided by
-    the reference's; `floor`; `verdict`, and `word`, which is it with what the items show; and the sizes.
+    the reference's; `floor`; `noise`, the largest change by arithmetic alone; `verdict`, and `word`, which is
+    it with what the items show; and the sizes.
     """
     rows = comparison.rows[comparison.rows["difficulty"] == "all"]
     label, scores = labels(comparison.rows), by_measure(rows)
@@ -85,7 +86,7 @@ def headline_scores(comparison: Comparison) -> pd.DataFrame:
         "high",
         "reference",
     ]
-    return table[[*columns, "of_reference", "floor", "verdict", "word", *_SIZES]]
+    return table[[*columns, "of_reference", "floor", "noise", "verdict", "word", *_SIZES]]
 
 
 def with_intervals(scores: pd.DataFrame) -> pd.DataFrame:

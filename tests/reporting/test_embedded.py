@@ -12,9 +12,9 @@ import pytest
 
 from stages.reporting.collect import Results, by_measure, records
 from stages.reporting.judging import Report
-from stages.reporting.page.blocks import recovery_curves
 from stages.reporting.page.board import board, relative
 from stages.reporting.page.browse import browse
+from stages.reporting.page.by_block import block_rows, by_artifact, not_finite, recovery_curves
 from stages.reporting.page.packing import as_json, inline_script, zipped
 from stages.reporting.page.points import AXES, chart_data
 from stages.reporting.words import labels
@@ -56,11 +56,11 @@ def test_the_charts_hold_the_scores_of_the_tables(page, rows):
 
 def test_blocks_are_those_of_the_records(page):
     rows = page.data["charts"]["blocks"]
-    drawn = dict.fromkeys(row["candidate"] for row in rows)
+    drawn = dict.fromkeys(row["artifact"] for row in rows)
     wanda, lora, gptq = "prune/wanda-50", "finetune/wanda-50-lora", "quantize/gptq-w4g64"
     assert {wanda, lora, gptq, "prune/magnitude-50"} <= drawn.keys()
     assert not {"base/smollm2", "quantize/rtn-w4g64"} & drawn.keys(), "neither zeros nor errors"
-    chosen = {name: [row for row in rows if row["candidate"] == name] for name in (wanda, lora, gptq)}
+    chosen = {name: [row for row in rows if row["artifact"] == name] for name in (wanda, lora, gptq)}
     assert [(row["block"], row["sparsity"], row["error"]) for row in chosen[wanda]] == [
         (0, 0.4, 0.125), (1, 0.6, 0.25),
     ]  # fmt: skip
@@ -76,6 +76,19 @@ def test_a_training_behind_several_candidates_is_one_curve():
         ("finetune/a", 0, 2.0), ("finetune/a", 8, 1.5),
     ]  # fmt: skip
     assert recovery_curves({"base/m": {}}) == []
+
+
+def test_equal_names_are_told_apart_and_errors_that_are_not_finite_are_named():
+    errors = {"block_errors": {"tokens": 8, "errors": [0.1, None, 0.3]}}
+    made = {
+        name: {"sparsity_by_block": [0.5, 0.5], "notes": {name: errors}} for name in ("prune/x", "quantize/x")
+    }
+    made["prune/y"] = {"sparsity_by_block": [0.5, None], "notes": {}}
+    rows = block_rows(made, [*made, "base/m"])
+    assert {row["name"] for row in rows} == {"prune/x", "quantize/x", "y"}
+    assert by_artifact(rows, "error") == {"prune/x": [0.1, None, 0.3], "quantize/x": [0.1, None, 0.3]}
+    assert by_artifact(rows, "sparsity")["prune/x"] == [0.5, 0.5, None]
+    assert not_finite(made, list(made)) == [("prune/x", "1"), ("quantize/x", "1")]
 
 
 def charts_of(shares, sizes, bases):

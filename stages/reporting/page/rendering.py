@@ -21,9 +21,9 @@ from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.measured import Measured
 from stages.reporting.page import packing
 from stages.reporting.page.answer import BUDGETED, Recommendations, share_of
-from stages.reporting.page.blocks import block_rows, recovery_curves
 from stages.reporting.page.board import board, relative
 from stages.reporting.page.browse import browse, references_of
+from stages.reporting.page.by_block import block_rows, by_artifact, not_finite, recovery_curves
 from stages.reporting.page.levels import heat_maps, sweeps
 from stages.reporting.page.points import chart_data
 from stages.reporting.scope import Scope
@@ -120,7 +120,8 @@ def render(
         kinds=list(BUDGETED.items()),
         heat=heat,
         sweeps=series,
-        blocks=by_block,
+        blocks={kind: by_artifact(by_block, kind) for kind in ("error", "sparsity")} if by_block else {},
+        not_finite=not_finite(results.records, names),
         recovery=curves,
         by_level=_by_level(scope, competing, label, {_of(entry) for entry in heat}),
         left_out=left_out,

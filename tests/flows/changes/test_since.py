@@ -48,7 +48,7 @@ def test_a_run_writes_the_report_with_what_changed(rerun, capsys):
     text = page.read_text()
     assert text.index('href="#since">Since HEAD<') < text.index('href="#caveats"')
     assert text.index('<section id="since"') < text.index("Artifacts") < text.index('<section id="caveats"')
-    assert "quantize/q" in text
+    assert "quantize/q" in text and "HEAD was commit " in text
     assert (rerun / "data/report/index.html").read_text() == PAGE, "the report is its inputs' alone"
 
 
@@ -74,7 +74,7 @@ def test_a_run_that_made_no_other_report_writes_nothing(rerun, capsys):
 def test_a_commit_that_cannot_be_compared_does_not_end_the_run(rerun, capsys):
     (rerun / "data/report/index.html").write_text("not ours")
     summary.show_changes(RAN)
-    assert "HEAD and this run cannot be compared: the page of the report has no" in capsys.readouterr().out
+    assert "what changed since HEAD cannot be told: the page of the report has no" in capsys.readouterr().out
 
 
 def test_what_others_wrote_stays_text(in_little):

@@ -300,10 +300,14 @@ def test_a_card_has_the_scores_of_the_last_report_beside_their_reference(workspa
     record = json.loads(Path("data/models/quantize/w4/artifact.json").read_text())
     row = {
         "suite": "news", "label": "perplexity", "metric": "perplexity", "value": 31.5, "low": 29.0,
-        "high": 34.0, "reference": "base/tiny", "of_reference": 1.05, "floor": None, "word": "slightly worse",
+        "high": 34.0, "reference": "base/tiny", "of_reference": 1.05, "floor": None, "noise": 0.25,
+        "word": "slightly worse",
     }  # fmt: skip
     card = model_card(record, [row], "", None, "abc")
-    assert "| news: perplexity | 31.50 | 29.00 to 34.00 | base/tiny | 105.0% | – | slightly worse |" in card
+    assert (
+        "| news: perplexity | 31.50 | 29.00 to 34.00 | base/tiny | 105.0% | – | 0.25 | slightly worse |"
+        in card
+    )
     assert "git checkout abc\n" in card and "git checkout" not in model_card(record, [], "", None, None)
 
 

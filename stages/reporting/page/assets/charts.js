@@ -98,16 +98,16 @@
     return Promise.all(charts.map((chart, at) => vegaEmbed(folder.children[at], chart, options)));
   }
 
-  /* One line a name; a click in the legend brings it out. */
-  function drawLines(id, rows, name, x, y, tooltip) {
-    const names = new Set(rows.map(row => row[name]));
+  /* One line a name, broken where a value is missing; a click in the legend brings it out. */
+  function drawLines(id, rows, x, y, tooltip) {
+    const names = new Set(rows.map(row => row.name));
     return vegaEmbed(`#${id}`, {
       $schema: "https://vega.github.io/schema/vega-lite/v5.json", width: "container", height: 300, config, data: { values: rows }, description: `${y.title} by ${x.title}`,
-      params: [{ name: "chosen", select: { type: "point", fields: [name] }, bind: "legend" }],
+      params: [{ name: "chosen", select: { type: "point", fields: ["name"] }, bind: "legend" }],
       mark: { type: "line", point: { size: 30 } },
       encoding: {
-        x: { type: "quantitative", scale: { zero: false, padding: 10 }, ...x }, y: { type: "quantitative", scale: { zero: false, padding: 10 }, ...y }, tooltip,
-        color: { field: name, type: "nominal", sort: null, title: null, scale: { scheme: names.size > 10 ? "tableau20" : "tableau10" }, legend: { orient: "top", columns: narrow() ? 2 : 5, labelLimit: 220 } },
+        x: { type: "quantitative", ...x }, y: { type: "quantitative", ...y }, tooltip,
+        color: { field: "name", type: "nominal", sort: null, title: null, scale: { scheme: names.size > 10 ? "tableau20" : "tableau10" }, legend: { orient: "top", columns: narrow() ? 2 : 5, labelLimit: 220 } },
         opacity: { condition: { param: "chosen", value: 1 }, value: .12 },
       },
     }, options);
@@ -116,13 +116,16 @@
   const kinds = { error: "error of the block's output", sparsity: "share of zeros" };
   function drawBlocks() {
     const column = byId("block-controls").elements.column.value;
-    const x = { field: "block", title: "block", axis: { tickMinStep: 1, format: "d" } };
+    const drawn = new Set(blocks.filter(row => row[column] !== null).map(row => row.name));
+    const rows = blocks.filter(row => drawn.has(row.name)), last = Math.max(...rows.map(row => row.block));
+    const step = Math.ceil((last + 1) / (narrow() ? 8 : 20)), numbers = Array.from({ length: Math.floor(last / step) + 1 }, (_, at) => at * step);
+    const x = { field: "block", title: "block", axis: { values: numbers, format: "d" }, scale: { domain: [0, last], nice: false } };
     const y = { field: column, title: kinds[column], axis: { format: column === "error" ? ".3~g" : ".0%" }, scale: { zero: true } };
-    return drawLines("block-plot", blocks.filter(row => row[column] !== null), "short", x, y,
-      [{ field: "candidate" }, { field: "block" }, { field: column, title: kinds[column], format: column === "error" ? ".3~g" : ".1%" }]);
+    return drawLines("block-plot", rows, x, y,
+      [{ field: "artifact", title: "candidate" }, { field: "block" }, { field: column, title: kinds[column], format: column === "error" ? ".3~g" : ".1%" }]);
   }
-  const drawRecovery = () => drawLines("recovery-plot", recovery, "short",
-    { field: "tokens", title: "tokens trained on", axis: { format: "~s" } }, { field: "loss", title: "held-out loss, nats", axis: { format: ".3~f" } },
+  const drawRecovery = () => drawLines("recovery-plot", recovery,
+    { field: "tokens", title: "tokens trained on", axis: { format: "~s" }, scale: { nice: false } }, { field: "loss", title: "held-out loss, nats", axis: { format: ".3~f" }, scale: { zero: false } },
     [{ field: "artifact" }, { field: "tokens", format: ",d" }, { field: "loss", format: ".4f" }]);
 
   const offered = measures.map((measure, place) => [place, measure.name]);
