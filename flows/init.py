@@ -21,6 +21,7 @@ from stages.core.files import sha256, write_text
 from stages.core.reading import reading
 from stages.core.schema import LONGEST_NAME
 from stages.corpus.windows import cut_windows, distinct_rows, read_documents
+from stages.job.checks.own_tasks import of_tasks
 from stages.job.load import checked_params, parsed, read
 from stages.job.params import Params
 from stages.job.sentences import allowed
@@ -82,6 +83,8 @@ def write_start(model: str, text: Path | None, task: str, output: Path, force: b
         lines += ["", *section_lines(section, content.get(section, {}), notes)]
     written = "\n".join(lines) + "\n"
     params = checked_params(parsed(written), f"{output} as it would be", device=False)
+    if mistakes := list(of_tasks(params)):
+        raise Refusal("\n".join(mistakes))
     write_text(output, written)
     return params, bool(before)
 

@@ -27,6 +27,7 @@ from stages.sources.tokenizer import original_tokenizer
 
 _HUB = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+?)(?:@(.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
 """The files of a repository that describe a model; the rest are weights."""
 WIDTH_REMOVED = 0.2
@@ -100,7 +101,14 @@ def _of_files(source: str, content: Path, label: str, chosen: Path | None = None
     if len(places) != 1:
         listed = ", ".join(str(place.relative_to(content)) for place in places)
         fault = f"several checkpoints ({listed}); give the path of one" if places else "no checkpoint"
-        raise Refusal(f"{source} holds {fault}: a folder with *.safetensors, or a .gguf file.")
+        pickles = sorted(file.name for file in content.rglob("*") if file.suffix in _PICKLES)
+        message = f"{source} holds {fault}: a folder with *.safetensors, or a .gguf file."
+        if pickles and not places:
+            message += (
+                f" {pickles[0]} is a pickle, which can run code and is not read; load the model once and "
+                "write it with save_pretrained, as safetensors."
+            )
+        raise Refusal(message)
     (place,) = places
     inner = place.relative_to(content).as_posix()
     if files:
@@ -129,8 +137,8 @@ def _described(repository: str, revision: str) -> Iterator[tuple[str, Path]]:
         raise
     except Exception as error:  # the network's, and whatever the hub's client makes of it
         raise Refusal(
-            f"cannot read {repository} at {revision} from the hub ({reason(error)}); check the name and the "
-            f"network, or download the model and give its folder."
+            f"there is no folder {repository}, and it cannot be read at {revision} from the hub "
+            f"({reason(error)}); check the name and the network, or give the folder of a downloaded model."
         ) from None
 
 

@@ -129,13 +129,15 @@ def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
     Raises:
         Refusal: one line a mistake, all of them.
     """
-    from stages.job.checks.counts import of_windows  # stages read params too, and need none of these
+    from stages.job.checks.chat_templates import of_chat_templates  # stages read params too, and need none
+    from stages.job.checks.counts import of_windows
     from stages.job.checks.learning import of_conversations
     from stages.job.checks.own_tasks import of_tasks
 
     params = load(path, device)
     _refuse(list(checks.changed_paths(params)), str(path))
-    _refuse([*of_tasks(params), *of_conversations(params), *of_windows(params)[0]], str(path))
+    _refuse([*of_tasks(params), *of_conversations(params)], str(path))
+    _refuse([*of_chat_templates(params), *of_windows(params)[0]], str(path))
     return params
 
 

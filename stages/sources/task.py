@@ -117,7 +117,8 @@ def _merged(root: Path, file: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen or not path.resolve().is_relative_to(root.resolve()):
         raise Refusal(f"{path} is included by itself or lies outside {root}; include files of this folder.")
     try:
-        config = yaml.load(path.read_bytes(), Loader=Loader)
+        with path.open("rb") as opened:  # errors name the file
+            config = yaml.load(opened, Loader=Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):

@@ -18,6 +18,7 @@ from stages.core.files import sha256
 from stages.job.load import load, load_verified, read
 from tests import families, finished, project
 from tests.hub import COMMIT
+from tests.owntask import write_task
 
 CANDIDATES = (
     "base/llama", "noise/batch-5", "prune/wanda-50", "prune/width-20", "quantize/rtn-w4g32",
@@ -158,6 +159,18 @@ def test_what_is_not_there_is_refused(arguments, sentence, folder):
     assert not Path("params.yaml").exists()
 
 
+def test_pickles_and_a_wrong_task_are_told_before_anything_is_written(folder):
+    Path("old").mkdir()
+    Path("old/config.json").write_text("{}")
+    Path("old/pytorch_model.bin").write_bytes(b"0")
+    assert "pytorch_model.bin is a pickle, which can run code and is" in init("--model", "old", code=2)
+    write_task(Path("mine"))
+    task = Path("mine/qa.yaml")
+    task.write_text(task.read_text().replace("exact_match", "exact_mach"))
+    said = init("--model", "inputs/llama", "--task", "mine/qa.yaml", code=2)
+    assert "did you mean 'exact_match'?" in said and not Path("params.yaml").exists()
+
+
 def test_the_hub_is_asked_for_the_description_alone(folder, inputs, monkeypatch):
     asked = {}
 
@@ -181,7 +194,8 @@ def test_the_hub_is_asked_for_the_description_alone(folder, inputs, monkeypatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", away)
     said = init("--model", f"org/tiny@{COMMIT}", "--output", "other.yaml", code=2)
-    assert f"cannot read org/tiny at {COMMIT} from the hub (ConnectionError: no route); check" in said
+    assert f"there is no folder org/tiny, and it cannot be read at {COMMIT} from the hub (Conn" in said
+    assert "ConnectionError: no route" in said
 
 
 def test_it_asks_where_nothing_was_given(folder, monkeypatch):

@@ -51,6 +51,14 @@ def test_a_sound_task_passes(raw):
         ),
         ("test: test.jsonl", "test: lost.jsonl", "names lost.jsonl, which is no file of its folder"),
         ("task: qa", "tusk: qa", "defines no single task"),
+        ("output_type: generate_until", "output_type: generate_untill", "did you mean 'generate_until'?"),
+        (
+            "{{question}}",
+            "{{quastion}}",
+            "names quastion; the columns of its data are answer, level, question",
+        ),
+        ("{{question}}", "{{question}", "doc_to_text of qa.yaml is no template ("),
+        ("task: qa", "task: [qa", 'mine/qa.yaml", line'),
     ],
 )
 def test_a_task_that_could_not_run_is_named(old, new, sentence, raw):

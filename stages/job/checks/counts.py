@@ -162,7 +162,7 @@ def _counted(params: Params, wanted: Wanted, read: Splits) -> Counted | None:
     Args:
         read: see `_parts`.
     """
-    folder, dataset = _checkpoint(params, wanted.model), params.datasets.get(wanted.dataset)
+    folder, dataset = checkpoint_of(params, wanted.model), params.datasets.get(wanted.dataset)
     if folder is None or not isinstance(dataset, Text | Mix):
         return None
     if (origin := _origin(wanted.dataset, dataset)) is None:
@@ -177,7 +177,7 @@ def _counted(params: Params, wanted: Wanted, read: Splits) -> Counted | None:
     key = text_sha256(json.dumps(facts))
     kept: dict[str, Any] = read_json(COUNTS) if COUNTS.exists() else {}
     if key not in kept:
-        tokenizer = _tokenizer(folder, f"base/{wanted.model}")
+        tokenizer = tokenizer_of(folder, f"base/{wanted.model}")
         kept[key] = _count(wanted, tokenizer, _parts(origin, wanted.dataset, dataset, wanted.split, read))
         write_json(COUNTS, kept)
     return Counted(wanted, tuple((name, share, count) for name, share, count in kept[key]))
@@ -194,12 +194,13 @@ def _count(wanted: Wanted, tokenizer: Any, parts: list[TextPart]) -> list[tuple[
 
 
 @cache
-def _tokenizer(folder: Path, source: str) -> Any:
+def tokenizer_of(folder: Path, source: str) -> Any:
+    """Load the tokenizer of a checkpoint, once; `source` names it in messages."""
     return original_tokenizer(folder, source)
 
 
-def _checkpoint(params: Params, base: str) -> Path | None:
-    """Return the folder with a model's config and tokenizer: its source, or its downloaded copy."""
+def checkpoint_of(params: Params, base: str) -> Path | None:
+    """Return the folder with a model's config and tokenizer: its source or its copy, if here."""
     model = params.models[base]
     if isinstance(model, Safetensors) and model.source.startswith("path:"):
         return Path(model.source.removeprefix("path:")) / model.folder
@@ -213,7 +214,7 @@ def _checkpoint(params: Params, base: str) -> Path | None:
 
 def _longest(params: Params, base: str) -> int | None:
     """Return the tokens that a model reads at most; None if its config is not here or does not say."""
-    folder = _checkpoint(params, base)
+    folder = checkpoint_of(params, base)
     if folder is None or not (folder / "config.json").exists():
         return None
     return most_tokens_of(read_json(folder / "config.json"))

@@ -5,17 +5,21 @@ off its decorators, those of tasks off its YAML. A task is looked for in files o
 """
 
 import difflib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from stages.core.errors import Refusal
 from stages.corpus.examples import Selection
 from stages.evaluation.stock import OURS
 from stages.job.params import Params
-from stages.sources.task import OwnTask, data_files, metrics, read_task
+from stages.job.sentences import allowed
+from stages.sources.task import Function, OwnTask, data_files, metrics, read_task
 
 _METRIC = re.compile(r'register_metric\(\s*metric="([^"]+)"')
 _TASK = re.compile(
@@ -23,6 +27,8 @@ _TASK = re.compile(
 )
 _LISTED = re.compile(r"""^\s*-\s*["']?([^"'#:\n]+?)["']?\s*(?:#.*)?$""", re.MULTILINE)
 """A name in a YAML list, as a task's tags can be."""
+_TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
+"""Fields of a task that are templates over the columns of its data."""
 
 
 def of_tasks(params: Params) -> Iterator[str]:
@@ -58,6 +64,10 @@ def _of_own(at: str, dataset: OwnTask, learned: set[str | None]) -> Iterator[str
     except Refusal as refusal:
         yield f"{at}: {refusal}"
         return
+    kind = config.get("output_type", "generate_until")
+    if kind not in (kinds := _output_types()):
+        yield f"{at}: {dataset.yaml} has output_type {kind!r}; {allowed(kinds, str(kind))}."
+    yield from _of_templates(at, dataset.yaml, config, splits)
     for metric in metrics(config):
         if metric not in (known := _metrics()):
             close = difflib.get_close_matches(metric, known, 1)
@@ -76,11 +86,60 @@ def _of_own(at: str, dataset: OwnTask, learned: set[str | None]) -> Iterator[str
         )
 
 
+def _of_templates(
+    at: str, file: str, config: Mapping[str, Any], splits: Mapping[str, list[Path]]
+) -> Iterator[str]:
+    """Yield templates that are broken, or name a column that no row of the data has."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
+    from jinja2.defaults import DEFAULT_NAMESPACE
+
+    if isinstance(config.get("process_docs"), Function):  # its code may add columns
+        return
+    columns = {name for files in splits.values() for data in files for name in _columns(data)}
+    for field in _TEMPLATES:
+        template = config.get(field)
+        if not isinstance(template, str) or not re.search(r"{[{%]", template):
+            continue
+        try:
+            named = meta.find_undeclared_variables(Environment().parse(template))
+        except TemplateSyntaxError as error:
+            yield f"{at}: {field} of {file} is no template ({error.message}); correct it."
+            continue
+        if columns and (lost := sorted(named - columns - DEFAULT_NAMESPACE.keys())):
+            known = ", ".join(sorted(columns))
+            yield f"{at}: {field} of {file} names {' and '.join(lost)}; the columns of its data are {known}."
+
+
+def _columns(data: Path) -> list[str]:
+    """Return the columns of a data file; none if it cannot be told, which the download says."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    with suppress(Exception):
+        if data.suffix == ".parquet":
+            return list(pq.read_schema(data).names)
+        if data.suffix == ".csv":
+            return list(pd.read_csv(data, nrows=0).columns)
+        text = data.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
+        return list(dict.fromkeys(name for row in rows for name in row))
+    return []
+
+
 def _lm_eval() -> Path:
     """Return lm-eval's folder, without importing it."""
     spec = find_spec("lm_eval")
     assert spec and spec.origin
     return Path(spec.origin).parent
+
+
+@cache
+def _output_types() -> list[str]:
+    """Return the values of `output_type`."""
+    code = (_lm_eval() / "api" / "task.py").read_text(encoding="utf-8")
+    listed = re.search(r"ALL_OUTPUT_TYPES = \[(.*?)\]", code, re.DOTALL)
+    assert listed, "lm-eval lists its output types elsewhere"
+    return re.findall(r'"(\w+)"', listed[1])
 
 
 @cache
