@@ -15,6 +15,7 @@ line is a JSON object.
 """
 
 import argparse
+import compileall
 import contextlib
 import ctypes
 import json
@@ -23,6 +24,7 @@ import resource
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -53,6 +55,24 @@ for number, (command, upstream) in enumerate(stages):
 """
 
 
+FORKED = """
+import json, os, runpy, shlex, sys
+import torch, transformers  # once
+for name, command in json.load(sys.stdin):
+    os.environ["DVC_STAGE"] = name
+    module, *arguments = [name if word == "$DVC_STAGE" else word for word in shlex.split(command)[2:]]
+    child = os.fork()
+    if not child:
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        sys.stdout.flush()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{name} failed")
+"""
+"""Run stages one after another, each in a fork of a process that has imported what takes long."""
+
+
 def params(inputs: Path, stages: int) -> dict[str, Any]:
     """Return params with so many stages."""
     values = project.params(inputs)
@@ -69,8 +89,8 @@ def params(inputs: Path, stages: int) -> dict[str, Any]:
     return values
 
 
-def make(folder: Path, inputs: Path, stages: int) -> list[str]:
-    """Make a project in which nothing has run, with the rules of Snakemake; return all commands in order."""
+def make(folder: Path, inputs: Path, stages: int) -> dict[str, str]:
+    """Make a project in which nothing has run, with the rules of Snakemake; return each stage's command."""
     project.make(folder, inputs)
     project.write(folder, params(inputs, stages))
     with contextlib.chdir(folder):
@@ -78,28 +98,39 @@ def make(folder: Path, inputs: Path, stages: int) -> list[str]:
     if len(whole) != stages:
         raise SystemExit(f"the project has {len(whole)} stages instead of {stages}.")
     numbers = {name: number for number, name in enumerate(whole)}
-    rules = [  # DVC tells a stage its name
-        (f"export DVC_STAGE={shlex.quote(name)}; {stage.cmd}", [numbers[up] for up in stage.upstream])
+    rules = [
+        (script({name: stage.cmd})[-1], [numbers[up] for up in stage.upstream])
         for name, stage in whole.items()
     ]
     (folder / "stages.json").write_text(json.dumps(rules))
     (folder / "Snakefile").write_text(RULES)
     project.commit(folder, "cheap stages")
-    return [command for command, _ in rules]
+    return {name: stage.cmd for name, stage in whole.items()}
 
 
-def finish(folder: Path, commands: Sequence[str]) -> None:
+def script(commands: Mapping[str, str]) -> list[str]:
+    """Return a shell's command that runs stages by themselves; DVC tells a stage its name."""
+    lines = [f"export DVC_STAGE={shlex.quote(name)}; {command}" for name, command in commands.items()]
+    return ["sh", "-ec", "\n".join(lines)]
+
+
+def finish(folder: Path, commands: Mapping[str, str]) -> None:
     """Run all commands by themselves; lock what they wrote at once, not a stage at a time as DVC does."""
     from dvc.repo import Repo, lock_repo
 
     for _ in range(2):  # the second time each result notes the hashes of its sources, which are locked now
-        cpu_seconds(["sh", "-ec", "\n".join(commands)], folder)
+        listed = json.dumps(list(commands.items()))
+        env = {**project.ENV, "PYTHONPATH": str(folder), "TQDM_DISABLE": "1"}
+        subprocess.run(
+            [sys.executable, "-c", FORKED], cwd=folder, env=env, input=listed, text=True, check=True
+        )
         with contextlib.chdir(folder), Repo() as repo, lock_repo(repo):
             stages = [stage for stage in repo.index.stages if isinstance(stage, PipelineStage)]
             for stage in stages:
                 stage.save()
                 stage.commit()
             stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
+    compileall.compile_dir(folder / "flows", quiet=1)  # as a first run leaves it
     (folder / "done").mkdir()
     for number in range(len(commands)):  # what Snakemake looks at
         (folder / f"done/{number}").touch()
@@ -154,7 +185,7 @@ def compare(tools: Mapping[str, Sequence[str]], stages: int, base: Path, inputs:
     folder = base / "project"
     commands = make(folder, inputs, stages)
     if cold:
-        own = cpu_seconds(["sh", "-ec", "\n".join(commands)], folder)[0]
+        own = cpu_seconds(script(commands), folder)[0]
         tell(f"{stages} stages by themselves, CPU seconds", own)
     else:
         finish(folder, commands)
