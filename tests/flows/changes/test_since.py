@@ -1,12 +1,13 @@
 """What changed since the last commit, as a section of a copy of the report's page."""
 
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from flows import summary
+from flows import scheduled, summary
 from flows.changes.asked import compare
 from flows.changes.webpage import with_changes
 from tests import project
@@ -75,6 +76,25 @@ def test_a_commit_that_cannot_be_compared_does_not_end_the_run(rerun, capsys):
     (rerun / "data/report/index.html").write_text("not ours")
     summary.show_changes(RAN)
     assert "what changed since HEAD cannot be told: the page of the report has no" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stale", [set(), {"report"}])
+def test_a_night_tells_what_changed_in_its_report_only_if_that_is_new(stale, rerun, monkeypatch):
+    project.commit(rerun, "a night")
+    project.run(rerun, "git", "branch", "night")
+    told = {}
+    monkeypatch.setattr(
+        scheduled, "create_markdown_artifact", lambda text, **facts: told.update(facts, text=text)
+    )
+    monkeypatch.setattr(scheduled, "get_run_logger", lambda: logging.getLogger("night"))
+    monkeypatch.setattr(scheduled.graph, "consult", lambda _: stale)
+    scheduled._tell_changes("night")
+    page = (rerun / "data/runs/since-night.html").read_text()
+    assert told["key"] == "since-night" and "quantize/q" in told["text"] and "quantize/q" in page
+    assert ('<section id="since"' in page) == (not stale), "an old report is not joined to new changes"
+    monkeypatch.setattr(scheduled, "compare", lambda _: {}["verdicts"])
+    scheduled._tell_changes("night")
+    assert "what changed since night~1 cannot be told: 'verdicts'" in told["text"]
 
 
 def test_what_others_wrote_stays_text(in_little):
