@@ -1,4 +1,7 @@
-"""Evaluate: score one candidate on one suite; write its record, scores, answers, for a base the questions."""
+"""Evaluate: score one candidate on one suite; write scores and answers beside its record.
+
+For a base it also writes the questions, which whoever descends from it is asked too.
+"""
 
 from importlib.metadata import version
 from typing import Any

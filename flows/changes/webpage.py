@@ -4,7 +4,7 @@ The report is the same for everyone who has its inputs; what changed since the l
 section stands in a copy of the page, in `data/runs`.
 """
 
-import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import escape
 
 from flows.changes.sections import Quote, heading, sections, summary
+from flows.commits import git
+from stages.core.errors import Refusal
 from stages.core.files import REPORT, RUNS, write_text
 
 _LENGTH = 1500
@@ -60,8 +62,9 @@ def write_changes(diff: dict[str, Any], name: str, *, reported: bool) -> Path:
 
 def _commit(revision: str) -> str:
     """Return the short hash and the day of a revision; nothing if git does not know it."""
-    command = ["git", "log", "-1", "--format=%h of %ad", "--date=short", revision, "--"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    with suppress(Refusal):
+        return git("log", "-1", "--format=%h of %ad", "--date=short", revision, "--")
+    return ""
 
 
 def _rendered(template: str, diff: dict[str, Any], **values: Any) -> str:

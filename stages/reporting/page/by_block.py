@@ -63,7 +63,7 @@ def by_artifact(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, lis
     values: dict[str, list[Any]] = {}
     for row in rows:
         values.setdefault(row["name"], []).append(row[column])
-    return {name: column for name, column in values.items() if any(_is_number(value) for value in column)}
+    return {name: listed for name, listed in values.items() if any(_is_number(value) for value in listed)}
 
 
 def _is_number(value: float | None) -> bool:
