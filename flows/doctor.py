@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import psutil
 
 from flows import machine, workspace
+from stages.core import half_products
 from stages.core.errors import Refusal
 from stages.core.files import SCRATCH
 from stages.job.locked import LOCK
@@ -190,10 +191,10 @@ def other_versions() -> str:
 def _processor() -> Iterator[Finding]:
     info = Path("/proc/cpuinfo")
     words = set(re.findall(r"\w+", info.read_text())) if info.exists() else set()
-    has = [flag for flag in FLAGS if flag in words]
-    yield Finding(
-        "processor", "ok", f"{platform.machine()}, {', '.join(has) or 'no feature that matters here'}"
-    )
+    has = ", ".join(flag for flag in FLAGS if flag in words) or "no feature that matters here"
+    slow = half_products.slow()
+    how = f"; products of {' and '.join(slow)} are computed in float32, as it has no instructions for them"
+    yield Finding("processor", "ok", f"{platform.machine()}, {has}{how if slow else ''}")
 
 
 def _prefect() -> Iterator[Finding]:

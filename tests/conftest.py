@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 import torch
 
+from stages.core import half_products
 from stages.core.errors import Refusal
 from stages.core.run import Run
 from tests import families, project
@@ -113,8 +114,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_thread(device: torch.device) -> None:
-    """Tensors are tiny, many processes may share the cores, and sums come out in one order."""
+    """Tensors are tiny, many processes may share the cores, and sums come out in one order, as in a stage."""
     torch.set_num_threads(1)
+    half_products.widen(half_products.slow())
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from stages.core import portable
+from stages.core import half_products, portable
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
 from stages.core.schema import Seed, Strict
@@ -96,6 +96,7 @@ class Run(Strict):
                 "or a processor of Intel with AVX2."
             )
         keep_freed()
+        half_products.widen(self._widened())
         # cuBLAS reads this when it starts: without it deterministic algorithms are refused on CUDA.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         device = self.resolved_device()
@@ -114,6 +115,10 @@ class Run(Strict):
             _choose_attention()
         return device
 
+    def _widened(self) -> list[str]:
+        """Return the dtypes whose products are computed in fp32 here: both of 16 bits, if portable."""
+        return half_products.HALVES if self.numerics == "portable" else half_products.slow()
+
     def arithmetic(self) -> dict[str, Any]:
         """Return what the bytes of an artifact depend on beside its inputs.
 
@@ -130,6 +135,7 @@ class Run(Strict):
             "cpu_matrix_units": [
                 flag for flag in MATRIX_UNITS if torch.cpu.get_capabilities().get(flag) and not fixed
             ],
+            **({} if fixed else {"cpu_products_in_fp32": self._widened()}),
             "threads": self.threads,
             "dtype": self.dtype,
             "torch": str(torch.__version__),

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from stages.core import half_products
 from stages.core.errors import Refusal
 from stages.core.run import MATRIX_UNITS, Run
 
@@ -104,6 +105,7 @@ def test_numerics_name_what_bytes_depend_on(monkeypatch):
         "device": "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_matrix_units": [unit for unit in MATRIX_UNITS if torch.cpu.get_capabilities()[unit]],
+        "cpu_products_in_fp32": half_products.slow(),
         "threads": 1,
         "dtype": "bfloat16",
         "torch": torch.__version__,
