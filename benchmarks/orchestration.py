@@ -31,8 +31,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dvc.stage import PipelineStage
-
 from benchmarks.figures import tell
 from flows import graph
 from tests import project
@@ -89,8 +87,8 @@ def params(inputs: Path, stages: int) -> dict[str, Any]:
     return values
 
 
-def make(folder: Path, inputs: Path, stages: int) -> dict[str, str]:
-    """Make a project in which nothing has run, with the rules of Snakemake; return each stage's command."""
+def make(folder: Path, inputs: Path, stages: int) -> graph.Graph:
+    """Make a project in which nothing has run, with the rules of Snakemake; return its stages."""
     project.make(folder, inputs)
     project.write(folder, params(inputs, stages))
     with contextlib.chdir(folder):
@@ -105,7 +103,7 @@ def make(folder: Path, inputs: Path, stages: int) -> dict[str, str]:
     (folder / "stages.json").write_text(json.dumps(rules))
     (folder / "Snakefile").write_text(RULES)
     project.commit(folder, "cheap stages")
-    return {name: stage.cmd for name, stage in whole.items()}
+    return whole
 
 
 def script(commands: Mapping[str, str]) -> list[str]:
@@ -114,26 +112,40 @@ def script(commands: Mapping[str, str]) -> list[str]:
     return ["sh", "-ec", "\n".join(lines)]
 
 
-def finish(folder: Path, commands: Mapping[str, str]) -> None:
-    """Run all commands by themselves; lock what they wrote at once, not a stage at a time as DVC does."""
+def finish(folder: Path, whole: graph.Graph) -> None:
+    """Run all stages by themselves; lock a level of the graph at once, not a stage at a time as DVC does.
+
+    Results note the locked hashes of their sources, so a level is locked before the next runs.
+    """
     from dvc.repo import Repo, lock_repo
 
-    for _ in range(2):  # the second time each result notes the hashes of its sources, which are locked now
-        listed = json.dumps(list(commands.items()))
+    for level in levels(whole):
+        listed = json.dumps([(name, whole[name].cmd) for name in level])
         env = {**project.ENV, "PYTHONPATH": str(folder), "TQDM_DISABLE": "1"}
         subprocess.run(
             [sys.executable, "-c", FORKED], cwd=folder, env=env, input=listed, text=True, check=True
         )
         with contextlib.chdir(folder), Repo() as repo, lock_repo(repo):
-            stages = [stage for stage in repo.index.stages if isinstance(stage, PipelineStage)]
+            stages = [stage for stage in repo.index.stages if stage.addressing in level]
             for stage in stages:
                 stage.save()
                 stage.commit()
             stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
-    compileall.compile_dir(folder / "flows", quiet=1)  # as a first run leaves it
+    # As a first run leaves it: modules compiled, the windows of texts counted.
+    compileall.compile_dir(folder / "flows", quiet=1)
+    env = {**project.ENV, "PYTHONPATH": str(folder)}
+    subprocess.run(["prunequant", "check"], cwd=folder, env=env, stdout=subprocess.DEVNULL, check=True)
     (folder / "done").mkdir()
-    for number in range(len(commands)):  # what Snakemake looks at
+    for number in range(len(whole)):  # what Snakemake looks at
         (folder / f"done/{number}").touch()
+
+
+def levels(whole: graph.Graph) -> list[set[str]]:
+    """Return the stages in sets, each of which needs nothing but the sets before it."""
+    depth: dict[str, int] = {}
+    for name, stage in whole.items():  # upstream stages come first
+        depth[name] = 1 + max((depth[up] for up in stage.upstream), default=-1)
+    return [{name for name in depth if depth[name] == level} for level in range(max(depth.values()) + 1)]
 
 
 def cpu_seconds(command: Sequence[str], folder: Path) -> tuple[float, float]:
@@ -183,12 +195,12 @@ def main() -> None:
 def compare(tools: Mapping[str, Sequence[str]], stages: int, base: Path, inputs: Path, cold: bool) -> None:
     """Print the figures of every tool over so many stages."""
     folder = base / "project"
-    commands = make(folder, inputs, stages)
+    whole = make(folder, inputs, stages)
     if cold:
-        own = cpu_seconds(script(commands), folder)[0]
+        own = cpu_seconds(script({name: stage.cmd for name, stage in whole.items()}), folder)[0]
         tell(f"{stages} stages by themselves, CPU seconds", own)
     else:
-        finish(folder, commands)
+        finish(folder, whole)
     for tool, command in tools.items():
         if cold:
             shutil.rmtree(folder)

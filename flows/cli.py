@@ -371,6 +371,10 @@ def diff(
         typer.Option(help="First bring what the cache lacks from the DVC remote: results, or all."),
     ] = None,
     remote: Annotated[str | None, typer.Option(help="The DVC remote of --fetch; default: DVC's.")] = None,
+    tensors: Annotated[
+        bool,
+        typer.Option("--tensors/--no-tensors", help="Compare models tensor by tensor, which takes longest."),
+    ] = True,
     html: Annotated[Path | None, typer.Option(help="Also write a page of one file.")] = None,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")
@@ -387,7 +391,7 @@ def diff(
             raise Refusal(f"--html {html} is a folder; name a file, such as {html / 'diff.html'}.")
         from flows.changes.asked import compare
 
-        changes = compare(names, at, fetch, remote)
+        changes = compare(names, at, fetch, remote, tensors=tensors)
         if html:
             from flows.changes.webpage import write_webpage
 

@@ -253,6 +253,10 @@ def _size(count: int | None) -> str:
 
 
 def _tensors(diff: dict[str, Any]) -> Section:
+    columns = ("model", "tensors that differ", "change", "zeros gained", "zeros lost", "furthest")
+    if not diff["tensors_compared"]:
+        note = "Not compared here; `prunequant diff` compares them, which takes longest."
+        return Section("Tensors", columns, [], (note,))
     rows = []
     for row in diff["artifacts"]:
         if tensors := row.get("tensors"):
@@ -269,7 +273,6 @@ def _tensors(diff: dict[str, Any]) -> Section:
                 (row["path"], f"{tensors['changed']} of {tensors['tensors']}", _moved(tensors["change"]),
                  f"{tensors['zeros_gained']:,}", f"{tensors['zeros_lost']:,}", "; ".join([*names, *furthest]))
             )  # fmt: skip
-    columns = ("model", "tensors that differ", "change", "zeros gained", "zeros lost", "furthest")
     notes = ("Change: the norm of the difference over that of the tensor before.",) if rows else ()
     return Section("Tensors", columns, rows, notes)
 

@@ -179,10 +179,15 @@ class Params(Strict):
 
     def lineage(self, artifact: str) -> list[str]:
         """Return an artifact and its ancestors, nearest first, up to one that is missing or comes again."""
-        recipes, chain = self.recipes(), [artifact]
-        while chain[-1] in recipes and (source := recipes[chain[-1]].source) not in chain:
-            chain.append(source)
+        chain = [artifact]
+        while (recipe := self._recipe(chain[-1])) and recipe.source not in chain:
+            chain.append(recipe.source)
         return chain
+
+    def _recipe(self, artifact: str) -> Recipe | Noise | Floor | Teaching | None:
+        """Return one of `recipes`, without making a dictionary of them all; None if there is none."""
+        stage, _, name = artifact.partition("/")
+        return getattr(self, stage).get(name) if stage in RECIPES else None
 
 
 def methods(section: str) -> dict[str, type[Any]]:

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from flows import cli, probe
 from flows.cli import app
-from flows.init import task_entry
+from flows.exporting import ggml_types
+from flows.init import _GGUF_BLOCK, task_entry
 from stages.core.files import sha256
 from stages.job.load import load, load_verified, read
 from tests import families, finished, project
@@ -70,6 +72,19 @@ def test_a_family_is_described_as_it_is(family, folder):
     assert ("width-20" in params.prune) == (found.no_width is None)
     assert params.quantize["rtn-w4g32"].ignore == tuple(found.ignore)
     assert list(params.datasets) == ["news", "speeches", "arithmetic"]
+
+
+def test_groups_that_gguf_cannot_hold_are_told(folder, monkeypatch):
+    init("--model", "inputs/llama")
+    assert "GGUF" not in Path("params.yaml").read_text()
+    found = probe.probe("inputs/llama")
+    monkeypatch.setattr("flows.init.probe", lambda name: replace(found, group_size=16))
+    init("--model", "inputs/llama", "--force")
+    written = Path("params.yaml").read_text()
+    assert "rtn-w4g16" in written
+    assert "# groups of 16 are the longest that fit every width; GGUF cannot hold them" in written
+    assert load_verified().quantize["rtn-w4g16"].group_size == 16
+    assert ggml_types.PER_SCALE == _GGUF_BLOCK
 
 
 def write_table(kind: str, column: str) -> Path:

@@ -380,6 +380,13 @@ def test_ids_are_unique_with_two_bases_and_the_caption_tells_of_two_fronts():
     assert "no model of the same base is both smaller and better" in text
 
 
+def test_every_table_says_what_it_holds(whole):
+    text = (whole[1] / "data/report/index.html").read_text()
+    tables = re.findall(r"<table\b[^>]*>\s*(<caption\b[^>]*>([^<]+)</caption>)?", text)
+    assert len(tables) > 8
+    assert all(caption.strip() for _, caption in tables)
+
+
 def test_cells_of_levels_open_the_items_of_their_column():
     leveled = of_items({"base/m": RIGHT, "prune/p": RIGHT})
     levels = [leveled.scores.assign(difficulty=level) for level in ("all", "easy", "hard")]

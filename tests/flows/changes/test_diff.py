@@ -24,6 +24,7 @@ from tests.results import of_items, together
 MODEL = "data/models/quantize/gptq-w4g32"
 NOTHING = {
     "revisions": ["a", "b"],
+    "tensors_compared": True,
     **{
         part: []
         for part in (
