@@ -21,6 +21,7 @@ from stages.core.reading import reading, reason
 from stages.model.artifact import check_text_model
 from stages.model.blocks import blocks, linears
 from stages.model.positions import most_tokens
+from stages.model.skeleton import input_widths, skeleton
 from stages.pruning.shape.width import Width
 from stages.sources.origin import fetched
 from stages.sources.tokenizer import original_tokenizer
@@ -165,9 +166,9 @@ def _of_checkpoint(settings: dict[str, Any], place: Path, label: str) -> Probe:
             )
         tokenizer = original_tokenizer(place, source)
     check_text_model(source, config)
-    model = _without_weights(config)
+    model = skeleton(config)
     every = linears(model, partial=True)
-    widths = sorted({linear.weight.shape[1] for linear in every})
+    widths = list(input_widths(model))
     if not widths:
         raise Refusal(
             f"{source} has no linears in its blocks, so there is nothing to compress; use another model."
@@ -184,15 +185,6 @@ def _of_checkpoint(settings: dict[str, Any], place: Path, label: str) -> Probe:
         no_width=f"it has {', '.join(ignore)} beside its linears" if ignore else _no_width(config),
         tokenizer=tokenizer,
     )
-
-
-def _without_weights(config: Any) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _unserved(model: Any, served: set[str]) -> list[str]:

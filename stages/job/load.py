@@ -121,8 +121,8 @@ def _of_hash(loc: tuple[Any, ...]) -> str | None:
 
 
 def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
-    """Read and check `path`, compare `path:` sources with their hashes, count the windows of texts, and
-    look at the user's own tasks and conversations.
+    """Read and check `path`, compare `path:` sources with their hashes, models with their widths, count
+    the windows of texts, and look at the user's own tasks and conversations.
 
     Called once a run, not once a stage, as it reads all that these sources hold.
 
@@ -133,10 +133,11 @@ def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
     from stages.job.checks.counts import of_windows
     from stages.job.checks.learning import of_conversations
     from stages.job.checks.own_tasks import of_tasks
+    from stages.job.checks.widths import of_widths
 
     params = load(path, device)
     _refuse(list(checks.changed_paths(params)), str(path))
-    _refuse([*of_tasks(params), *of_conversations(params)], str(path))
+    _refuse([*of_widths(params), *of_tasks(params), *of_conversations(params)], str(path))
     _refuse([*of_chat_templates(params), *of_windows(params)[0]], str(path))
     return params
 

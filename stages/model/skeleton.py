@@ -1,0 +1,29 @@
+"""A model without its weights: what its config alone tells of it, in no memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stages.core.lazy import torch
+from stages.model.blocks import linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """Return the model of a config of transformers, its tensors on torch's meta device.
+
+    The config loses its quantization: it is the model before that.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def input_widths(model: PreTrainedModel) -> tuple[int, ...]:
+    """Return the input widths of the linears in a model's blocks, ascending; empty if it has none."""
+    return tuple(sorted({linear.weight.shape[1] for linear in linears(model, partial=True)}))
