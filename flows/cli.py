@@ -277,6 +277,13 @@ def init(
     typer.echo(f"{output} compares {listed} on {', '.join(params.suites.by_name())}.")
     if replaced:
         typer.echo(f"It replaced a file; `git checkout {output}` brings the committed one back.")
+    for dataset, source in params.datasets.items():
+        if isinstance(column := getattr(source, "column", None), str):
+            typer.echo(
+                f"The text of {dataset} is column {column}; datasets.{dataset}.column may name another."
+            )
+    if output.resolve() != Path("params.yaml").resolve():
+        typer.echo(f"Every command reads params.yaml: `cp {output} params.yaml` makes it the one in use.")
     typer.echo("`prunequant plan` says what would run, `prunequant run` runs it.")
 
 

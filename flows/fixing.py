@@ -1,33 +1,71 @@
 """Fill in what can be known: the hashes of sources that params.yaml lacks."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
 from flows.layout import relaid
+from stages.core.errors import Refusal
 from stages.core.files import write_text
 from stages.job.checks.hashes import content_hash, lacking
-from stages.job.load import read
+from stages.job.load import parsed, read
 
 
 def fill_hashes(file: Path) -> list[str]:
     """Write the missing hashes of `path:` and `pypi:` sources into params.yaml; return their places in it.
 
-    Comments stay; entries that do not fit on their line get lines for their fields. A hash that is there
-    stays even if the content has another: whether the new content is wanted, only its owner knows.
+    All other lines stay as they are, unless an entry without a hash is written in braces: then the whole file
+    is laid out anew (see `flows.layout`), and comments stay. A hash that is there stays even if the content
+    has another: whether the new content is wanted, only its owner knows.
 
     Raises:
-        Refusal: the file is no YAML, or a source cannot be fetched or is empty. Nothing is written.
+        Refusal: the file is no YAML, or sources cannot be fetched or are empty, a line each. Nothing is
+            written.
     """
     read(file)
-    document = YAML().load(file.read_text(encoding="utf-8"))
-    filled = []
+    text = file.read_text(encoding="utf-8")
+    document = YAML().load(text)
+    found, wrong = [], []
     for at, entry in lacking(document):
-        digest = content_hash(entry)
+        try:
+            found.append((at, entry, content_hash(entry)))
+        except Refusal as refusal:
+            wrong.append(f"{at}: {refusal}")
+    if wrong:
+        raise Refusal("\n".join([*wrong, "No hash was written."]))
+    inserted = _inserted(text, [(entry, digest) for _, entry, digest in found])
+    for _, entry, digest in found:
         entry.pop("sha256", None)
-        before = next(key for key in ("file", "folder", "config", "source") if key in entry)
-        entry.insert(list(entry).index(before) + 1, "sha256", digest)
-        filled.append(f"{at}.sha256")
-    if filled:
-        write_text(file, relaid(document))
-    return filled
+        entry.insert(list(entry).index(_before(entry)) + 1, "sha256", digest)
+    if found:
+        whole = relaid(document)
+        write_text(file, inserted if _same(inserted, whole) else whole)
+    return [f"{at}.sha256" for at, _, _ in found]
+
+
+def _before(entry: Any) -> str:
+    """Return the setting after which an entry has its hash."""
+    return next(key for key in ("file", "folder", "config", "source") if key in entry)
+
+
+def _inserted(text: str, found: Sequence[tuple[Any, str]]) -> str:
+    """Return the text with a line a hash, as if every entry had a line a setting."""
+    lines = text.splitlines(keepends=True)
+    places = []
+    for entry, digest in found:
+        old = "sha256" in entry
+        row, column = entry.lc.key("sha256" if old else _before(entry))
+        places.append((row + (not old), old, f"{' ' * column}sha256: {digest}\n"))
+    for row, old, line in sorted(places, reverse=True):
+        lines[row : row + old] = [line]
+    return "".join(lines)
+
+
+def _same(text: str, other: str) -> bool:
+    """Tell whether a text is YAML that holds what the other does."""
+    try:
+        return bool(parsed(text) == parsed(other))
+    except Exception:  # a line put into braces may break them in any way
+        return False

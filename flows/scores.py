@@ -27,6 +27,8 @@ from stages.job.pieces import dvc_name
 from stages.job.sentences import allowed
 from stages.reporting.words import number, size
 
+_NAME, _VERDICT = 9, 8
+"""Characters that the columns which may wrap keep at least; the others then fit a terminal of 80."""
 _REPORTED = REPORT / "headlines.csv"
 
 
@@ -126,25 +128,28 @@ def show_scores(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         title, line = (row["candidate"], measure) if single else (measure, row["candidate"])
         groups.setdefault(title, []).append({**row, "line": line})
     for title, lines in groups.items():
-        console.print(_score_table(title, lines))
+        console.print(_score_table(title, lines, gap=2 if console.width >= 100 else 1))
 
 
-def _score_table(title: str, lines: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE)
-    table.add_column("", no_wrap=True)
+def _score_table(title: str, lines: Sequence[Mapping[str, Any]], gap: int) -> Table:
+    table = Table(
+        title=escape(title), title_justify="left", box=box.SIMPLE, padding=(0, gap, 0, 0), pad_edge=False
+    )
+    table.add_column("", overflow="fold", min_width=_NAME)
     based = all(row["reference"] is None or row["reference"].startswith("base/") for row in lines)
-    for column in ("score", "95 % interval", "of base" if based else "of reference", "floor"):
+    floors = any(row["floor"] is not None for row in lines)
+    for column in ("score", "95 % interval", "of base" if based else "of reference", *["floor"] * floors):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("verdict")
-    for column in ("on disk", "bits a weight"):
-        table.add_column(column, justify="right")
+    table.add_column("verdict", min_width=_VERDICT)
+    for column in ("on disk", "bits a\nweight"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in lines:
         low, high = (number(row[end], row["metric"]) for end in ("low", "high"))
         share, floor = row["of_reference"], row["floor"]
         table.add_row(
             escape(row["line"]), number(row["value"], row["metric"]), f"{low} to {high}",
             "" if share is None else f"{100 * share:.0f} %",
-            "" if floor is None else number(floor, row["metric"]),
+            *["" if floor is None else number(floor, row["metric"])] * floors,
             row["word"] or "", size(row["bytes_on_disk"]), f"{row['bits_per_weight']:.2f}",
         )  # fmt: skip
     return table

@@ -56,6 +56,53 @@ def test_fix_writes_them_and_keeps_comments(folder):
     assert Path("params.yaml").read_text() == text
 
 
+def test_fix_adds_a_line_and_leaves_the_others(folder):
+    file = folder / "params.yaml"
+    text = file.read_text().replace("news:  # ours\n", "news:    # ours,   as it is\n", 1)
+    news = sha256(Path("inputs/news.txt"))
+    file.write_text(text)
+    check("--fix")
+    lines = file.read_text().splitlines()
+    added = [line for line in lines if line not in text.splitlines()]
+    assert sorted(added) == sorted([f"    sha256: {sha256(Path('inputs/tiny'))}", f"    sha256: {news}"])
+    assert [line for line in lines if line not in added] == [
+        line for line in text.splitlines() if "todo" not in line
+    ]
+
+
+def test_zeros_stand_for_a_hash_to_come(folder):
+    file = folder / "params.yaml"
+    file.write_text(file.read_text().replace("sha256: todo", f"sha256: '{'0' * 64}'"))
+    assert "datasets.news.sha256: '000" in check(code=2)
+    check("--fix")
+    assert load_verified().datasets["news"].sha256 == sha256(Path("inputs/news.txt"))
+
+
+def test_an_entry_in_braces_gets_its_hash_too(folder):
+    values = project.read(folder)
+    project.write(folder, values)
+    file = folder / "params.yaml"
+    model = values["models"]["tiny"]
+    braces = f"{{source: '{model['source']}', format: safetensors, in_features: [32, 64]}}"
+    start = file.read_text().index("  tiny:")
+    end = file.read_text().index("datasets:")
+    text = file.read_text()
+    file.write_text(f"{text[:start]}  tiny: {braces}\n{text[end:]}")
+    check("--fix")
+    assert load_verified().models["tiny"].sha256 == sha256(Path("inputs/tiny"))
+
+
+def test_every_source_that_cannot_be_hashed_is_named(folder):
+    values = project.read(folder)
+    values["datasets"]["news"]["file"] = "nope.txt"
+    values["datasets"]["others"] = {**values["datasets"]["news"], "file": "neither.txt"}
+    project.write(folder, values)
+    before = (folder / "params.yaml").read_text()
+    said = check("--fix", code=2)
+    assert "datasets.news: " in said and "nope.txt" in said and "datasets.others: " in said
+    assert "No hash was written." in said and (folder / "params.yaml").read_text() == before
+
+
 def test_the_hash_of_nothing_is_never_proposed(own_inputs):
     (own_inputs / "void").mkdir()
     (own_inputs / "void.txt").write_text("")

@@ -110,6 +110,15 @@ def test_a_table_is_read_by_its_suffix(kind, folder):
     assert load().datasets["table"].documents == kind
 
 
+def test_what_it_chose_and_what_to_do_next_are_said(folder):
+    file = write_table("csv", "body")
+    said = init("--model", "inputs/llama", "--text", str(file), "--output", "mine.yaml")
+    assert "The text of table is column body; datasets.table.column may name another." in said
+    assert "`cp mine.yaml params.yaml`" in said
+    said = init("--model", "inputs/llama")
+    assert "cp " not in said and "column" not in said
+
+
 def test_windows_fit_the_text_and_the_model(folder):
     Path("short.txt").write_text(project.text(5, 12))
     init("--model", "inputs/llama", "--text", "short.txt")

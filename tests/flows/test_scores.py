@@ -12,6 +12,7 @@ from flows.cli import app
 from stages.core.errors import Refusal
 from stages.core.files import MODELS, RECORD, write_json
 from stages.job.params import Params
+from stages.reporting.words import number, size
 from tests import results
 
 CANDIDATES = ["base/smollm2", "noise/smollm2-batch-5", "quantize/gptq-w4g64", "finetune/wanda-50-lora"]
@@ -57,6 +58,19 @@ def test_a_score_stands_beside_interval_base_floor_word_and_size(params):
     text = captured.get()
     assert "arithmetic: acc (higher is better)" in text and "news: perplexity (lower is better)" in text
     assert ours["word"] in text and f"{ours['low']:.3f} to {ours['high']:.3f}" in text
+
+
+def test_no_figure_is_cut_on_a_terminal_of_80(params):
+    rows = scores.computed(params).scores
+    console = Console(width=80)
+    with console.capture() as captured:
+        scores.show_scores(rows, console)
+    text = captured.get()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for row in rows:
+        assert number(row["value"], row["metric"]) in text
+        assert size(row["bytes_on_disk"]) in text and f"{row['bits_per_weight']:.2f}" in text
+        assert all(word in text for word in (row["word"] or "").split())
 
 
 def test_a_candidate_comes_with_its_recipe_suites_and_commands(params):

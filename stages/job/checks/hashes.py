@@ -1,6 +1,7 @@
 """The hashes of sources: which content each covers, and what it should be.
 
-The sha256 of nothing is no hash of a source: it is what an empty file or folder has, by mistake.
+The sha256 of nothing is no hash of a source: it is what an empty file or folder has, by mistake. Nor are 64
+zeros: they stand where a hash is to come.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ def _nltk(entry: Any) -> Any:
 
 
 def _has_hash(entry: Mapping[str, Any]) -> bool:
-    return re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))) is not None
+    return re.fullmatch("(?!0{64})[0-9a-f]{64}", str(entry.get("sha256"))) is not None
 
 
 def answer(at: str, entry: Mapping[str, Any]) -> str:
