@@ -127,7 +127,11 @@ def _sections(
         f"rtn-w4{suffix}": {**common, "method": "rtn", **bits, "calibration": {"dataset": "none"}},
         f"gptq-w4{suffix}": {**common, "method": "gptq", **bits, "calibration": reads},
     }
-    if base.group_size and base.group_size % _GGUF_BLOCK:
+    if base.group_size is None:
+        notes["", "quantize"] = (
+            "no group of 8 to 128 columns fits every width, so each row has one scale; GGUF cannot hold that"
+        )
+    elif base.group_size % _GGUF_BLOCK:
         notes["", "quantize"] = (
             f"groups of {base.group_size} are the longest that fit every width; GGUF cannot hold them, as "
             f"its blocks have {_GGUF_BLOCK} columns"

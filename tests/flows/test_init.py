@@ -84,6 +84,10 @@ def test_groups_that_gguf_cannot_hold_are_told(folder, monkeypatch):
     assert "rtn-w4g16" in written
     assert "# groups of 16 are the longest that fit every width; GGUF cannot hold them" in written
     assert load_verified().quantize["rtn-w4g16"].group_size == 16
+    monkeypatch.setattr("flows.init.probe", lambda name: replace(found, group_size=None))
+    init("--model", "inputs/llama", "--force")
+    assert "so each row has one scale; GGUF cannot hold that" in Path("params.yaml").read_text()
+    assert load_verified().quantize["rtn-w4"].group_size is None
     assert ggml_types.PER_SCALE == _GGUF_BLOCK
 
 
