@@ -47,6 +47,10 @@ def compare(
         fetch(lacking, remote)
         tried |= {out["md5"] for out in lacking}  # scores may then show that questions lack as well
     changes = _compared(names, at, tensors)
+    if not tensors:  # then no model is read
+        for gap in changes["missing"]:
+            gap["outputs"] = [out for out in gap["outputs"] if not _is_model(out)]
+        changes["missing"] = [gap for gap in changes["missing"] if gap["outputs"]]
     for gap in changes["missing"]:
         models = any(_is_model(out) for out in gap["outputs"])
         gap["command"] = _command(names, at, Fetched.all if models else Fetched.results)

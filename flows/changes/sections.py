@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.reporting.margins import worded
-from stages.reporting.words import MINUS, SHARES, number, p_value, size
+from stages.reporting.words import MINUS, SHARES, answer_text, number, p_value, size
 
 NAMED = 4
 """Stages and tensors named in a cell; the JSON has all."""
@@ -191,11 +191,7 @@ def _flipped(diff: dict[str, Any]) -> Section:
 
 
 def _answer(text: str | None, item: dict[str, Any]) -> Quote:
-    """Return an answer; of a choice among texts, that text instead of its number."""
-    choices = item["choices"] or []
-    if item["readout"] == "likelihood" and text and text.isdecimal() and int(text) < len(choices):
-        return Quote(choices[int(text)])
-    return Quote(text or "")
+    return Quote(answer_text(text, item["readout"], item["choices"]) or "")
 
 
 def _params(diff: dict[str, Any]) -> Section:

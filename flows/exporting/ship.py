@@ -19,6 +19,7 @@ from stages.core.errors import Refusal
 from stages.core.files import MODELS, RECORD, SCRATCH
 from stages.job.load import load
 from stages.job.locked import locked_stages
+from stages.job.pieces import dvc_name
 from stages.model.artifact import load_record
 
 TOKEN = "HF_TOKEN"
@@ -153,12 +154,18 @@ def _card(
 def _scores(artifact: str) -> list[dict[str, Any]]:
     """Return the artifact's rows of the last report; none if it has since been made again or edited."""
     rows = [row for row in summarized() if row["candidate"] == artifact]
-    if not rows or edited(load(device=False), artifact):
+    params = load(device=False)
+    if not rows or edited(params, artifact):
         return []
-    path = str(MODELS / artifact)
-    entries = locked_stages().values()
-    now = {out["md5"] for entry in entries for out in entry.get("outs", ()) if out["path"] == path}
-    scored = {dep["md5"] for entry in entries for dep in entry.get("deps", ()) if dep["path"] == path}
+    path, entries = str(MODELS / artifact), locked_stages()
+    now = {out["md5"] for entry in entries.values() for out in entry.get("outs", ()) if out["path"] == path}
+    evaluations = [dvc_name("evaluate", params, f"{artifact}/{suite}") for suite in params.suites.by_name()]
+    scored = {
+        dep["md5"]
+        for name in evaluations
+        for dep in entries.get(name, {}).get("deps", ())
+        if dep["path"] == path
+    }
     return rows if scored <= now else []
 
 

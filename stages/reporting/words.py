@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -126,3 +126,11 @@ def removal(row: Mapping[str, Any]) -> str:
 def size(count: float) -> str:
     """Format bytes in decimal units."""
     return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+
+
+def answer_text(answer: str | None, readout: str, choices: Sequence[str] | None) -> str | None:
+    """Return an answer as its reader sees it: of a choice by likelihood its text, in place of its number."""
+    listed = [] if choices is None else choices
+    if readout == "likelihood" and answer and answer.isdecimal() and int(answer) < len(listed):
+        return listed[int(answer)]
+    return answer

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from stages.core.tables import ITEM
 from stages.reporting.collect import Results, by_measure, records
 from stages.reporting.judging import Report
 from stages.reporting.page.board import board, relative
@@ -154,6 +155,26 @@ def many(count: int) -> Results:
     texts = [f"answer {draw.randrange(10**9)} of {i}" for i in range(len(answered.samples))]
     answered.samples["response"] = pd.Series(texts, dtype="str")
     return answered
+
+
+def test_a_choice_is_shown_by_its_text_and_not_by_its_number():
+    answered = of_items({"base/m": [1.0, 0.0], "prune/p": [0.0, 1.0]}, readout="likelihood", metric="acc")
+    answered.samples["target"] = pd.Series(["1", "0"] * 2, dtype="str")
+    answered.samples["response"] = pd.Series(["1", "1", "0", "0"], dtype="str")
+    asked = answered.samples[[*ITEM, "difficulty", "target"]].drop_duplicates([*ITEM])
+    items = asked.assign(prompt="?", prompt_characters=1, choices=[[" eight", " ten"]] * len(asked))
+    answered = Results(answered.scores, answered.samples, items)
+    headlines = compared(answered).headlines()
+    text, _ = browse(answered, headlines, ["base/m", "prune/p"], {"prune/p": "base/m"})
+    columns = json.loads(unpacked(text))
+    (measure,) = columns["measures"]
+
+    def shown(places: list[int]) -> list[str]:
+        return [columns["texts"][place] for place in places]
+
+    assert shown(measure["target"]) == [" ten", " eight"]
+    assert shown(measure["answers"]["base/m"]["response"]) == [" ten", " ten"]
+    assert shown(measure["answers"]["prune/p"]["response"]) == [" eight", " eight"]
 
 
 @pytest.mark.parametrize(("limit", "rest"), [(1_000_000, True), (20_000, False), (3_000, False)])

@@ -18,6 +18,7 @@ from stages.core.tables import ITEM, MEASURE
 from stages.reporting.collect import Measure, Results, by_measure, records
 from stages.reporting.comparison import PER_ITEM
 from stages.reporting.page.packing import as_json, zipped
+from stages.reporting.words import answer_text
 
 _MOST = 3_000_000
 """The most characters that packed items take."""
@@ -95,6 +96,11 @@ def _table(
             entry["prompt"] = f"…{entry['prompt']}"  # what the evaluation kept of it
         key = (entry["doc_id"], entry["prompt_hash"])
         entry["answers"] = {name: at[key] for name, at in answers.items() if key in at}
+        for said, name in (
+            (entry, "target"),
+            *((answer, "response") for answer in entry["answers"].values()),
+        ):
+            said[name] = answer_text(said[name], named["readout"], entry["choices"])
         entry["flipped"] = any(
             name in references
             and references[name] in entry["answers"]

@@ -181,6 +181,15 @@ def clone(little_project, tmp_path, monkeypatch):
     return folder
 
 
+def test_models_do_not_lack_where_tensors_are_left_out(clone):
+    changes = json.loads(diff(*AGAINST, "--json", "--no-tensors"))
+    (gap,) = changes["missing"]
+    assert not any("models" in out["path"] for out in gap["outputs"])
+    assert gap["command"] == "prunequant diff base/m quantize/q --fetch results"
+    scores = json.loads(diff(*AGAINST, "--json", "--no-tensors", "--fetch", "results"))
+    assert len(scores["scores"]) == 1 and not scores["missing"]
+
+
 def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(clone, little_project):
     unsure = diff(*AGAINST, "--fail-on", "worse", code=Exit.FAILED)
     assert "the cache lacks 3 result(s) of workspace" in unsure and "--fetch results" in unsure

@@ -24,13 +24,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from flows.exporting import ship
 from flows.exporting.card import model_card
 from flows.exporting.ggml_file import write_gguf
 from flows.exporting.ggml_vocabulary import SPLITTERS, splitter
 from flows.exporting.ship import Destination, export
 from stages.core.errors import Refusal
 from stages.model.packed import scheme_of, weight_from
-from tests import families
+from tests import families, results
 from tests.pipeline import NONE, TEXT, do, params
 
 RTN = {"source": "base/tiny", "method": "rtn", "calibration": NONE}
@@ -309,6 +310,23 @@ def test_a_card_has_the_scores_of_the_last_report_beside_their_reference(workspa
         in card
     )
     assert "git checkout abc\n" in card and "git checkout" not in model_card(record, [], "", None, None)
+
+
+@pytest.mark.parametrize(("scored", "given"), [("now", True), ("before", False)])
+def test_scores_are_those_of_the_artifact_whatever_else_the_lock_remembers(scored, given, monkeypatch):
+    path = "data/models/prune/wanda-50"
+    entries = {
+        "prune@wanda-50": {"outs": [{"path": path, "md5": "now"}]},
+        "perplexity@prune/wanda-50-news": {"deps": [{"path": path, "md5": scored}]},
+        # A measurement that params.yaml no longer names.
+        "profile@prune/wanda-50": {"deps": [{"path": path, "md5": "older"}]},
+    }
+    rows = [{"candidate": "prune/wanda-50"}, {"candidate": "base/smollm2"}]
+    monkeypatch.setattr(ship, "summarized", lambda: rows)
+    monkeypatch.setattr(ship, "edited", lambda params, artifact: False)
+    monkeypatch.setattr(ship, "load", lambda device: results.params())
+    monkeypatch.setattr(ship, "locked_stages", lambda: entries)
+    assert ship._scores("prune/wanda-50") == (rows[:1] if given else [])
 
 
 def test_a_published_checkpoint_is_not_exported(workspace):
