@@ -34,7 +34,7 @@ def _show(section: Section, console: Console) -> None:
         table.add_column(escape(column), overflow="fold")
     for row in rows:
         table.add_row(*(escape(_text(cell)) for cell in row))
-    console.print(table)
+    console.print(table if rows else escape(section.title))
     for note in section.notes:
         console.print(note, markup=False, soft_wrap=True)
     for command in section.commands:
