@@ -176,11 +176,15 @@ def test_a_deployment_that_is_missing_is_named(workers, monkeypatch):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, inputs):
-    """The servers, a clone for the coordinator, two workers."""
+    """The servers, a clone for the coordinator, two workers for stages and one for nights.
+
+    The drills of this file go on from each other's state: run them all, in their order.
+    """
     runners.skip_without()
     with runners.running(tmp_path_factory.mktemp("shared"), inputs) as servers:
         servers.clone("runs")
         servers.workers = {name: servers.worker(name, "cpu") for name in ("one", "two")}
+        servers.worker("nights", "runs")
         yield servers
 
 
@@ -226,7 +230,6 @@ def test_an_unchanged_night_is_a_commit_and_computes_nothing(shared):
     project.run(shared.person, "git", "fetch", "-q", str(shared.folder / "runs"), "spread:spread")
     project.run(shared.person, "git", "checkout", "-q", "spread", "--", "dvc.lock")
     push(shared, "the results of the workers")
-    shared.worker("nights", "runs")
     before = len(shared.computed())
     night(shared)
     ended, *_ = json.loads(shared.run("prunequant", "runs", "origin/night", "--json"))
