@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.lazy import torch
@@ -22,6 +23,13 @@ def skeleton(config: Any) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
+
+
+def skeleton_of(folder: Path) -> PreTrainedModel:
+    """Return the model of a checkpoint's config.json, its tensors on torch's meta device."""
+    from transformers import AutoConfig
+
+    return skeleton(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def input_widths(model: PreTrainedModel) -> tuple[int, ...]:

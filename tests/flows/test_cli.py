@@ -156,7 +156,7 @@ def test_diff_fails_on_a_worse_score(monkeypatch):
     def diff(*arguments: str, missing: tuple = (), **row: object) -> Result:
         score = {"verdict": "same within the margin", "old": 1.0, "new": 1.1, "in_new": True} | row
         changes = nothing | {"revisions": ["a", "b"], "scores": [score], "missing": list(missing)}
-        monkeypatch.setattr("flows.changes.asked.compare", lambda *_: changes)
+        monkeypatch.setattr("flows.changes.asked.compare", lambda *_, tensors: changes)
         return CliRunner().invoke(app, ["diff", "a", "b", "--json", *arguments])
 
     worse, slightly = ("--fail-on", "worse"), ("--fail-on", "slightly-worse")

@@ -237,7 +237,7 @@ def test_a_changed_path_is_found(raw, tmp_path):
 def test_a_changed_path_of_nltks_data_is_found(raw, tmp_path):
     inputs = tmp_path / "inputs"
     words = {"kind": "benchmark", "source": f"path:{inputs}", "config": "."}
-    nltk = {"source": f"path:{inputs}", "file": "news.txt", "sha256": "0" * 64}
+    nltk = {"source": f"path:{inputs}", "file": "news.txt", "sha256": "1" * 64}
     raw["datasets"]["words"] = {**words, "sha256": project.sha256(inputs), "nltk_data": nltk}
     (change,) = checks.changed_paths(checked_params(raw))
     assert change.startswith("datasets.words.nltk_data.sha256: ")

@@ -156,7 +156,7 @@ def test_a_record_says_what_the_numbers_depend_on(workspace):
     facts = make(("prune", WANDA))
     card = set() if families.DEVICE == "cpu" else {"kernels"}
     assert facts["numerics"].keys() == card | {
-        "device", "cpu_capability", "cpu_matrix_units", "threads", "dtype", "torch",
+        "device", "cpu_capability", "cpu_matrix_units", "cpu_products_in_fp32", "threads", "dtype", "torch",
     }  # fmt: skip
     assert facts["base"]["sha256"] and facts["base"]["grid"] is None
     assert facts["base"]["source"] == "path:inputs/llama"

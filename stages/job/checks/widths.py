@@ -64,15 +64,12 @@ def _of_config(folder: Path) -> tuple[int, ...] | None:
     key = text_sha256(json.dumps([identity.versions()["transformers"], text]))
     kept: dict[str, Any] = read_json(WIDTHS) if WIDTHS.exists() else {}
     if key not in kept:
-        from transformers import AutoConfig  # takes seconds, as does what builds the model
-
-        from stages.model.skeleton import input_widths, skeleton
+        from stages.model.skeleton import input_widths, skeleton_of  # takes seconds
 
         try:
             with reading(f"the config of path:{folder}"):
-                model = skeleton(AutoConfig.from_pretrained(folder, local_files_only=True))
+                kept[key] = input_widths(skeleton_of(folder))
         except ImportError:
             return None
-        kept[key] = input_widths(model)
         write_json(WIDTHS, kept)
     return tuple(kept[key])
