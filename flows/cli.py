@@ -115,7 +115,7 @@ def check(
         from stages.job.locked import locked_stages
         from stages.job.provenance import disagreements
 
-        params = load_verified()
+        params = load_verified(widths=True)
         for contradiction in contradictions(params):
             typer.echo(f"warning: {contradiction}", err=as_json)
         wrong = disagreements(locked_stages())

@@ -120,11 +120,16 @@ def _of_hash(loc: tuple[Any, ...]) -> str | None:
     return f"{loc[0]}.{loc[1]}"
 
 
-def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
-    """Read and check `path`, compare `path:` sources with their hashes, models with their widths, count
-    the windows of texts, and look at the user's own tasks and conversations.
+def load_verified(path: Path = PARAMS, device: bool = True, widths: bool = False) -> Params:
+    """Read and check `path`, compare `path:` sources with their hashes, count the windows of texts, and
+    look at the user's own tasks and conversations.
 
     Called once a run, not once a stage, as it reads all that these sources hold.
+
+    Args:
+        device: whether this machine must have `run.device`.
+        widths: whether to compare `in_features` with the models too. That takes seconds, and the stage that
+            downloads a model does it anyway.
 
     Raises:
         Refusal: one line a mistake, all of them.
@@ -137,7 +142,8 @@ def load_verified(path: Path = PARAMS, device: bool = True) -> Params:
 
     params = load(path, device)
     _refuse(list(checks.changed_paths(params)), str(path))
-    _refuse([*of_widths(params), *of_tasks(params), *of_conversations(params)], str(path))
+    sizes = of_widths(params) if widths else ()
+    _refuse([*sizes, *of_tasks(params), *of_conversations(params)], str(path))
     _refuse([*of_chat_templates(params), *of_windows(params)[0]], str(path))
     return params
 

@@ -139,3 +139,11 @@ def test_a_name_that_contradicts_its_setting_is_a_warning(workspace):
     assert "warning: prune.wanda-50: its name says 50, but its sparsity is 0.6; rename it" in said
     assert "warning: quantize.gptq-w4g32: its name says w4g32, but its bits is 3; rename it" in said
     assert said.count("warning") == 2
+
+
+def test_check_compares_the_widths_of_models(folder):
+    check("--fix")
+    values = project.read(folder)
+    values["models"]["tiny"]["in_features"] = [32, 96]
+    project.write(folder, values)
+    assert "models.tiny.in_features is [32, 96], but the model has [32, 64]" in check(code=2)

@@ -22,7 +22,7 @@ def raw(tmp_path, monkeypatch):
 def refused(raw) -> str:
     project.write(Path(), raw)
     with pytest.raises(Refusal) as refusal:
-        load_verified()
+        load_verified(widths=True)
     return str(refusal.value)
 
 
