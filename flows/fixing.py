@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from flows.layout import relaid
 from stages.core.errors import Refusal
@@ -67,5 +68,5 @@ def _same(text: str, other: str) -> bool:
     """Tell whether a text is YAML that holds what the other does."""
     try:
         return bool(parsed(text) == parsed(other))
-    except Exception:  # a line put into braces may break them in any way
+    except (YAMLError, ValueError):  # a line was put into braces
         return False
