@@ -263,6 +263,7 @@ def init(
     Without any option it asks.
     """
     from flows import init as start  # named like this command
+    from stages.job.load import PARAMS
 
     if model is None and text is None and task is None and sys.stdin.isatty():
         model = typer.prompt("Model (a folder, a .gguf file, or org/name on the hub)")
@@ -282,8 +283,8 @@ def init(
             typer.echo(
                 f"The text of {dataset} is column {column}; datasets.{dataset}.column may name another."
             )
-    if output.resolve() != Path("params.yaml").resolve():
-        typer.echo(f"Every command reads params.yaml: `cp {output} params.yaml` makes it the one in use.")
+    if output.resolve() != PARAMS.resolve():
+        typer.echo(f"Commands read {PARAMS}: `cp {output} {PARAMS}` before you run them.")
     typer.echo("`prunequant plan` says what would run, `prunequant run` runs it.")
 
 

@@ -17,9 +17,9 @@ from stages.job.load import parsed, read
 def fill_hashes(file: Path) -> list[str]:
     """Write the missing hashes of `path:` and `pypi:` sources into params.yaml; return their places in it.
 
-    All other lines stay as they are, unless an entry without a hash is written in braces: then the whole file
-    is laid out anew (see `flows.layout`), and comments stay. A hash that is there stays even if the content
-    has another: whether the new content is wanted, only its owner knows.
+    All other lines stay as they are. Only if an entry without a hash is in braces, or takes settings from an
+    anchor, is the whole file laid out anew (see `flows.layout`); comments stay. A hash that is there stays
+    even if the content has another: whether the new content is wanted, only its owner knows.
 
     Raises:
         Refusal: the file is no YAML, or sources cannot be fetched or are empty, a line each. Nothing is
@@ -28,22 +28,24 @@ def fill_hashes(file: Path) -> list[str]:
     read(file)
     text = file.read_text(encoding="utf-8")
     document = YAML().load(text)
-    found, wrong = [], []
+    hashes, refusals = [], []
     for at, entry in lacking(document):
         try:
-            found.append((at, entry, content_hash(entry)))
+            hashes.append((at, entry, content_hash(entry)))
         except Refusal as refusal:
-            wrong.append(f"{at}: {refusal}")
-    if wrong:
-        raise Refusal("\n".join([*wrong, "No hash was written."]))
-    inserted = _inserted(text, [(entry, digest) for _, entry, digest in found])
-    for _, entry, digest in found:
-        entry.pop("sha256", None)
-        entry.insert(list(entry).index(_before(entry)) + 1, "sha256", digest)
-    if found:
+            refusals.append(f"{at}: {refusal}")
+    if refusals:
+        raise Refusal("\n".join([*refusals, "No hash was written."]))
+    inserted = _inserted(text, [(entry, digest) for _, entry, digest in hashes])
+    for _, entry, digest in hashes:
+        if "sha256" in entry:
+            entry["sha256"] = digest
+        else:
+            entry.insert(list(entry).index(_before(entry)) + 1, "sha256", digest)
+    if hashes:
         whole = relaid(document)
         write_text(file, inserted if _same(inserted, whole) else whole)
-    return [f"{at}.sha256" for at, _, _ in found]
+    return [f"{at}.sha256" for at, _, _ in hashes]
 
 
 def _before(entry: Any) -> str:
@@ -51,13 +53,16 @@ def _before(entry: Any) -> str:
     return next(key for key in ("file", "folder", "config", "source") if key in entry)
 
 
-def _inserted(text: str, found: Sequence[tuple[Any, str]]) -> str:
-    """Return the text with a line a hash, as if every entry had a line a setting."""
+def _inserted(text: str, hashes: Sequence[tuple[Any, str]]) -> str:
+    """Return the text with a line for each hash; right only if every entry has a line for each setting."""
     lines = text.splitlines(keepends=True)
     places = []
-    for entry, digest in found:
+    for entry, digest in hashes:
         old = "sha256" in entry
-        row, column = entry.lc.key("sha256" if old else _before(entry))
+        place = entry.lc.data.get("sha256" if old else _before(entry))
+        if place is None:  # the setting comes from an anchor (`<<: *other`)
+            return ""
+        row, column = place[:2]
         places.append((row + (not old), old, f"{' ' * column}sha256: {digest}\n"))
     for row, old, line in sorted(places, reverse=True):
         lines[row : row + old] = [line]
@@ -65,7 +70,7 @@ def _inserted(text: str, found: Sequence[tuple[Any, str]]) -> str:
 
 
 def _same(text: str, other: str) -> bool:
-    """Tell whether a text is YAML that holds what the other does."""
+    """Tell whether a text is YAML with the values of the other."""
     try:
         return bool(parsed(text) == parsed(other))
     except (YAMLError, ValueError):  # a line was put into braces

@@ -38,8 +38,6 @@ TASK = "arithmetic"
 """The task without `--task`: sums that code generates."""
 _SAMPLES, _LENGTH, _WINDOWS, _SCORED = 64, 256, 12, 512
 """Calibration: windows and their tokens; perplexity: the same. A short text gets fewer and shorter ones."""
-_GGUF_BLOCK = 32
-"""Columns that share a scale in a GGUF file, as in `flows.exporting.ggml_types`, which imports torch."""
 _NOTES = {
     ("", "run"): "device: auto, cpu, cuda, cuda:1; threads: of each stage, which run side by side",
     ("", "models"): "the model; in_features: the input widths of its linears, which group_size must divide",
@@ -127,14 +125,16 @@ def _sections(
         f"rtn-w4{suffix}": {**common, "method": "rtn", **bits, "calibration": {"dataset": "none"}},
         f"gptq-w4{suffix}": {**common, "method": "gptq", **bits, "calibration": reads},
     }
+    from flows.exporting.ggml_types import PER_SCALE  # imports torch, as the probe has by now
+
     if base.group_size is None:
         notes["", "quantize"] = (
             "no group of 8 to 128 columns fits every width, so each row has one scale; GGUF cannot hold that"
         )
-    elif base.group_size % _GGUF_BLOCK:
+    elif base.group_size % PER_SCALE:
         notes["", "quantize"] = (
             f"groups of {base.group_size} are the longest that fit every width; GGUF cannot hold them, as "
-            f"its blocks have {_GGUF_BLOCK} columns"
+            f"its blocks have {PER_SCALE} columns"
         )
     if base.chats and kind in ("graded", "benchmark"):
         suite = {**suite, "chat_template": True}

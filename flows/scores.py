@@ -28,7 +28,7 @@ from stages.job.sentences import allowed
 from stages.reporting.words import number, size
 
 _NAME, _VERDICT = 9, 8
-"""Characters that the columns which may wrap keep at least; the others then fit a terminal of 80."""
+"""The least widths of the two columns that wrap; with them the table fits a terminal of 80 characters."""
 _REPORTED = REPORT / "headlines.csv"
 
 
@@ -138,7 +138,8 @@ def _score_table(title: str, lines: Sequence[Mapping[str, Any]], gap: int) -> Ta
     table.add_column("", overflow="fold", min_width=_NAME)
     based = all(row["reference"] is None or row["reference"].startswith("base/") for row in lines)
     floors = any(row["floor"] is not None for row in lines)
-    for column in ("score", "95 % interval", "of base" if based else "of reference", *["floor"] * floors):
+    figures = ["score", "95 % interval", "of base" if based else "of reference"]
+    for column in [*figures, "floor"] if floors else figures:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", min_width=_VERDICT)
     for column in ("on disk", "bits a\nweight"):
@@ -146,12 +147,12 @@ def _score_table(title: str, lines: Sequence[Mapping[str, Any]], gap: int) -> Ta
     for row in lines:
         low, high = (number(row[end], row["metric"]) for end in ("low", "high"))
         share, floor = row["of_reference"], row["floor"]
-        table.add_row(
-            escape(row["line"]), number(row["value"], row["metric"]), f"{low} to {high}",
-            "" if share is None else f"{100 * share:.0f} %",
-            *["" if floor is None else number(floor, row["metric"])] * floors,
-            row["word"] or "", size(row["bytes_on_disk"]), f"{row['bits_per_weight']:.2f}",
-        )  # fmt: skip
+        cells = [escape(row["line"]), number(row["value"], row["metric"]), f"{low} to {high}"]
+        cells.append("" if share is None else f"{100 * share:.0f} %")
+        if floors:
+            cells.append("" if floor is None else number(floor, row["metric"]))
+        sizes = size(row["bytes_on_disk"]), f"{row['bits_per_weight']:.2f}"
+        table.add_row(*cells, row["word"] or "", *sizes)
     return table
 
 

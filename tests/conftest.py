@@ -114,7 +114,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_thread(device: torch.device) -> None:
-    """Tensors are tiny, many processes may share the cores, and sums come out in one order, as in a stage."""
+    """Compute with one thread, as processes share the cores and sums need one order; bf16 as in stages."""
     torch.set_num_threads(1)
     half_products.widen(half_products.slow())
 

@@ -85,7 +85,7 @@ def test_texts_of_settings_are_shown_as_they_are():
 
 def test_readme_and_the_landing_page_say_the_same_answer():
     answers = [
-        re.search(r"For SmolLM2-135M-Instruct the answer is: .*?quantized models", page.read_text(), re.S)
+        re.search(r"For SmolLM2-135M-Instruct the answer is: .*?quantized\s+models", page.read_text(), re.S)
         for page in (project.ROOT / "README.md", project.ROOT / "docs/index.md")
     ]
     assert all(answers)

@@ -251,7 +251,7 @@ def _size(count: int | None) -> str:
 def _tensors(diff: dict[str, Any]) -> Section:
     columns = ("model", "tensors that differ", "change", "zeros gained", "zeros lost", "furthest")
     if not diff["tensors_compared"]:
-        note = "Not compared here; prunequant diff compares them, which takes longest."
+        note = "Tensors were not compared; prunequant diff compares them unless --no-tensors is given."
         return Section("Tensors", columns, [], (note,))
     rows = []
     for row in diff["artifacts"]:

@@ -154,7 +154,10 @@ def _card(
 def _scores(artifact: str) -> list[dict[str, Any]]:
     """Return the artifact's rows of the last report; none if it has since been made again or edited."""
     rows = [row for row in summarized() if row["candidate"] == artifact]
-    if not rows or edited(params := load(device=False), artifact):
+    if not rows:
+        return []
+    params = load(device=False)
+    if edited(params, artifact):
         return []
     path, entries = str(MODELS / artifact), locked_stages()
     now = {out["md5"] for entry in entries.values() for out in entry.get("outs", ()) if out["path"] == path}

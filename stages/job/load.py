@@ -128,8 +128,8 @@ def load_verified(path: Path = PARAMS, device: bool = True, widths: bool = False
 
     Args:
         device: whether this machine must have `run.device`.
-        widths: whether to compare `in_features` with the models too. That takes seconds, and the stage that
-            downloads a model does it anyway.
+        widths: whether to compare `in_features` with the models. It takes seconds, and the download does it
+            too.
 
     Raises:
         Refusal: one line a mistake, all of them.
@@ -142,8 +142,8 @@ def load_verified(path: Path = PARAMS, device: bool = True, widths: bool = False
 
     params = load(path, device)
     _refuse(list(checks.changed_paths(params)), str(path))
-    sizes = of_widths(params) if widths else ()
-    _refuse([*sizes, *of_tasks(params), *of_conversations(params)], str(path))
+    wrong_widths = of_widths(params) if widths else ()
+    _refuse([*wrong_widths, *of_tasks(params), *of_conversations(params)], str(path))
     _refuse([*of_chat_templates(params), *of_windows(params)[0]], str(path))
     return params
 

@@ -185,7 +185,7 @@ class Params(Strict):
         return chain
 
     def _recipe(self, artifact: str) -> Recipe | Noise | Floor | Teaching | None:
-        """Return one of `recipes`, without making a dictionary of them all; None if there is none."""
+        """Return the recipe `<stage>/<recipe>`, as `recipes` has it; None if there is none."""
         stage, _, name = artifact.partition("/")
         return getattr(self, stage).get(name) if stage in RECIPES else None
 

@@ -1,4 +1,4 @@
-"""A model without its weights: what its config alone tells of it, in no memory."""
+"""Build models from their config alone: the modules and the shapes of weights, without memory for them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """Return the model of a config of transformers, its tensors on torch's meta device.
+    """Return the model of a transformers config, unquantized, with its tensors on torch's meta device.
 
-    The config loses its quantization: it is the model before that.
+    The config's `quantization_config` is removed.
     """
     from transformers import AutoModelForCausalLM
 

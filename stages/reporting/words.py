@@ -129,7 +129,7 @@ def size(count: float) -> str:
 
 
 def answer_text(answer: str | None, readout: str, choices: Sequence[str] | None) -> str | None:
-    """Return an answer as its reader sees it: of a choice by likelihood its text, in place of its number."""
+    """Return the text of an answer; a choice by likelihood is recorded by its number in `choices`."""
     listed = [] if choices is None else choices
     if readout == "likelihood" and answer and answer.isdecimal() and int(answer) < len(listed):
         return listed[int(answer)]

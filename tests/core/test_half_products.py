@@ -29,6 +29,9 @@ half_products.widen(["float16"])
 wide_after = [first @ second, first[0] @ second[0], torch.addmm(third[0], first[0], second[0])]
 assert all(torch.equal(one, other) for one, other in zip(wide_before, wide_after, strict=True))
 
+widened = []
+float_of = torch.Tensor.float
+torch.Tensor.float = lambda tensor: (widened.append(tensor.dtype), float_of(tensor))[1]
 a, b, c = first.to(dtype), second.to(dtype), third.to(dtype)
 exact_a, exact_b, exact_c = a.double(), b.double(), c.double()
 pairs = {{
@@ -39,6 +42,8 @@ pairs = {{
     "baddbmm": (torch.baddbmm(c, a, b, beta=3.0), 3 * exact_c + exact_a @ exact_b),
     "linear": (torch.nn.functional.linear(a, b[0].T, c[0, 0]), exact_a @ exact_b[0] + exact_c[0, 0]),
 }}
+torch.Tensor.float = float_of
+assert widened and set(widened) == {{dtype}}, "the products are those of fp32 kernels"
 for name, (product, exact) in pairs.items():
     assert product.dtype == dtype, name
     # One rounding of the sum: half a unit in the last place, and a hair for the sums in fp32.

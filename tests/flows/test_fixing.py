@@ -92,6 +92,16 @@ def test_an_entry_in_braces_gets_its_hash_too(folder):
     assert load_verified().models["tiny"].sha256 == sha256(Path("inputs/tiny"))
 
 
+def test_an_entry_with_settings_from_an_anchor_gets_its_hash_too(folder):
+    file = folder / "params.yaml"
+    text = file.read_text().replace("  news:  # ours\n", "  news: &news  # ours\n", 1)
+    more = "  more:\n    <<: *news\n    calibration: 0.25\n"
+    file.write_text(text.replace("    sha256: todo\n", "").replace("prune:", f"{more}prune:", 1))
+    check("--fix")
+    params = load_verified()
+    assert params.datasets["more"].sha256 == params.datasets["news"].sha256 == sha256(Path("inputs/news.txt"))
+
+
 def test_every_source_that_cannot_be_hashed_is_named(folder):
     values = project.read(folder)
     values["datasets"]["news"]["file"] = "nope.txt"

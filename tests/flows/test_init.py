@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from flows import cli, probe
 from flows.cli import app
-from flows.exporting import ggml_types
-from flows.init import _GGUF_BLOCK, task_entry
+from flows.init import task_entry
 from stages.core.files import sha256
 from stages.job.load import load, load_verified, read
 from tests import families, finished, project
@@ -88,7 +87,6 @@ def test_groups_that_gguf_cannot_hold_are_told(folder, monkeypatch):
     init("--model", "inputs/llama", "--force")
     assert "so each row has one scale; GGUF cannot hold that" in Path("params.yaml").read_text()
     assert load_verified().quantize["rtn-w4"].group_size is None
-    assert ggml_types.PER_SCALE == _GGUF_BLOCK
 
 
 def write_table(kind: str, column: str) -> Path:

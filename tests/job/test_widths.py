@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from stages.core.errors import Refusal
-from stages.job.checks import widths
+from stages.core.files import RECORD
 from stages.job.checks.widths import WIDTHS, of_widths
 from stages.job.load import checked_params, load_verified
 from tests import families, project
+from tests.hub import COMMIT
 
 
 @pytest.fixture
@@ -42,11 +43,14 @@ def test_the_model_is_built_once_a_config(raw, monkeypatch):
     assert list(of_widths(params)) == []
 
 
-def test_a_downloaded_model_is_asked_by_its_record(raw, monkeypatch):
+def test_a_downloaded_copy_has_the_config_of_a_model_from_elsewhere(raw):
     checked_params(raw).models["tiny"].download("tiny", checked_params(raw).run)
-    monkeypatch.setattr(widths, "_of_config", None)
-    assert list(of_widths(checked_params(raw))) == []
-    raw["models"]["tiny"]["in_features"] = [32]
+    raw["models"]["tiny"] |= {"source": f"hub:org/tiny@{COMMIT}", "in_features": [32]}
+    assert list(of_widths(checked_params(raw))) == [], "the copy is of another source"
+    file = Path("data/models/base/tiny") / RECORD
+    record = json.loads(file.read_text())
+    record["base"]["source"] = f"hub:org/tiny@{COMMIT}"
+    file.write_text(json.dumps(record))
     (mistake,) = of_widths(checked_params(raw))
     assert "the model has [32, 64]" in mistake
 
@@ -55,7 +59,7 @@ def test_a_config_that_cannot_be_built_is_told_in_a_sentence(raw):
     file = Path("inputs/tiny/config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "no-such-family"}))
     (mistake,) = of_widths(checked_params(raw))
-    assert mistake.startswith("models.tiny: the config of path:") and "no-such-family" in mistake
+    assert mistake.startswith("models.tiny: the config in ") and "no-such-family" in mistake
 
 
 @pytest.mark.parametrize("family", families.ALL)

@@ -207,7 +207,7 @@ def checkpoint_of(params: Params, base: str) -> Path | None:
     folder = MODELS / "base" / base
     if not (folder / RECORD).exists():
         return None
-    settings = portable(model.model_dump(mode="json"))
+    settings = portable(model.model_dump(mode="json", exclude={"in_features"}))
     record = read_json(folder / RECORD)["base"]
     return folder if settings.items() <= record.items() else None
 

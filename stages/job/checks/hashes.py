@@ -1,7 +1,7 @@
 """The hashes of sources: which content each covers, and what it should be.
 
-The sha256 of nothing is no hash of a source: it is what an empty file or folder has, by mistake. Nor are 64
-zeros: they stand where a hash is to come.
+The sha256 of nothing is no hash of a source: it is what an empty file or folder has, by mistake. Neither are
+64 zeros, which people write until they know the hash.
 """
 
 import hashlib

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -96,11 +97,10 @@ def _table(
             entry["prompt"] = f"…{entry['prompt']}"  # what the evaluation kept of it
         key = (entry["doc_id"], entry["prompt_hash"])
         entry["answers"] = {name: at[key] for name, at in answers.items() if key in at}
-        for said, name in (
-            (entry, "target"),
-            *((answer, "response") for answer in entry["answers"].values()),
-        ):
-            said[name] = answer_text(said[name], named["readout"], entry["choices"])
+        shown = partial(answer_text, readout=named["readout"], choices=entry["choices"])
+        entry["target"] = shown(entry["target"])
+        for answer in entry["answers"].values():
+            answer["response"] = shown(answer["response"])
         entry["flipped"] = any(
             name in references
             and references[name] in entry["answers"]
