@@ -3,9 +3,9 @@
 `dvc exp run -S` reads the file with ruamel.yaml and writes it again, 80 columns wide. It wraps longer lines
 in odd places, breaks a text with a colon inside braces, such as the source of a model, gives each item of a
 list its line, and drops a blank line or comment after a list. So an entry stays on its line, in braces, only
-while that fits; otherwise its fields get lines of their own, as items of lists always do. A list is not the
-last field of an entry, and `evaluate`, which is a list, is the last section. A file in this layout comes out
-of DVC's editor as it went in, comments included, but for the value that was set.
+while that fits; otherwise its fields get lines of their own, as items of lists always do. An entry does not
+end with a list, its own or a field's, and `evaluate`, which is a list, is the last section. A file in this
+layout comes out of DVC's editor as it went in, comments included, but for the value that was set.
 """
 
 import io
@@ -128,13 +128,20 @@ def _styled(value: Any, opened: int, column: int, indent: int) -> Any:
 
 
 def _ordered(value: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return fields in their order, but none with a list last."""
+    """Return fields in their order, but last one that does not end with a list."""
     fields = list(value.items())
-    plain = [field for field in fields if not isinstance(field[1], list | tuple)]
-    if plain and isinstance(fields[-1][1], list | tuple):
+    plain = [field for field in fields if not _ends_with_list(field[1])]
+    if plain and _ends_with_list(fields[-1][1]):
         fields.remove(plain[-1])
         fields.append(plain[-1])
     return fields
+
+
+def _ends_with_list(value: Any) -> bool:
+    """Tell whether a value is a list, or fields of which the last ends with one in any order."""
+    if isinstance(value, dict):
+        return bool(value) and _ends_with_list(_ordered(value)[-1][1])
+    return isinstance(value, list | tuple)
 
 
 def _has_colon(value: Any) -> bool:

@@ -44,6 +44,12 @@ def test_dvcs_editor_keeps_expanded_studies(name, profile, tmp_path, monkeypatch
     check_edited(file)
 
 
+def test_fields_that_end_with_a_list_are_not_last():
+    section = {"margin": 0.02, "reference": None, "noise": {"w": ["a/b", "a/c"], "v": ["a/d"]}}
+    lines = list(section_lines("report", section, {}))
+    assert lines[-1].lstrip().startswith("reference:") and lines[1] == "  margin: 0.02"
+
+
 def test_a_list_is_never_the_last_field_and_has_lines():
     section = {"a": {"source": "base/b", "steps": [1, 2], "rows": [{"name": "x" * 60, "size": 1}]}}
     assert list(section_lines("finetune", section, {})) == [

@@ -24,17 +24,17 @@ def test_its_commands_lead_to_a_model_that_loads(copy):
     project.commit(copy, "a sweep that has run")
     start = project.read(copy)
     commands = [
-        shlex.split(tiny(line))
+        tiny(line)
         for block in lesson.blocks("ship-it", "console")
         for line in re.findall(r"^\$ (.+)$", block, re.M)
     ]
     seen = {}
     for command in commands:
-        name = " ".join(command)
-        if command[0] == "prunequant":
-            seen[name] = finished.prunequant(copy, *command[1:])
+        if command.startswith("prunequant "):
+            seen[command] = finished.prunequant(copy, *shlex.split(command)[1:])
         else:
-            seen[name] = project.run(copy, *command).stdout
+            seen[command] = project.run(copy, "sh", "-c", command).stdout
+    assert commands[-1].endswith("&& echo the same") and seen[commands[-1]].endswith("the same\n")
     assert "quantize/gptq-w4g32" in seen["prunequant show"]
     assert all(word in seen["prunequant diff HEAD"] for word in ("num_samples", "32", "gptq-w4g32"))
     assert project.read(copy) == start, "the change was dropped"
