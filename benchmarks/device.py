@@ -2,9 +2,13 @@
 
     python -m benchmarks.device                              # on a card, less than 5 minutes, no network
     python -m benchmarks.device --only table --blocks 3      # a part of it
+    python -m benchmarks.device --only table --blocks 32 --rows gptq-w4 --memory 24   # 8B on a card of 24 GiB
+    python -m benchmarks.device --only table --blocks 3 --hidden 8192                 # 70B's blocks
+    python -m benchmarks.device --only training --blocks 32 --memory 80               # LoRA of 8B
     python -m benchmarks.device --device cpu --hidden 64 --blocks 2 --samples 4 --length 32 --side 64
 
-Four parts, each with a share of the time; a case for which none is left is skipped with a line that says so.
+Five parts, each with a share of the time; a case for which none is left is skipped with a line that says so.
+Without `--only`, all but `training` run.
 
 - `parity`: every method that changes one weight at a time, on the CPU and on the device, from the same
   random model: the share of mask entries, or of codes, that differ, and by how much the perplexity does.
@@ -17,6 +21,10 @@ Four parts, each with a share of the time; a case for which none is left is skip
   `start` the time up to the first block, `end` all that is left. `limit` is the least time for a block whose
   bytes are in memory (`benchmarks.limits`), at the rates of a product and of copies that are measured first;
   `disk` is the time to read and write its bytes with the best number of threads.
+- `training`: LoRA of the same random model, half of whose weights were pruned, with the mask of its zeros and
+  without: seconds a step, and what the mask adds.
+
+`--memory` lets torch have no more of the card. It keeps the size of the card itself in sight of the program.
 
 Each line is a JSON object; a plain table follows. The exit code is 1 if a bound is broken or a case failed,
 and 2 if none did and cases were skipped.
@@ -32,6 +40,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -41,6 +50,7 @@ from contextlib import chdir, contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
@@ -63,8 +73,10 @@ from stages.model.packed import code_from
 from stages.model.shards import Shards
 from stages.model.stream import Streamed
 from stages.profiling.energy import Meter
+from stages.recovery import training as loop
 from stages.recovery.recover import recover
 from stages.recovery.saves import Checkpoints
+from stages.recovery.training import take_step
 from stages.sources.gguf import Gguf
 from stages.sources.text import Text
 from tests import families, pipeline, project
@@ -165,8 +177,14 @@ _TRAIN: Settings = {
     "batch_size": 2, "checkpoint_every": 1,
 }  # fmt: skip
 TRAININGS: dict[str, Settings] = {"full": _TRAIN, "lora": _TRAIN | {"rank": 2, "alpha": 4}}
-SHARES = {"parity": 0.2, "determinism": 0.1, "resume": 0.15, "table": 0.55}
-"""What part of the time a part may take; what it leaves goes to the next."""
+SHARES = {"parity": 0.2, "determinism": 0.1, "resume": 0.15, "table": 0.55, "training": 0.5}
+"""What part of the time a part may take beside the parts after it; what it leaves goes to the next."""
+HALF = "prune/half"
+ADAPTED: Settings = {
+    "source": HALF, "method": "lora", "rank": 16, "alpha": 16, "learning_rate": 1e-4, "steps": 6,
+    "gradient_checkpointing": True,
+}  # fmt: skip
+"""A training of the part `training`; the first step does not count."""
 
 
 class Report:
@@ -321,15 +339,20 @@ def download_smollm2(file: Path) -> dict[str, Any]:
         "in_features": (576, 1536),
     }  # fmt: skip
     Gguf.model_validate(raw).download("smollm2", run_on("cpu"))
-    folder = Path("english")
-    folder.mkdir()
-    (folder / "english.txt").write_text(english())
-    raw = {
-        "source": f"path:{folder}", "file": "english.txt", "sha256": sha256(folder / "english.txt"),
-        "kind": "text", "documents": "paragraphs", "calibration": 0.5,
-    }  # fmt: skip
-    Text.model_validate(raw).download("english")
+    write_text("english", english(), "paragraphs")
     return {}
+
+
+def write_text(name: str, text: str, documents: str) -> None:
+    """Make a data set of a text."""
+    folder = Path(name)
+    folder.mkdir()
+    (folder / f"{name}.txt").write_text(text)
+    raw = {
+        "source": f"path:{folder}", "file": f"{name}.txt", "sha256": sha256(folder / f"{name}.txt"),
+        "kind": "text", "documents": documents, "calibration": 0.5,
+    }  # fmt: skip
+    Text.model_validate(raw).download(name)
 
 
 def english() -> str:
@@ -558,6 +581,49 @@ def timed(options: argparse.Namespace, name: str, work: BlockWork, limits: Limit
     return _rounded(facts | peak.gib())
 
 
+def training(report: Report, folder: Path) -> None:
+    """Time LoRA of a pruned random model, with the mask of its zeros and without."""
+    options = report.options
+    run, seconds = run_on(options.device), dict[str, float]()
+
+    def pruned() -> dict[str, Any]:
+        config = llama(options.hidden, options.blocks, options.length, options.vocabulary)
+        write_random(MODELS / BIG, config, families.tokenizer(), options.device)
+        make(HALF, METHODS["magnitude"].recipe("magnitude", BIG, {}), run)
+        shutil.rmtree(MODELS / BIG)  # three models of 8B do not fit some disks
+        write_text("long", project.text(3, documents=40 * options.length // 100), "lines")
+        return {}
+
+    def trained(keep: str) -> dict[str, Any]:
+        data = {"dataset": "long", "num_samples": 16, "sequence_length": options.length, "held_out": 1}
+        raw = ADAPTED | {"train": data, "keep": keep, "batch_size": options.batch}
+        recipe, ends = methods("finetune")["lora"].model_validate(raw), list[float]()
+
+        def timed_step(*args: Any) -> float:
+            loss = take_step(*args)
+            if run.resolved_device().type == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+            return loss
+
+        gc.collect()
+        torch.cuda.empty_cache()
+        with mock.patch.object(loop, "take_step", timed_step), Peak(run.resolved_device()) as peak:
+            make(f"finetune/{keep}", recipe, run)
+        shutil.rmtree(MODELS / f"finetune/{keep}")
+        seconds[keep] = statistics.median(later - earlier for earlier, later in pairwise(ends))
+        facts = {"seconds_per_step": seconds[keep], **peak.gib()}
+        facts["tokens_per_second"] = options.batch * options.length / seconds[keep]
+        if len(seconds) == 2:
+            facts["over_without_mask"] = seconds["mask"] / seconds["none"]
+        return _rounded(facts)
+
+    report.case("training", "prune", pruned)
+    if (MODELS / HALF).exists():
+        for keep in ("none", "mask"):
+            report.case("training", f"lora, keep: {keep}", partial(trained, keep))
+
+
 def _rounded(facts: Mapping[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in facts.items()}
 
@@ -579,7 +645,7 @@ def read_options() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda", help="such as cuda:1; cpu tries the benchmark")
-    parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES), metavar="PART")
+    parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES)[:-1], metavar="PART")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--seconds", type=float, default=285, help="time for all parts")
     parser.add_argument("--blocks", type=int, default=8, help="at least 2")
@@ -587,6 +653,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=128256, help="of the model of the table")
     parser.add_argument("--samples", type=int, default=128, help="windows of calibration")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--batch", type=int, default=4, help="windows of a step of training")
+    parser.add_argument("--memory", type=float, help="GiB of the card that torch may take; default: all")
     parser.add_argument("--side", type=int, default=8192, help="of the products that are measured")
     parser.add_argument(
         "--model", type=Path, default=Path("/tmp/model"), help="GGUF of SmolLM2, or its folder"
@@ -602,10 +670,14 @@ def read_options() -> argparse.Namespace:
     options.card = torch.cuda.get_device_name(device) if known else device.type
     if options.blocks < 2 or options.hidden % 64:
         parser.error("--blocks is at least 2 and --hidden a multiple of 64.")
+    if options.memory is not None and not known:
+        parser.error("--memory limits a card; leave it out on the CPU.")
     return options
 
 
-PARTS = {"parity": parity, "determinism": determinism, "resume": resume, "table": table}
+PARTS = {
+    "parity": parity, "determinism": determinism, "resume": resume, "table": table, "training": training,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -616,7 +688,11 @@ def main() -> None:
         return
     logging.disable(logging.WARNING)
     report = Report(options)
-    report.tell("device", options.card, torch=torch.__version__, cores=os.cpu_count())
+    if options.memory is not None:
+        device = run_on(options.device).resolved_device()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory * 2**30 / total), device)
+    report.tell("device", options.card, memory=options.memory, torch=torch.__version__, cores=os.cpu_count())
     with tempfile.TemporaryDirectory(dir=options.folder) as name, chdir(name):
         write_random(MODELS / SMALL, llama(128, 3, 256), families.tokenizer())
         project.write_inputs(Path("inputs"))
