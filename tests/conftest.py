@@ -24,7 +24,9 @@ LACKING = [name for name in ("prefect", "dvc", "reasoning_gym") if find_spec(nam
 if not (project.ROOT / "flows").is_dir():
     LACKING.append("flows")
 """Packages that a machine which only computes may lack; tests that need one are skipped there."""
-collect_ignore = ["flows", "benchmarks/test_drill.py"] if {"prefect", "dvc", "flows"} & {*LACKING} else []
+NEED_FLOWS = ["flows", "benchmarks/test_drill.py", "test_plots.py", "test_sections.py"]
+"""Tests that import what a machine which only computes may lack."""
+collect_ignore = NEED_FLOWS if {"prefect", "dvc", "flows"} & {*LACKING} else []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,7 @@ import yaml
 from stages.core import identity
 from stages.job import pieces
 from tests import project
+from tests.conftest import NEED_FLOWS
 
 ROOT = project.ROOT
 LAYERS = (
@@ -75,6 +76,22 @@ def test_no_file_imports_itself_through_others():
     needs = networkx.DiGraph((file, other) for file in FILES for other in imports(file) if other != file)
     circles = [circle for circle in networkx.strongly_connected_components(needs) if len(circle) > 1]
     assert not circles, f"these files import each other in a circle: {circles}"
+
+
+def test_tests_that_cannot_be_imported_without_dvc_or_prefect_are_left_out_there():
+    def needs(file: Path) -> bool:
+        tops = [
+            node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = [
+            node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in tops
+        ]
+        return any(name.split(".")[0] in ("prefect", "dvc", "dvc_render", "dvc_data") for name in names)
+
+    tests = ROOT / "tests"
+    files = [file.relative_to(tests) for file in tests.rglob("test_*.py") if needs(file)]
+    assert len(files) > 5
+    assert not [file for file in files if str(file) not in NEED_FLOWS and file.parts[0] not in NEED_FLOWS]
 
 
 def test_nothing_is_imported_by_a_name_in_a_string():
