@@ -20,13 +20,14 @@ hypothesis.settings.register_profile("tests", deadline=None)  # a slow or busy m
 hypothesis.settings.load_profile("tests")
 
 
-LACKING = [name for name in ("prefect", "dvc", "reasoning_gym") if find_spec(name) is None]
+LACKING = [name for name in ("prefect", "dvc", "reasoning_gym", "jsonschema") if find_spec(name) is None]
 if not (project.ROOT / "flows").is_dir():
     LACKING.append("flows")
 """Packages that a machine which only computes may lack; tests that need one are skipped there."""
 NEED_FLOWS = ["flows", "benchmarks/test_drill.py", "test_plots.py", "test_sections.py"]
 """Tests that import what a machine which only computes may lack."""
-collect_ignore = NEED_FLOWS if {"prefect", "dvc", "flows"} & {*LACKING} else []
+collect_ignore = [*NEED_FLOWS] if {"prefect", "dvc", "flows"} & {*LACKING} else []
+collect_ignore += ["job/test_editors.py"] if "jsonschema" in LACKING else []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

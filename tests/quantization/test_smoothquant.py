@@ -54,7 +54,8 @@ def test_rows_are_rounded_to_eight_bits_and_zeros_stay(device):
     code = smoothquant().weights(weight, peak(inputs))
     step = weight.abs().amax(1, keepdim=True) / 127.5
     assert ((code.dequantize() - weight).abs() <= step * 0.501).all()
-    assert torch.equal(code.codes, (weight / step).round().clamp(-128, 127).to(torch.int8))
+    torch.testing.assert_close(code.scale, step)  # to the last bit on some devices only
+    assert torch.equal(code.codes, (weight / code.scale).round().clamp(-128, 127).to(torch.int8))
     assert not code.codes[weight == 0].any()
 
 
