@@ -689,9 +689,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     report = Report(options)
     if options.memory is not None:
-        device = run_on(options.device).resolved_device()
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory * 2**30 / total), device)
+        index = torch.device(options.device).index or 0
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory * 2**30 / total), index)
     report.tell("device", options.card, memory=options.memory, torch=torch.__version__, cores=os.cpu_count())
     with tempfile.TemporaryDirectory(dir=options.folder) as name, chdir(name):
         write_random(MODELS / SMALL, llama(128, 3, 256), families.tokenizer())

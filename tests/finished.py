@@ -46,7 +46,7 @@ def copy(source: Path, folder: Path) -> Path:
 def environment(folder: Path) -> dict[str, str]:
     """As `project.run`, with Prefect's database in the project's parent."""
     home = folder.parent / "prefect"
-    return {**project.ENV, "PYTHONPATH": str(folder), "PREFECT_HOME": str(home)}
+    return {**project.ENV, **project.importing(folder), "PREFECT_HOME": str(home)}
 
 
 def prunequant(folder: Path, *arguments: str, code: int = 0) -> str:

@@ -22,6 +22,11 @@ ENV = {
 }
 
 
+def importing(folder: Path) -> dict[str, str]:
+    """The variable that lets a child import from `folder`, beside what it is set to here."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def text(seed: int, documents: int = 60) -> str:
     """Lines of made-up words, different at each seed."""
     draw = random.Random(seed)
@@ -142,7 +147,7 @@ def commit(folder: Path, message: str) -> None:
 def run(folder: Path, *command: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a command in the project, its own code first on the path; assert its success unless told not to."""
     done = subprocess.run(
-        command, cwd=folder, env={**ENV, "PYTHONPATH": str(folder)}, capture_output=True, text=True
+        command, cwd=folder, env={**ENV, **importing(folder)}, capture_output=True, text=True
     )
     if ok:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

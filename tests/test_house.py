@@ -233,7 +233,7 @@ def modules_after(code: str, cwd: Path) -> set[str]:
     code += "\nimport sys, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=cwd, env={**project.ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+        cwd=cwd, env={**project.ENV, **project.importing(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return set(json.loads(done.stdout.splitlines()[-1]))
 

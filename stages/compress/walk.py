@@ -45,7 +45,7 @@ from stages.compress.home import Home, InMemory
 from stages.compress.statistics import Statistic
 from stages.core.errors import Refusal
 from stages.core.lazy import mock, torch
-from stages.core.memory import exhausted
+from stages.core.memory import cures, exhausted
 from stages.model.blocks import Linear, blocks, check_length, device_of, forward, linears
 
 if TYPE_CHECKING:
@@ -150,7 +150,5 @@ def _refusing_out_of_memory(size: int) -> Iterator[None]:
     except Exception as error:
         if not exhausted(error):
             raise
-        raise Refusal(
-            f"there is not enough memory; lower the calibration's batch_size (now {size}), num_samples or "
-            "sequence_length."
-        ) from error
+        settings = f"lower the calibration's batch_size (now {size}), num_samples or sequence_length"
+        raise Refusal(f"there is not enough memory; {cures(error, settings)}.") from error

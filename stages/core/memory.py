@@ -38,6 +38,15 @@ def keep_freed(below: int = STREAMED, trim: int = NEVER) -> bool:
     return mallopt is not None and all(mallopt(option, value) == 1 for option, value in options)
 
 
+def cures(error: Exception, *settings: str) -> str:
+    """Return what to do about an error that memory ran out by: change `settings`, or torch's allocator.
+
+    torch names its setting where much of a card's memory is in pieces too small to be used.
+    """
+    last = ["set PYTORCH_ALLOC_CONF=expandable_segments:True"] if "expandable_segments" in str(error) else []
+    return " or ".join([*settings, *last])
+
+
 def exhausted(error: Exception) -> bool:
     """Tell whether an error means that memory ran out, on whatever device."""
     from torch import OutOfMemoryError

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stages.core.errors import Refusal
 from stages.core.lazy import torch
-from stages.core.memory import TRAINED, exhausted, keep_freed
+from stages.core.memory import TRAINED, cures, exhausted, keep_freed
 from stages.core.numbers import generator, seed_of
 from stages.corpus.rows import Row, collate
 from stages.recovery import objective
@@ -214,13 +214,13 @@ def refusing_out_of_memory(recipe: Tuning) -> Iterator[None]:
     except Exception as error:
         if not exhausted(error):
             raise
-        cures = [f"lower train.sequence_length (now {recipe.train.sequence_length})"]
+        settings = [f"lower train.sequence_length (now {recipe.train.sequence_length})"]
         if recipe.batch_size > 1:
-            cures.insert(
+            settings.insert(
                 0,
                 f"lower batch_size (now {recipe.batch_size}; raise accumulation, now {recipe.accumulation}, "
                 "to make up for it)",
             )
         if not recipe.gradient_checkpointing:
-            cures.append("set gradient_checkpointing: true")
-        raise Refusal(f"there is not enough memory; {' or '.join(cures)}.") from error
+            settings.append("set gradient_checkpointing: true")
+        raise Refusal(f"there is not enough memory; {cures(error, *settings)}.") from error

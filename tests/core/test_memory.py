@@ -34,7 +34,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.drill
 @pytest.mark.skipif(not GLIBC, reason="another C library")
 def test_memory_that_was_freed_is_taken_again_without_the_system():
-    env = {**project.ENV, "PYTHONPATH": str(project.ROOT)}
+    env = {**project.ENV, **project.importing(project.ROOT)}
     faults = {
         how: int(
             subprocess.run(
@@ -111,8 +111,17 @@ print(mallinfo().free)
 @pytest.mark.skipif(not GLIBC, reason="another C library")
 def test_a_model_made_without_weights_leaves_no_heap_of_holes(tmp_path):
     """Its 32 projections of keys and values, 8 MiB each, are below `STREAMED`."""
-    env = {**project.ENV, "PYTHONPATH": str(project.ROOT)}
+    env = {**project.ENV, **project.importing(project.ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", HOLES], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 64 * 2**20
+
+
+def test_torchs_advice_on_a_card_in_pieces_is_passed_on():
+    pieces = (
+        "If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True"
+    )
+    plain, fragmented = memory.cures(MemoryError(), "a", "b"), memory.cures(MemoryError(pieces), "a", "b")
+    assert plain == "a or b"
+    assert fragmented == "a or b or set PYTORCH_ALLOC_CONF=expandable_segments:True"

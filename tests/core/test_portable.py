@@ -90,7 +90,7 @@ def test_a_process_starts_again_with_the_switches_once(switched, monkeypatch):
 def test_a_portable_job_has_the_hashes_of_every_other_processor(outside, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.portable"], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, **outside, "PYTHONPATH": str(project.ROOT)},
+        env={**os.environ, **outside, **project.importing(project.ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answer = done.stdout.splitlines()[-1]

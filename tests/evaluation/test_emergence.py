@@ -23,7 +23,7 @@ def test_states_are_those_between_blocks(family):
     assert len(ours) == len(hidden) == 3
     # The model's last hidden state has been through its final norm.
     for state, other in zip(ours[:-1], hidden[:-1], strict=True):
-        torch.testing.assert_close(state, other[:, -1])
+        torch.testing.assert_close(state, other[:, -1].to(state.device))
     assert ours[-1].shape == ours[0].shape and not torch.equal(ours[-1], ours[-2])
 
 

@@ -72,4 +72,4 @@ def test_the_rows_of_a_suite_without_a_batch_size_are_recorded(workspace):
     chosen = changed(params("llama", {}), suites=suites)
     do(chosen)
     scores, _ = scored(chosen, "base/tiny", "news")
-    assert set(scores["batch_size"]) == {room.usual_rows(torch.device("cpu"))}
+    assert set(scores["batch_size"]) == {room.usual_rows(torch.device(families.DEVICE))}

@@ -83,7 +83,7 @@ def test_all_offenders_in_one_message_everywhere(folder):
     night = mendable(lambda: state_of(update(None, [], pytest.fail)))
     stage = subprocess.run(
         [sys.executable, "-m", "stages.prune", "wanda-50"],
-        cwd=folder, env={**project.ENV, "PYTHONPATH": str(project.ROOT)}, capture_output=True, text=True,
+        cwd=folder, env={**project.ENV, **project.importing(project.ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert (checked.exit_code, ran.exit_code, stage.returncode) == (2, 2, 2)
     assert night.is_failed()
@@ -183,7 +183,7 @@ def test_diff_fails_on_a_worse_score(monkeypatch):
 def test_version_and_completion():
     version = CliRunner().invoke(app, ["--version"])
     assert version.exit_code == 0 and version.output.startswith("prunequant 0.")
-    env = {**project.ENV, "PYTHONPATH": str(project.ROOT)}
+    env = {**project.ENV, **project.importing(project.ROOT)}
     env |= {"COMP_WORDS": "prunequant sh", "COMP_CWORD": "1", "_PRUNEQUANT_COMPLETE": "complete_bash"}
     code = "from flows.cli import app; app(prog_name='prunequant')"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -203,7 +203,7 @@ def test_check_imports_nothing_that_takes_seconds(folder):
     code += "assert CliRunner().invoke(app, ['check']).exit_code == 0\n"
     code += "slow = {'prefect', 'dvc', 'lm_eval', 'peft', 'transformers.models', 'scipy'}\n"
     code += "assert not slow & set(sys.modules), slow & set(sys.modules)"
-    env = {**project.ENV, "PYTHONPATH": str(project.ROOT)}
+    env = {**project.ENV, **project.importing(project.ROOT)}
     subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, check=True)
 
 

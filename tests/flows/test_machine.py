@@ -80,7 +80,7 @@ def test_taskset_leaves_one_thread():
     code = "from flows import machine; print(machine.threads())"
     done = subprocess.run(
         ["taskset", "-c", "0", sys.executable, "-c", code],
-        env={**project.ENV, "PYTHONPATH": str(project.ROOT)}, capture_output=True, text=True, check=True,
+        env={**project.ENV, **project.importing(project.ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout == "1\n"
 

@@ -185,7 +185,7 @@ def flow(tmp_path):
         lines.append(f"  {name}: {{cmd: {command}, deps: {deps}, outs: [{name}]}}")
     (tmp_path / "dvc.yaml").write_text("\n".join([*lines, ""]))
     (tmp_path / "flow.py").write_text(FLOW)
-    env = {**project.ENV, "PYTHONPATH": str(project.ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
+    env = {**project.ENV, **project.importing(project.ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
 
     def start(pause):
         code = "import sys; sys.path.remove(''); exec(open('flow.py').read())"

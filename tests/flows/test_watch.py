@@ -48,7 +48,7 @@ def planned(width: float = 1, **seconds: float) -> Watch:
 
 def test_a_terminal_shows_stages_with_their_bars_and_the_time_left():
     leader, follower = pty.openpty()
-    env = {**project.ENV, "PYTHONPATH": str(project.ROOT), "TERM": "xterm", "COLUMNS": "120"}
+    env = {**project.ENV, **project.importing(project.ROOT), "TERM": "xterm", "COLUMNS": "120"}
     child = subprocess.Popen([sys.executable, "-c", DRAWN], stdout=follower, stderr=follower, env=env)
     os.close(follower)
     shown = b""

@@ -6,10 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from stages.core import identity
@@ -30,7 +30,7 @@ def test_a_run_is_recorded_however_it_ends(tmp_path, monkeypatch):
         pass
     record = json.loads(Path("data/runs/prune/x.json").read_text())
     assert (record["state"], record["error"]) == ("done", None)
-    assert record["seconds"] >= 0 and record["versions"]["torch"] == torch.__version__
+    assert record["seconds"] >= 0 and record["versions"]["torch"] == metadata.version("torch")
     with pytest.raises(Refusal), recorded("prune", "x"):
         raise Refusal("no.")
     record = json.loads(Path("data/runs/prune/x.json").read_text())
@@ -63,8 +63,8 @@ def identify(folder: Path) -> None:
 
 def stage(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=folder, env={**project.ENV, "PYTHONPATH": str(project.ROOT)},
-        capture_output=True, text=True,
+        [sys.executable, "-m", *arguments], cwd=folder, capture_output=True, text=True,
+        env={**project.ENV, **project.importing(project.ROOT)},
     )  # fmt: skip
 
 

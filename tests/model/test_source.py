@@ -27,7 +27,7 @@ WIDTH = {"method": "width", "importance": "ppm", "remove": 0.5}
 def test_a_block_has_weights_only_while_it_is_held(workspace):
     chosen = params("llama", {})
     do(chosen)
-    empty, plain = Empty("base/tiny", chosen.run), load("base/tiny")
+    empty, plain = Empty("base/tiny", chosen.run), load("base/tiny").to(families.DEVICE)
     for name, block in blocks(empty.model):
         with empty.block(name, block) as done:
             assert not done
@@ -41,7 +41,8 @@ def test_a_block_has_weights_only_while_it_is_held(workspace):
 def test_no_embedding_is_in_memory_once_text_has_reached_the_blocks(family, workspace):
     chosen = params(family, {})
     do(chosen)
-    empty, plain, held = Empty("base/tiny", chosen.run), load("base/tiny"), list[set[str]]()
+    empty, held = Empty("base/tiny", chosen.run), list[set[str]]()
+    plain = load("base/tiny").to(families.DEVICE)
     names = {id(parameter): name for name, parameter in plain.named_parameters()}
     wide = {names[id(each.weight)] for each in plain.modules() if isinstance(each, torch.nn.Embedding)}
 

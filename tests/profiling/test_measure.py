@@ -150,6 +150,7 @@ def test_profiles_that_do_not_exist_cannot_be_read(tmp_path, monkeypatch):
 
 def test_nothing_runs_beside_a_profile(tmp_path, monkeypatch):
     """Four slots, and two profiles among other stages: the stages at work are one profile, or none."""
+    pytest.importorskip("dvc")
     monkeypatch.chdir(tmp_path)
     names = [f"prune@{i}" for i in range(6)] + ["profile@a", "profile@b"]
     graph = {

@@ -238,7 +238,7 @@ def over_hub(folder: Path, address: str, raw: dict, name: str) -> subprocess.Com
         "HF_HOME": str(folder / "hf"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(project.ROOT),
+        **project.importing(project.ROOT),
         "NO_PROXY": "127.0.0.1",
     }
     return subprocess.run(
