@@ -19,9 +19,9 @@ from stages.core.errors import Refusal
 from stages.core.files import sha256
 from stages.core.reading import reading, reason
 from stages.model.artifact import check_text_model
-from stages.model.blocks import blocks, linears
+from stages.model.blocks import blocks, input_widths, linears
 from stages.model.positions import most_tokens
-from stages.model.skeleton import input_widths, skeleton
+from stages.model.skeleton import skeleton
 from stages.pruning.shape.width import Width
 from stages.sources.origin import fetched
 from stages.sources.tokenizer import original_tokenizer

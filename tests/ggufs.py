@@ -6,17 +6,20 @@ import gguf
 import numpy as np
 
 
-def write_model(path: Path, kind: gguf.GGMLQuantizationType | None = None) -> dict[str, np.ndarray]:
+def write_model(
+    path: Path, kind: gguf.GGMLQuantizationType | None = None, splitter: str = "gpt-2"
+) -> dict[str, np.ndarray]:
     """Write a Llama of one block with a tokenizer of eight tokens; return its tensors by their GGUF names.
 
     Args:
         kind: the type of its matrices; None writes floats.
+        splitter: llama.cpp's name for how text is split.
     """
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in {
         "block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64,
         "head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 10000.0,
-        "rope_dimension_count": 8, "vocab_size": 8, "tokenizer_model": "gpt2", "tokenizer_pre": "default",
+        "rope_dimension_count": 8, "vocab_size": 8, "tokenizer_model": "gpt2", "tokenizer_pre": splitter,
         "token_list": ["<s>", "</s>", "a", "b", "c", "d", "ab", "cd"], "token_types": [3, 3] + [1] * 6,
         "token_merges": ["a b", "c d"], "bos_token_id": 0, "eos_token_id": 1,
     }.items():  # fmt: skip

@@ -26,8 +26,8 @@ _library: list[torch.library.Library] = []
 
 def slow() -> list[str]:
     """Return which of bfloat16 and float16 this processor has no instructions for."""
-    told = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in _NATIVE.items()}
-    return [dtype for dtype, native in told.items() if native is None or not native()]
+    asked = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in _NATIVE.items()}
+    return [dtype for dtype, native in asked.items() if native is None or not native()]
 
 
 def widen(names: Iterable[str]) -> None:

@@ -142,6 +142,11 @@ def linears(
     return kept
 
 
+def input_widths(model: nn.Module) -> tuple[int, ...]:
+    """Return the input widths of the linears in a model's blocks, ascending; empty if it has none."""
+    return tuple(sorted({linear.weight.shape[1] for linear in linears(model, partial=True)}))
+
+
 def check_divides(setting: str, size: int, targets: list[Linear], cure: str) -> None:
     """Refuse a `size` that does not divide the input width of every linear.
 

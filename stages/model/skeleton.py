@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.lazy import torch
-from stages.model.blocks import linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +29,3 @@ def skeleton_of(folder: Path) -> PreTrainedModel:
     from transformers import AutoConfig
 
     return skeleton(AutoConfig.from_pretrained(folder, local_files_only=True))
-
-
-def input_widths(model: PreTrainedModel) -> tuple[int, ...]:
-    """Return the input widths of the linears in a model's blocks, ascending; empty if it has none."""
-    return tuple(sorted({linear.weight.shape[1] for linear in linears(model, partial=True)}))

@@ -20,7 +20,7 @@ from stages.core.memory import exhausted
 from stages.core.numbers import check_finite
 from stages.core.reading import reason
 from stages.core.schema import Strict
-from stages.model.blocks import linears
+from stages.model.blocks import input_widths
 from stages.model.causal import check_causal
 from stages.model.ties import correct_ties
 from stages.sources.origin import Origin, portable
@@ -70,7 +70,7 @@ class Model(Strict):
                     f"models.{key} is {model.config.model_type}, which fails on a few tokens of text "
                     f"({reason(error)}); use another model."
                 ) from error
-            widths = tuple(sorted({linear.weight.shape[1] for linear in linears(model, partial=True)}))
+            widths = input_widths(model)
             if widths != self.in_features:
                 raise Refusal(
                     f"models.{key}.in_features is {list(self.in_features)}, but the model has "

@@ -1,6 +1,7 @@
 """GGUF: the grids of a file's weights are counted, and a model in one becomes a checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.core.files import sha256
-from stages.sources.ggml import count_grids
+from stages.sources.ggml import count_grids, dequantized_gguf
 from stages.sources.gguf import Gguf
 from tests.ggufs import write_model
 
@@ -58,6 +59,33 @@ def test_parts_come_from_packages():
     for wrong in ({"source": "path:inputs"}, {"parts": ({**part, "source": "path:inputs"},)}):
         with pytest.raises(ValidationError, match="path:inputs is none; give one file instead"):
             Gguf(**settings | {"parts": (part,)} | wrong)
+
+
+def converted(path: Path, splitter: str) -> Any:
+    """A written checkpoint's tokenizer, from a file with this name for how text is split."""
+    write_model(path / "m.gguf", splitter=splitter)
+    folder = path / "written"
+    folder.mkdir()
+    facts = dequantized_gguf(path / "m.gguf", "m", folder, torch.float32)
+    assert facts["splitter"] == splitter
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("splitter", "expected"),
+    [
+        ("gpt-2", ["ab", "Ġ", "Ġ1234"]), ("smollm", ["ab", "ĠĠ", "1", "2", "3", "4"]),
+        ("llama-bpe", ["ab", "Ġ", "Ġ", "123", "4"]), ("qwen2", ["ab", "Ġ", "Ġ", "1", "2", "3", "4"]),
+    ],
+)  # fmt: skip
+def test_text_is_split_by_the_rule_that_a_file_names(splitter, expected, tmp_path):
+    pieces = converted(tmp_path, splitter).backend_tokenizer.pre_tokenizer.pre_tokenize_str("ab  1234")
+    assert [piece for piece, _ in pieces] == expected
+
+
+def test_a_rule_without_a_known_expression_is_told(tmp_path, caplog):
+    converted(tmp_path, "of-next-year")
+    assert "m splits text by the rule of-next-year, which is not known here" in caplog.text
 
 
 def test_a_model_in_a_file_becomes_a_checkpoint(tmp_path):

@@ -51,7 +51,8 @@ def _widths(folder: Path) -> tuple[int, ...] | None:
     key = text_sha256(json.dumps([identity.versions()["transformers"], text]))
     kept: dict[str, Any] = read_json(WIDTHS) if WIDTHS.exists() else {}
     if key not in kept:
-        from stages.model.skeleton import input_widths, skeleton_of  # takes seconds
+        from stages.model.blocks import input_widths  # takes seconds
+        from stages.model.skeleton import skeleton_of
 
         try:
             with reading(f"the config in {folder}"):
