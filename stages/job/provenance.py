@@ -164,6 +164,9 @@ def disagreements(
 ) -> dict[str, str]:
     """Compare provenance files with dvc.lock; what a file calls unknown is no difference.
 
+    A file is compared only if it is the one that dvc.lock lists. Otherwise the results here are others than
+    the lock's, as after `git pull` or where a worker computed them, and DVC knows that by itself.
+
     Args:
         wanted: outputs, such as `data/models/prune/wanda-50`, whose stages are compared; None is all.
 
@@ -174,11 +177,13 @@ def disagreements(
     chosen = None if wanted is None else set(wanted)
     differing: dict[str, str] = {}
     for stage, entry in lock.items():
-        paths = [out["path"] for out in entry.get("outs", ())]
-        files = [Path(path) for path in paths if Path(path).is_relative_to(PROVENANCE)]
-        if not files or not files[0].exists() or (chosen is not None and not chosen & set(paths)):
+        made = {out["path"]: out.get("md5") for out in entry.get("outs", ())}
+        file = next((Path(path) for path in made if Path(path).is_relative_to(PROVENANCE)), None)
+        if file is None or (chosen is not None and not chosen & set(made)):
             continue
-        noted = read_json(files[0])
+        if not file.exists() or _md5(file) != made[str(file)]:
+            continue
+        noted = read_json(file)
         named = {dep["path"]: dep["md5"] for dep in entry.get("deps", ())}
         known = {path: md5 for path, md5 in noted["deps"].items() if md5 is not None}
         wrong = [path for path, md5 in known.items() if named.get(path, md5) != md5]

@@ -64,7 +64,7 @@ def headline_scores(comparison: Comparison) -> pd.DataFrame:
     """Return a line a headline score: all that a reader needs to judge it.
 
     Columns: `suite`, `label`, `metric`, `higher_is_better`, `candidate`, `value`; `low` and `high`, its 95 %
-    interval by Student's t, a share's cut to [0, 1]; `reference`, and `of_reference`, the value divided by
+    interval by Student's t, a share's by Wilson's; `reference`, and `of_reference`, the value divided by
     the reference's; `floor`; `noise`, the largest change by arithmetic alone; `verdict`, and `word`, which is
     it with what the items show; and the sizes.
     """
@@ -90,12 +90,31 @@ def headline_scores(comparison: Comparison) -> pd.DataFrame:
 
 
 def with_intervals(scores: pd.DataFrame) -> pd.DataFrame:
-    """Add `low` and `high`, the 95 % interval of each score; that of a share is cut to [0, 1]."""
-    reach = scores["stderr"] * stats.t.ppf(0.975, (scores["num_items"].astype("float64") - 1).clip(lower=1))
+    """Add `low` and `high`, the 95 % interval of each score: Student's t, and Wilson's for a share."""
+    count = scores["num_items"].astype("float64")
+    reach = scores["stderr"] * stats.t.ppf(0.975, (count - 1).clip(lower=1))
     table = scores.assign(low=scores["value"] - reach, high=scores["value"] + reach)
     share = table["metric"].isin(SHARES)
-    table.loc[share, ["low", "high"]] = table.loc[share, ["low", "high"]].clip(0, 1)
+    table.loc[share, ["low", "high"]] = wilson(scores["value"], scores["stderr"], count)[share]
     return table
+
+
+def wilson(share: pd.Series, stderr: pd.Series, count: pd.Series) -> pd.DataFrame:
+    """Return Wilson's 95 % interval of shares, `low` and `high`.
+
+    The plain interval of 0 of 120 right answers is 0 to 0. Wilson's is 0 to .03, as the truth may be above 0.
+    Items that count in parts, or come in groups, count as the number of right and wrong answers that would
+    have the same standard error.
+
+    Args:
+        count: of items, taken where the standard error is 0 or unknown.
+    """
+    spread = share * (1 - share)
+    equal = (spread / stderr**2).where(spread * stderr > 0, count)
+    z2 = float(stats.norm.ppf(0.975)) ** 2
+    middle, reach = share + z2 / (2 * equal), ((spread + z2 / (4 * equal)) * z2 / equal) ** 0.5
+    ends = {"low": (middle - reach) / (1 + z2 / equal), "high": (middle + reach) / (1 + z2 / equal)}
+    return pd.DataFrame(ends).clip(0, 1)
 
 
 def summarize(comparison: Comparison) -> pd.DataFrame:

@@ -3,12 +3,14 @@
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from scipy import stats
 
 from stages.reporting.collect import measure_of, records
-from stages.reporting.export import nested_metrics, summarize
+from stages.reporting.export import nested_metrics, summarize, wilson
 from stages.reporting.words import labels
 from tests import results
 from tests.results import compared, of_items, together
@@ -120,3 +122,25 @@ def test_plots_have_the_columns_that_dvc_draws(whole):
         assert set(re.findall(r'"field": "(\w+)"', template)) - {"rev"} <= set(drawn)
         assert not drawn["candidate"].str.startswith("noise/").any()
         assert len(drawn) == 2 * 10
+
+
+def shares(right: np.ndarray, count: int) -> pd.DataFrame:
+    """The intervals of `right` right answers of `count`, by number of right answers."""
+    value = pd.Series(right / count)
+    return wilson(value, (value * (1 - value) / (count - 1)) ** 0.5, pd.Series(count, value.index))
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    ours = shares(np.arange(121), 120)
+    for right in (0, 1, 30, 119, 120):
+        theirs = stats.binomtest(right, 120).proportion_ci(method="wilson")
+        assert ours.loc[right].tolist() == pytest.approx([*theirs], abs=0.0005)
+        assert ours.loc[right, "low"] <= right / 120 <= ours.loc[right, "high"]
+    assert ours.loc[0, "high"] == pytest.approx(0.031, abs=0.001)
+
+
+@pytest.mark.parametrize("truth", [0.01, 0.05, 0.5, 0.97])
+def test_the_interval_of_a_share_holds_the_truth_in_nineteen_of_twenty(truth):
+    ours = shares(np.arange(121), 120)
+    holds = (ours["low"] <= truth) & (truth <= ours["high"])
+    assert 0.92 < stats.binom(120, truth).pmf(np.arange(121))[holds].sum() < 0.99
