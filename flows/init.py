@@ -25,7 +25,7 @@ from stages.job.checks.own_tasks import of_tasks
 from stages.job.load import checked_params, parsed, read
 from stages.job.params import Params
 from stages.job.sentences import allowed
-from stages.sources.documents import TABLE_SUFFIXES
+from stages.sources.documents import TABLE_SUFFIXES, LongDocument, split_documents
 from stages.sources.text import Text
 
 SCHEMA = Path("docs/params.schema.json")
@@ -223,10 +223,11 @@ def _text(path: Path) -> dict[str, Any]:
 
 
 def _of_plain(path: Path) -> str:
-    """Tell whether a text is cut at blank lines or at every line."""
+    """Tell whether a text is cut at blank lines or, if that leaves most of it in one piece, at every line."""
     with reading(str(path)):
-        text = path.read_text(encoding="utf-8-sig")
-    return "paragraphs" if re.search(r"\S\s*\n\s*\n\s*\S", text) else "lines"
+        content = path.read_bytes()
+    first, *others = split_documents(content, "paragraphs", str(path)) or [""]
+    return "paragraphs" if len(first) < sum(map(len, others)) else "lines"
 
 
 def _column(path: Path, how: str) -> str:
@@ -265,7 +266,13 @@ def _windows(
         Refusal: it cannot be cut into documents, or is too short.
     """
     with tempfile.TemporaryDirectory(prefix="prunequant-") as folder:
-        text.write(Path(folder))
+        try:
+            text.write(Path(folder))
+        except LongDocument:
+            raise Refusal(
+                f"{text.source} {text.file}: its first document has more than half of its characters, and "
+                "half of a text is kept for calibration; give one with more lines, paragraphs or rows."
+            ) from None
         parts = [read_documents("", split, Path(folder)) for split in ("calibration", "evaluation")]
     fitted = []
     for part, wanted, count, least in (

@@ -40,6 +40,10 @@ TABLE_SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndj
 """The suffixes of tables, and the `documents` that reads each."""
 
 
+class LongDocument(Refusal):
+    """The first document has more of a text than the share for calibration, which would be empty."""
+
+
 class Documents(Dataset):
     """A text file, or a folder of them, inside a source: a text alone, or a part of a mix."""
 
@@ -92,12 +96,13 @@ class Documents(Dataset):
         """Return (calibration, evaluation, number of evaluation documents dropped for an overlap).
 
         Raises:
-            Refusal: the file cannot be cut into documents, or leaves one of the two parts empty.
+            Refusal: the file cannot be cut into documents, or leaves one of the two parts empty; for the
+                first part it is a `LongDocument`.
         """
         documents = self.read()
         calibration, evaluation, dropped = split_calibration(documents, self.calibration)
         if self.calibration and not calibration:
-            raise Refusal(
+            raise LongDocument(
                 f"{self.name}: its first document of {len(documents)} has {len(documents[0])} of "
                 f"{sum(map(len, documents))} characters, more than the share of {self.calibration:g} for "
                 f"calibration, which would be empty; {self._smaller_documents()}, or set calibration "

@@ -134,6 +134,16 @@ def test_windows_fit_the_text_and_the_model(folder):
     assert not Path("other.yaml").exists()
 
 
+def test_a_text_that_is_nearly_one_document_is_cut_smaller_or_refused(folder):
+    Path("chapters.txt").write_text(f"{project.text(5, 100)}\n\n{project.text(6, 3)}")
+    init("--model", "inputs/llama", "--text", "chapters.txt")
+    assert load().datasets["chapters"].documents == "lines"
+    Path("letter.txt").write_text(project.text(5, 100).replace("\n", " "))
+    said = init("--model", "inputs/llama", "--text", "letter.txt", "--output", "other.yaml", code=2)
+    assert "letter.txt: its first document has more than half of its characters" in said
+    assert "calibration to 0" not in said and not Path("other.yaml").exists()
+
+
 def test_a_task_of_ones_own_is_named_by_its_file(folder):
     Path("tasks").mkdir()
     Path("tasks/My QA.yaml").write_text("task: qa\n")
