@@ -76,6 +76,7 @@ def scheduled(
             if push:
                 runs.push()
             if follows:
+                workspace.release()  # the run is over, and what changed is asked of DVC
                 _tell_changes(branch)
             return state
 

@@ -110,13 +110,21 @@ def insist(
     show: Callable[[str], None],
     rest: Callable[[float], object] = time.sleep,
 ) -> Result:
-    """Return the result of `attempt`; retry it with growing pauses while it raises `Busy`."""
+    """Return the result of `attempt`; retry it with growing pauses while it raises `Busy`.
+
+    Raises:
+        RuntimeError: it waits for this process itself, which would never end.
+    """
     pause = 0.5
     while True:
         try:
             return attempt()
         except Busy as busy:
             blocker = re.search(r"\(PID \d+\): .*", str(busy))
+            if f"(PID {os.getpid()})" in str(busy):
+                raise RuntimeError(
+                    "this run keeps others out of the folder and asks DVC about it; call release() first."
+                ) from None
         if pause == 0.5:
             show(f"waits for {blocker[0] if blocker else 'another DVC command'}")
         rest(pause)

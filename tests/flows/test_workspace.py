@@ -137,3 +137,13 @@ def test_a_flow_that_plans_waits_without_what_a_running_dvc_needs(folder):
         time.sleep(0.1)
     assert graph.consult(graph.Project.stale) == set()
     assert bare.wait(60) == 0 and "b.txt" in (folder / "dvc.lock").read_text()
+
+
+def test_nobody_waits_for_himself():
+    """A night that had ended asked DVC what is stale while its own claim kept DVC out."""
+
+    def attempt() -> str:
+        raise workspace.Busy(f"'stages' is busy, it is being blocked by: (PID {os.getpid()}): engine.py")
+
+    with pytest.raises(RuntimeError, match=r"call release\(\) first"):
+        workspace.insist(attempt, print, lambda _: pytest.fail("it waits"))
