@@ -67,6 +67,7 @@ class Plan:
         self._changed: set[str] = set()
         self._begun: set[str] = set()
         self._planned = time.strftime("%H:%M")
+        self.children.say = self._say
 
     def find_stale(self) -> None:
         """Bring the code identities up to date, then complete `stale` and `todo`.
@@ -142,6 +143,11 @@ class Plan:
         self.children.stop()
         for name in list(self._begun):
             mend.restore(self.lock.entries.get(name, {}))
+
+    def _say(self, stage: str, text: str) -> None:
+        """Tell the person and Prefect's logs what this run itself has to say about a stage."""
+        self.watch.say(stage, text)
+        self.listen(f"{stage}: {text}")
 
     def _edited(self) -> str:
         return f"params.yaml changed since {self._planned}; what was finished is kept, run again."

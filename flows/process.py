@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO
@@ -38,6 +39,7 @@ class Children:
 
     Attributes:
         elsewhere: whether the stages run on other machines, so that they do not share this one.
+        say: called with a stage and what the run itself has to say about it, such as what it waits for.
     """
 
     elsewhere = False
@@ -45,6 +47,7 @@ class Children:
     def __init__(self, held: tuple[int, ...] = ()) -> None:
         """Take the open files that each guard holds as well, as long as it lives."""
         self.held = held
+        self.say: Callable[[str, str], object] = lambda stage, text: None
         self.stopped = threading.Event()
         self._alive: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
@@ -59,14 +62,15 @@ class Children:
         """Run `dvc repro --single-item <stage>` and return its exit code and output; wait for what blocks it.
 
         Args:
-            show: called with each line worth showing, as it comes.
+            show: called with each line of the command worth showing, as it comes.
             force: whether to run the stage even if DVC has its result.
             variables: added to its environment.
 
         Raises:
             InterruptedError: the run was stopped before or during the stage.
         """
-        return insist(lambda: self._repro(stage, show, force, variables), show, self.stopped.wait)
+        attempt = partial(self._repro, stage, show, force, variables)
+        return insist(attempt, partial(self.say, stage), self.stopped.wait)
 
     def _repro(
         self, stage: str, show: Callable[[str], None], force: bool, variables: Mapping[str, str]

@@ -113,8 +113,8 @@ class Workers(Children):
                 assert isinstance(run, FlowRun) and run.state is not None
                 state, earlier = run.state, run.state.is_final()
                 if not earlier:
-                    show(f"waits for a worker of pool {pool}, flow run {run.id}")
-                    state = self._follow(client, run, show, pool)
+                    self.say(stage, f"waits for a worker of pool {pool}, flow run {run.id}")
+                    state = self._follow(client, run, pool)
                 if state.is_completed():
                     lockfile.put_entry(stage, _entry_left_by(client, run))
                     return 0, str(state.message)
@@ -125,7 +125,7 @@ class Workers(Children):
                 deaths += 1
                 if deaths == ATTEMPTS:
                     return 1, f"{ATTEMPTS} workers died while they ran it; see their logs."
-                show(f"its worker died ({state.message}); it starts again elsewhere")
+                self.say(stage, f"its worker died ({state.message}); it starts again elsewhere")
         raise AssertionError
 
     def gather(self) -> None:
@@ -147,10 +147,8 @@ class Workers(Children):
             commits.dvc("push", ok=False, stopped=self.stopped)  # a worker names what is missing here too
             self._graph, self._params, self._sent = graph.read_graph(), load_verified(device=False), True
 
-    def _follow(
-        self, client: SyncPrefectClient, run: FlowRun, show: Callable[[str], None], pool: str
-    ) -> State[Any]:
-        """Wait until a flow run has ended; cancel it if this run is stopped."""
+    def _follow(self, client: SyncPrefectClient, run: FlowRun, pool: str) -> State[Any]:
+        """Wait until the flow run of a stage has ended; cancel it if this run is stopped."""
         asked, patient, started = time.monotonic(), True, False
         answered = asked
         state: State[Any] = Pending()
@@ -165,10 +163,13 @@ class Workers(Children):
                 return state
             if state.is_running() and not started:
                 started = True
-                show("starts")
+                self.say(run.name, "a worker has it")
             if patient and state.is_scheduled() and time.monotonic() - asked > _PATIENCE:
                 patient = False
-                show(f"no worker is free; `prefect worker start --pool {pool} --limit 1` starts another")
+                self.say(
+                    run.name,
+                    f"no worker is free; `prefect worker start --pool {pool} --limit 1` starts another",
+                )
             if self.stopped.wait(_POLL):
                 client.set_flow_run_state(run.id, Cancelling(message="the run was stopped"))
                 raise InterruptedError(run.name)

@@ -118,10 +118,11 @@ RAN, DIED = Completed(message="Running stage; 1.0 s"), Crashed(message="no heart
 def test_a_stage_whose_worker_died_starts_again(workers):
     pool, server = workers([Scheduled(), Running(), DIED], [Scheduled(), Running(), RAN])
     said = []
-    assert pool.repro("b", said.append) == (0, "Running stage; 1.0 s")
+    pool.say = lambda stage, text: said.append((stage, text))
+    assert pool.repro("b", pytest.fail) == (0, "Running stage; 1.0 s")
     (first, one), (second, two) = server.asked
     assert (first, second) == ("stage/cpu", "stage/cpu") and one != two
-    assert "its worker died (no heartbeat); it starts again elsewhere" in said
+    assert ("b", "its worker died (no heartbeat); it starts again elsewhere") in said
     assert Path("dvc.lock").read_text() == joined({"a": entry("a"), "b": entry("b")})
 
 
