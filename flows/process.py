@@ -47,7 +47,7 @@ class Children:
     def __init__(self, held: tuple[int, ...] = ()) -> None:
         """Take the open files that each guard holds as well, as long as it lives."""
         self.held = held
-        self.say: Callable[[str, str], object] = lambda stage, text: None
+        self.say: Callable[[str, str], None] = lambda stage, text: None
         self.stopped = threading.Event()
         self._alive: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
