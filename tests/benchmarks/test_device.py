@@ -172,3 +172,17 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     device.main()
     assert capsys.readouterr().out == "no GPU\n"
+
+
+def test_training_is_timed_with_the_mask_of_the_zeros_and_without():
+    small = ("--hidden", "64", "--blocks", "2", "--length", "64", "--vocabulary", "512", "--batch", "2")
+    code, lines, _ = run("--only", "training", *small)
+    cases = {line["case"]: line for line in lines if line["part"] == "training"}
+    assert code == 0 and list(cases) == ["prune", "lora, keep: none", "lora, keep: mask"]
+    plain, masked = cases["lora, keep: none"], cases["lora, keep: mask"]
+    ratio = masked["seconds_per_step"] / plain["seconds_per_step"]
+    assert masked["over_without_mask"] == pytest.approx(ratio, rel=0.01) and "over_without_mask" not in plain
+
+
+def test_memory_limits_a_card_alone():
+    assert run("--memory", "1") == (2, [], "")
