@@ -114,6 +114,17 @@ def test_an_edit_just_after_a_stage_is_noticed_and_mended(copy):
     assert outs(copy)[model] == right and agrees(copy)
 
 
+def test_results_older_than_the_lock_are_brought_up_to_date_and_not_distrusted(edited, tmp_path):
+    """As after `git pull`: the lock is that of an edited recipe, the results are those of before."""
+    folder = sweep.copy(edited[0], tmp_path / "project")
+    project.run(folder, "git", "checkout", "-q", "HEAD~1", "--", "dvc.lock")
+    project.run(folder, "dvc", "checkout", "--force", "quantize@gptq-w4g32")
+    project.run(folder, "git", "checkout", "-q", "HEAD", "--", "dvc.lock")
+    assert "quantize@gptq-w4g32" in sweep.status(folder) and agrees(folder)
+    project.run(folder, "dvc", "checkout", "quantize@gptq-w4g32")
+    assert "quantize@gptq-w4g32" not in sweep.status(folder) and agrees(folder)
+
+
 @pytest.mark.drill
 @pytest.mark.parametrize(
     "name", ["x'; touch pwned; '", "$(touch pwned)", "`touch pwned`", 'x"; touch pwned; "']
