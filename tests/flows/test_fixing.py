@@ -42,6 +42,18 @@ def test_a_missing_hash_is_answered_with_the_right_one(folder):
     assert "2 problem(s)" in said and "64" not in said.replace(model, "").replace(news, "")
 
 
+def test_a_published_file_without_a_hash_is_one_problem(folder):
+    Path("m.gguf").write_bytes(b"GGUF")
+    values = project.read(folder)
+    values["models"]["theirs"] = {"source": "path:.", "format": "packed", "file": "m.gguf"}
+    project.write(folder, values)
+    lines = [line for line in check(code=2).splitlines() if "theirs" in line]
+    assert (
+        len(lines) == 1
+        and f"models.theirs.sha256: this hash is missing; write {sha256(Path('m.gguf'))}" in lines[0]
+    )
+
+
 def test_fix_writes_them_and_keeps_comments(folder):
     said = check("--fix")
     assert "models.tiny.sha256 was missing and is written. datasets.news.sha256 was missing" in said
