@@ -96,7 +96,8 @@ def _of_candidates(names: Sequence[str], at: str | None) -> Revision | None:
             )
         raise Refusal(f"{others[0]!r} is no candidate of {revision.name}; {allowed(known, others[0])}.")
     if len(set(names)) < 2:
-        raise Refusal(f"{names[0]!r} alone is given; name a second candidate to compare, such as its base.")
+        given = "alone" if len(names) == 1 else "with itself"
+        raise Refusal(f"{names[0]!r} is given {given}; name another candidate to compare, such as its base.")
     return revision
 
 

@@ -25,6 +25,7 @@ def model_card(
     loading: str,
     licence: str | None,
     commit: str | None,
+    gguf: int | None = None,
 ) -> str:
     """Return the card as Markdown, with the front matter that hubs read.
 
@@ -34,10 +35,12 @@ def model_card(
         loading: how to load what was exported, Markdown.
         licence: as hubs name it, such as apache-2.0; None leaves it to the reader.
         commit: of the project that made the artifact; None if what made it is not committed.
+        gguf: bytes of the GGUF file that was exported; None for a checkpoint of transformers.
     """
     artifact, base = record["artifact"], record["base"]
     front = {
-        "base_model": _hub_name(base["source"]), "license": licence, "library_name": "transformers",
+        "base_model": _hub_name(base["source"]), "license": licence,
+        "library_name": "transformers" if gguf is None else "gguf",
         "pipeline_tag": "text-generation",
     }  # fmt: skip
     lines = [
@@ -48,12 +51,15 @@ def model_card(
         f"# {artifact}",
         "",
     ]
+    size, count = record["bytes_on_disk"], record["num_parameters"]
+    bits = record["bits_per_weight"]
+    if gguf is not None:
+        size, bits = gguf, 8 * gguf / count
     lines += [f"{_summary(record)} Its base is `{base['source']}`.", ""]
     lines += [
         f"Licence: {licence}." if licence else _NO_LICENCE,
         "", "## Scores", "", *_scores(scores), "", "## Size", "",
-        f"{record['num_parameters']:,} parameters, {record['bytes_on_disk'] / 1e6:,.1f} MB on disk, "
-        f"{record['bits_per_weight']:.2f} bits a parameter"
+        f"{count:,} parameters, {size / 1e6:,.1f} MB on disk, {bits:.2f} bits a parameter"
         + (f"; {record['sparsity']:.1%} of the compressed weights are zero." if record["sparsity"] else "."),
         "", "## Load", "", loading, "", "## Recipe", "",
         "Each step, from the base on, with every setting:", "",

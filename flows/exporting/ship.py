@@ -99,10 +99,11 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
         if to is Destination.ollama:
             (folder / "Modelfile").write_text(f"FROM ./{file.name}\n", encoding="utf-8")
             loading = _OLLAMA.format(name=name)
-        _card(folder, record, scores, loading, licence)
+        _card(folder, record, scores, loading, licence, written.size)
     kinds = ", ".join(f"{count} as {kind}" for kind, count in written.matrices.items())
     sentences = [
-        f"{artifact} is in {target / file.name}, {size}: of its matrices {kinds}, with their codes unchanged."
+        f"{artifact} is in {target / file.name}, {size}: of its matrices {kinds}"
+        + (", with their codes unchanged." if any(kind.startswith("Q") for kind in written.matrices) else ".")
     ]
     if written.rounding:
         sentences.append(
@@ -145,9 +146,14 @@ def _by_transformers(record: dict[str, Any], place: str) -> str:
 
 
 def _card(
-    folder: Path, record: dict[str, Any], scores: list[dict[str, Any]], loading: str, licence: str | None
+    folder: Path,
+    record: dict[str, Any],
+    scores: list[dict[str, Any]],
+    loading: str,
+    licence: str | None,
+    gguf: int | None = None,
 ) -> None:
-    card = model_card(record, scores, loading, licence, _commit())
+    card = model_card(record, scores, loading, licence, _commit(), gguf)
     (folder / "README.md").write_text(card, encoding="utf-8")  # where hubs look for it
 
 

@@ -86,8 +86,8 @@ def test_a_worse_candidate_fails(in_little):
     [
         (("base/m", "prune/w"), "'prune/w' names a candidate and a git revision; write refs/heads/prune/w"),
         (("main", "quantize/q"), "'main' is a revision and 'quantize/q' a candidate"),
-        (("quantize/q",), "'quantize/q' alone is given"),
-        (("base/m", "base/m"), "'base/m' alone is given"),
+        (("quantize/q",), "'quantize/q' is given alone"),
+        (("base/m", "base/m"), "'base/m' is given with itself"),
         (("base/m", "quantize/p"), "'quantize/p' is no candidate of workspace; did you mean 'quantize/q'?"),
         (("quantize/p",), "'quantize/p' is neither a candidate nor a revision; did you mean 'quantize/q'?"),
         (("base/m", "gone", "--at", "main"), "'gone' is no candidate of main"),

@@ -180,6 +180,8 @@ def test_an_ollama_folder_names_its_file(workspace):
     export("base/tiny", Destination.ollama, "out", None)
     assert Path("out/Modelfile").read_text() == "FROM ./tiny.gguf\n"
     assert "ollama create tiny -f Modelfile" in Path("out/README.md").read_text()
+    card, size = Path("out/README.md").read_text(), Path("out/tiny.gguf").stat().st_size
+    assert "library_name: gguf\n" in card and f" {size / 1e6:,.1f} MB on disk" in card
 
 
 def test_known_splitters_are_those_of_their_tokenizers():
