@@ -166,6 +166,6 @@ def _publish(run: Plan) -> None:
     totals = summary.totals(outcomes)
     create_table_artifact(key="compare", table=summary.outcome_rows(outcomes), description=totals)
     if summary.is_current(outcomes):
-        create_table_artifact(key="results", table=scores.summarized())
+        create_table_artifact(key="results", table=scores.readable(scores.summarized()))
         create_link_artifact(key="report", link=(REPORT / "index.html").resolve().as_uri())
     get_run_logger().info(totals)

@@ -145,15 +145,33 @@ def _score_table(title: str, lines: Sequence[Mapping[str, Any]], gap: int) -> Ta
     for column in ("on disk", "bits a\nweight"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in lines:
-        low, high = (number(row[end], row["metric"]) for end in ("low", "high"))
-        share, floor = row["of_reference"], row["floor"]
-        cells = [escape(row["line"]), number(row["value"], row["metric"]), f"{low} to {high}"]
-        cells.append("" if share is None else f"{100 * share:.0f} %")
-        if floors:
-            cells.append("" if floor is None else number(floor, row["metric"]))
-        sizes = size(row["bytes_on_disk"]), f"{row['bits_per_weight']:.2f}"
-        table.add_row(*cells, row["word"] or "", *sizes)
+        cells = _cells(row)
+        if not floors:
+            del cells["floor"]
+        table.add_row(escape(row["line"]), *cells.values())
     return table
+
+
+def readable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the rows as people read them: few columns, rounded, the name of a candidate first."""
+    return [
+        {"candidate": row["candidate"], "suite": row["suite"], "measure": row["label"], **_cells(row)}
+        for row in rows
+    ]
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    low, high = (number(row[end], row["metric"]) for end in ("low", "high"))
+    share, floor = row["of_reference"], row["floor"]
+    return {
+        "score": number(row["value"], row["metric"]),
+        "95 % interval": f"{low} to {high}",
+        "of reference": "" if share is None else f"{100 * share:.0f} %",
+        "floor": "" if floor is None else number(floor, row["metric"]),
+        "verdict": row["word"] or "",
+        "on disk": size(row["bytes_on_disk"]),
+        "bits a weight": f"{row['bits_per_weight']:.2f}",
+    }
 
 
 def show_described(facts: Mapping[str, Any], console: Console) -> None:

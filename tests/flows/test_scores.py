@@ -60,6 +60,22 @@ def test_a_score_stands_beside_interval_base_floor_word_and_size(params):
     assert ours["word"] in text and f"{ours['low']:.3f} to {ours['high']:.3f}" in text
 
 
+def test_readable_rows_say_what_the_terminal_says(params):
+    rows = scores.computed(params).scores
+    readable = scores.readable(rows)
+    assert [row["candidate"] for row in readable] == [row["candidate"] for row in rows]
+    console = Console(width=200, record=True)
+    scores.show_scores(rows, console)
+    printed = console.export_text()
+    for row in readable:
+        line = next(
+            line for line in printed.splitlines() if row["candidate"] in line and row["score"] in line
+        )
+        assert row["95 % interval"] in line and row["bits a weight"] in line
+    assert {len(row) for row in readable} == {10}
+    assert all(isinstance(value, str) for row in readable for value in row.values())
+
+
 def test_no_figure_is_cut_on_a_terminal_of_80(params):
     rows = scores.computed(params).scores
     console = Console(width=80)
