@@ -336,6 +336,13 @@ def test_measures_of_one_metric_are_shown_apart():
     assert [answer["score"] for answer in page.answers("base/m", 0)] == wrong
 
 
+def test_a_score_that_has_no_items_does_not_claim_that_none_are_shared():
+    table = of_items({"base/m": RIGHT, "prune/p": RIGHT})
+    assert "not scored by item" not in rendered(table)
+    page = rendered(Results(table.scores, table.samples.head(0)))
+    assert "(not scored by item)" in page and "(0 items shared" not in page
+
+
 def test_the_page_shows_what_was_measured_and_what_was_asked(whole):
     page = (whole[1] / "data/report/index.html").read_text()
     plain = " ".join(html.unescape(TAG.sub(" ", page)).split())
