@@ -418,7 +418,7 @@ def test_commands_are_those_that_can_work():
 
 
 AVX2 = {"device": "cpu", "cpu_capability": "AVX2", "cpu_matrix_units": []}
-AMX = {"device": "cpu", "cpu_capability": "AVX512", "cpu_matrix_units": ["amx_bf16", "amx_int8"]}
+AMX = {"device": "cpu", "cpu_capability": "AVX512", "cpu_matrix_units": ["amx_bf16", "avx512_bf16"]}
 
 
 def made(**numerics):
@@ -450,16 +450,16 @@ def test_models_of_one_processor_carry_no_badge_and_the_page_names_it():
 def test_models_of_several_processors_carry_theirs():
     page = made(a=AVX2, b=AMX, c={"device": "NVIDIA H100"}, d=AVX2 | {"numerics": "portable"})
     assert processor_badges(page) == {
-        "prune/a": "AVX2", "prune/b": "AVX512 with amx_bf16, amx_int8", "prune/c": "NVIDIA H100",
+        "prune/a": "AVX2", "prune/b": "AVX512 with amx_bf16, avx512_bf16", "prune/c": "NVIDIA H100",
         "prune/d": "AVX2, portable",
     }  # fmt: skip
-    assert "<i>AVX2</i> (a); <i>AVX512 with amx_bf16, amx_int8</i> (b);" in page
+    assert "<i>AVX2</i> (a); <i>AVX512 with amx_bf16, avx512_bf16</i> (b);" in page
 
 
 def test_a_model_of_two_processors_names_both():
     lineage = ["base/m", "prune/a", "quantize/b"]
     records = {"prune/a": {"numerics": AVX2}, "quantize/b": {"lineage": lineage, "numerics": AMX}}
-    assert processors(records, ["quantize/b"]) == {"quantize/b": ["AVX2", "AVX512 with amx_bf16, amx_int8"]}
+    assert processors(records, ["quantize/b"])["quantize/b"] == ["AVX2", "AVX512 with amx_bf16, avx512_bf16"]
 
 
 def test_studies_show_their_effects_beside_the_verdicts():
