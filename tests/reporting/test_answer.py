@@ -1,6 +1,7 @@
 """What to ship: from the words of scores, and never `same` where that is not shown."""
 
 import math
+import re
 
 import pytest
 
@@ -58,6 +59,69 @@ def test_it_ships_the_smallest_that_is_surely_within_the_margin(advice):
 
 def test_it_avoids_what_a_model_no_larger_beats(advice):
     assert lines_of(advice)["Avoid"] == (None, "bad (small is no larger and scores no worse).")
+
+
+def avoided(advice, **settings):
+    return lines_of(advice, **settings).get("Avoid", (None, ""))[1]
+
+
+@pytest.mark.parametrize(("lost", "word"), [(600, "lost more than half on s (acc)"), (300, "")])
+def test_it_avoids_the_smallest_model_too_where_it_lost_more_than_half(lost, word):
+    items = {"base/m": losing(0), "quantize/close": losing(2), "quantize/small": losing(lost)}
+    assert avoided(answers(of_items(items), SIZES)) == (f"small (surely {word})." if word else "")
+
+
+def test_half_is_that_of_the_points_above_the_floor():
+    items = {"base/m": losing(200), "quantize/small": losing(550)}  # 0.8 and 0.45
+    table = of_items(items)
+    assert avoided(answers(table, SIZES)) == ""
+    table.scores["floor"] = 0.25
+    assert avoided(answers(table, SIZES)) == "small (surely lost more than half on s (acc))."
+
+
+@pytest.mark.parametrize(("loss", "said"), [(0.8, True), (0.6, False)])
+def test_a_perplexity_lost_half_where_it_surely_doubled(loss, said):
+    nats = [3.0 + 0.01 * (i % 7) for i in range(50)]
+    worse = [x + loss + 0.001 * (i % 3) for i, x in enumerate(nats)]
+    table = of_items({"base/m": nats, "quantize/small": worse}, metric="perplexity")
+    assert bool(avoided(answers(table, SIZES))) == said
+
+
+def test_it_avoids_a_model_that_no_graded_score_tells_from_guessing():
+    items = {"base/m": losing(50, 100), "quantize/small": losing(67, 100)}  # 0.5 and 0.33
+    table = of_items(items)
+    table.scores["floor"] = 0.25
+    assert avoided(answers(table, SIZES)) == "small (not clearly above the floor on any score)."
+    other = of_items(dict.fromkeys(items, losing(50, 100)), readout="generation")
+    other.scores["floor"] = 0.25
+    assert avoided(answers(together(table, other), SIZES)) == ""
+
+
+def test_a_base_that_guesses_condemns_nobody():
+    table = of_items({"base/m": losing(700), "quantize/small": losing(760)})  # 0.3 and 0.24
+    table.scores["floor"] = 0.3
+    assert lines_of(answers(table, SIZES))["Smallest acceptable"][0] is None
+    assert avoided(answers(table, SIZES)) == ""
+
+
+def test_none_is_preferred_that_is_to_be_avoided_itself():
+    items = {"base/m": losing(0), "quantize/small": losing(600), "prune/bad": losing(700)}
+    assert avoided(answers(of_items(items), SIZES)) == "small, bad (surely lost more than half on s (acc))."
+
+
+def test_no_model_is_to_be_shipped_and_avoided(whole):
+    wanted, folder = whole
+    read = results.read(wanted, folder / "data/results")
+    comparison = compared(read)
+    advice = Recommendations(comparison, words.labels(comparison.rows), 0.02)
+    kinds = set()
+    for lines in advice.controls()["texts"]:
+        said = {head: (candidate, text) for head, candidate, text in lines}
+        why = r"\((?:[^()]|\([^()]*\))*\)"
+        names = re.findall(r"[\w-]+", re.sub(why, "", said.pop("Avoid", (None, ""))[1]))
+        kinds |= set(said)
+        assert not {words.short(name) for name, _ in said.values() if name} & set(names)
+    assert {"Ship", "Smallest acceptable"} <= kinds
 
 
 def test_a_budget_leaves_larger_models_out(advice):

@@ -12,6 +12,9 @@ from tests.reporting.opened import Page
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+if webdriver:  # as the skip above may end this file
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on the path (Debian: chromium-driver)"
 )
@@ -50,6 +53,14 @@ class Browser:
         while not self.js(f"return {condition}"):
             assert time.monotonic() < end, f"{condition} did not come true: {self.driver.get_log('browser')}"
             time.sleep(0.05)
+
+    def press(self, *keys: str) -> None:
+        """Press keys, one after another, where the focus is."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def failed(self) -> list[str]:
+        """Return the errors of the console since the last call."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
     def shown(self) -> list[str]:
         """Return the candidates whose rows are visible, in order."""
@@ -91,8 +102,153 @@ def wide(chromium, file):
 def test_nothing_fails_and_nothing_is_fetched(wide):
     wide.js("listItems('all')")
     wide.until("document.documentElement.dataset.items !== undefined")
-    assert [entry for entry in wide.driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert wide.failed() == []
     assert wide.js("return performance.getEntriesByType('resource').length") == 0
+
+
+USE_EVERY_CONTROL = """
+    const done = arguments[0], wait = () => new Promise(next => setTimeout(next, 100));
+    const used = [];
+    (async () => {
+        for (const part of document.querySelectorAll("details")) part.open = true;
+        await listItems("all");
+        for (const control of document.querySelectorAll(".controls select, .controls input")) {
+            const values = control.options ? [...control.options].map(option => option.value) : ["a", ""];
+            for (const value of control.type === "checkbox" ? [0, 1] : [values.at(-1), values[0]]) {
+                if (control.type === "checkbox") control.click();
+                else {
+                    control.value = value;
+                    for (const kind of ["input", "change"])
+                        control.dispatchEvent(new Event(kind, { bubbles: true }));
+                }
+                await wait();
+            }
+            used.push(control.name || control.id);
+        }
+        for (const button of document.querySelectorAll("th button")) button.click();
+        for (const place of document.querySelectorAll("figure.live, #scatter")) {  /* as in a hidden frame */
+            place.style.display = "none";
+            dispatchEvent(new Event("resize"));
+            await wait();
+            place.style.display = "";
+            dispatchEvent(new Event("resize"));
+            await wait();
+        }
+        done(used);
+    })();
+"""
+
+
+@pytest.mark.parametrize("width", [420, 1400])
+def test_no_control_leaves_an_error_in_the_console(chromium, file, width):
+    page = chromium.open(file, width=width)
+    assert page.failed() == []
+    page.driver.set_script_timeout(300)
+    used = page.driver.execute_async_script(USE_EVERY_CONTROL)
+    assert {"margin", "kind", "budget", "filter", "measure", "axis", "logx", "candidate", "level"} <= set(
+        used
+    )
+    assert page.failed() == []
+    plot = page.js("return document.querySelector('#scatter-plot svg').getBoundingClientRect().width")
+    assert plot > width / 2, "a chart that was hidden is as wide as its place again"
+
+
+def test_a_chart_that_is_drawn_again_lets_go_of_the_one_before(wide):
+    wide.js("""
+        window.placed = 0;
+        const read = CanvasRenderingContext2D.prototype.getImageData;
+        CanvasRenderingContext2D.prototype.getImageData = function (...of) {
+            placed++;
+            return read.apply(this, of);
+        };
+    """)
+
+    def resized():
+        """Count how often labels are placed when the window changes."""
+        wide.js("placed = 0; dispatchEvent(new Event('resize'))")
+        time.sleep(0.5)
+        return wide.js("return placed")
+
+    def width(pixels):
+        wide.js(f"document.getElementById('scatter-plot').style.width = '{pixels}px'")
+
+    width(900)
+    once = resized()
+    assert once > 0
+    for axis in ("ideal", "latency", "disk"):
+        wide.choose("scatter-controls", "axis", axis)
+        time.sleep(0.5)
+    width(800)
+    assert resized() == once
+
+
+def test_points_are_reached_and_opened_by_keyboard(wide):
+    told = "return document.activeElement.getAttribute('aria-label')"
+    wide.js("document.querySelector('#scatter-controls [name=logy]').focus()")
+    wide.press(Keys.TAB)
+    seen = [wide.js(told)]
+    for _ in range(9):
+        wide.press(Keys.ARROW_RIGHT)
+        seen.append(wide.js(told))
+    assert {text.split(":")[0] for text in seen} == set(wide.shown())
+    sizes = [float(text.rsplit(": ")[-1]) for text in seen]
+    assert sizes == sorted(sizes)
+    assert wide.js("return document.getElementById('scatter-point').textContent") == seen[-1]
+    wide.press(Keys.HOME)
+    assert wide.js(told) == seen[0]
+    wide.press(Keys.TAB)
+    assert not wide.js("return document.getElementById('scatter-plot').contains(document.activeElement)")
+    ActionChains(wide.driver).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+    assert wide.js(told) == seen[0], "the way back leads to the same point"
+    wide.press(Keys.ENTER)
+    wide.until("document.activeElement.id === 'items-count'")
+    chosen = wide.js("return document.getElementById('items-controls').elements.candidate.value")
+    assert chosen == seen[0].split(":")[0]
+
+
+def test_every_table_is_one_tab_stop_and_arrows_move_in_it(wide):
+    wide.js("listItems('all')")
+    wide.until("document.querySelector('#items-table .tabulator-cell')")
+    stops = (
+        "[...document.querySelector('{}').querySelectorAll('a, button, [tabindex]')]"
+        ".filter(e => e.tabIndex >= 0 && e.getClientRects().length).length"
+    )
+    for grid in ("#board", "table.heat", "#items-table .tabulator-header", "#scatter-plot"):
+        assert wide.js(f"return {stops.format(grid)}") == 1, grid
+    assert wide.js(f"return {stops.format('#items-table .tabulator-tableholder')}") == 0
+    named = (
+        "return [...document.querySelectorAll('[role=grid]')].map(e => e.ariaLabel || e.caption?.textContent)"
+    )
+    assert len(wide.js(named)) >= 4 and all(wide.js(named))
+    here = "return document.activeElement.closest('[data-candidate]')?.dataset.candidate"
+    where = "return document.activeElement.dataset.measure"
+    wide.js("document.querySelector('#filter').focus()")
+    wide.press(Keys.TAB, Keys.TAB, Keys.ARROW_DOWN)
+    wide.press(*[Keys.ARROW_RIGHT] * 3)  # the badge of the speed, and two scores
+    assert (wide.js(here), wide.js(where)) == ("base/smollm2", "1")
+    wide.press(Keys.ARROW_DOWN)
+    assert (wide.js(here), wide.js(where)) == ("prune/magnitude-50", "1"), "in the same column"
+    wide.driver.find_element("id", "filter").send_keys("rtn-w3g64")
+    wide.press(Keys.TAB, Keys.TAB, Keys.ARROW_DOWN)
+    assert wide.js(here) == "quantize/rtn-w3g64", "a hidden row is no stop"
+
+
+def test_headings_of_items_are_whole_and_sort_by_keyboard(wide):
+    wide.js("listItems('all')")
+    wide.until("document.querySelector('#items-table .tabulator-cell')")
+    cut = wide.js(
+        "return [...document.querySelectorAll('#items-table .tabulator-col-title')]"
+        ".filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"
+    )
+    assert cut == []
+    wide.js("document.querySelector('#items-table .tabulator-col[tabindex=\"0\"]').focus()")
+    wide.press(Keys.ENTER, Keys.ARROW_RIGHT)
+    assert (
+        wide.js("return document.querySelector('#items-table [aria-sort=ascending]').textContent") == "item"
+    )
+    assert wide.js("return document.activeElement.textContent") == "level"
+    wide.press(Keys.ARROW_DOWN)
+    assert wide.js("return document.activeElement.getAttribute('role')") == "gridcell"
 
 
 def test_a_heading_sorts_and_sorts_back(wide):
@@ -196,8 +352,6 @@ def test_columns_of_words_and_of_odd_numbers_sort(wide):
 
 
 def test_a_point_tells_its_name_and_axes_can_be_chosen(wide):
-    from selenium.webdriver.common.action_chains import ActionChains
-
     points = wide.driver.find_elements("css selector", "#scatter-plot .mark-symbol.dots_marks path")
     assert len(points) == 10
     wide.js("document.getElementById('scatter').scrollIntoView()")

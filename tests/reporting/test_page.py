@@ -18,6 +18,7 @@ from stages.reporting.agreement import agreement
 from stages.reporting.collect import Results, records
 from stages.reporting.effects import draw_effects
 from stages.reporting.judging import Report
+from stages.reporting.page.processors import processors
 from stages.reporting.page.rendering import render
 from stages.reporting.scope import Scope
 from stages.reporting.verdicts import judge_studies, nested_verdicts
@@ -335,6 +336,13 @@ def test_measures_of_one_metric_are_shown_apart():
     assert [answer["score"] for answer in page.answers("base/m", 0)] == wrong
 
 
+def test_a_score_that_has_no_items_does_not_claim_that_none_are_shared():
+    table = of_items({"base/m": RIGHT, "prune/p": RIGHT})
+    assert "not scored by item" not in rendered(table)
+    page = rendered(Results(table.scores, table.samples.head(0)))
+    assert "(not scored by item)" in page and "(0 items shared" not in page
+
+
 def test_the_page_shows_what_was_measured_and_what_was_asked(whole):
     page = (whole[1] / "data/report/index.html").read_text()
     plain = " ".join(html.unescape(TAG.sub(" ", page)).split())
@@ -407,6 +415,51 @@ def test_commands_are_those_that_can_work():
     assert "compressed-tensors" not in dense and "compressed-tensors" in packed
     assert "export quantize/q --to hf" in packed and "gguf and ollama where the layout allows it" in packed
     assert "prunequant export" not in published and "compressed-tensors" in published
+
+
+AVX2 = {"device": "cpu", "cpu_capability": "AVX2", "cpu_matrix_units": []}
+AMX = {"device": "cpu", "cpu_capability": "AVX512", "cpu_matrix_units": ["amx_bf16", "avx512_bf16"]}
+
+
+def made(**numerics):
+    """Return the page of a base and of models that were made with the given numerics."""
+    table = of_items(dict.fromkeys(["base/m", *(f"prune/{name}" for name in numerics)], RIGHT))
+    records = {"base/m": {"lineage": ["base/m"]}} | {
+        f"prune/{name}": {"lineage": ["base/m", f"prune/{name}"], "numerics": given}
+        for name, given in numerics.items()
+    }
+    return rendered(Results(table.scores, table.samples, records=records))
+
+
+def processor_badges(page):
+    """Return the badge of each row of the table, by candidate."""
+    rows = re.findall(r'<tr role="row" data-candidate="([^"]+)">(.*?)</th>', page, re.DOTALL)
+    return {
+        name: found[1]
+        for name, head in rows
+        if (found := re.search(r'href="#about-processor"[^>]*>([^<]+)</a>', head))
+    }
+
+
+def test_models_of_one_processor_carry_no_badge_and_the_page_names_it():
+    page = made(a=AVX2, b=AVX2)
+    assert processor_badges(page) == {} and "All models here were made on one: AVX2." in page
+    assert "about-processor" not in rendered(of_items({"base/m": RIGHT, "prune/p": RIGHT}))
+
+
+def test_models_of_several_processors_carry_theirs():
+    page = made(a=AVX2, b=AMX, c={"device": "NVIDIA H100"}, d=AVX2 | {"numerics": "portable"})
+    assert processor_badges(page) == {
+        "prune/a": "AVX2", "prune/b": "AVX512 with amx_bf16, avx512_bf16", "prune/c": "NVIDIA H100",
+        "prune/d": "AVX2, portable",
+    }  # fmt: skip
+    assert "<i>AVX2</i> (a); <i>AVX512 with amx_bf16, avx512_bf16</i> (b);" in page
+
+
+def test_a_model_of_two_processors_names_both():
+    lineage = ["base/m", "prune/a", "quantize/b"]
+    records = {"prune/a": {"numerics": AVX2}, "quantize/b": {"lineage": lineage, "numerics": AMX}}
+    assert processors(records, ["quantize/b"])["quantize/b"] == ["AVX2", "AVX512 with amx_bf16, avx512_bf16"]
 
 
 def test_studies_show_their_effects_beside_the_verdicts():

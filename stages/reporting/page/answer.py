@@ -5,7 +5,11 @@
   smaller than the margin.
 - Smallest acceptable: the smallest model of which no score is `worse`. Scores that are not settled may still
   hide a loss, so the answer counts them.
-- Avoid: a model with a score that is `worse` while another, no larger, scores at least as well everywhere.
+- Avoid: a model with a score that is `worse`, and one of these:
+  - another model, no larger and not to be avoided itself, scores at least as well everywhere;
+  - that score surely lost more than half, of the reference's points above the floor or of the probability of
+    a token, which is twice the perplexity;
+  - that score has a floor, and wherever the reference is clearly above its floor, the model is not.
 
 Candidates that `report.noise` lists as draws of one recipe count as one model, each score by its worst draw,
 so that no answer rests on a lucky one.
@@ -15,7 +19,7 @@ so that the page and its controls cannot disagree.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +31,7 @@ from stages.reporting.comparison import Comparison
 from stages.reporting.judging import repeats_of
 from stages.reporting.margins import OPEN, SAME, margin_of
 from stages.reporting.statistics.paired import LEVEL
-from stages.reporting.words import compact, share, short, size
+from stages.reporting.words import SHARES, compact, share, short, size
 
 MARGINS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Margins to choose from, beside the one of params.yaml."""
@@ -39,11 +43,19 @@ _NEEDED = [
     *MEASURE,
     "higher_is_better",
     "value",
+    "reference_value",
+    "floor",
+    "retention_low",
+    "retention_high",
     "delta",
     "change",
+    "low",
+    "high",
     "p_same",
     "verdict",
 ]
+_HALF = 0.5
+"""A model is to be avoided if a score surely keeps less than this share of the reference's."""
 _NAMED = 4
 """Models or scores that a line names at most."""
 
@@ -180,14 +192,42 @@ class Recommendations:
             text = f"none{limit}: each is worse by more than {within} on a score{untested}"
             lines.append(Advice("Smallest acceptable", None, f"{text}{self._mildest(judged, margin)}."))
         allowed = [model for model in models if model.sizes[kind] <= budget]
-        if avoided := _avoided(allowed, kind, reference, whole):
+        if avoided := self._avoided(allowed, kind, reference, whole):
             drawn = {model.candidate: model.drawn for model in allowed}
-            named = [
-                f"{_listed(bad, drawn)} ({short(good)}{drawn.get(good, '')} is no larger and scores no worse)"
-                for good, bad in avoided.items()
-            ]
+            named = [f"{_listed(bad, drawn)} ({why})" for why, bad in avoided.items()]
             lines.append(Advice("Avoid", None, f"{'; '.join(named)}."))
         return lines
+
+    def _avoided(
+        self, models: Sequence[_Model], kind: str, reference: str, whole: float
+    ) -> dict[str, list[str]]:
+        """Return the models to avoid, by the reason."""
+        lost = {model.candidate: why for model in models if (why := self._lost(model))}
+        drawn = {model.candidate: model.drawn for model in models}
+        beaten = _beaten(models, kind, reference, whole, lost)
+        groups: dict[str, list[str]] = {}
+        for name in drawn:
+            if (good := beaten.get(name)) is not None:
+                why = f"{short(good)}{drawn.get(good, '')} is no larger and scores no worse"
+                groups.setdefault(why, []).append(name)
+            elif name in lost:
+                groups.setdefault(lost[name], []).append(name)
+        return groups
+
+    def _lost(self, model: _Model) -> str:
+        """Say how a model lost more than its size can be worth; empty where it did not."""
+        most = {
+            measure: kept
+            for measure in model.worse
+            if (kept := _kept_at_most(model.scores[measure])) is not None and kept < _HALF
+        }
+        if most:
+            return f"surely lost more than half on {self._name(min(most, key=most.__getitem__))}"
+        graded = {m: row for m, row in model.scores.items() if row["retention_low"] is not None}
+        guesses = all(row["retention_low"] <= 0 for row in graded.values())
+        if guesses and not graded.keys().isdisjoint(model.worse):
+            return "not clearly above the floor on any score"
+        return ""
 
     def _mildest(self, models: Sequence[_Model], margin: float) -> str:
         """Name the model that loses least, and where it loses most."""
@@ -296,8 +336,14 @@ def _listed(candidates: Sequence[str], drawn: Mapping[str, str]) -> str:
     return ", ".join(names) + (f" and {len(candidates) - _NAMED} more" if len(candidates) > _NAMED else "")
 
 
-def _avoided(models: Sequence[_Model], kind: str, reference: str, whole: float) -> dict[str, list[str]]:
-    """Return the models to avoid, by the one to prefer: no larger, nowhere worse, and not itself avoided."""
+def _beaten(
+    models: Sequence[_Model], kind: str, reference: str, whole: float, lost: Collection[str]
+) -> dict[str, str]:
+    """Return the models that are beaten, each with the one to prefer: no larger, nowhere worse.
+
+    Args:
+        lost: models that are to be avoided for another reason, which none is preferred to.
+    """
     beaten_by: dict[str, list[_Model]] = {}
     for bad in models:
         if bad.worse:
@@ -306,16 +352,34 @@ def _avoided(models: Sequence[_Model], kind: str, reference: str, whole: float) 
                 for good in models
                 if good is not bad and good.sizes[kind] <= bad.sizes[kind] and _covers(good, bad)
             ]
-    groups: dict[str, list[str]] = {}
+    preferred = {}
     for bad in models:
         if good := [
-            other for other in beaten_by.get(bad.candidate, []) if not beaten_by.get(other.candidate)
+            other
+            for other in beaten_by.get(bad.candidate, [])
+            if not beaten_by.get(other.candidate) and other.candidate not in lost
         ]:
             best = max(good, key=lambda model: (len(model.held), -model.sizes[kind]))
-            groups.setdefault(best.candidate, []).append(bad.candidate)
+            preferred[bad.candidate] = best.candidate
         elif bad.worse and whole <= bad.sizes[kind] and not any(map(_gained, bad.scores.values())):
-            groups.setdefault(reference, []).append(bad.candidate)
-    return groups
+            preferred[bad.candidate] = reference
+    return preferred
+
+
+def _kept_at_most(row: dict[str, Any]) -> float | None:
+    """Return the upper end of the share of the reference's score that is kept, None where undefined.
+
+    It is that of the points above the floor, and for a perplexity that of the probability of a token.
+    """
+    if row["floor"] is not None:
+        return float(row["retention_high"]) if row["retention_high"] is not None else None
+    if row["low"] is None:
+        return None
+    if row["metric"] == "perplexity":
+        return math.exp(-row["low"])
+    if row["metric"] in SHARES and row["reference_value"] > 0:
+        return float(1 + row["high"] / row["reference_value"])
+    return None
 
 
 def _gained(row: dict[str, Any]) -> bool:

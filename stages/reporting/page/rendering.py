@@ -26,6 +26,7 @@ from stages.reporting.page.browse import browse, references_of
 from stages.reporting.page.by_block import block_rows, by_artifact, not_finite, recovery_curves
 from stages.reporting.page.levels import heat_maps, sweeps
 from stages.reporting.page.points import chart_data
+from stages.reporting.page.processors import processors
 from stages.reporting.scope import Scope
 from stages.reporting.wrong import CLASSES
 
@@ -98,6 +99,7 @@ def render(
     headlines = [measure for measure in comparison.headlines() if measure in measures]
     items, left_out = browse(results, headlines, names, references)
     heat = heat_maps(comparison, headlines, label)
+    made_on = processors(results.records, names)
     by_block, curves = block_rows(results.records, names), recovery_curves(results.records)
     data = {
         "anchors": anchors,
@@ -110,6 +112,11 @@ def render(
         bases=[_base(scope, group) for _, group in rows.groupby("base", sort=False)],
         candidates=candidates,
         anchors=anchors,
+        made_on=made_on,
+        processors={
+            name: [candidate for candidate, known in made_on.items() if name in known]
+            for name in dict.fromkeys(name for known in made_on.values() for name in known)
+        },
         own_domain={name: [row["candidate"] for row in candidates if name in row["read"]] for name in suites},
         board=table,
         measured=table["measured"],

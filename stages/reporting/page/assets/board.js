@@ -62,6 +62,11 @@ function closeRows(table) {
     name.focus({ preventScroll: true });
   });
 
+  table.setAttribute("role", "grid");
+  for (const cell of table.querySelectorAll("[role=cell]")) cell.setAttribute("role", "gridcell");
+  const renew = rove(table, () => [[...table.tHead.querySelectorAll("button")],
+    ...[...table.tBodies[0].rows].filter(row => row.dataset.candidate).map(row => [...row.querySelectorAll("a")])]);
+
   const shown = byId("shown");
   function filter() {
     const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -72,6 +77,7 @@ function closeRows(table) {
       row.hidden = !words.every(word => text.includes(word));
       count += !row.hidden;
     }
+    renew();
     shown.textContent = count === rows.length ? "" : `${count} of ${rows.length}`;
   }
   byId("filter").oninput = filter;
@@ -82,7 +88,10 @@ function closeRows(table) {
     const key = head.dataset.key;
     if (!key) continue;
     const box = make("input", { type: "checkbox" });
-    const apply = () => { for (const cell of table.querySelectorAll(`[data-key="${key}"]`)) cell.hidden = !box.checked; };
+    const apply = () => {
+      for (const cell of table.querySelectorAll(`[data-key="${key}"]`)) cell.hidden = !box.checked;
+      renew();
+    };
     box.checked = !("off" in head.dataset);
     box.onchange = apply;
     apply();
@@ -93,4 +102,9 @@ function closeRows(table) {
   fill(byId("sort"), heads.map((head, place) => [place, textOf(head)]));
   byId("sort").onchange = () => heads[byId("sort").value].querySelector("button").click();
   document.addEventListener("keydown", event => { if (event.key === "Escape") byId("columns").open = false; });
+}
+
+for (const table of document.querySelectorAll("table.heat")) {
+  table.setAttribute("role", "grid");
+  rove(table, () => [...table.tBodies[0].rows].map(row => [...row.querySelectorAll("a")]));
 }

@@ -9,7 +9,24 @@
     axis: { labelColor: "currentColor", titleColor: "currentColor", gridColor: "#88888840", domainColor: "#888", tickColor: "#888", labelFontSize: 12, titleFontSize: 12 },
     legend: { labelColor: "currentColor", titleColor: "currentColor", labelFontSize: 12 }, view: { stroke: "#88888860" },
   };
-  const options = { renderer: "svg", actions: false };
+  /* A chart keeps its width while its place has none, as in a hidden frame: Vega cannot place labels on no width. */
+  function keepWidth(vega) {
+    const width = vega.signals.find(signal => signal.name === "width");
+    Object.assign(width, { init: "containerSize()[0] || 200", on: [{ events: "window:resize", update: "containerSize()[0] || width" }] });
+    return vega;
+  }
+
+  /* Draw a chart in place of the one before, which would go on drawing whenever the window changes. */
+  const drawn = new Map();
+  function draw(place, spec, patch = vega => vega) {
+    const before = drawn.get(place.id);
+    const now = (async () => {
+      (await before?.catch(() => null))?.finalize();
+      return vegaEmbed(place, spec, { renderer: "svg", actions: false, patch: vega => keepWidth(patch(vega)) });
+    })();
+    drawn.set(place.id, now);
+    return now;
+  }
   const percent = (value, ratio) => value === null ? "–" : ratio ? `×${value.toPrecision(4)}` : `${(100 * value).toFixed(1)} %`;
   const title = measure => `${measure.name}, ${measure.ratio ? "times" : "share of"} ${reference}'s`;
 
@@ -19,8 +36,10 @@
       const score = point.scores[place];
       if (!score || score[0] === null || score[0] === undefined || (axis && point[axis] === null)) return [];
       const [share, low, high, value, verdict] = score;
-      return [{ index, candidate: point.candidate, name: point.short, family: point.family, size: axis && point[axis], share, low: low ?? share, high: high ?? share,
-        interval: low === null ? "" : `${percent(low, measure.ratio)} to ${percent(high, measure.ratio)}`, text: percent(share, measure.ratio), value, verdict }];
+      const of = [percent(share, measure.ratio), low === null ? "" : `${percent(low, measure.ratio)} to ${percent(high, measure.ratio)}`];
+      const about = [`${of[0]} of ${reference}`, of[1] && `95 %: ${of[1]}`, verdict, axis && `${axes[axis]}: ${point[axis].toPrecision(4)}`];
+      return [{ told: `${point.candidate}: ${about.filter(Boolean).join("; ")}`, index, candidate: point.candidate, name: point.short, family: point.family, size: axis && point[axis], share, low: low ?? share, high: high ?? share,
+        text: of[0], interval: of[1], value, verdict }];
     });
   }
 
@@ -45,23 +64,24 @@
     const tooltip = [["candidate", "candidate"], ["text", `of ${reference}`], ["interval", "95 %"], ["value", "score"], ["verdict", "verdict"], ["size", axes[axis]]]
       .map(([field, name]) => ({ field, title: name, type: "nominal", ...(field === "value" || field === "size" ? { type: "quantitative", format: ".4~g" } : {}) }));
     const y = field => ({ field, type: "quantitative", title: title(measure), scale: scaleOf(domain, log), axis: { format: measure.ratio ? ".3~g" : ".0%" } });
-    const x = { field: "size", type: "quantitative", title: axes[axis], scale: { type: logx.checked ? "log" : "linear", nice: true, padding: 12, ...(logx.checked ? {} : { zero: false }) } };
+    const x = { field: "size", type: "quantitative", title: axes[axis], scale: { type: logx.checked ? "log" : "linear", nice: true, padding: 12, ...(logx.checked ? {} : { zero: false }) }, axis: { tickCount: narrow() ? 5 : 10 } };
     const color = { field: "family", type: "nominal", title: null, scale: { domain: families, range: families.map(f => colours[f]) }, legend: { orient: "top", columns: narrow() ? 2 : 5 } };
     const spec = {
       $schema: "https://vega.github.io/schema/vega-lite/v5.json", width: "container", height: narrow() ? 380 : 440, config,
       description: `${title(measure)} against ${axes[axis]}`,
       layer: [
-        { data: { values: [{}] }, mark: { type: "rule", strokeDash: [2, 3], color: "#888" }, encoding: { y: { datum: 1, type: "quantitative" } } },
-        ...edges.map(front => ({ data: { values: front }, mark: { type: "line", interpolate: "step-after", strokeDash: [6, 4], color: "#888" }, encoding: { x, y: y("share") } })),
-        { data: { values: rows }, mark: { type: "rule", strokeWidth: 1.5, opacity: .7 }, encoding: { x, y: y("low"), y2: { field: "high" }, color } },
+        { data: { values: [{}] }, mark: { type: "rule", aria: false, strokeDash: [2, 3], color: "#888" }, encoding: { y: { datum: 1, type: "quantitative" } } },
+        ...edges.map(front => ({ data: { values: front }, mark: { type: "line", aria: false, interpolate: "step-after", strokeDash: [6, 4], color: "#888" }, encoding: { x, y: y("share") } })),
+        { data: { values: rows }, mark: { type: "rule", aria: false, strokeWidth: 1.5, opacity: .7 }, encoding: { x, y: y("low"), y2: { field: "high" }, color } },
         { data: { values: rows }, name: "dots", mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" }, encoding: { x, y: y("share"), tooltip,
           color,
           shape: { field: "family", type: "nominal", title: null, scale: { domain: families, range: families.map(f => shapes[f]) } },
-          description: { field: "candidate" } } },
+          description: { field: "told" } } },
       ],
     };
     /* Vega places the names where they cover nothing, and leaves out those for which there is no room. */
     const label = vega => {
+      vega.marks.find(mark => mark.name === "dots_marks").encode.update.ariaRole = { value: "button" };
       vega.marks.push({
         type: "text", name: "names", from: { data: "dots_marks" }, interactive: false, aria: false,
         encode: { enter: { text: { field: "datum.name" }, fill: { value: "currentColor" }, fontSize: { value: narrow() ? 10 : 12 } } },
@@ -70,10 +90,23 @@
       });
       return vega;
     };
-    return vegaEmbed("#scatter-plot", spec, { ...options, patch: label }).then(({ view }) => {
-      view.addEventListener("click", (event, item) => { if (item?.datum?.candidate) showItems({ candidate: item.datum.candidate, measure: place }); });
+    byId("scatter-point").textContent = "";
+    return draw(byId("scatter-plot"), spec, label).then(({ view }) => {
+      view.addEventListener("click", (event, item) => openPoint(item));
+      renewPoints();
     });
   }
+
+  /* The points are one tab stop, from the smallest model to the largest; Enter opens a point's items, as a click does. */
+  const plot = byId("scatter-plot"), itemOf = path => path.__data__;
+  const renewPoints = rove(plot, () => [[...plot.querySelectorAll(".dots_marks path")].sort((a, b) => itemOf(a).x - itemOf(b).x || itemOf(b).y - itemOf(a).y)]);
+  const openPoint = item => { if (item?.datum?.candidate) showItems({ candidate: item.datum.candidate, measure: +byId("scatter-controls").elements.measure.value }); };
+  plot.addEventListener("focusin", ({ target }) => { byId("scatter-point").textContent = target.getAttribute("aria-label"); });
+  plot.addEventListener("keydown", event => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    openPoint(itemOf(event.target));
+  });
 
   function drawDose() {
     const place = +byId("dose-controls").elements.measure.value, measure = measures[place];
@@ -94,14 +127,14 @@
         ] };
     });
     const folder = byId("dose-plot");
-    folder.replaceChildren(...charts.map(() => make("div", { class: "plot" })));
-    return Promise.all(charts.map((chart, at) => vegaEmbed(folder.children[at], chart, options)));
+    folder.replaceChildren(...charts.map((_, at) => make("div", { class: "plot", id: `dose-plot-${at}` })));
+    return Promise.all(charts.map((chart, at) => draw(folder.children[at], chart)));
   }
 
   /* One line a name, broken where a value is missing; a click in the legend brings it out. */
   function drawLines(id, rows, x, y, tooltip) {
     const names = new Set(rows.map(row => row.name));
-    return vegaEmbed(`#${id}`, {
+    return draw(byId(id), {
       $schema: "https://vega.github.io/schema/vega-lite/v5.json", width: "container", height: 300, config, data: { values: rows }, description: `${y.title} by ${x.title}`,
       params: [{ name: "chosen", select: { type: "point", fields: ["name"] }, bind: "legend" }],
       mark: { type: "line", point: { size: 30 } },
@@ -110,7 +143,7 @@
         color: { field: "name", type: "nominal", sort: null, title: null, scale: { scheme: names.size > 10 ? "tableau20" : "tableau10" }, legend: { orient: "top", columns: narrow() ? 2 : 5, labelLimit: 220 } },
         opacity: { condition: { param: "chosen", value: 1 }, value: .12 },
       },
-    }, options);
+    });
   }
 
   const kinds = { error: "error of the block's output", sparsity: "share of zeros" };

@@ -2,16 +2,16 @@
 const items = { table: null, ready: null };
 
 async function openItems() {
-  items.ready ??= Promise.all([libraries, unpack("packed-items")]).then(([, text]) => {
+  items.ready ??= Promise.all([libraries, unpack("packed-items")]).then(async ([, text]) => {
     const { texts, measures } = JSON.parse(text);
     items.texts = texts;
     items.measures = new Map(measures.map(measure => [measure.measure, measure]));
     const narrow = innerWidth < 700;
-    const lines = cell => make("div", { class: "clip", tabindex: "0" }, cell.getValue() ?? "–");
-    const column = (title, field, more) => ({ title, field, formatter: lines, headerSortTristate: true, ...more });
+    const lines = cell => make("div", { class: "clip", tabindex: "-1" }, cell.getValue() ?? "–");
+    const column = (title, field, more) => ({ title, field, formatter: lines, ...more });
     items.table = new Tabulator("#items-table", {
       data: [], layout: "fitColumns", pagination: true, paginationSize: 10, paginationSizeSelector: [10, 25, 100],
-      placeholder: "No such items.", responsiveLayout: narrow ? "collapse" : false, responsiveLayoutCollapseStartOpen: true,
+      columnDefaults: { headerSortTristate: true, headerWordWrap: true }, placeholder: "No such items.", responsiveLayout: narrow ? "collapse" : false, responsiveLayoutCollapseStartOpen: true,
       columns: [
         { title: "item", field: "item", width: 80, responsive: 0 },
         { title: "level", field: "level", width: 110, responsive: 3 },
@@ -23,7 +23,15 @@ async function openItems() {
         column("likelihoods", "likelihoods", { widthGrow: 2, minWidth: 120, responsive: 4 }),
       ],
     });
-    return new Promise(done => items.table.on("tableBuilt", done));
+    await new Promise(built => items.table.on("tableBuilt", built));
+    const grid = byId("items-table");
+    grid.querySelector(".tabulator-tableholder").removeAttribute("tabindex");
+    const renew = rove(grid, () => [[...grid.querySelectorAll(".tabulator-col")],
+      ...[...grid.querySelectorAll(".tabulator-row")].map(row => [...row.querySelectorAll(".tabulator-cell")])]);
+    items.table.on("renderComplete", renew);
+    grid.addEventListener("keydown", event => {
+      if (event.key === "Enter" && event.target.matches(".tabulator-col")) event.target.click();
+    });
   });
   await items.ready;
 }
