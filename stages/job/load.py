@@ -116,8 +116,6 @@ def checked_params(raw: dict[str, Any], where: str = "params.yaml", device: bool
 def _of_hash(error: ErrorDetails) -> str | None:
     """Return the place in params.yaml of the entry whose hash an error is about; None for other errors."""
     loc = error["loc"]
-    if error["msg"].endswith("needs its sha256"):  # published checkpoints in one file
-        return f"{loc[0]}.{loc[1]}"
     if loc[-1] != "sha256":
         return None
     inner = loc[2:-1]
