@@ -116,8 +116,6 @@ def checked_params(raw: dict[str, Any], where: str = "params.yaml", device: bool
 def _of_hash(error: ErrorDetails) -> str | None:
     """Return the place in params.yaml of the entry whose hash an error is about; None for other errors."""
     loc = error["loc"]
-    if error["msg"].endswith("needs its sha256"):  # published checkpoints in one file
-        return f"{loc[0]}.{loc[1]}"
     if loc[-1] != "sha256":
         return None
     inner = loc[2:-1]
@@ -129,8 +127,8 @@ def _of_hash(error: ErrorDetails) -> str | None:
 
 
 def load_verified(path: Path = PARAMS, device: bool = True, widths: bool = False) -> Params:
-    """Read and check `path`, compare `path:` sources with their hashes, count the windows of texts, and
-    look at the user's own tasks and conversations.
+    """Read and check `path`, compare `path:` sources with their hashes, count the windows of texts and the
+    tokens of conversations, and look at the user's own tasks.
 
     Called once a run, not once a stage, as it reads all that these sources hold.
 
@@ -145,6 +143,7 @@ def load_verified(path: Path = PARAMS, device: bool = True, widths: bool = False
     from stages.job.checks.chat_templates import of_chat_templates  # stages read params too, and need none
     from stages.job.checks.counts import of_windows
     from stages.job.checks.learning import of_conversations
+    from stages.job.checks.lengths import of_lengths
     from stages.job.checks.own_tasks import of_tasks
     from stages.job.checks.widths import of_widths
 
@@ -153,6 +152,7 @@ def load_verified(path: Path = PARAMS, device: bool = True, widths: bool = False
     wrong_widths = of_widths(params) if widths else ()
     _refuse([*wrong_widths, *of_tasks(params), *of_conversations(params)], str(path))
     _refuse([*of_chat_templates(params), *of_windows(params)[0]], str(path))
+    _refuse([*of_lengths(params)], str(path))  # a chat needs its template to have a length
     return params
 
 

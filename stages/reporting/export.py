@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from scipy import stats
 
 from stages.core.files import write_json
 from stages.core.tables import MEASURE, PARAMETERS_REMOVED
-from stages.reporting.collect import Results, by_measure, measure_of, records
+from stages.reporting.collect import Measure, Results, by_measure, measure_of, records
 from stages.reporting.comparison import Comparison
 from stages.reporting.hypotheses.evidence import Verdict
 from stages.reporting.margins import worded
@@ -137,25 +139,30 @@ def summarize(comparison: Comparison) -> pd.DataFrame:
     return lines.reset_index()
 
 
-def headline_metrics(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Return the headline scores as `{candidate: {suite: value}}`, null where not finite.
+def headline_metrics(comparison: Comparison) -> dict[str, dict[str, float | None]]:
+    """Return the headline scores as `{candidate: {column: value}}`, null where not finite.
 
-    A suite with several has `{suite: {label: value}}`. Names are short, as each becomes the head of a column.
+    Keep the table of `dvc metrics show` narrow: columns have short names (see `_columns`), and values five
+    digits. metrics.json has all digits.
     """
     rows = comparison.rows
     scores, label = by_measure(rows[rows["difficulty"] == "all"]), labels(rows)
-    headlines = [(measure[MEASURE.index("suite")], measure) for measure in comparison.headlines()]
-    shared = {suite for suite, measure in headlines if [other for other, _ in headlines].count(suite) > 1}
-    by_candidate: dict[str, dict[str, Any]] = {str(candidate): {} for candidate in rows["candidate"].unique()}
-    for suite, measure in headlines:
+    by_candidate: dict[str, dict[str, float | None]] = {str(name): {} for name in rows["candidate"].unique()}
+    for measure, column in _columns(comparison.headlines(), label).items():
         for row in records(scores[measure]):
-            value = row["value"] if row["value"] is not None and math.isfinite(row["value"]) else None
-            at = by_candidate[row["candidate"]]
-            if suite in shared:
-                at.setdefault(suite, {})[label[measure]] = value
-            else:
-                at[suite] = value
+            value = _finite(row["value"])
+            by_candidate[row["candidate"]][column] = None if value is None else float(f"{value:.5g}")
     return by_candidate
+
+
+def _columns(headlines: list[Measure], label: Mapping[Measure, str]) -> dict[Measure, str]:
+    """Name each measure by its suite, or else its label, if no other measure has that; or else by both."""
+    words = {measure: (str(measure[MEASURE.index("suite")]), label[measure]) for measure in headlines}
+    shared = Counter(word for pair in words.values() for word in set(pair))
+    return {
+        measure: next((word for word in pair if shared[word] == 1), ".".join(pair))
+        for measure, pair in words.items()
+    }
 
 
 def nested_metrics(scores: pd.DataFrame) -> dict[str, Any]:
@@ -164,9 +171,13 @@ def nested_metrics(scores: pd.DataFrame) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for row in records(scores[scores["difficulty"] == "all"]):
         suite = nested.setdefault(row["candidate"], {}).setdefault(row["suite"], {})
-        value = row["value"]  # JSON has neither NaN nor infinity
-        suite[label[measure_of(row)]] = value if value is not None and math.isfinite(value) else None
+        suite[label[measure_of(row)]] = _finite(row["value"])
     return nested
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a number that JSON has, which NaN and infinity are not."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def plotted_perplexities(comparison: Comparison, size: str) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import yaml
 from scipy import stats
 
 from stages.reporting.collect import measure_of, records
-from stages.reporting.export import nested_metrics, summarize, wilson
+from stages.reporting.export import headline_metrics, nested_metrics, summarize, wilson
 from stages.reporting.words import labels
 from tests import results
 from tests.results import compared, of_items, together
@@ -58,24 +58,28 @@ def test_headlines_stand_beside_interval_reference_and_verdict(whole):
             assert line["low"] >= 0 and line["high"] <= 1 and line["floor"] == pytest.approx(row["floor"])
 
 
-def test_dvc_makes_a_short_row_of_each_candidate(whole):
+def test_dvc_shows_a_short_row_of_each_candidate(whole, capsys):
+    from dvc.compare import show_metrics
+
     wanted, folder = whole
+    shown = {
+        file.relative_to(folder).as_posix(): json.loads(file.read_text())
+        for path in yaml.safe_load((results.ROOT / "dvc.yaml").read_text())["metrics"]
+        for file in ([folder / path] if path.endswith(".json") else sorted((folder / path).rglob("*.json")))
+    }
+    verdicts = {"data/report/verdicts.json": {}, "data/report/measured_verdicts.json": {}}
+    assert {path: values for path, values in shown.items() if path in verdicts} == verdicts  # no study
+    rows = {f"data/report/metrics/{name}.json" for name in wanted.evaluate.candidates}
+    assert set(shown) == rows | set(verdicts)
+    show_metrics({"": {"data": {path: {"data": values} for path, values in shown.items()}}})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["Path", "acc", "exact_match", "news", "speeches"]
+    assert max(map(len, lines)) <= 100, "the width of `dvc metrics show`"
     every = json.loads((folder / "data/report/metrics.json").read_text())
-    written = sorted(
-        file.relative_to(folder).with_suffix("").as_posix()
-        for file in folder.glob("data/report/metrics/**/*.json")
-    )
-    assert written == sorted(f"data/report/metrics/{candidate}" for candidate in wanted.evaluate.candidates)
-    columns: dict[str, int] = {}
     for candidate in wanted.evaluate.candidates:
-        scores = json.loads((folder / f"data/report/metrics/{candidate}.json").read_text())
-        assert scores["news"] == every[candidate]["news"]["perplexity"]
-        for suite, value in scores.items():
-            values = value if isinstance(value, dict) else {None: value}
-            columns |= {f"{suite}.{label}" if label else suite: 0 for label in values}
-            assert all(every[candidate][suite][label] == values[label] for label in values if label)
-    longest = max(map(len, written)) + len(".json")
-    assert longest + sum(len(column) + 4 for column in columns) <= 125, "the width of `dvc metrics show`"
+        scores, exact = shown[f"data/report/metrics/{candidate}.json"], every[candidate]
+        expected = {suite: exact[suite]["perplexity"] for suite in ("news", "speeches")}
+        assert scores == pytest.approx(expected | exact["arithmetic"], rel=5e-5)
 
 
 MEASURES = [
@@ -103,6 +107,26 @@ def test_no_measure_hides_another():
     headlines = [column for column in summary if column.startswith("s.")]
     assert headlines == ["s.exact_match, strict, generation", "s.exact_match, likelihood"]
     assert summary.loc["base/m", headlines].tolist() == pytest.approx([2 / 9, 4 / 9])
+    short = {"exact_match, strict, generation": 0.22222, "exact_match, likelihood": 0.44444}
+    assert headline_metrics(compared(table))["base/m"] == short
+
+
+def test_a_short_name_means_one_measure():
+    measured = {
+        "s": ({"metric": "acc"}, {"metric": "exact_match", "readout": "generation"}),
+        "t": ({"metric": "acc"}, {"metric": "f1", "readout": "generation"}),
+        "u": ({"metric": "acc"},),
+    }
+    parts = []
+    for suite, measures in measured.items():
+        for measure in measures:
+            part = of_items({"base/m": [1.0, 0.0]}, **measure)
+            for table in (part.scores, part.samples):
+                table["suite"] = suite
+            parts.append(part)
+    assert list(headline_metrics(compared(together(*parts)))["base/m"]) == [
+        "s.acc", "exact_match", "t.acc", "f1", "u",
+    ]  # fmt: skip
 
 
 def test_json_has_neither_nan_nor_infinity():

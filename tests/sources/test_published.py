@@ -166,6 +166,26 @@ def test_a_recipe_on_packed_weights_is_refused_by_name(section, recipe, tmp_path
 
 
 def test_a_file_other_than_gguf_is_refused():
-    for wrong in ({"file": "model.safetensors"}, {"file": "m.gguf"}, {"file": "m.gguf", "folder": "a"}):
-        with pytest.raises(ValidationError, match=r"file is a single \.gguf|needs its sha256"):
+    for wrong in ({"file": "model.safetensors"}, {"file": "m.gguf", "folder": "a"}):
+        with pytest.raises(ValidationError, match=r"file is a single \.gguf"):
             Published(source="path:theirs", format="packed", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("path:theirs", "models.theirs.sha256: this hash is missing; write"),
+        ("pypi:theirs==1.0", "models.theirs.sha256: this hash is missing; `prunequant check --fix`"),
+        ("hub:org/theirs@" + "0" * 40, "models.theirs: a .gguf file on the hub needs its sha256"),
+    ],
+)
+def test_a_file_without_a_hash_is_one_problem(source, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    project.write_inputs(tmp_path / "inputs")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/m.gguf").write_bytes(b"GGUF")
+    raw = project.params(tmp_path / "inputs")
+    raw["models"]["theirs"] = {"source": source, "format": "packed", "file": "m.gguf"}
+    with pytest.raises(Refusal, match=r"has 1 problem") as caught:
+        checked_params(raw)
+    assert sentence in str(caught.value)

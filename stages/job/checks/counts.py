@@ -9,7 +9,7 @@ by the hash of everything they depend on, so an unchanged text is counted once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,11 +29,13 @@ from stages.core.files import (
     write_json,
 )
 from stages.core.numbers import apportion
+from stages.core.schema import Strict
 from stages.corpus.bos import Bos, bos_tokens
 from stages.corpus.examples import Selection
 from stages.corpus.windows import TextPart, Tokens, cut_windows, distinct_windows, read_parts
 from stages.job.params import Params
 from stages.model.positions import most_tokens_of
+from stages.sources.conversations import Conversations
 from stages.sources.mix import Mix
 from stages.sources.origin import portable
 from stages.sources.safetensors import Safetensors
@@ -47,7 +49,7 @@ LARGEST_TEXT = 2**23
 Split = Literal["calibration", "evaluation"]
 Splits = dict[str, dict[Split, list[TextPart]]]
 _DONE = {"calibration": "to learn from", "evaluation": "to score or hold out"}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def of_windows(params: Params) -> tuple[list[str], list[str]]:
     """Return mistakes, and a line for each text and length with its number of windows."""
     mistakes, lines, read = [], [], Splits()
     for wanted in _wanted(params):
-        limit = _longest(params, wanted.model)
+        limit = reading_limit(params, wanted.model)
         if limit is not None and wanted.length > limit:
             mistakes.append(
                 f"{wanted.at.rpartition('.')[0]}.sequence_length: {wanted.length} given, but "
@@ -165,22 +167,42 @@ def _counted(params: Params, wanted: Wanted, read: Splits) -> Counted | None:
     folder, dataset = checkpoint_of(params, wanted.model), params.datasets.get(wanted.dataset)
     if folder is None or not isinstance(dataset, Text | Mix):
         return None
-    if (origin := _origin(wanted.dataset, dataset)) is None:
+    if (origin := origin_of(wanted.dataset, dataset)) is None:
         return None
+
+    def count() -> list[tuple[str, float, int]]:
+        tokenizer = tokenizer_of(folder, f"base/{wanted.model}")
+        return _count(wanted, tokenizer, _parts(origin, wanted.dataset, dataset, wanted.split, read))
+
+    code = identity.digest("download", type(dataset).__module__)
+    settings = [wanted.split, wanted.length, wanted.bos, wanted.distinct]
+    parts = kept(COUNTS, code, folder, dataset, settings, count)
+    return Counted(wanted, tuple((name, share, number) for name, share, number in parts))
+
+
+def kept(
+    file: Path, code: str, folder: Path, dataset: Strict, settings: Any, count: Callable[[], Any]
+) -> Any:
+    """Return what `count` finds in a data set; it is kept in `file` and found once.
+
+    Args:
+        code: the digest of the code that counts.
+        folder: the checkpoint whose tokenizer it uses.
+        settings: whatever else the count depends on.
+    """
     facts = [
-        identity.digest("download", type(dataset).__module__),
+        code,
         identity.versions()["transformers"],
         {name: sha256(folder / name) for name in _TOKENIZER_FILES if (folder / name).exists()},
         portable(dataset.model_dump(mode="json")),
-        [wanted.split, wanted.length, wanted.bos, wanted.distinct],
+        settings,
     ]
     key = text_sha256(json.dumps(facts))
-    kept: dict[str, Any] = read_json(COUNTS) if COUNTS.exists() else {}
-    if key not in kept:
-        tokenizer = tokenizer_of(folder, f"base/{wanted.model}")
-        kept[key] = _count(wanted, tokenizer, _parts(origin, wanted.dataset, dataset, wanted.split, read))
-        write_json(COUNTS, kept)
-    return Counted(wanted, tuple((name, share, count) for name, share, count in kept[key]))
+    found: dict[str, Any] = read_json(file) if file.exists() else {}
+    if key not in found:
+        found[key] = count()
+        write_json(file, found)
+    return found[key]
 
 
 def _count(wanted: Wanted, tokenizer: Any, parts: list[TextPart]) -> list[tuple[str, float, int]]:
@@ -212,7 +234,7 @@ def checkpoint_of(params: Params, base: str) -> Path | None:
     return folder if settings.items() <= record.items() else None
 
 
-def _longest(params: Params, base: str) -> int | None:
+def reading_limit(params: Params, base: str) -> int | None:
     """Return the tokens that a model reads at most; None if its config is not here or does not say."""
     folder = checkpoint_of(params, base)
     if folder is None or not (folder / "config.json").exists():
@@ -220,7 +242,7 @@ def _longest(params: Params, base: str) -> int | None:
     return most_tokens_of(read_json(folder / "config.json"))
 
 
-def _origin(name: str, dataset: Text | Mix) -> Literal["path", "downloaded"] | None:
+def origin_of(name: str, dataset: Text | Mix | Conversations) -> Literal["path", "downloaded"] | None:
     """Say where a text can be read; None where it cannot, or is too large to count."""
     texts = list(dataset.parts.values()) if isinstance(dataset, Mix) else [dataset]
     files = [
