@@ -111,13 +111,19 @@ def check(
         from stages.job.checks.contradictions import contradictions
         from stages.job.checks.counts import of_windows
         from stages.job.entry import outdated
-        from stages.job.load import load_verified
+        from stages.job.load import load_verified, unkept_quotes
         from stages.job.locked import locked_stages
         from stages.job.provenance import disagreements
 
         params = load_verified(widths=True)
         for contradiction in contradictions(params):
             typer.echo(f"warning: {contradiction}", err=as_json)
+        if line := unkept_quotes():
+            typer.echo(
+                f"warning: `dvc exp run -S` drops the quotes in `{line[:60]}` and then fails; write that "
+                "entry with a line a setting, without braces.",
+                err=as_json,
+            )
         wrong = disagreements(locked_stages())
         windows = of_windows(params)[1]
     counts = {

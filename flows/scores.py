@@ -22,6 +22,8 @@ from stages.core.errors import Refusal
 from stages.core.files import MODELS, RECORD, REPORT, RESULTS, read_json
 from stages.core.tables import SCORES
 from stages.job import lineage
+from stages.job.locked import locked_stages
+from stages.job.locked import outs as locked_outs
 from stages.job.params import Params
 from stages.job.pieces import dvc_name
 from stages.job.sentences import allowed
@@ -62,7 +64,7 @@ def computed(params: Params, candidates: Sequence[str] = ()) -> Shown:
     wanted = params.evaluations()
     there = [name for name in wanted if (RESULTS / name / SCORES).exists()]
     if not there and not candidates:
-        raise Refusal("nothing is evaluated yet; `prunequant run` evaluates what params.yaml lists.")
+        raise Refusal(_unread(params, wanted))
     shown = _compared(params, there) if there else []
     shown = [row for row in shown if not candidates or row["candidate"] in candidates]
     missing = [name for name in wanted if name not in there]
@@ -74,6 +76,19 @@ def computed(params: Params, candidates: Sequence[str] = ()) -> Shown:
     if remade:
         notes.append(f"made by other recipes than params.yaml has now: {', '.join(remade)}; `prunequant run`")
     return Shown(shown, notes)
+
+
+def _unread(params: Params, evaluations: Sequence[str]) -> str:
+    """Say why there are no results: dvc.lock knows of some, which may be at the remote, or of none."""
+    known = locked_outs(locked_stages()).keys() & {str(RESULTS / name) for name in evaluations}
+    if not known:
+        return "nothing is evaluated yet; `prunequant run` evaluates what params.yaml lists."
+    stages = [dvc_name("evaluate", params, name) for name in evaluations if str(RESULTS / name) in known]
+    kinds = " ".join(dict.fromkeys(stage.partition("@")[0] for stage in stages))
+    return (
+        f"no result is here, but dvc.lock knows {len(known)}; `dvc checkout {kinds}` takes them from the "
+        f"cache, `dvc pull {kinds}` from the DVC remote."
+    )
 
 
 def _compared(params: Params, evaluations: list[str]) -> list[dict[str, Any]]:

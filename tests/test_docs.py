@@ -1,7 +1,11 @@
-"""The documentation: pages are in the site's menu, links of the README lead somewhere."""
+"""The documentation: pages are in the menu, links of the README lead somewhere, DVC reads its YAML."""
 
 import re
 import tomllib
+from io import StringIO
+
+import pytest
+from ruamel.yaml import YAML
 
 from flows.manual import params_page
 from stages.job.editors import json_schema
@@ -90,3 +94,26 @@ def test_readme_and_the_landing_page_say_the_same_answer():
     ]
     assert all(answers)
     assert len({" ".join(answer[0].split()) for answer in answers}) == 1
+
+
+BLOCKS = [
+    pytest.param(block, id=f"{file.stem}-{number}")
+    for file in [project.ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", file.read_text(), re.DOTALL))
+    if file.stem != "operations"  # its blocks are Prefect's, which DVC does not read
+]
+
+
+def yaml(kind):
+    """A parser of DVC's; a block may show two ways to write one key."""
+    parser = YAML(typ=kind)
+    parser.allow_duplicate_keys = True
+    return parser
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_dvc_reads_every_yaml_of_the_docs_and_its_editor_keeps_it_readable(block):
+    """Inside braces DVC reads no value with a colon, and its editor drops the quotes of one."""
+    kept = StringIO()
+    yaml("rt").dump(yaml("rt").load(block), kept)
+    assert yaml("safe").load(kept.getvalue()) == yaml("safe").load(block)

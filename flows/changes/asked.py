@@ -52,8 +52,9 @@ def compare(
             gap["outputs"] = [out for out in gap["outputs"] if not _is_model(out)]
         changes["missing"] = [gap for gap in changes["missing"] if gap["outputs"]]
     for gap in changes["missing"]:
-        models = any(_is_model(out) for out in gap["outputs"])
-        gap["command"] = _command(names, at, Fetched.all if models else Fetched.results)
+        models = [_is_model(out) for out in gap["outputs"]]
+        fetches = [*([Fetched.all] if any(models) else []), *([] if all(models) else [Fetched.results])]
+        gap["commands"] = [_command(names, at, fetched) for fetched in reversed(fetches)]
     return changes
 
 

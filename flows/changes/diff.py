@@ -17,7 +17,7 @@ import pandas as pd
 
 from flows.changes.causes import causes, param_changes
 from flows.changes.conditions import incomparable
-from flows.changes.revisions import Revision, recipes_of
+from flows.changes.revisions import Revision, lacking_results, recipes_of
 from flows.changes.tensors import compare_tensors
 from stages.core.files import MODELS, REPORT, RESULTS, read_json
 from stages.core.tables import (
@@ -96,6 +96,7 @@ def diff_candidates(revision: Revision, names: Sequence[str], tensors: bool = Tr
     scores = score_changes(old, new, _margin(revision), results.scores, unchanged=True)
     scored = {row["candidate"] for row in scores if row["old"] is not None and row["in_new"]}
     suites = _suites(path for path in outs if str(Path(path).relative_to(RESULTS).parent) in names)
+    unread = {str(Path(path).relative_to(RESULTS).parent) for path in {*outs} & revision.missing}
     changes = {
         "revisions": [revision.name],
         "candidates": list(names),
@@ -110,7 +111,7 @@ def diff_candidates(revision: Revision, names: Sequence[str], tensors: bool = Tr
         "verdicts": [],
         "scores": scores,
         "flipped": _flipped((revision,), old.samples, new.samples),
-        "uncompared": [other for other in others if other not in scored],
+        "uncompared": [other for other in others if other not in scored and not {first, other} & unread],
         "incomparable": incomparable(
             revision, revision, (old.scores, new.scores), [(first, other) for other in others],
             [
@@ -314,12 +315,7 @@ def worsened(row: dict[str, Any], verdicts: tuple[str, ...]) -> bool:
 
 def unsure(changes: dict[str, Any]) -> str:
     """Say what keeps a diff from telling whether scores got worse; empty if nothing does."""
-    counts = {
-        gap["revision"]: sum(
-            Path(out["path"]).is_relative_to(RESULTS) and not out["questions"] for out in gap["outputs"]
-        )
-        for gap in changes["missing"]
-    }
+    counts = {gap["revision"]: len(lacking_results(gap)) for gap in changes["missing"]}
     gaps = [f"{count} result(s) of {revision}" for revision, count in counts.items() if count]
     if gaps:
         return f"the cache lacks {' and '.join(gaps)}, so some scores were not compared; add --fetch results."

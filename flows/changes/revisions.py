@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from stages.core.errors import Refusal
+from stages.core.files import RESULTS
 
 WORKSPACE = "workspace"
 _FILES = ("params.yaml", "dvc.lock", "requirements.lock")
@@ -137,6 +138,15 @@ def is_revision(name: str) -> bool:
         return not isinstance(repo.scm, NoSCM) and bool(resolve_rev(repo.scm, name))
     except RevError:
         return False
+
+
+def lacking_results(gap: dict[str, Any]) -> list[str]:
+    """Return the results that a revision's gap holds, without those that lack for their questions alone."""
+    return [
+        out["path"]
+        for out in gap["outputs"]
+        if Path(out["path"]).is_relative_to(RESULTS) and not out["questions"]
+    ]
 
 
 def fetch(outs: Iterable[dict[str, Any]], remote: str | None) -> None:

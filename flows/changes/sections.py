@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flows.changes.revisions import lacking_results
 from stages.reporting.margins import worded
 from stages.reporting.words import MINUS, SHARES, answer_text, number, p_value, size
 
@@ -71,6 +72,10 @@ def summary(diff: dict[str, Any]) -> list[str]:
         lines.append("No score differs.")
     if words := Counter(row["verdict"] for row in diff["scores"] if row["verdict"]):
         lines.append(f"Scores: {', '.join(f'{count} {word}' for word, count in words.most_common())}.")
+    if lacking := [gap["revision"] for gap in diff["missing"] if lacking_results(gap)]:
+        lines.append(
+            f"Scores are left out: the cache lacks results of {' and '.join(lacking)}; add --fetch results."
+        )
     if diff["uncompared"]:
         names = f"{', '.join(diff['uncompared'])} and {diff['candidates'][0]}"
         lines.append(f"Not compared: {names} have no score in common.")
@@ -302,7 +307,7 @@ def _missing(diff: dict[str, Any]) -> Section:
             f"The cache lacks {len(gap['outputs'])} output(s) of {gap['revision']}, {size(total)}; what "
             "depends on them is left out."
         )
-    commands = tuple(dict.fromkeys(gap["command"] for gap in diff["missing"]))
+    commands = tuple(dict.fromkeys(command for gap in diff["missing"] for command in gap["commands"]))
     return Section(
         "Not in the cache", ("revision", "output", "size"), rows, tuple(notes), commands, detail=True
     )

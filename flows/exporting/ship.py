@@ -105,6 +105,11 @@ def export(artifact: str, to: Destination, place: str | None, licence: str | Non
         f"{artifact} is in {target / file.name}, {size}: of its matrices {kinds}"
         + (", with their codes unchanged." if any(kind.startswith("Q") for kind in written.matrices) else ".")
     ]
+    if any(step.get("bits") in (2, 3) for step in record["recipes"].values()):
+        sentences.append(
+            "GGUF has no grid of 2 or 3 bits like these, so such codes take 4 bits there; the artifact has "
+            f"{record['bytes_on_disk'] / 1e6:,.1f} MB."
+        )
     if written.rounding:
         sentences.append(
             "Zero points became minimums in fp16, which moves weights by at most "

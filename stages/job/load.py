@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ def read(path: Path = PARAMS) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         raw = parsed(text)
         _check_size(raw, path)
+        _check_braces(text, path)
     except OSError as error:
         raise Refusal(f"{path} cannot be read: {error.strerror}; make it readable.") from None
     except UnicodeDecodeError as error:
@@ -66,13 +68,46 @@ def read(path: Path = PARAMS) -> dict[str, Any]:
 
 
 def parsed(text: str) -> Any:
-    """Return what a YAML text holds, read as DVC reads params.yaml.
+    """Return what a YAML text holds, with the numbers that DVC finds in params.yaml.
 
     Raises:
         YAMLError: it is not YAML.
         ValueError: a value is out of its range, such as a date.
     """
     return YAML(typ="safe", pure=True).load(text)
+
+
+def _check_braces(text: str, path: Path) -> None:
+    """Refuse what is YAML and yet more than the parser that DVC uses can read.
+
+    Raises:
+        Refusal: a value such as `path:texts` stands without quotes inside braces or brackets.
+    """
+    try:
+        YAML(typ="safe").load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = text.splitlines()[mark.line].strip() if mark else ""
+        raise Refusal(
+            f"{path}{f':{mark.line + 1}' if mark else ''}: DVC reads no value with a colon inside braces, as "
+            f"in `{line[:60]}`; write that entry with a line a setting, without braces."
+        ) from None
+
+
+def unkept_quotes(path: Path = PARAMS) -> str | None:
+    """Return the line of `path` that `dvc exp run -S` would break, None if there is none.
+
+    DVC's editor drops quotes, and a value with a colon inside braces cannot be read without.
+    """
+    kept = StringIO()
+    editor = YAML()
+    editor.dump(editor.load(path.read_text(encoding="utf-8")), kept)
+    try:
+        YAML(typ="safe").load(kept.getvalue())
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        return kept.getvalue().splitlines()[mark.line].strip() if mark else str(error)
+    return None
 
 
 def _placed(path: Path, text: str, error: Exception) -> str:

@@ -129,4 +129,9 @@ def test_what_is_no_candidate_or_has_no_results_is_refused(params, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match="nothing is evaluated yet"):
         scores.computed(params)
+    out = {"path": "data/results/base/smollm2/arithmetic", "md5": "0.dir", "size": 1}
+    lock = {"schema": "2.0", "stages": {"graded@base/smollm2-arithmetic": {"cmd": "", "outs": [out]}}}
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump(lock))
+    with pytest.raises(Refusal, match=r"dvc.lock knows 1; `dvc checkout graded` .* `dvc pull graded` from"):
+        scores.computed(params)
     assert scores.summarized() == []

@@ -1,5 +1,6 @@
 """Tasks and metrics are looked for before anything is downloaded."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,11 @@ def test_a_sound_task_passes(raw):
             "{{quastion}}",
             "names quastion; the columns of its data are answer, level, question",
         ),
+        (
+            'doc_to_target: "{{answer}}"',
+            "doc_to_target: anwser",
+            "doc_to_target of qa.yaml is 'anwser', no column; its data have answer, level, question",
+        ),
         ("{{question}}", "{{question}", "doc_to_text of qa.yaml is no template ("),
         ("task: qa", "task: [qa", 'mine/qa.yaml", line'),
     ],
@@ -65,6 +71,28 @@ def test_a_task_that_could_not_run_is_named(old, new, sentence, raw):
     replaced(old, new)
     (mistake,) = of_tasks(checked_params(raw))
     assert mistake.startswith("datasets.qa") and sentence in mistake
+
+
+@pytest.mark.parametrize(
+    ("answer", "sound"), [(0, True), (2, True), ("red", True), (3, False), (-1, False), ("A", False)]
+)
+def test_an_answer_that_is_no_choice_is_named(answer, sound, raw):
+    """lm-eval counts it as wrong without a word."""
+    file = Path("mine/qa.yaml")
+    text = file.read_text().replace("output_type: generate_until", "output_type: multiple_choice")
+    text = text.replace('doc_to_target: "{{answer}}"', "doc_to_target: answer\ndoc_to_choice: choices")
+    file.write_text(text)
+    rows = [
+        {"question": "which?", "choices": ["red", "green", "blue"], "answer": 1, "level": "a"},
+        {"question": "and now?", "choices": ["red", "green", "blue"], "answer": answer, "level": "a"},
+    ]
+    Path("mine/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw["datasets"]["qa"]["sha256"] = sha256(Path("mine"))
+    told = [mistake for mistake in of_tasks(checked_params(raw)) if "choices" in mistake]
+    expected = (
+        f"item 2 of test.jsonl has the answer {answer!r} in answer, but its choices are 'red', 'green', "
+    )
+    assert told == [] if sound else len(told) == 1 and expected in told[0]
 
 
 def test_a_file_in_place_of_the_folder_is_named(raw):

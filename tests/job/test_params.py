@@ -564,6 +564,10 @@ def test_all_offenders_at_once(raw):
             f"must be a mapping of sections ({', '.join(Params.model_fields)})",
         ),
         ("", "but it is empty"),
+        (
+            "a:\n  b: {c: path:d}",
+            "params.yaml:2: DVC reads no value with a colon inside braces, as in `b: {c: path:d}`",
+        ),
         ("a: [", "params.yaml:1 is not YAML: while parsing a flow node"),
         (
             "run: {}\nrun: {}\n",

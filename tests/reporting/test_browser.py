@@ -196,6 +196,10 @@ def test_points_are_reached_and_opened_by_keyboard(wide):
     assert wide.js("return document.getElementById('scatter-point').textContent") == seen[-1]
     wide.press(Keys.HOME)
     assert wide.js(told) == seen[0]
+    wide.press(Keys.ARROW_DOWN)
+    assert wide.js(told) == seen[1]
+    wide.press(Keys.ARROW_UP)
+    assert wide.js(told) == seen[0]
     wide.press(Keys.TAB)
     assert not wide.js("return document.getElementById('scatter-plot').contains(document.activeElement)")
     ActionChains(wide.driver).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
@@ -385,6 +389,13 @@ def test_a_number_opens_its_items(wide):
     text = wide.driver.find_element("id", "items-table").text
     assert HOSTILE in text and "question " in text, "the answer is text, not a script"
     assert wide.js("return document.querySelectorAll('script[src]').length") == 0
+
+
+def test_a_number_without_flipped_items_opens_all_of_them(wide):
+    controls = "document.getElementById('items-controls').elements"
+    wide.js("showItems({candidate: 'base/smollm2', change: 'flipped'})")
+    wide.until(f"{controls}.change.value === 'all' && +document.documentElement.dataset.items > 0")
+    assert wide.js("return document.getElementById('items-count').textContent").split()[0] != "0"
 
 
 def test_blocks_and_recovery_are_drawn(wide):

@@ -68,6 +68,7 @@ def _of_own(at: str, dataset: OwnTask, learned: set[str | None]) -> Iterator[str
     if kind not in (kinds := _output_types()):
         yield f"{at}: {dataset.yaml} has output_type {kind!r}; {allowed(kinds, str(kind))}."
     yield from _of_templates(at, dataset.yaml, config, splits)
+    yield from _of_answers(at, dataset.yaml, config, splits)
     for metric in metrics(config):
         if metric not in (known := _metrics()):
             close = difflib.get_close_matches(metric, known, 1)
@@ -98,7 +99,12 @@ def _of_templates(
     columns = {name for files in splits.values() for data in files for name in _columns(data)}
     for field in _TEMPLATES:
         template = config.get(field)
-        if not isinstance(template, str) or not re.search(r"{[{%]", template):
+        if not isinstance(template, str):
+            continue
+        if not re.search(r"{[{%]", template):  # a column, or else the same text for every item
+            if columns and template not in columns and template.isidentifier():
+                known = ", ".join(sorted(columns))
+                yield f"{at}: {field} of {file} is {template!r}, no column; its data have {known}."
             continue
         try:
             named = meta.find_undeclared_variables(Environment().parse(template))
@@ -108,6 +114,32 @@ def _of_templates(
         if columns and (lost := sorted(named - columns - DEFAULT_NAMESPACE.keys())):
             known = ", ".join(sorted(columns))
             yield f"{at}: {field} of {file} names {' and '.join(lost)}; the columns of its data are {known}."
+
+
+def _of_answers(
+    at: str, file: str, config: Mapping[str, Any], splits: Mapping[str, list[Path]]
+) -> Iterator[str]:
+    """Yield the first item of a split that is answered by choice and whose answer is no choice.
+
+    lm-eval counts such an item as wrong, whatever the model says.
+    """
+    target, choice = config.get("doc_to_target"), config.get("doc_to_choice")
+    if config.get("output_type") != "multiple_choice" or isinstance(config.get("process_docs"), Function):
+        return
+    for data in (data for files in splits.values() for data in files):
+        for place, row in enumerate(_rows(data), 1):
+            answer = row.get(target) if isinstance(target, str) else target
+            choices = row.get(choice) if isinstance(choice, str) else choice
+            if answer is None or not isinstance(choices, list):  # a template, which lm-eval alone fills in
+                continue
+            found = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
+            if not found:
+                shown = ", ".join(map(repr, choices))
+                yield (
+                    f"{at}: item {place} of {data.name} has the answer {answer!r} in {target}, but its "
+                    f"choices are {shown}; {file} needs one of them, or its place counted from 0."
+                )
+                break
 
 
 def _columns(data: Path) -> list[str]:
@@ -120,9 +152,23 @@ def _columns(data: Path) -> list[str]:
             return list(pq.read_schema(data).names)
         if data.suffix == ".csv":
             return list(pd.read_csv(data, nrows=0).columns)
+    return list(dict.fromkeys(name for row in _rows(data) for name in row))
+
+
+def _rows(data: Path) -> list[dict[str, Any]]:
+    """Return the items of a data file; none if it cannot be read, which the download says."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    with suppress(Exception):
+        if data.suffix == ".parquet":
+            return list(pq.read_table(data).to_pylist())
+        if data.suffix == ".csv":
+            rows = pd.read_csv(data).astype(object).to_dict("records")
+            return [{str(name): value for name, value in row.items()} for row in rows]
         text = data.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
-        return list(dict.fromkeys(name for row in rows for name in row))
+        items = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
+        return [dict(item) for item in items]
     return []
 
 

@@ -101,13 +101,13 @@ class _Model:
         )
 
     def largest_loss(self, margin: float) -> tuple[float, Measure]:
-        """Return the largest loss, in margins, and where it is."""
+        """Return the largest loss, in margins, and where it is the largest of those that are shown."""
         losses = {
             measure: (-1 if row["higher_is_better"] else 1) * row["change"] / margin_of(row["metric"], margin)
             for measure, row in self.scores.items()
         }
-        worst = max(losses, key=losses.__getitem__)
-        return losses[worst], worst
+        shown = {measure: losses[measure] for measure in self.worse} or losses
+        return max(losses.values()), max(shown, key=shown.__getitem__)
 
 
 def _held(row: dict[str, Any]) -> bool:
@@ -230,7 +230,7 @@ class Recommendations:
         return ""
 
     def _mildest(self, models: Sequence[_Model], margin: float) -> str:
-        """Name the model that loses least, and where it loses most."""
+        """Name the model that loses least, and the score that is shown to be worse on which it loses most."""
         if not models:
             return ""
         best = min(models, key=lambda model: model.largest_loss(margin)[0])
@@ -288,11 +288,10 @@ class Recommendations:
         unsettled = [m for m in model.scores if m not in model.held]
         if not unsettled:
             return f"every score surely within {within}"
-        named = ", ".join(f"{self._name(m)} {_doubt(model.scores[m])}" for m in unsettled[:_NAMED])
-        more = f" and {len(unsettled) - _NAMED} more" if len(unsettled) > _NAMED else ""
+        named = _counted([f"{self._name(m)} {_doubt(model.scores[m])}" for m in unsettled])
         return (
             f"no score shown worse by more than {within}, but {len(unsettled)} of {len(model.scores)} "
-            f"not shown the same: {named}{more}"
+            f"not shown the same: {named}"
         )
 
 
@@ -332,8 +331,14 @@ def _doubt(row: dict[str, Any]) -> str:
 
 
 def _listed(candidates: Sequence[str], drawn: Mapping[str, str]) -> str:
-    names = [short(name) + drawn[name] for name in candidates[:_NAMED]]
-    return ", ".join(names) + (f" and {len(candidates) - _NAMED} more" if len(candidates) > _NAMED else "")
+    return _counted([short(name) + drawn[name] for name in candidates])
+
+
+def _counted(names: Sequence[str]) -> str:
+    """Join names; of many only the first, with the number of the others, which is never one."""
+    if len(names) <= _NAMED + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"
 
 
 def _beaten(

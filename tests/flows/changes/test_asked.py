@@ -186,9 +186,16 @@ def test_models_do_not_lack_where_tensors_are_left_out(clone):
     changes = json.loads(diff(*AGAINST, "--json", "--no-tensors"))
     (gap,) = changes["missing"]
     assert not any("models" in out["path"] for out in gap["outputs"])
-    assert gap["command"] == "prunequant diff base/m quantize/q --fetch results"
+    assert gap["commands"] == ["prunequant diff base/m quantize/q --fetch results"]
     scores = json.loads(diff(*AGAINST, "--json", "--no-tensors", "--fetch", "results"))
     assert len(scores["scores"]) == 1 and not scores["missing"]
+
+
+def test_results_that_are_not_fetched_are_not_said_to_have_no_score_in_common(clone):
+    shown = diff(*AGAINST)
+    assert "no score in common" not in shown
+    assert "Scores are left out: the cache lacks results of workspace; add --fetch results." in shown
+    assert all(f"prunequant diff base/m quantize/q --fetch {what}" in shown for what in ("results", "all"))
 
 
 def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(clone, little_project):
@@ -201,9 +208,9 @@ def test_scores_need_no_model_and_what_lacks_is_told_with_its_size(clone, little
     assert [(out["path"], out["bytes"]) for out in gap["outputs"]] == [
         ("data/models/base/m", 10**6), ("data/models/quantize/q", 10**6),
     ]  # fmt: skip
-    assert gap["command"] == "prunequant diff base/m quantize/q --fetch all"
+    assert gap["commands"] == ["prunequant diff base/m quantize/q --fetch all"]
     shown = diff(*AGAINST)
-    assert "The cache lacks 2 output(s) of workspace, 2.0 MB" in shown and gap["command"] in shown
+    assert "The cache lacks 2 output(s) of workspace, 2.0 MB" in shown and gap["commands"][0] in shown
     diff(*AGAINST, "--fail-on", "worse", code=Exit.WORSE)
     whole = json.loads(diff(*AGAINST, "--json", "--fetch", "all"))
     assert whole["artifacts"][0]["tensors"]["change"] > 0 and not whole["missing"]

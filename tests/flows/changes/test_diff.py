@@ -296,7 +296,7 @@ def test_a_clone_without_the_cache_says_what_to_fetch(edited, tmp_path):
     scores = json.loads(sweep.prunequant(clone, "diff", "HEAD~1", "--fetch", "results", "--json"))
     (old, new) = scores["missing"]
     assert [out["path"] for out in old["outputs"]] == [out["path"] for out in new["outputs"]] == [MODEL]
-    assert old["outputs"][0]["bytes"] > 0 and old["command"] == "prunequant diff 'HEAD~1' --fetch all"
+    assert old["outputs"][0]["bytes"] > 0 and old["commands"] == ["prunequant diff 'HEAD~1' --fetch all"]
     sweep.prunequant(clone, "diff", "HEAD~1", "--fetch", "all")
     whole = [sweep.prunequant(where, "diff", "HEAD~1", "--json") for where in (clone, folder)]
     assert whole[0] == whole[1] and json.loads(whole[0])["scores"] == scores["scores"]

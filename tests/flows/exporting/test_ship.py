@@ -39,6 +39,7 @@ RECIPES = {
     "quantize/w4": RTN | {"bits": 4, "group_size": 32},
     "quantize/w4-asymmetric": RTN | {"bits": 4, "group_size": 32, "symmetric": False},
     "quantize/w8": RTN | {"bits": 8, "group_size": None},
+    "quantize/w3": RTN | {"bits": 3, "group_size": 32},
     "quantize/w4-g16": RTN | {"bits": 4, "group_size": 16},
     "prune/half": {"source": "base/tiny", "method": "wanda", "sparsity": 0.5, "calibration": TEXT},
 }
@@ -61,11 +62,13 @@ def family(request, workspace):
 
 
 @pytest.mark.parametrize(
-    "artifact", ["base/tiny", "prune/half", "quantize/w4", "quantize/w4-asymmetric", "quantize/w8"]
+    "artifact",
+    ["base/tiny", "prune/half", "quantize/w3", "quantize/w4", "quantize/w4-asymmetric", "quantize/w8"],
 )
 def test_a_gguf_file_holds_every_weight(family, artifact):
     (sentence, *more) = export(artifact, Destination.gguf, "out", None)
-    assert bool(more) == (artifact == "quantize/w4-asymmetric")
+    said = {"quantize/w4-asymmetric": "Zero points became minimums", "quantize/w3": "such codes take 4 bits"}
+    assert len(more) == (artifact in said) and all(said[artifact] in sentence for sentence in more)
     (file,) = Path("out").glob("*.gguf")
     # transformers reads no size of heads for Qwen3
     options = {"config": families.CONFIGS[family]} if family == "qwen3" else {}
@@ -86,11 +89,12 @@ def test_a_gguf_file_holds_every_weight(family, artifact):
         tensor.tensor_type.name for tensor in GGUFReader(file).tensors if tensor.tensor_type.name[0] == "Q"
     }
     assert names == {
+        "quantize/w3": {"Q4_0"},
         "quantize/w4": {"Q4_0"},
         "quantize/w4-asymmetric": {"Q4_1"},
         "quantize/w8": {"Q8_0"},
     }.get(artifact, set())
-    assert ("Q4_0" in sentence) == (artifact == "quantize/w4")
+    assert ("Q4_0" in sentence) == (artifact in ("quantize/w3", "quantize/w4"))
 
 
 def test_the_stored_codes_are_the_artifacts(workspace):

@@ -90,7 +90,8 @@
       });
       return vega;
     };
-    byId("scatter-point").textContent = "";
+    const all = rowsOf(place, null).length;
+    byId("scatter-point").textContent = rows.length < all ? `${all - rows.length} of ${all} models have no point, as their ${axes[axis]} is unknown.` : "";
     return draw(byId("scatter-plot"), spec, label).then(({ view }) => {
       view.addEventListener("click", (event, item) => openPoint(item));
       renewPoints();

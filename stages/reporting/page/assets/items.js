@@ -67,6 +67,10 @@ async function showItems({ candidate, measure, level, change }) {
   if (change !== undefined) controls.change.value = change;
   byId("items").scrollIntoView();
   await listItems(level ?? "all");
+  if (change === "flipped" && document.documentElement.dataset.items === "0") {  // none flipped: then all
+    controls.change.value = "all";
+    await listItems(level ?? "all");
+  }
   byId("items-count").tabIndex = -1;
   byId("items-count").focus({ preventScroll: true });
 }

@@ -28,7 +28,8 @@ function rove(root, rowsOf) {
   const cellOf = target => target.closest("td, th")?.cellIndex;
   const moves = {
     ArrowRight: (row, at) => row[at + 1], ArrowLeft: (row, at) => row[at - 1], Home: row => row[0], End: row => row.at(-1),
-    ArrowDown: (row, at, below) => beside(row[at], at, below), ArrowUp: (row, at, below, above) => beside(row[at], at, above),
+    ArrowDown: (row, at, below) => below === null ? row[at + 1] : beside(row[at], at, below),
+    ArrowUp: (row, at, below, above) => above === null ? row[at - 1] : beside(row[at], at, above),
   };
   const beside = (target, at, row = []) =>
     row.find(other => cellOf(other) !== undefined && cellOf(other) === cellOf(target)) ?? row[Math.min(at, row.length - 1)];
@@ -38,7 +39,8 @@ function rove(root, rowsOf) {
     if (place < 0 || !(event.key in moves) || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
     const row = table[place];
-    moves[event.key](row, row.indexOf(event.target), table[place + 1], table[place - 1])?.focus();
+    const alone = table.length === 1;  // then up and down go along it too
+    moves[event.key](row, row.indexOf(event.target), alone ? null : table[place + 1], alone ? null : table[place - 1])?.focus();
   });
   renew();
   return renew;
