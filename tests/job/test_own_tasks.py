@@ -74,7 +74,17 @@ def test_a_task_that_could_not_run_is_named(old, new, sentence, raw):
 
 
 @pytest.mark.parametrize(
-    ("answer", "sound"), [(0, True), (2, True), ("red", True), (3, False), (-1, False), ("A", False)]
+    ("answer", "sound"),
+    [
+        (0, True),
+        (2, True),
+        ("red", True),
+        ([0, 2], True),
+        (3, False),
+        (-1, False),
+        ("A", False),
+        ([0, 3], False),
+    ],
 )
 def test_an_answer_that_is_no_choice_is_named(answer, sound, raw):
     """lm-eval counts it as wrong without a word."""
@@ -93,6 +103,15 @@ def test_an_answer_that_is_no_choice_is_named(answer, sound, raw):
         f"item 2 of test.jsonl has the answer {answer!r} in answer, but its choices are 'red', 'green', "
     )
     assert told == [] if sound else len(told) == 1 and expected in told[0]
+
+
+def test_choices_that_are_templates_are_left_to_lm_eval(raw):
+    file = Path("mine/qa.yaml")
+    text = file.read_text().replace("output_type: generate_until", "output_type: multiple_choice")
+    choices = 'doc_to_choice: ["{{answer}}", "{{question}}"]'
+    file.write_text(text.replace('doc_to_target: "{{answer}}"', f"doc_to_target: answer\n{choices}"))
+    raw["datasets"]["qa"]["sha256"] = sha256(Path("mine"))
+    assert list(of_tasks(checked_params(raw))) == []
 
 
 def test_a_file_in_place_of_the_folder_is_named(raw):

@@ -130,10 +130,12 @@ def _of_answers(
         for place, row in enumerate(_rows(data), 1):
             answer = row.get(target) if isinstance(target, str) else target
             choices = row.get(choice) if isinstance(choice, str) else choice
-            if answer is None or not isinstance(choices, list):  # a template, which lm-eval alone fills in
+            if answer is None or not isinstance(choices, list):
                 continue
-            found = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
-            if not found:
+            answers = answer if isinstance(answer, list) else [answer]  # several may be right
+            if any("{" in str(option) for option in choices):  # lm-eval alone fills these templates in
+                answers = [one for one in answers if isinstance(one, int)]
+            if not all(one in (range(len(choices)) if isinstance(one, int) else choices) for one in answers):
                 shown = ", ".join(map(repr, choices))
                 yield (
                     f"{at}: item {place} of {data.name} has the answer {answer!r} in {target}, but its "
