@@ -78,7 +78,7 @@ def parsed(text: str) -> Any:
 
 
 def _check_braces(text: str, path: Path) -> None:
-    """Refuse what is YAML and yet more than the parser that DVC uses can read.
+    """Refuse YAML that DVC's parser, in C, cannot read though `parsed` can.
 
     Raises:
         Refusal: a value such as `path:texts` stands without quotes inside braces or brackets.
