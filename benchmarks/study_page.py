@@ -8,9 +8,10 @@ else is written by hand. `--project FOLDER` takes the results of another clone.
 """
 
 import argparse
+import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.figures import show
+from flows.graph import read_graph
+from stages.core.files import RUNS
 from stages.reporting.collect import by_measure, competes, records
 from stages.reporting.comparison import headline_measures
 from stages.reporting.effects import draw_effects
@@ -39,12 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", help="its name, as in studies/ and in params.yaml")
     parser.add_argument("--project", type=Path, default=Path(), help="where it has run; default: here")
     options = parser.parse_args(arguments)
-    written = write_page(options.study, options.project, PAGES)
+    with contextlib.chdir(options.project):
+        runs = [stage.record for stage in read_graph().values()]
+    written = write_page(options.study, options.project, PAGES, runs)
     show(f"{written} holds the results of {options.study}")
 
 
-def write_page(name: str, at: Path, pages: Path) -> Path:
+def write_page(name: str, at: Path, pages: Path, runs: Iterable[Path]) -> Path:
     """Write results of the project `at` into `pages/<name>.md`, and pictures beside it; return the page.
+
+    Args:
+        name: the study.
+        at: the project's folder.
+        pages: the folder of the pages.
+        runs: the run records of its stages, in its folder; others are of stages that it had once.
 
     Raises:
         SystemExit: the project holds no verdicts of that study, or the page lacks a mark.
@@ -65,7 +76,7 @@ def write_page(name: str, at: Path, pages: Path) -> Path:
         if figure is not None:
             save(figure, pages / f"{name}-{title}.png")
             shown += [f"![{name}: {title}]({name}-{title}.png)", ""]
-    block = [*verdict_table(study, verdicts), "", *shown, *score_table(at), "", *spent(at)]
+    block = [*verdict_table(study, verdicts), "", *shown, *score_table(at), "", *spent(at, runs)]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     page.write_text(before + "\n".join([BEGIN, "", *block, "", END]) + after)
     return page
@@ -111,19 +122,16 @@ def score_table(at: Path) -> Iterator[str]:
     yield "</details>"
 
 
-def spent(at: Path) -> Iterator[str]:
+def spent(at: Path, runs: Iterable[Path]) -> Iterator[str]:
     """Yield the CPU minutes of each kind of stage, and the commits and versions that computed."""
     minutes: defaultdict[str, float] = defaultdict(float)
     commits, versions = set(), set()
-    for kind in sorted(path for path in (at / "data/runs").iterdir() if path.is_dir()):
-        for file in sorted(kind.rglob("*.json")):
-            record = json.loads(file.read_text())
-            if not isinstance(record, dict) or "cpu_seconds" not in record:
-                continue
-            minutes[kind.name] += (record["cpu_seconds"] or 0) / 60
-            commits.add(record["commit"][:7])
-            packages = [f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "lm-eval")]
-            versions.add(", ".join([f"Python {record['python']}", *packages]))
+    for run in sorted(run for run in runs if (at / run).exists()):
+        record = json.loads((at / run).read_text())
+        minutes[run.relative_to(RUNS).parts[0]] += (record["cpu_seconds"] or 0) / 60
+        commits.add(record["commit"][:7])
+        packages = [f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "lm-eval")]
+        versions.add(", ".join([f"Python {record['python']}", *packages]))
     parts = ", ".join(f"{kind} {spent:.1f}" for kind, spent in minutes.items() if spent >= 0.05)
     yield f"CPU minutes: {sum(minutes.values()):.0f} ({parts}). Code of commit {', '.join(sorted(commits))};"
     yield f"{'; '.join(sorted(versions))}."

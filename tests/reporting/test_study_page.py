@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,6 +19,10 @@ ENTRY = {
 }  # fmt: skip
 POINT = ENTRY | {"low": None, "high": None}
 NOTHING = ENTRY | {"verdict": "undecided", "effect": None, "low": None, "high": None, "why": "no data: none."}
+
+
+RUNS = [Path("data/runs/prune/w.json"), Path("data/runs/prune/not-yet.json")]
+"""What the project's stages name; the record of a stage that it had once lies beside them."""
 
 
 @pytest.fixture
@@ -42,12 +47,13 @@ def ran(whole, tmp_path):
         "versions": {"torch": "2.13.0", "transformers": "5", "lm-eval": "1"},
     }  # fmt: skip
     (tmp_path / "data/runs/prune").mkdir(parents=True)
-    (tmp_path / "data/runs/prune/w.json").write_text(json.dumps(record))
+    for name in ("w", "gone"):
+        (tmp_path / f"data/runs/prune/{name}.json").write_text(json.dumps(record))
     return tmp_path
 
 
 def test_a_page_holds_results_and_keeps_prose(ran):
-    page = study_page.write_page("falls", ran, ran / "pages")
+    page = study_page.write_page("falls", ran, ran / "pages", RUNS)
     text = page.read_text()
     assert "| `a1` | Fewer bits. | supported | 0.2 (0.1 to 0.3) share right; over repeats 0.18 |" in text
     assert "| `a2` | Facts go first. | undecided | no data: none. |" in text
@@ -56,17 +62,18 @@ def test_a_page_holds_results_and_keeps_prose(ran):
     assert "CPU minutes: 2 (prune 1.5). Code of commit 0123456" in text
     for picture in re.findall(r"\]\((\S+\.png)\)", text):
         assert (page.parent / picture).stat().st_size > 1000
-    page.write_text("before\n" + text + "after\n")
-    assert study_page.write_page("falls", ran, ran / "pages").read_text() == "before\n" + text + "after\n"
+    with_prose = "before\n" + text + "after\n"
+    page.write_text(with_prose)
+    assert study_page.write_page("falls", ran, ran / "pages", RUNS).read_text() == with_prose
 
 
 def test_what_has_not_run_has_no_page(ran):
     with pytest.raises(SystemExit, match="holds no verdicts of other"):
-        study_page.write_page("other", ran, ran / "pages")
+        study_page.write_page("other", ran, ran / "pages", RUNS)
     (ran / "pages").mkdir()
     (ran / "pages/falls.md").write_text("no marks")
     with pytest.raises(SystemExit, match="needs the lines"):
-        study_page.write_page("falls", ran, ran / "pages")
+        study_page.write_page("falls", ran, ran / "pages", RUNS)
 
 
 def test_every_page_tells_of_every_hypothesis():
