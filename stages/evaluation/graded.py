@@ -7,9 +7,9 @@ answer ends with its line. The data set says how an answer is read and how long 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.core.backend import FORCED, unserved
 from stages.core.files import DATASET, DATASETS, read_json
@@ -20,7 +20,7 @@ from stages.evaluation.lm_tasks import load_tasks, run_tasks
 from stages.evaluation.suite import Penalties, Suite, SuiteRows
 from stages.evaluation.task_rows import rows_of
 from stages.evaluation.thinking.settings import Thinking
-from stages.sources.graded.items import GradedData
+from stages.sources.graded.items import STEPS, GradedData
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -41,6 +41,17 @@ class GradedSuite(Suite):
     """Penalties on generated answers; null: none, whatever the checkpoint's generation_config.json says."""
     thinking: Thinking | None = None
     """Think before each answer, by generation only; see `stages.evaluation.thinking.scaling`."""
+    chain_of_thought: bool = False
+    """Each shot shows its steps as the thinking before its answer (2201.11903). Needs `thinking`."""
+
+    @model_validator(mode="after")
+    def _thinks(self) -> Self:
+        if self.chain_of_thought and not (self.thinking and self.shots):
+            raise ValueError(
+                "chain_of_thought shows steps between the words of thinking in each shot; set thinking and "
+                "at least 1 shot, or leave it out"
+            )
+        return self
 
     def refuses_vllm(self) -> str | None:
         """Say why vLLM cannot generate the answers; None if it can."""
@@ -129,6 +140,9 @@ class GradedSuite(Suite):
         def score(item: dict[str, Any], responses: list[str]) -> dict[str, float]:
             return {"exact_match": float(is_right(answer["reading"], responses[0], item))}
 
+        if self.chain_of_thought:
+            worked = {"doc_to_target": self._worked, "target_delimiter": ""}
+            config["fewshot_config"] = config["fewshot_config"] | worked
         return config | {
             "output_type": "generate_until",
             "doc_to_target": "{{answer}}",
@@ -140,6 +154,12 @@ class GradedSuite(Suite):
             },
             "process_results": score,
         }
+
+    def _worked(self, example: dict[str, Any]) -> str:
+        """Return what follows an example's question: its steps, as thoughts that ended, and its answer."""
+        assert self.thinking
+        words = self.thinking
+        return f"{words.begin}{example[STEPS]}{words.end}{words.request(ended=True)} {example['answer']}"
 
 
 def _task_name(name: str, readout: str) -> str:

@@ -71,6 +71,26 @@ def test_graded_readouts_are_the_slow_ones(shots, workspace):
     assert (hashes == 1).all()  # both readouts saw the same prompt
 
 
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_shots_show_their_steps_as_thinking(chat_template, workspace):
+    words = {"begin": " think:", "end": ";", "answer": " so", "answer_when": "always"}
+    thinking = words | {"budgets": [2, 5], "draws": 2, "temperature": 1.0}
+    chosen = asking(shots=1, chat_template=chat_template, chain_of_thought=True, thinking=thinking)
+    asked, likelihood = chosen.suites.graded["arithmetic"].tasks("arithmetic")[::-1]
+    assert "doc_to_target" not in likelihood["fewshot_config"]
+    _, samples = scored(chosen, "base/tiny", "arithmetic")
+    items = pd.read_parquet("data/results/base/tiny/arithmetic/items.parquet")
+    shot = pd.read_parquet("data/datasets/arithmetic/fewshot.parquet").iloc[0]
+    worked = f" think:{shot.steps}; so {shot.answer}"
+    assert asked["fewshot_config"]["doc_to_target"](shot) == worked
+    for prompt, question in zip(items.prompt, asked["custom_dataset"]()["test"]["question"], strict=True):
+        assert shot.question in prompt and worked in prompt and question in prompt
+        if not chat_template:
+            assert prompt == f"{shot.question}{worked}\n{question}"
+    test = pd.read_parquet("data/datasets/arithmetic/test.parquet")
+    assert (samples.target == test.answer[samples.doc_id].to_numpy()).all()
+
+
 def test_an_answer_counts_by_its_first_number_alone(workspace, monkeypatch):
     from lm_eval.models.huggingface import HFLM
 

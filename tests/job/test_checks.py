@@ -211,6 +211,23 @@ def test_a_suite_must_not_score_the_split_that_recipes_learn_from(raw):
     assert checked_params(raw).finetune["wanda-50-lora"].train.split == "train"
 
 
+def test_shots_show_steps_only_of_items_that_have_some(raw):
+    suite = raw["suites"]["graded"]["arithmetic"]
+    suite |= {"chain_of_thought": True, "shots": 1}
+    assert "set thinking and at least 1 shot" in refusal(raw)
+    suite |= {"thinking": {"budgets": [8], "temperature": 0}, "shots": 0}
+    assert "set thinking and at least 1 shot" in refusal(raw)
+    suite["shots"] = 1
+    assert checked_params(raw).suites.graded["arithmetic"].chain_of_thought
+    raw["datasets"]["arithmetic"] = {
+        "kind": "brackets", "seed": 0, "test": 4, "levels": [{"name": "deep", "depth": 4, "closed": 1}],
+    }  # fmt: skip
+    assert (
+        "suites.graded.arithmetic.chain_of_thought: datasets.arithmetic is of kind brackets, whose items "
+        "have no steps to show; allowed: arithmetic, classification."
+    ) in refusal(raw)
+
+
 def test_two_evaluations_must_not_share_a_stage_name(raw):
     raw["datasets"]["old-news"] = {**raw["datasets"]["speeches"]}
     raw["suites"]["perplexity"]["old-news"] = raw["suites"]["perplexity"]["news"]

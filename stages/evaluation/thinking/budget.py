@@ -17,7 +17,8 @@ them: all of its thinking, across every "Wait", and its answer. Appended text do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,6 +79,9 @@ class BudgetLM(SharedPrefixLM):
         self.draw = 0
         self.replies: dict[str, Reply] = {}
         """The replies to the last requests, by prompt."""
+        self.bar = tqdm(disable=True)
+        """Thoughts and answers of all draws, see `watched`."""
+        self._due = 0
         self._seed = seed
         self._thoughts: dict[tuple[int, str], list[Stretch]] = {}
         """The thoughts at the largest budget, by draw and prompt."""
@@ -91,10 +95,10 @@ class BudgetLM(SharedPrefixLM):
 
         def ask() -> list[Any]:
             limits = {request.args[0]: self._limits(request.args[1]) for request in requests}
-            self._think(list(limits), max(longest for _, longest in limits.values()), disable_tqdm)
+            self._think(list(limits), max(longest for _, longest in limits.values()))
             replies: dict[str, Reply] = {}
             for limit, prompts in groupby(sorted(limits, key=limits.__getitem__), key=limits.__getitem__):
-                replies |= self._answer(list(prompts), *limit, disable_tqdm)
+                replies |= self._answer(list(prompts), *limit)
             return [replies[request.args[0]] for request in requests]
 
         key = [self.thinking.model_dump(), self.budget, self.draw, [request.args for request in requests]]
@@ -102,14 +106,30 @@ class BudgetLM(SharedPrefixLM):
         self.replies = {
             request.args[0]: Reply(*reply) for request, reply in zip(requests, replies, strict=True)
         }
+        # Kept answers, and thoughts that needed no other stretch, were not counted one by one.
+        self._due += len(requests) * (1 + self._stretches * (self.budget == self.thinking.budgets[0]))
+        self.bar.update(self._due - self.bar.n)
         return [self.replies[request.args[0]].answer for request in requests]
+
+    @contextmanager
+    def watched(self, items: int) -> Iterator[None]:
+        """Show one bar over all draws of so many items, which ask the smallest budget first."""
+        steps = self._stretches + len(self.thinking.budgets)
+        total, self._due = items * self.thinking.draws * steps, 0
+        with tqdm(total=total, desc="Thinking and answers") as self.bar:
+            yield
+
+    @property
+    def _stretches(self) -> int:
+        """The most stretches that a thought has."""
+        return self.thinking.waits + 1 if self.thinking.budgets[-1] else 0
 
     def _limits(self, settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         """Return the stops of an answer and its longest length in tokens."""
         limits = normalize_gen_kwargs(settings, self.max_gen_toks)
         return tuple(stop for stop in limits["until"] if stop), int(limits["max_gen_toks"])
 
-    def _think(self, prompts: list[str], longest: int, quiet: bool) -> None:
+    def _think(self, prompts: list[str], longest: int) -> None:
         """Think, at the largest budget, about prompts that this draw has not thought about.
 
         Args:
@@ -120,7 +140,7 @@ class BudgetLM(SharedPrefixLM):
         going = [prompt for prompt in prompts if (self.draw, prompt) not in self._thoughts]
         for prompt in going:
             self._thoughts[self.draw, prompt] = []
-        for _ in range(rules.waits + 1 if budget else 0):
+        for _ in range(self._stretches):
             done = {prompt: _length(self._thoughts[self.draw, prompt]) for prompt in going}
             stretches = self._generate(
                 [
@@ -129,7 +149,6 @@ class BudgetLM(SharedPrefixLM):
                 ],
                 [self.numbers_of(prompt, "thinking", budget)[done[prompt] :] for prompt in going],
                 (rules.end,),
-                None if quiet else "Thinking",
                 reserve,
             )
             for prompt, tokens in zip(going, stretches, strict=True):
@@ -139,9 +158,7 @@ class BudgetLM(SharedPrefixLM):
             if not going:
                 break
 
-    def _answer(
-        self, prompts: list[str], until: tuple[str, ...], longest: int, quiet: bool
-    ) -> dict[str, Reply]:
+    def _answer(self, prompts: list[str], until: tuple[str, ...], longest: int) -> dict[str, Reply]:
         """Answer prompts that were thought about, at this budget."""
         rules = self.thinking
         thoughts = [self._cut(self._thoughts[self.draw, prompt]) for prompt in prompts]
@@ -157,7 +174,6 @@ class BudgetLM(SharedPrefixLM):
             ],
             [self.numbers_of(prompt, "answer", longest) for prompt in prompts],
             until,
-            None if quiet else "Answers",
         )
         replies = {}
         rows = zip(prompts, thoughts, texts, ends, answers, strict=True)
@@ -204,7 +220,6 @@ class BudgetLM(SharedPrefixLM):
         texts: list[str],
         numbers: list[Tensor],
         stops: tuple[str, ...],
-        label: str | None,
         reserve: int = 0,
     ) -> list[tuple[int, ...]]:
         """Return the tokens after each text, up to and with a stop, or as many as it has numbers.
@@ -212,12 +227,10 @@ class BudgetLM(SharedPrefixLM):
         Args:
             numbers: a tensor a text, see `numbers_of`.
             stops: end a text, like its own end of text.
-            label: of the progress bar; None shows none.
             reserve: tokens that must still fit after these.
         """
         generated: list[tuple[int, ...]] = [()] * len(texts)
         longest_first = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
-        bar = tqdm(total=len(texts), disable=label is None, desc=label)
         prompts = (len(self.tok_encode(texts[i])) for i in longest_first[: self.batch_size])
         tokens = max(prompts, default=0) + max(map(len, numbers), default=0)
         size = self.fitting(tokens, tokens, 1)
@@ -230,8 +243,7 @@ class BudgetLM(SharedPrefixLM):
                 ends = [place for place, token in enumerate(row) if token in self._eos()]
                 row = row[: ends[0] + 1] if ends else row
                 generated[i] = tuple(row[: stopped_at(row, stops, self._raw)])
-                bar.update(1)
-        bar.close()
+                self.bar.update(1)
         return generated
 
     def _generate_batch(

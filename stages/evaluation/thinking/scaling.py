@@ -16,6 +16,7 @@ score; error bars are over items.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,7 +91,8 @@ def score_draws(
         )
         return _Draw(scores, samples, *_votes_and_replies(result, readings, reply_to))
 
-    drawn = _draw_all(lm, thinking, seed, penalties, ask)
+    items = sum(min(len(task.eval_docs), limit or sys.maxsize) for task in tasks)
+    drawn = _draw_all(lm, thinking, seed, penalties, items, ask)
     scores: list[Score] = []
     samples: list[Sample] = []
     for budget in reversed(thinking.budgets):
@@ -114,6 +116,7 @@ def _draw_all(
     thinking: Thinking,
     seed: int,
     penalties: Mapping[str, float],
+    items: int,
     ask: Callable[[LM, Callable[[str, str], Reply]], _Draw],
 ) -> dict[int, list[_Draw]]:
     """Return all draws at every budget."""
@@ -132,9 +135,10 @@ def _draw_all(
         device=str(lm.device),
     )
     drawn: dict[int, list[_Draw]] = {budget: [] for budget in thinking.budgets}
-    for thinker.draw in range(thinking.draws):
-        for thinker.budget in thinking.budgets:
-            drawn[thinker.budget].append(ask(thinker, lambda prompt, _: thinker.replies[prompt]))
+    with thinker.watched(items):
+        for thinker.draw in range(thinking.draws):
+            for thinker.budget in thinking.budgets:
+                drawn[thinker.budget].append(ask(thinker, lambda prompt, _: thinker.replies[prompt]))
     return drawn
 
 

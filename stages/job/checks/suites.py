@@ -18,7 +18,7 @@ from stages.job.checks.learning import too_many_shots
 from stages.job.params import SUITES, Params
 from stages.job.sentences import allowed, tag
 from stages.sources.documents import Documents
-from stages.sources.graded.items import GradedData, Level
+from stages.sources.graded.items import STEPS, GradedData, Level
 from stages.sources.mix import Mix
 from stages.sources.task import OwnTask
 from stages.sources.text import Text
@@ -140,6 +140,12 @@ def _mistake(name: str, suite: Suite, scores: type[Strict], params: Params, lear
                 f"shares levels; let it score {shared[0]}, whose splits are kept apart."
             )
         if isinstance(suite, GradedSuite):
+            if suite.chain_of_thought and STEPS not in dataset.columns:
+                kinds = [tag(kind) for kind in GradedData.__subclasses__() if STEPS in kind.columns]
+                return (
+                    f".chain_of_thought: datasets.{scored} is of kind {tag(type(dataset))}, whose items "
+                    f"have no steps to show; {allowed(kinds)}."
+                )
             return too_many_shots("", scored, suite.shots, dataset) or ""
     return ""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.sources.graded.items import MAX_DRAWS, GradedData, Level, choice_item
+from stages.sources.graded.items import MAX_DRAWS, STEPS, GradedData, Level, choice_item
 
 
 class ArithmeticLevel(Level):
@@ -28,6 +28,7 @@ class Arithmetic(GradedData):
 
     reading: ClassVar[str] = "number"
     answer_tokens: ClassVar[int] = 12
+    columns: ClassVar[tuple[str, ...]] = (*GradedData.columns, STEPS)
 
     kind: Literal["arithmetic"]
     levels: Annotated[tuple[ArithmeticLevel, ...], Field(min_length=1)]
@@ -74,4 +75,14 @@ def arithmetic_item(difficulty: str, expression: str, answer: int) -> dict[str, 
     """Return the item that asks for `expression`; its wrong choices are drawn from the expression alone."""
     draw = random.Random(expression)
     wrong = [str(answer + offset) for offset in (-10, -2, -1, 1, 2, 10) if answer + offset >= 0]
-    return choice_item(difficulty, f"{expression} =", str(answer), wrong, draw)
+    return choice_item(difficulty, f"{expression} =", str(answer), wrong, draw) | {STEPS: steps(expression)}
+
+
+def steps(expression: str) -> str:
+    """Return the totals on the way, such as `7 + 4 = 11, 11 - 3 = 8` for `7 + 4 - 3`."""
+    first, *rest = expression.split()
+    total, lines = int(first), []
+    for operator, term in zip(rest[::2], map(int, rest[1::2]), strict=True):
+        before, total = total, total + term if operator == "+" else total - term
+        lines.append(f"{before} {operator} {term} = {total}")
+    return ", ".join(lines)

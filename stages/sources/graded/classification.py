@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.sources.graded.items import CHOICES, MAX_DRAWS, NOUNS, GradedData, Level, choice_item
+from stages.sources.graded.items import CHOICES, MAX_DRAWS, NOUNS, STEPS, GradedData, Level, choice_item
 
 
 class ClassificationLevel(Level):
@@ -49,6 +49,7 @@ class Classification(GradedData):
 
     reading: ClassVar[str] = "word"
     answer_tokens: ClassVar[int] = 8
+    columns: ClassVar[tuple[str, ...]] = (*GradedData.columns, STEPS)
 
     kind: Literal["classification"]
     levels: Annotated[tuple[ClassificationLevel, ...], Field(min_length=1)]
@@ -68,6 +69,7 @@ class Classification(GradedData):
             labels = [chain[-1] for chain in others]
             if level.options:  # drawn apart, so that the next item does not depend on their number
                 apart, count = random.Random(key), level.options
-                yield key, choice_item(level.name, question, chosen[-1], labels, apart, count)
+                item = choice_item(level.name, question, chosen[-1], labels, apart, count)
             else:
-                yield key, choice_item(level.name, question, chosen[-1], labels, draw)
+                item = choice_item(level.name, question, chosen[-1], labels, draw)
+            yield key, item | {STEPS: ", ".join(f"{thing} is {label}" for thing, label in pairwise(chosen))}

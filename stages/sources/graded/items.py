@@ -31,6 +31,8 @@ CHOICES = 4
 """Choices per item."""
 MAX_DRAWS = 40_000
 """Draws from a level's generator, after which the level counts as exhausted."""
+STEPS = "steps"
+"""The column of an item's worked solution, in kinds that have one."""
 GRADED_SPLITS = ("fewshot", "test", "train")
 NOUNS = """
     apple arrow basket beach bell bird boat book bottle bread bridge brush button candle carpet castle

@@ -158,3 +158,16 @@ def test_a_budget_beyond_the_model_is_refused_before_any_thinking(monkeypatch):
         Refusal, match=r"250 to be generated .* the 256 that the model reads; lower .*budgets"
     ):
         ask(lm)
+
+
+@pytest.mark.parametrize("waits", [0, 2])
+@pytest.mark.parametrize("budgets", [[0], [0, 4, 9]])
+def test_one_bar_counts_all_draws_and_budgets(budgets, waits):
+    lm = thinker(budgets=budgets, waits=waits, draws=2)
+    shares = []
+    with lm.watched(len(PROMPTS)):
+        for lm.draw in range(2):
+            for lm.budget in budgets:
+                ask(lm)
+                shares.append(lm.bar.n / lm.bar.total)
+    assert shares == sorted(set(shares)) and shares[0] < 1 and shares[-1] == 1

@@ -61,6 +61,13 @@ def test_answers_levels_and_splits(tmp_path):
         if len(terms) == 2:
             assert slow_carry(*terms, level.operator) == level.carries
         assert item.choices[item.gold] == item.answer
+        lines, total = item.steps.split(", "), terms[0]
+        for line, term in zip(lines, terms[1:], strict=True):
+            left, right = line.split(" = ")
+            assert left.split() == [str(total), level.operator, str(term)]
+            total = total + term if level.operator == "+" else total - term
+            assert right == str(total)
+        assert total == answer
     for rows in splits.values():
         assert rows["difficulty"].drop_duplicates().tolist() == list(by_name)
 

@@ -20,7 +20,7 @@ from stages.corpus.readings import is_right
 from stages.evaluation.shared import SharedPrefixLM
 from stages.job.load import checked_params, load
 from stages.sources.graded.brackets import Brackets, BracketsLevel
-from stages.sources.graded.items import GRADED_SPLITS, NOUNS, GradedData
+from stages.sources.graded.items import GRADED_SPLITS, NOUNS, STEPS, GradedData
 from tests import project
 from tests.graded import CASES, KINDS, case, dataset, write
 from tests.pipeline import download, evaluate, params
@@ -48,6 +48,7 @@ def test_items_are_right_distinct_and_of_their_level(kind, tmp_path, seed):
         assert solution.answer in (None, item["answer"])
         assert item["choices"][item["gold"]] == item["answer"]
         assert len(set(item["choices"])) == len(item["choices"]) == 4
+        assert STEPS not in item or item[STEPS].endswith(item["answer"])
         # The reading of generated answers takes the right choice, and no other.
         rights = [is_right(graded.reading, choice, item) for choice in item["choices"]]
         assert rights == [place == item["gold"] for place in range(4)]
