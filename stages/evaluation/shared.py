@@ -351,18 +351,31 @@ class SharedPrefixLM(HFLM):
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
         """Do as `_model_generate`, for rows that may share a forward; reuse the common prefix if possible."""
-        mask, size = options["attention_mask"], len(self._prefix)
-        pads = (context.shape[1] - mask.sum(1)).tolist()
-        prompts = [tuple(row[pad:].tolist()) for row, pad in zip(context, pads, strict=True)]
-        several = options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1
+        if options.get("num_beams", 1) == options.get("num_return_sequences", 1) == 1:
+            context, reused = self._after_prefix(context, options["attention_mask"], max_length)
+            options |= reused
+        return super()._model_generate(context, max_length, stop, **options)
+
+    def _after_prefix(self, ids: Tensor, mask: Tensor, longest: int) -> tuple[Tensor, dict[str, Any]]:
+        """Return prompts with the common prefix before their padding, and what `generate` needs to reuse it.
+
+        Where it cannot be reused they stay as they are.
+
+        Args:
+            ids: prompts `[rows, tokens]`, padded on the left, which may share a forward.
+            mask: `[rows, tokens]`, 0 for padding.
+            longest: the most tokens of a row, padding and answer included.
+        """
+        size = len(self._prefix)
+        pads = (ids.shape[1] - mask.sum(1)).tolist()
+        prompts = [tuple(row[pad:].tolist()) for row, pad in zip(ids, pads, strict=True)]
         if (
             self._prefix_cache is None
-            or several
             # Padding would take up part of the window.
-            or (any(pads) and not (counts_by_mask(self.model) and max_length <= _window(self._prefix_cache)))
+            or (any(pads) and not (counts_by_mask(self.model) and longest <= _window(self._prefix_cache)))
             or any(len(prompt) <= size or prompt[:size] != self._prefix for prompt in prompts)
         ):
-            return super()._model_generate(context, max_length, stop, **options)
+            return ids, {"attention_mask": mask}
 
         def prefix_first(rows: Tensor) -> Tensor:
             moved = [
@@ -371,11 +384,8 @@ class SharedPrefixLM(HFLM):
             ]
             return torch.stack(moved)
 
-        options |= {
-            "attention_mask": prefix_first(mask),
-            "past_key_values": self._repeated_prefix(len(context)),
-        }
-        return super()._model_generate(prefix_first(context), max_length, stop, **options)
+        cache = self._repeated_prefix(len(ids))
+        return prefix_first(ids), {"attention_mask": prefix_first(mask), "past_key_values": cache}
 
     def _keep_prefix(self, prompts: Iterable[TokenIds]) -> None:
         """Cache keys and values of the longest common prefix of `prompts`.

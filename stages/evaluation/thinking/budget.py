@@ -231,6 +231,7 @@ class BudgetLM(SharedPrefixLM):
         """
         generated: list[tuple[int, ...]] = [()] * len(texts)
         longest_first = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
+        self._keep_prefix(tuple(self.tok_encode(text)) for text in texts)
         prompts = (len(self.tok_encode(texts[i])) for i in longest_first[: self.batch_size])
         tokens = max(prompts, default=0) + max(map(len, numbers), default=0)
         size = self.fitting(tokens, tokens, 1)
@@ -263,9 +264,11 @@ class BudgetLM(SharedPrefixLM):
         def generate(ids: Tensor, mask: Tensor, places: list[int]) -> Tensor:
             start = ids.shape[1]
             chosen, most = [numbers[place] for place in places], [limits[place] for place in places]
+            ids, reused = self._after_prefix(
+                ids.to(self.device), mask.to(self.device), start + max(most) + reserve
+            )
             out: Tensor = self.model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
+                input_ids=ids,
                 max_new_tokens=max(most),
                 do_sample=False,
                 logits_processor=[Sampled(start, chosen, self.thinking.temperature, _check_logits)],
@@ -273,6 +276,7 @@ class BudgetLM(SharedPrefixLM):
                 eos_token_id=self._eos(),
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
+                **reused,
                 **self.penalties,
             )
             return out.cpu()

@@ -93,6 +93,17 @@ def test_forcing_a_budget_is_the_slow_loop(family, waits):
             assert answer == expected.answer
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3", "mamba"])
+def test_shots_are_read_once_and_change_nothing(family):
+    lm, shots = thinker(family, waits=1, budgets=[3, 12]), "1 + 2 = 3\n2 + 2 = 4\n"
+    prompts = [shots + prompt for prompt in PROMPTS]
+    for lm.draw, lm.budget in itertools.product(range(2), lm.thinking.budgets):
+        ask(lm, prompts)
+        assert (len(lm._prefix) >= len(lm.tok_encode(shots))) == (family != "mamba")
+        for prompt in prompts:
+            assert lm.replies[prompt] == forced(lm, prompt, lm.budget, 9, "t")
+
+
 def test_some_of_this_thinking_ends_and_some_is_cut():
     lm, seen = thinker(), set()
     for draw in range(6):
