@@ -9,7 +9,7 @@ memory stay bf16, and so do gradients.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stages.core.lazy import torch
@@ -19,6 +19,9 @@ _NATIVE = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_
 HALVES = list(_NATIVE)
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 """torch's operators for matrix products. `linear`, `matmul` and the gradients of all of them end in these."""
+_SLICE = 2**20
+"""Values widened at a time, 4 MiB. What the allocator does not keep costs new pages at each product: those of
+a large vocabulary took four times as long as the product itself."""
 _widened: set[torch.dtype] = set()
 _library: list[torch.library.Library] = []
 """Holds the kernels that replace torch's: they go when it does."""
@@ -44,10 +47,33 @@ def widen(names: Iterable[str]) -> None:
 
 
 def _in_fp32(kernel: Any) -> Callable[..., torch.Tensor]:
-    def product(keys: Any, first: torch.Tensor, *others: Any, **scales: Any) -> torch.Tensor:
-        if first.dtype not in _widened:
-            return kernel.call_boxed(keys, first, *others, **scales)
-        wide = [each.float() if isinstance(each, torch.Tensor) else each for each in (first, *others)]
-        return kernel.call_boxed(keys, *wide, **scales).to(first.dtype)
+    def product(keys: Any, *given: torch.Tensor, **scales: Any) -> torch.Tensor:
+        *added, left, right = given
+        if left.dtype not in _widened:
+            return kernel.call_boxed(keys, *given, **scales)
+        wide = [each.float() for each in (*added, left)]
+        if right.dim() == 2 and right.numel() > _SLICE and right.stride(0) == 1:
+            return _by_columns(lambda *parts: kernel.call_boxed(keys, *parts, **scales), wide, right)
+        return kernel.call_boxed(keys, *wide, right.float(), **scales).to(left.dtype)
 
     return product
+
+
+def _by_columns(
+    product: Callable[..., torch.Tensor], wide: Sequence[torch.Tensor], right: torch.Tensor
+) -> torch.Tensor:
+    """Return a product whose right matrix, such as that of all tokens, is widened a slice at a time.
+
+    Args:
+        product: of fp32 matrices.
+        wide: what comes before `right`: the left matrix `[m, k]`, and before it what is added.
+        right: `[k, n]`, the transpose of a matrix whose rows lie one after another.
+    """
+    *added, left = wide
+    result = right.new_empty(len(left), right.shape[1])
+    columns = max(1, _SLICE // len(right))
+    for begin in range(0, right.shape[1], columns):
+        part = slice(begin, begin + columns)
+        terms = [each.expand_as(result)[:, part] for each in added]
+        result[:, part] = product(*terms, left, right[:, part].float())
+    return result

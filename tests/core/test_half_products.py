@@ -58,6 +58,22 @@ assert torch.allclose(leaf.grad.double(), upstream @ weight.detach().double().T,
 assert torch.allclose(weight.grad.double(), leaf.detach().double().T @ upstream, rtol=2e-2, atol=1e-2)
 with torch.inference_mode():
     assert torch.equal(a @ b, pairs["bmm"][0])
+
+# A matrix as of a large vocabulary is widened a slice at a time, with any shape of what is added.
+linear, words = torch.nn.functional.linear, torch.randn(11, 7).to(dtype)
+half_products._SLICE, sizes = 15, []
+torch.Tensor.float = lambda tensor: (sizes.append(tensor.numel()), float_of(tensor))[1]
+for bias in (torch.randn(11).to(dtype), None):
+    product = linear(a[0], words, bias)
+    exact = exact_a[0] @ words.double().T + (0 if bias is None else bias.double())
+    assert product.dtype == dtype and product.shape == (5, 11)
+    assert ((product.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
+added = torch.randn(5, 1).to(dtype)
+exact = added.double() / 2 + exact_a[0] @ words.double().T
+product = torch.addmm(added, a[0], words.T, beta=0.5)
+assert ((product.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
+torch.Tensor.float = float_of
+assert words.numel() not in sizes and sizes.count(14) == 3 * 5
 print("done")
 """
 
