@@ -42,20 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", help="its name, as in studies/ and in params.yaml")
     parser.add_argument("--project", type=Path, default=Path(), help="where it has run; default: here")
     options = parser.parse_args(arguments)
-    with contextlib.chdir(options.project):
-        runs = [stage.record for stage in read_graph().values()]
-    written = write_page(options.study, options.project, PAGES, runs)
+    written = write_page(options.study, options.project, PAGES)
     show(f"{written} holds the results of {options.study}")
 
 
-def write_page(name: str, at: Path, pages: Path, runs: Iterable[Path]) -> Path:
+def write_page(name: str, at: Path, pages: Path, runs: Iterable[Path] | None = None) -> Path:
     """Write results of the project `at` into `pages/<name>.md`, and pictures beside it; return the page.
 
     Args:
         name: the study.
         at: the project's folder.
         pages: the folder of the pages.
-        runs: the run records of its stages, in its folder; others are of stages that it had once.
+        runs: the run records of its stages, in its folder; None: DVC names them. Others are stale.
 
     Raises:
         SystemExit: the project holds no verdicts of that study, or the page lacks a mark.
@@ -68,6 +66,9 @@ def write_page(name: str, at: Path, pages: Path, runs: Iterable[Path]) -> Path:
     text = page.read_text() if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"{page} needs the lines {BEGIN} and {END}, once each.")
+    if runs is None:
+        with contextlib.chdir(at):
+            runs = [stage.record for stage in read_graph().values()]
     rows = pd.read_parquet(at / "data/report/results.parquet")
     pictures = {"effects": draw_effects(verdicts), "scores": draw_scores(rows)}
     pages.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,19 @@
 """A graded task asked twice: by likelihood among choices, and by generation, on the same items.
 
-Both readouts see the same prompt: the few-shot examples in a fixed order, then the question. A generated
-answer ends with its line. The data set says how an answer is read and how long it may be.
+Both readouts see the same prompt: the few-shot examples in a fixed order, then the question. With thinking
+there is generation alone. A generated answer ends with its line. The data set says how an answer is read and
+how long it may be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from stages.core.backend import FORCED, unserved
+from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd
 from stages.corpus.readings import is_right, read_answer
@@ -65,6 +67,8 @@ class GradedSuite(Suite):
         alone = self.backend == "vllm" or getattr(lm, "generates_only", False)
         readouts = {"generation": _METRICS["generation"]} if alone else _METRICS
         tasks = load_tasks(self.tasks(name, readouts))
+        if self.chain_of_thought:
+            self._check_steps(lm, name)
 
         def ask(lm: LM) -> SuiteRows:
             if self.thinking:
@@ -155,11 +159,34 @@ class GradedSuite(Suite):
             "process_results": score,
         }
 
-    def _worked(self, example: dict[str, Any]) -> str:
+    def _worked(self, example: Mapping[Any, Any]) -> str:
         """Return what follows an example's question: its steps, as thoughts that ended, and its answer."""
         assert self.thinking
         words = self.thinking
         return f"{words.begin}{example[STEPS]}{words.end}{words.request(ended=True)} {example['answer']}"
+
+    def _check_steps(self, lm: LM, name: str) -> None:
+        """Refuse shots whose steps the model would not see whole, as thinking that ends where they end."""
+        assert self.thinking
+        for example in (
+            pd.read_parquet(DATASETS / name / "fewshot.parquet").head(self.shots).to_dict("records")
+        ):
+            if self.thinking.end in example[STEPS]:
+                raise Refusal(
+                    f"suite {name}: thinking.end is {self.thinking.end!r}, which occurs in the steps "
+                    f"{example[STEPS]!r}; choose an end that does not."
+                )
+            if not self.chat_template:
+                continue
+            worked = self._worked(example)
+            turns = [("user", example["question"]), ("assistant", worked), ("user", example["question"])]
+            shown = lm.apply_chat_template([{"role": role, "content": text} for role, text in turns])
+            if worked not in shown:
+                raise Refusal(
+                    f"suite {name}: the model's chat template does not keep {worked!r} in an earlier turn, "
+                    "so shots would not show thinking as it is asked for; set chat_template: false, or other "
+                    "words for thinking's begin and end."
+                )
 
 
 def _task_name(name: str, readout: str) -> str:

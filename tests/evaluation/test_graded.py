@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from stages.core.errors import Refusal
 from stages.corpus.written_numbers import first_number
 from stages.job.params import Params
 from tests import begins, families
@@ -71,17 +72,27 @@ def test_graded_readouts_are_the_slow_ones(shots, workspace):
     assert (hashes == 1).all()  # both readouts saw the same prompt
 
 
+THINKING = {
+    "begin": " think:",
+    "end": ";",
+    "answer": "\nso",
+    "temperature": 1.0,
+    "budgets": [2, 5],
+    "draws": 2,
+}
+
+
 @pytest.mark.parametrize("chat_template", [False, True])
-def test_shots_show_their_steps_as_thinking(chat_template, workspace):
-    words = {"begin": " think:", "end": ";", "answer": " so", "answer_when": "always"}
-    thinking = words | {"budgets": [2, 5], "draws": 2, "temperature": 1.0}
+@pytest.mark.parametrize(("answer_when", "asked_for"), [("always", "\nso"), ("cut", "\n")])
+def test_shots_show_their_steps_as_thinking(answer_when, asked_for, chat_template, workspace):
+    thinking = THINKING | {"answer_when": answer_when}
     chosen = asking(shots=1, chat_template=chat_template, chain_of_thought=True, thinking=thinking)
     asked, likelihood = chosen.suites.graded["arithmetic"].tasks("arithmetic")[::-1]
     assert "doc_to_target" not in likelihood["fewshot_config"]
     _, samples = scored(chosen, "base/tiny", "arithmetic")
     items = pd.read_parquet("data/results/base/tiny/arithmetic/items.parquet")
     shot = pd.read_parquet("data/datasets/arithmetic/fewshot.parquet").iloc[0]
-    worked = f" think:{shot.steps}; so {shot.answer}"
+    worked = f" think:{shot.steps};{asked_for} {shot.answer}"
     assert asked["fewshot_config"]["doc_to_target"](shot) == worked
     for prompt, question in zip(items.prompt, asked["custom_dataset"]()["test"]["question"], strict=True):
         assert shot.question in prompt and worked in prompt and question in prompt
@@ -89,6 +100,23 @@ def test_shots_show_their_steps_as_thinking(chat_template, workspace):
             assert prompt == f"{shot.question}{worked}\n{question}"
     test = pd.read_parquet("data/datasets/arithmetic/test.parquet")
     assert (samples.target == test.answer[samples.doc_id].to_numpy()).all()
+
+
+def test_steps_that_the_model_would_not_see_are_refused(workspace):
+    with pytest.raises(Refusal, match=r"thinking.end is '=', which occurs in the steps '.*'; choose an end"):
+        scored(
+            asking(shots=1, chain_of_thought=True, thinking=THINKING | {"end": "="}),
+            "base/tiny",
+            "arithmetic",
+        )
+    chosen = asking(shots=1, chain_of_thought=True, chat_template=True, thinking=THINKING)
+    tokenizer = families.tokenizer()
+    tokenizer.chat_template = (  # like that of Qwen3: earlier turns without their thinking
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split(';')[-1] }}{% endfor %}<assistant>"
+    )
+    tokenizer.save_pretrained("data/models/base/tiny")
+    with pytest.raises(Refusal, match=r"chat template does not keep ' think:.*set chat_template: false"):
+        scored(chosen, "base/tiny", "arithmetic")
 
 
 def test_an_answer_counts_by_its_first_number_alone(workspace, monkeypatch):

@@ -107,7 +107,8 @@ class BudgetLM(SharedPrefixLM):
             request.args[0]: Reply(*reply) for request, reply in zip(requests, replies, strict=True)
         }
         # Kept answers, and thoughts that needed no other stretch, were not counted one by one.
-        self._due += len(requests) * (1 + self._stretches * (self.budget == self.thinking.budgets[0]))
+        prompts = len({request.args[0] for request in requests})
+        self._due += prompts * (1 + self._stretches * (self.budget == self.thinking.budgets[0]))
         self.bar.update(self._due - self.bar.n)
         return [self.replies[request.args[0]].answer for request in requests]
 
@@ -244,7 +245,7 @@ class BudgetLM(SharedPrefixLM):
                 ends = [place for place, token in enumerate(row) if token in self._eos()]
                 row = row[: ends[0] + 1] if ends else row
                 generated[i] = tuple(row[: stopped_at(row, stops, self._raw)])
-                self.bar.update(1)
+                self.bar.update(min(1, (self.bar.total or 1) - self.bar.n))  # kept answers counted thoughts
         return generated
 
     def _generate_batch(

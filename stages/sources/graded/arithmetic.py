@@ -79,7 +79,7 @@ def arithmetic_item(difficulty: str, expression: str, answer: int) -> dict[str, 
 
 
 def steps(expression: str) -> str:
-    """Return the totals on the way, such as `7 + 4 = 11, 11 - 3 = 8` for `7 + 4 - 3`."""
+    """Return the totals on the way, such as `7 + 4 = 11, 11 + 3 = 14` for `7 + 4 + 3`."""
     first, *rest = expression.split()
     total, lines = int(first), []
     for operator, term in zip(rest[::2], map(int, rest[1::2]), strict=True):

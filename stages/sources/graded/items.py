@@ -138,7 +138,7 @@ class GradedData(Dataset):
         raise NotImplementedError
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write `fewshot`, `train` and `test.parquet`: difficulty, question, answer, choices, gold.
+        """Write `fewshot`, `train` and `test.parquet`, with the kind's `columns`.
 
         Raises:
             Refusal: a level has too few distinct items.

@@ -93,15 +93,22 @@ def test_forcing_a_budget_is_the_slow_loop(family, waits):
             assert answer == expected.answer
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3", "mamba"])
-def test_shots_are_read_once_and_change_nothing(family):
+@pytest.mark.parametrize(
+    ("family", "reuses"),
+    [("llama", True), ("gpt2", True), ("opt", True), ("gemma3", False), ("mamba", False)],
+)
+def test_shots_are_read_once_and_change_nothing(family, reuses, monkeypatch):
+    """gemma3's window of 16 tokens has no room for padding after the shots, mamba keeps a state."""
     lm, shots = thinker(family, waits=1, budgets=[3, 12]), "1 + 2 = 3\n2 + 2 = 4\n"
-    prompts = [shots + prompt for prompt in PROMPTS]
-    for lm.draw, lm.budget in itertools.product(range(2), lm.thinking.budgets):
+    prompts, after, budgets = [shots + prompt for prompt in PROMPTS], lm._after_prefix, lm.thinking.budgets
+    reused: list[tuple[torch.Tensor, dict[str, object]]] = []
+    monkeypatch.setattr(lm, "_after_prefix", lambda *rows: reused.append(after(*rows)) or reused[-1])
+    for lm.draw, lm.budget in itertools.product(range(2), budgets):
         ask(lm, prompts)
-        assert (len(lm._prefix) >= len(lm.tok_encode(shots))) == (family != "mamba")
         for prompt in prompts:
             assert lm.replies[prompt] == forced(lm, prompt, lm.budget, 9, "t")
+    shared = ["past_key_values" in options for rows, options in reused if len(rows) > 1 or not reuses]
+    assert len(shared) >= 6 and set(shared) == {reuses}
 
 
 def test_some_of_this_thinking_ends_and_some_is_cut():
