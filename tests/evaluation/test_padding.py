@@ -97,7 +97,7 @@ def test_taught_answers_and_thoughts_are_those_of_each_prompt_alone(name):
 
     rules = Thinking(budgets=(TOKENS,), temperature=0, begin="")
     thinker = BudgetLM(rules, 0, pretrained=model, tokenizer=TOKENIZER, batch_size=6)
-    rows = thinker._generate(PROMPTS, list(uniform), (), None)
+    rows = thinker._generate(PROMPTS, list(uniform), ())
     assert [list(row) for row in rows] == expected
 
 
