@@ -20,8 +20,8 @@ HALVES = list(_NATIVE)
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 """torch's operators for matrix products. `linear`, `matmul` and the gradients of all of them end in these."""
 _SLICE = 2**20
-"""Values widened at a time, 4 MiB. A large block of memory goes back to the system after each product and is
-asked for again, which took four times as long as the product of a large vocabulary."""
+"""Values widened at a time, 4 MiB in fp32. The system takes a larger block of memory back after each product
+and clears it before the next, which takes longer than many products."""
 _widened: set[torch.dtype] = set()
 _library: list[torch.library.Library] = []
 """Holds the kernels that replace torch's: they go when it does."""
