@@ -58,7 +58,8 @@ Dumper.add_representer(Function, lambda dumper, function: dumper.represent_scala
 def task(number: int, key: str) -> Any:
     """Return a function of the suite's task `number`; the modules beside the YAML files import it by this."""
     suite = json.loads(SUITE.read_text())
-    return GradedSuite.model_validate(suite["settings"]).tasks(suite["name"])[number][key]
+    settings = GradedSuite.model_validate(suite["settings"])
+    return settings.tasks(suite["name"], settings.asked())[number][key]
 
 
 def write_tasks(suite: GradedSuite, name: str, folder: Path) -> list[str]:
@@ -69,7 +70,7 @@ def write_tasks(suite: GradedSuite, name: str, folder: Path) -> list[str]:
     """
     folder.mkdir()
     names = []
-    for number, config in enumerate(suite.tasks(name)):
+    for number, config in enumerate(suite.tasks(name, suite.asked())):
         functions = [key for key, value in config.items() if callable(value)]
         module = f"functions_{number}"
         lines = ["from benchmarks.evaluation import task", ""]

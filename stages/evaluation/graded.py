@@ -1,4 +1,4 @@
-"""A graded task asked twice: by likelihood among choices, and by generation, on the same items.
+"""A graded task asked by likelihood among choices, by generation, or twice: by both, on the same items.
 
 Both readouts see the same prompt: the few-shot examples in a fixed order, then the question. With thinking
 there is generation alone. A generated answer ends with its line. The data set says how an answer is read and
@@ -8,11 +8,11 @@ how long it may be.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from stages.core.backend import FORCED, unserved
+from stages.core.backend import FORCED, LIKELIHOOD, unserved
 from stages.core.errors import Refusal
 from stages.core.files import DATASET, DATASETS, read_json
 from stages.core.lazy import pd
@@ -27,17 +27,22 @@ from stages.sources.graded.items import STEPS, GradedData
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+ReadoutName: TypeAlias = Literal["likelihood", "generation"]
+
 _VERSION = 1
-_METRICS = {"likelihood": "acc", "generation": "exact_match"}
+METRICS: dict[ReadoutName, str] = {"likelihood": "acc", "generation": "exact_match"}
 """The metric of each readout."""
 
 
 class GradedSuite(Suite):
-    """Few-shot questions with a known answer, in both readouts."""
+    """Few-shot questions with a known answer, asked in one readout or in both."""
 
     scores = GradedData
 
     shots: Annotated[int, Field(ge=0)]
+    readouts: Annotated[tuple[ReadoutName, ...], Field(min_length=1)] | None = None
+    """Whether items are asked by likelihood, by generation or both; null: both, or generation alone where
+    thinking or the backend leaves nothing else."""
     chat_template: bool = False
     penalties: Penalties | None = None
     """Penalties on generated answers; null: none, whatever the checkpoint's generation_config.json says."""
@@ -45,6 +50,16 @@ class GradedSuite(Suite):
     """Think before each answer, by generation only; see `stages.evaluation.thinking.scaling`."""
     chain_of_thought: bool = False
     """Each shot shows its steps as the thinking before its answer (2201.11903). Needs `thinking`."""
+
+    @model_validator(mode="after")
+    def _asks(self) -> Self:
+        if self.readouts and len(set(self.readouts)) < len(self.readouts):
+            raise ValueError(f"readouts names one twice: {', '.join(self.readouts)}")
+        if self.thinking and self.readouts and self.readouts != ("generation",):
+            raise ValueError(
+                "thinking comes before a generated answer; set readouts to [generation], or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _thinks(self) -> Self:
@@ -57,16 +72,21 @@ class GradedSuite(Suite):
 
     def refuses_vllm(self) -> str | None:
         """Say why vLLM cannot generate the answers; None if it can."""
+        if self.readouts and "likelihood" in self.readouts:
+            return LIKELIHOOD
         return FORCED if self.thinking else unserved(self.penalties.options() if self.penalties else {})
 
-    def evaluate(self, lm: LM, name: str, seed: int) -> SuiteRows:
-        """Score overall and by difficulty; a sample row is one item in one readout.
+    def asked(self) -> tuple[ReadoutName, ...]:
+        """Return the readouts in which items are asked."""
+        if self.readouts:
+            return self.readouts
+        return ("generation",) if self.thinking or self.backend == "vllm" else ("likelihood", "generation")
 
-        vLLM, or any model of a suite that it answers, is asked to generate alone.
-        """
-        alone = self.backend == "vllm" or getattr(lm, "generates_only", False)
-        readouts = {"generation": _METRICS["generation"]} if alone else _METRICS
-        tasks = load_tasks(self.tasks(name, readouts))
+    def evaluate(self, lm: LM, name: str, seed: int) -> SuiteRows:
+        """Score overall and by difficulty; a sample row is one item in one readout."""
+        # vLLM as the noise of a suite that transformers answers in both readouts
+        asked = ("generation",) if getattr(lm, "generates_only", False) else self.asked()
+        tasks = load_tasks(self.tasks(name, asked))
         if self.chain_of_thought:
             self._check_steps(lm, name)
 
@@ -78,7 +98,7 @@ class GradedSuite(Suite):
                 return scaling.score_draws(
                     lm,
                     self.thinking,
-                    tasks[-1:],
+                    tasks,
                     name=name,
                     limit=None,
                     chat_template=self.chat_template,
@@ -96,9 +116,9 @@ class GradedSuite(Suite):
                     readout=readout,
                     chat_template=self.chat_template,
                     seed=seed,
-                    metrics=(metric,),
+                    metrics=(METRICS[readout],),
                 )
-                for readout, metric in readouts.items()
+                for readout in asked
             ]
             return [row for scores, _ in parts for row in scores], [
                 row for _, samples in parts for row in samples
@@ -106,8 +126,8 @@ class GradedSuite(Suite):
 
         return with_floors(lm, seed, ask)
 
-    def tasks(self, name: str, readouts: Iterable[str] = _METRICS) -> list[dict[str, Any]]:
-        """Return lm-eval's configs for readouts of the data set `name`."""
+    def tasks(self, name: str, asked: Iterable[ReadoutName]) -> list[dict[str, Any]]:
+        """Return lm-eval's configs for the data set `name`, one for each readout in `asked`."""
         import datasets
 
         splits = {
@@ -116,9 +136,9 @@ class GradedSuite(Suite):
             )
             for split in ("fewshot", "test")
         }
-        return [self._config(name, readout, splits) for readout in readouts]
+        return [self._config(name, readout, splits) for readout in asked]
 
-    def _config(self, name: str, readout: str, splits: dict[str, Any]) -> dict[str, Any]:
+    def _config(self, name: str, readout: ReadoutName, splits: dict[str, Any]) -> dict[str, Any]:
         """Return lm-eval's config for one readout."""
         config: dict[str, Any] = {
             "task": _task_name(name, readout),
@@ -131,7 +151,7 @@ class GradedSuite(Suite):
             "target_delimiter": " ",
             "fewshot_delimiter": "\n",
             "metadata": {"version": _VERSION},
-            "metric_list": [{"metric": _METRICS[readout], "aggregation": "mean", "higher_is_better": True}],
+            "metric_list": [{"metric": METRICS[readout], "aggregation": "mean", "higher_is_better": True}],
         }
         if readout == "likelihood":
             return config | {

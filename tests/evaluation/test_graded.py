@@ -72,6 +72,16 @@ def test_graded_readouts_are_the_slow_ones(shots, workspace):
     assert (hashes == 1).all()  # both readouts saw the same prompt
 
 
+@pytest.mark.parametrize("readout", ["likelihood", "generation"])
+def test_one_readout_gives_the_scores_that_it_gives_beside_the_other(readout, workspace):
+    both, answers = scored(asking(shots=1), "base/tiny", "arithmetic")
+    alone, alone_answers = scored(asking(shots=1, readouts=[readout]), "base/tiny", "arithmetic")
+    for all_rows, rows in ((both, alone), (answers, alone_answers)):
+        expected = all_rows[all_rows.readout == readout].reset_index(drop=True)
+        assert len(rows) and not set(all_rows.readout) - {"likelihood", "generation"}
+        pd.testing.assert_frame_equal(rows.reset_index(drop=True), expected, check_dtype=False)
+
+
 THINKING = {
     "begin": " think:",
     "end": ";",
@@ -87,8 +97,8 @@ THINKING = {
 def test_shots_show_their_steps_as_thinking(answer_when, asked_for, chat_template, workspace):
     thinking = THINKING | {"answer_when": answer_when}
     chosen = asking(shots=1, chat_template=chat_template, chain_of_thought=True, thinking=thinking)
-    asked, likelihood = chosen.suites.graded["arithmetic"].tasks("arithmetic")[::-1]
-    assert "doc_to_target" not in likelihood["fewshot_config"]
+    suite = chosen.suites.graded["arithmetic"]
+    (asked,) = suite.tasks("arithmetic", suite.asked())
     _, samples = scored(chosen, "base/tiny", "arithmetic")
     items = pd.read_parquet("data/results/base/tiny/arithmetic/items.parquet")
     shot = pd.read_parquet("data/datasets/arithmetic/fewshot.parquet").iloc[0]

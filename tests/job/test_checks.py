@@ -211,6 +211,32 @@ def test_a_suite_must_not_score_the_split_that_recipes_learn_from(raw):
     assert checked_params(raw).finetune["wanda-50-lora"].train.split == "train"
 
 
+def test_readouts_are_those_that_the_suite_can_ask(raw, monkeypatch):
+    suite = raw["suites"]["graded"]["arithmetic"]
+    suite["readouts"] = ["likelihood", "likelihood"]
+    assert "readouts names one twice: likelihood, likelihood" in refusal(raw)
+    suite["readouts"] = ["likelihood"]
+    contrast = {
+        "test": "contrast", "claim": "x", "expect": "below",
+        "readouts": [{"suite": "arithmetic", "metric": "exact_match"}],
+        "sides": [{"weight": 1, "candidate": "prune/wanda-50"}],
+    }  # fmt: skip
+    raw["studies"] = {
+        "x": {"claim": "x", "source": "x", "profile": "laptop", "hypotheses": {"one": contrast}}
+    }
+    assert "arithmetic has no metric 'exact_match'; allowed: acc, entropy" in refusal(raw)
+    contrast["readouts"][0]["metric"] = "acc"
+    assert checked_params(raw).suites.graded["arithmetic"].readouts == ("likelihood",)
+    monkeypatch.setattr("stages.job.checks.suites.installed", lambda: True)
+    suite["backend"] = "vllm"
+    assert "vLLM cannot answer this suite: it asks for likelihoods" in refusal(raw)
+    raw["studies"] = {}
+    suite["readouts"] = ["generation"]
+    assert checked_params(raw)
+    suite |= {"readouts": ["likelihood"], "thinking": {"budgets": [8], "temperature": 0}}
+    assert "set readouts to [generation], or leave it out" in refusal(raw)
+
+
 def test_shots_show_steps_only_of_items_that_have_some(raw):
     suite = raw["suites"]["graded"]["arithmetic"]
     suite |= {"chain_of_thought": True, "shots": 1}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stages.evaluation.graded import GradedSuite
+from stages.evaluation.graded import METRICS, GradedSuite
 from stages.evaluation.perplexity import PerplexitySuite
 from stages.evaluation.suite import Suite
 from stages.job.params import Params
@@ -159,7 +159,8 @@ def _metrics(suite: Suite) -> list[str]:
     if not isinstance(suite, GradedSuite):
         return []
     if suite.thinking is None:
-        return ["acc", "exact_match", ENTROPY]
+        asked = suite.asked()
+        return [*(METRICS[readout] for readout in asked), *([ENTROPY] if "likelihood" in asked else [])]
     draws = suite.thinking.draws
     powers = {2**power for power in range(draws.bit_length())} | {draws}
     return [
