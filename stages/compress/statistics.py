@@ -30,7 +30,7 @@ tokens and 3e-4 with 65536 at once, where plain fp32 was 2e-5 off.
 STRIPE_ROWS, CARD_STRIPE_ROWS = 192, 1024
 """Rows of a Hessian computed at a time, from the diagonal on; the other half mirrors them."""
 LEAF_ROWS, CARD_LEAF_ROWS = 192, 1024
-"""Rows of a triangular matrix that are inverted by substitution, see `_inverse`."""
+"""Rows of a triangular matrix that are inverted by substitution, see `_invert`."""
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -138,9 +138,13 @@ class Hessian(Statistic):
 
     def matrix(self) -> Tensor:
         """Return H, `[in, in]` fp32."""
-        hessian = self._sum.triu()
-        hessian *= 2 / self.num_tokens
-        hessian += hessian.triu(1).T
+        hessian = self._sum * (2 / self.num_tokens)
+        rows = CARD_STRIPE_ROWS if hessian.is_cuda else STRIPE_ROWS
+        for start in range(0, len(hessian), rows):  # of a large model a second copy is gigabytes
+            stop = start + rows
+            corner = hessian[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            hessian[stop:, start:stop] = hessian[start:stop, stop:].T
         return hessian
 
     def dead(self) -> Tensor:
@@ -168,10 +172,14 @@ class Hessian(Statistic):
             hessian.diagonal().masked_fill_(self.dead(), 1)
             hessian.diagonal().add_(damping * hessian.diagonal().mean())
             if descending:
-                hessian = hessian[self.order()][:, self.order()]
-            lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+                hessian = hessian[self.order()]
+                hessian = hessian[:, self.order()]
+            hessian = hessian.flip(0, 1)
+            lower, failed = torch.linalg.cholesky_ex(hessian)
             del hessian  # which is as large as what follows
-            upper = _inverse(lower).flip(0, 1)
+            _invert(lower)
+            upper = lower.flip(0, 1)
+            del lower
             if not (all_finite(upper) & (failed == 0)):
                 raise Refusal(
                     f"the Hessian of {len(upper)} features over {self.num_tokens} tokens is not positive "
@@ -181,17 +189,18 @@ class Hessian(Statistic):
         return self._factors[damping, descending]
 
 
-def _inverse(lower: Tensor) -> Tensor:
-    """Invert a lower triangular matrix by halves, so that most of the work is plain products."""
+def _invert(lower: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves, so that most of the work is plain products."""
     size = len(lower)
     if size <= (CARD_LEAF_ROWS if lower.is_cuda else LEAF_ROWS):
-        return torch.linalg.solve_triangular(lower, torch.eye(size, device=lower.device), upper=False)
+        identity = torch.eye(size, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
     half = size // 2
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = first = _inverse(lower[:half, :half])
-    inverse[half:, half:] = second = _inverse(lower[half:, half:])
-    inverse[half:, :half] = -(second @ (lower[half:, :half] @ first))
-    return inverse
+    first, second, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert(first)
+    _invert(second)
+    below.copy_(second @ (below @ first)).neg_()
 
 
 class DeadInputs:

@@ -4,6 +4,9 @@ import logging
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stages.compress import statistics
 from stages.compress.statistics import ColumnNorm, DeadInputs, Hessian, add_product
@@ -53,6 +56,34 @@ def test_a_hessian_is_the_direct_one(dtype):
     matrix = taken(Hessian, inputs).matrix()
     assert matrix.dtype == torch.float32
     torch.testing.assert_close(matrix.double(), direct, rtol=1e-5, atol=1e-6)
+
+
+class Held(TorchDispatchMode):
+    """Find the most bytes that tensors made by operations held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.held = {key: each for key, each in self.held.items() if not each[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.held.values()))
+        return out
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_factor_is_made_in_the_room_of_two(descending, monkeypatch):
+    sizes(monkeypatch, LEAF_ROWS=32, STRIPE_ROWS=32)
+    statistic = taken(Hessian, tokens(torch.float32, 512, 256))
+    with Held() as memory:
+        factor = statistic.inverse_factor(0.01, descending=descending)
+    matrices = memory.most / factor.untyped_storage().nbytes()
+    assert 2 <= matrices < 3.2  # the sum is one of them
 
 
 @pytest.mark.parametrize("kind", [ColumnNorm, Hessian])
