@@ -235,7 +235,7 @@ class _Items:
         """Join the items behind `row` that both answered, by the very same prompt.
 
         Returns:
-            Columns suffixed `_ours` and `_base`; None where a side has no items of the measure.
+            Columns suffixed `_ours` and `_base`; None where the sides share no item of the measure.
         """
         measure = measure_of(row | {"metric": PER_ITEM.get(row["metric"], row["metric"])})
         sides = [self._samples.get(name, {}).get(measure) for name in (ours, reference)]
@@ -243,7 +243,8 @@ class _Items:
             return None
         both = sides[0].merge(sides[1], on=["doc_id", "prompt_hash"], suffixes=("_ours", "_base"))
         level = row["difficulty"]
-        return both if level == "all" else both[both["difficulty_ours"] == level]
+        asked = both if level == "all" else both[both["difficulty_ours"] == level]
+        return asked if len(asked) else None
 
 
 def _with_noise(rows: pd.DataFrame, *tables: pd.DataFrame) -> pd.DataFrame:
@@ -310,9 +311,7 @@ def _against(
             continue
         entry = {"reference": reference, "reference_value": value, "delta": row["value"] - value}
         pairs = items.pairs(row["candidate"], reference, row)
-        added.append(
-            entry | (_statistics(row, value, pairs, margin) if pairs is not None and len(pairs) else {})
-        )
+        added.append(entry | ({} if pairs is None else _statistics(row, value, pairs, margin)))
     columns = ["reference", "reference_value", "delta", "delta_stderr", "answers_changed", *_CHANGES]
     extra = pd.DataFrame(added, columns=columns, index=scores.index)
     return pd.concat([scores, extra.astype(dict.fromkeys(columns[1:], "float64"))], axis=1)

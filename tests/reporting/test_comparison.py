@@ -227,6 +227,16 @@ def test_only_the_same_prompts_are_paired():
     assert (row["pairs"], row["lost"], row["won"]) == (3, 0, 1)
 
 
+@pytest.mark.parametrize("stale", ["noise/n", "prune/p", "base/m"])
+def test_candidates_that_answered_other_items_have_no_pairs(stale):
+    table = of_items({"base/m": right(80), "noise/n": right(79), "prune/p": right(74)})
+    table.samples.loc[table.samples["candidate"].eq(stale), "prompt_hash"] = "items before an edit"
+    comparison = compared(table)
+    rows = by_candidate(comparison)
+    assert pd.isna(rows.loc["prune/p", "pairs"]) == (stale != "noise/n")
+    assert [row["pairs"] for row in records(comparison.pooled)] == ([100] if stale == "noise/n" else [])
+
+
 RIGHT, SOME, WRONG = [1.0] * 40, [1.0] * 20 + [0.0] * 20, [0.0] * 40
 THINKING = {"readout": "generation", "metric": "pass@1", "counted": "exact_match"}
 FILTERED = {"readout": "generation", "metric": "exact_match"}
