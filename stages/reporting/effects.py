@@ -23,7 +23,8 @@ _LOOKS = {
 def draw_effects(verdicts: Mapping[str, Mapping[str, Any]]) -> Figure | None:
     """Draw the hypotheses of one study that have an effect, a panel a unit; None without any.
 
-    A grey band about zero shows the effects that a hypothesis's items are too few to show.
+    A grey band about zero shows the effects that a hypothesis's items are too few to show; a dotted line,
+    where a claim ends elsewhere than at zero.
 
     Args:
         verdicts: the entries of verdicts.json, by hypothesis.
@@ -44,7 +45,8 @@ def draw_effects(verdicts: Mapping[str, Mapping[str, Any]]) -> Figure | None:
             Line2D([], [], color=colour, marker=marker, fillstyle=fill, linewidth=1.2, label=verdict)
             for verdict, (colour, marker, fill) in _LOOKS.items()
         ]
-        handles.append(Patch(color="#dddddd", label="too small for these items to show"))
+        handles.append(Line2D([], [], color="#000000", linestyle=":", label="the claim's bound"))
+        handles.append(Patch(color="#dddddd", label="too small to show"))
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
         return figure
 
@@ -57,6 +59,11 @@ def _panel(axis: Axes, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         if (smallest := entry["smallest"]) is not None:
             axis.barh(place, 2 * smallest, 0.7, -smallest, color="#dddddd", zorder=0.5)
             axis.update_datalim([(-1.1 * smallest, place), (1.1 * smallest, place)])
+        for bound in (entry["claim_low"], entry["claim_high"]):
+            if bound:
+                axis.plot(
+                    [bound] * 2, [place - 0.4, place + 0.4], color="#000000", linewidth=1.2, linestyle=":"
+                )
         ends = [entry[end] for end in ("low", "high")]
         if None not in ends and all(map(math.isfinite, ends)):
             axis.plot(ends, [place] * 2, color=colour, linewidth=1.2)

@@ -136,6 +136,8 @@ def nested_verdicts(verdicts: list[Verdict]) -> dict[str, Any]:
             "low": _number(finding.low),
             "high": _number(finding.high),
             "unit": finding.unit,
+            "claim_low": _number(finding.claimed[0]),
+            "claim_high": _number(finding.claimed[1]),
             "p": _number(finding.p),
             "p_holm": _number(verdict.p_holm),
             finding.units: finding.n,

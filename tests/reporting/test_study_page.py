@@ -16,6 +16,7 @@ from tests import project
 ENTRY = {
     "verdict": "supported", "effect": 0.2, "low": 0.1, "high": 0.3, "unit": "share right", "p_holm": 0.001,
     "items": 60, "smallest": 0.08, "why": "p = 0.001 after correction.", "over_repeats": 0.18,
+    "claim_low": 0.0, "claim_high": None,
 }  # fmt: skip
 POINT = ENTRY | {"low": None, "high": None}
 NOTHING = ENTRY | {"verdict": "undecided", "effect": None, "low": None, "high": None, "why": "no data: none."}
@@ -87,10 +88,21 @@ def test_every_page_tells_of_every_hypothesis():
         assert all(any(name.startswith(stem) for name in names) for stem in stems)
 
 
+def bounds(figure):
+    lines = [line for axis in figure.axes for line in axis.lines if line.get_linestyle() == ":"]
+    return [float(line.get_xdata()[0]) for line in lines]
+
+
 def test_effects_are_drawn_by_unit_and_verdict():
     figure = draw_effects({"a": ENTRY, "b": ENTRY | {"unit": "nats"}, "c": ENTRY | {"verdict": "undecided"}})
     labels = [[tick.get_text() for tick in axis.get_yticklabels()] for axis in figure.axes]
     assert labels == [["a", "c"], ["b"]]
+    assert bounds(figure) == []
+    ends = {
+        "a": ENTRY | {"claim_low": -0.05, "claim_high": 0.05},
+        "b": ENTRY | {"claim_low": None, "claim_high": 0.98},
+    }
+    assert bounds(draw_effects(ends)) == [-0.05, 0.05, 0.98]
     assert draw_effects({"d": NOTHING}) is None
 
 

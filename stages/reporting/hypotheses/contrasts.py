@@ -273,7 +273,12 @@ class ContrastTest(Tested):
             zero = sheet.read([Term(self.zero, plain)])
         else:
             zero = _constant(sheet.cells.needed_floor(reference, plain))
-        return lambda means: (value(means) - zero(means)) / (whole(means) - zero(means))
+
+        def share(means: Floats) -> Floats:
+            with np.errstate(divide="ignore", invalid="ignore"):  # drawn again, there may be nothing to keep
+                return np.asarray((value(means) - zero(means)) / (whole(means) - zero(means)))
+
+        return share
 
 
 def _constant(value: float) -> _Read:

@@ -40,7 +40,8 @@ class Effect:
     value: float
     low: float
     high: float
-    smallest: float
+    smallest: float | None
+    """See `Evidence`; None if unknown, as of a ratio whose denominator may be 0."""
     p: Callable[[float], float]
 
 
@@ -196,7 +197,8 @@ def drawn(grid: ItemGrid, statistic: Callable[[Floats], Floats], *, seed: int = 
         shifted = bootstrap(filled, lambda means: of_means(means) - bound, grid.strata, seed=seed)
         return shifted.p
 
-    return Effect(estimate.value, estimate.low, estimate.high, POWER * estimate.stderr, p)
+    smallest = POWER * estimate.stderr if math.isfinite(estimate.stderr) else None
+    return Effect(estimate.value, estimate.low, estimate.high, smallest, p)
 
 
 def read_between(x: Floats, y: Floats, at: Floats) -> Floats:
@@ -240,8 +242,8 @@ def evidence_of(
                 f"over the repeats of its recipes the effect is {repeats.value:.3g} \N{PLUS-MINUS SIGN} "
                 f"{repeats.noise:.3g}, so other draws may turn it"
             )
+    claimed = {"above": (bound, None), "below": (None, bound), "within": (-bound, bound)}[expect]
     return Evidence(
-        effect=effect.value, low=effect.low, high=effect.high, unit=unit, p=p, side=side, n=n,
-        smallest=effect.smallest, floors=guard.floors, noise=noise, repeats=repeats,
-        blocked=blocked,
+        effect=effect.value, low=effect.low, high=effect.high, unit=unit, p=p, claimed=claimed, side=side,
+        n=n, smallest=effect.smallest, floors=guard.floors, noise=noise, repeats=repeats, blocked=blocked,
     )  # fmt: skip

@@ -19,6 +19,8 @@ class Evidence:
     unit: str
     p: float | None
     """The p-value of the side that the effect lies on; None if nothing could be tested."""
+    claimed: tuple[float | None, float | None] = (None, None)
+    """The ends of the effects that the claim allows; None where it has no end."""
     side: Side | None
     """What the effect says about the claim, however surely."""
     n: int

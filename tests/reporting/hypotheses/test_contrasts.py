@@ -10,7 +10,8 @@ from stages.reporting.collect import Results
 from stages.reporting.hypotheses.cells import Cells, Unknown
 from stages.reporting.hypotheses.evidence import Evidence
 from stages.reporting.measured import Measured
-from tests.claims import ACC, difference, hypothesis, judged, leveled
+from stages.reporting.verdicts import judge_studies
+from tests.claims import ACC, difference, hypothesis, judged, leveled, study
 from tests.results import of_items, together
 
 RIGHT = [1.0] * 60
@@ -73,6 +74,17 @@ def test_retention_is_above_the_floor_or_above_a_candidate():
     assert judged(table, **shared, zero="prune/q").effect == pytest.approx((0.5 - 0.1) / (0.8 - 0.1))
     with pytest.raises(Unknown, match="has no floor to take a share above"):
         judged(leveled({"a": items}, floor=None), **shared)
+
+
+def test_a_share_of_what_may_be_nothing_has_no_known_smallest_effect():
+    table = leveled({"a": {"base/m": [1.0] * 12 + [0.0] * 8, "prune/p": [1.0] * 9 + [0.0] * 11}}, floor=0.25)
+    test = difference("prune/p") | {"measure": "retention"}
+    test["sides"] = test["sides"][:1]
+    found = judged(table, **test)
+    assert found.effect == pytest.approx((0.45 - 0.25) / (0.6 - 0.25))
+    assert found.smallest is None  # drawn again, the reference is at times at the floor
+    (verdict,) = judge_studies(table, {"t": study(a=test)})
+    assert verdict.why.endswith("20 items show no effect of known size.")
 
 
 def sized(table: Results, **sizes: int) -> Results:
