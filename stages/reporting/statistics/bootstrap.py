@@ -8,6 +8,7 @@ better for few items (Efron and Tibshirani 1993, An Introduction to the Bootstra
 Davison and Hinkley 1997, Bootstrap Methods and their Application, section 5.3).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -34,6 +35,7 @@ class Estimate:
 
     value: float
     stderr: float
+    """NaN if the statistic is infinite in some draw, as a ratio may be."""
     low: float
     high: float
     p: float
@@ -51,6 +53,8 @@ def bootstrap(
 ) -> Estimate:
     """Estimate a statistic of means of per-item scores.
 
+    A draw in which the statistic is undefined, as 0 / 0 is, does not count.
+
     Args:
         values: `[items, columns]`, a column for each model or condition.
         strata: `[items]`, the stratum of each item; None for a single stratum.
@@ -58,7 +62,7 @@ def bootstrap(
 
     Raises:
         Refusal: there are no items, a stratum has a single item, whose spread cannot be known, or a score
-            is not finite.
+            is not finite; or more than a tenth of the draws leave the statistic undefined.
     """
     scores = np.asarray(values, dtype=np.float64)
     if not len(scores):
@@ -76,6 +80,12 @@ def bootstrap(
     value = float(statistic(means))
     random = np.random.default_rng(seed)
     drawn = statistic(np.stack([_drawn_means(part, draws, random) for part in parts], axis=1))
+    drawn = drawn[~np.isnan(drawn)]
+    if len(drawn) < 0.9 * draws:
+        raise Refusal(
+            f"{draws - len(drawn)} of {draws} draws leave the statistic undefined; score more items."
+        )
+    draws = len(drawn)
     below = ((drawn < value).sum() + (drawn == value).sum() / 2) / draws
     bias = skew = 0.0
     if method == "bca" and 0 < below < 1:
@@ -85,9 +95,8 @@ def bootstrap(
     # p is the level at which an end of the interval is zero; half a draw on either side keeps it above 0.
     zero = stats.norm.ppf(((drawn < 0).sum() + (drawn == 0).sum() / 2 + 0.5) / (draws + 1)) - bias
     tail = stats.norm.cdf(zero / (1 + skew * zero) - bias)
-    return Estimate(
-        value, float(drawn.std(ddof=1)), float(low), float(high), float(min(1.0, 2 * min(tail, 1 - tail)))
-    )
+    stderr = float(drawn.std(ddof=1)) if np.isfinite(drawn).all() else math.nan
+    return Estimate(value, stderr, float(low), float(high), float(min(1.0, 2 * min(tail, 1 - tail))))
 
 
 def _drawn_means(part: _Floats, draws: int, random: np.random.Generator) -> _Floats:

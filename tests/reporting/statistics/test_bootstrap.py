@@ -93,6 +93,22 @@ def test_equal_scores_have_no_spread():
     assert (estimate.value, estimate.stderr, estimate.low, estimate.high, estimate.p) == (0, 0, 0, 0, 1)
 
 
+def ratio(means):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return means[..., 0, 1] / means[..., 0, 0]
+
+
+def test_ratios_that_are_infinite_or_undefined_in_some_draws_have_no_error():
+    rare = np.array([1.0] * 5 + [0.0] * 15)
+    apart = bootstrap(np.stack([rare, np.ones(20)], axis=1), ratio, seed=0)  # 1 / 0 in some draws
+    assert apart.value == 4 and np.isnan(apart.stderr) and 2 <= apart.low < 4 < apart.high
+    alike = bootstrap(np.stack([rare, rare], axis=1), ratio, seed=0)  # 0 / 0 in some draws, else 1
+    assert (alike.value, alike.low, alike.high) == (1, 1, 1) and alike.p < 0.001
+    once = np.array([1.0] + [0.0] * 19)
+    with pytest.raises(Refusal, match=r"3\d{3} of 9999 draws leave the statistic undefined; score"):
+        bootstrap(np.stack([once, once], axis=1), ratio, seed=0)
+
+
 def test_too_few_items_are_refused():
     with pytest.raises(Refusal, match="single item"):
         mean_difference([1.0, 0.0, 1.0], [1.0, 1.0, 1.0], ["a", "a", "b"], seed=0)
