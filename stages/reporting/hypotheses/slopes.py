@@ -114,13 +114,20 @@ class SlopeTest(Tested):
             guard=cells.guard(
                 self.reference,
                 names,
-                self.readouts_read(),
+                self._guarded(),
                 interaction=any(line.levels for line in self.lines),
             ),
             repeats=over_repeats(
                 cells, list(weights), grid.means(), lambda means: np.asarray(means @ factors)
             ),
         )
+
+    def _guarded(self) -> list[Readout]:
+        """Return the readouts, at the largest budget that is read: with little thinking little is right."""
+        budgets = [budget for line in self.lines for budget in line.budgets]
+        if budgets:
+            return [self.readout.model_copy(update={"budget": max(budgets)})]
+        return list(self.readouts_read())
 
     def _points(self, line: Line) -> list[tuple[str, Readout]]:
         """Return the candidate and readout of each point."""

@@ -91,6 +91,23 @@ def test_a_slope_is_that_of_the_means_and_lines_are_subtracted():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(("least", "most", "blocked"), [(3, 40, False), (40, 3, True)])
+def test_a_slope_over_budgets_needs_a_reference_above_its_floor_at_the_largest(least, most, blocked):
+    right = {8: least, 16: 20, 32: most}
+    parts = [
+        of_items({"base/m": share(count / 60), "prune/p": share(0.3)}, budget=budget)
+        for budget, count in right.items()
+    ]
+    table = together(*parts)
+    budgets = {"budgets": list(right), "x": {"values": list(right), "log2": True}}
+    found = judged(
+        Results(table.scores.assign(floor=0.05), table.samples), test="slope", readout=ACC, expect="below",
+        lines=[{"candidates": ["prune/p"], **budgets}, {"candidates": ["base/m"], **budgets}],
+    )  # fmt: skip
+    assert found.effect == pytest.approx((least - most) / 60 / 2)
+    assert bool(found.blocked) == blocked
+
+
 def test_slopes_over_levels_of_two_candidates_are_permuted_among_levels():
     levels = {
         name: {"base/m": share(0.95), "prune/a": share(0.9), "prune/b": share(right)}
