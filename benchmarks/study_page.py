@@ -4,12 +4,15 @@
     python -m benchmarks.study_page frontier
 
 What stands between the two marks of the page is written anew: verdicts, scores, time and versions. All
-else is written by hand. `--project FOLDER` takes the results of another clone.
+else is written by hand. `--project FOLDER` takes the results of another clone; `--across COLUMN` draws the
+scores against another column than the size, `--split COLUMN ...` gives each of its values a colour.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,20 +22,22 @@ import pandas as pd
 import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from benchmarks.figures import show
 from flows.graph import read_graph
 from stages.core.files import RUNS
-from stages.reporting.collect import by_measure, competes, records
+from stages.reporting.collect import by_measure, competes, measure_of, records
 from stages.reporting.comparison import headline_measures
 from stages.reporting.effects import draw_effects
 from stages.reporting.export import MEASURED_VERDICTS, VERDICTS
-from stages.reporting.figures import COLOURS, STYLE
+from stages.reporting.figures import COLOURS, STYLE, scale_perplexities
 from stages.reporting.words import family
 from tests import project
 
 PAGES = project.ROOT / "docs/studies"
+_SIZES = {"bytes_ideal": "ideal size, MB", "bytes_on_disk": "size on disk, MB"}
 BEGIN, END = "<!-- results, by benchmarks.study_page -->", "<!-- end of results -->"
 
 
@@ -41,12 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("study", help="its name, as in studies/ and in params.yaml")
     parser.add_argument("--project", type=Path, default=Path(), help="where it has run; default: here")
+    parser.add_argument("--across", default="bytes_ideal", help="x of the scores, such as sparsity or budget")
+    parser.add_argument("--split", nargs="+", default=[], help="columns that give the colours of the scores")
     options = parser.parse_args(arguments)
-    written = write_page(options.study, options.project, PAGES)
+    axes = {"across": options.across, "split": options.split}
+    written = write_page(options.study, options.project, PAGES, axes=axes)
     show(f"{written} holds the results of {options.study}")
 
 
-def write_page(name: str, at: Path, pages: Path, runs: Iterable[Path] | None = None) -> Path:
+def write_page(
+    name: str,
+    at: Path,
+    pages: Path,
+    runs: Iterable[Path] | None = None,
+    axes: Mapping[str, Any] | None = None,
+) -> Path:
     """Write results of the project `at` into `pages/<name>.md`, and pictures beside it; return the page.
 
     Args:
@@ -54,6 +68,7 @@ def write_page(name: str, at: Path, pages: Path, runs: Iterable[Path] | None = N
         at: the project's folder.
         pages: the folder of the pages.
         runs: the run records of its stages, in its folder; None: DVC names them. Others are stale.
+        axes: options of `draw_scores`.
 
     Raises:
         SystemExit: the project holds no verdicts of that study, or the page lacks a mark.
@@ -70,7 +85,7 @@ def write_page(name: str, at: Path, pages: Path, runs: Iterable[Path] | None = N
         with contextlib.chdir(at):
             runs = [stage.record for stage in read_graph().values()]
     rows = pd.read_parquet(at / "data/report/results.parquet")
-    pictures = {"effects": draw_effects(verdicts), "scores": draw_scores(rows)}
+    pictures = {"effects": draw_effects(verdicts), "scores": draw_scores(rows, **axes or {})}
     pages.mkdir(parents=True, exist_ok=True)
     shown = []
     for title, figure in pictures.items():
@@ -138,35 +153,88 @@ def spent(at: Path, runs: Iterable[Path]) -> Iterator[str]:
     yield f"{'; '.join(sorted(versions))}."
 
 
-def draw_scores(rows: pd.DataFrame) -> Figure | None:
-    """Draw each suite's headline scores against ideal size, with 95 % intervals and floors."""
+def draw_scores(rows: pd.DataFrame, across: str = "bytes_ideal", split: Sequence[str] = ()) -> Figure | None:
+    """Draw each suite's headline scores against a column, with 95 % intervals and floors; None without any.
+
+    Across budgets a line joins the scores of a candidate, in panels of the suites that think.
+
+    Args:
+        rows: results.parquet of the report.
+        across: the column on the x axis, such as `width_ratio`.
+        split: the columns whose values share a colour; none: what was done to the model.
+    """
     whole = rows[(rows["difficulty"] == "all") & competes(rows)]
-    by = by_measure(whole)
-    panels = [by[measure] for measure in headline_measures(whole)]
+    panels = _panels(whole, across)
     if not panels:
         return None
+    labels = list(dict.fromkeys(_label(row, split) for chosen in panels for row in records(chosen)))
+    colours = dict(zip(labels, _palette(labels, split), strict=True))
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
-        grid = figure.subplots(1, len(panels), squeeze=False).flatten()
+        columns = min(3, len(panels))
+        lines = math.ceil(len(panels) / columns)
+        figure = Figure(figsize=(max(6.4, 4.2 * columns), 0.4 + 3.3 * lines), layout="constrained")
+        grid = [figure.add_subplot(lines, columns, place + 1) for place in range(len(panels))]
         for axis, chosen in zip(grid, panels, strict=True):
             suite, metric = chosen["suite"].iloc[0], chosen["metric"].iloc[0]
-            kinds = [family(row) for row in records(chosen)]
-            for kind in dict.fromkeys(kinds):
-                points = chosen[[each == kind for each in kinds]]
+            for _, one in chosen.groupby("candidate", sort=False):
+                colour = colours[_label(one.iloc[0].to_dict(), split)]
+                x = one[across] / (1e6 if across in _SIZES else 1)
                 axis.errorbar(
-                    points["bytes_ideal"] / 1e6, points["value"], 1.96 * points["stderr"], linestyle="",
-                    marker="o", markersize=4, elinewidth=0.8, color=COLOURS[kind], label=kind,
+                    x, one["value"], 1.96 * one["stderr"], linestyle="-", linewidth=1, marker="o",
+                    markersize=4, elinewidth=0.8, color=colour,
                 )  # fmt: skip
             if metric == "perplexity":
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+                reach = 1.96 * chosen["stderr"]
+                scale_perplexities(axis, (chosen["value"] - reach).min(), (chosen["value"] + reach).max())
             elif chosen["floor"].notna().any():
                 axis.axhline(chosen["floor"].dropna().iloc[0], color="#777777", linestyle=":", linewidth=1)
-            axis.set(title=f"{suite}: {metric}", xlabel="ideal size, MB")
+            if across == "budget":
+                axis.set_xscale("log", base=2)
+                axis.xaxis.set_major_locator(FixedLocator(sorted(set(chosen[across]))))
+                axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set(title=f"{suite}: {metric}", xlabel=_SIZES.get(across, across.replace("_", " ")))
             axis.grid(alpha=0.25, linewidth=0.5)
-        handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        handles = [
+            Line2D([], [], color=colour, marker="o", linewidth=1, label=label)
+            for label, colour in colours.items()
+        ]
+        handles.append(Line2D([], [], color="#777777", linestyle=":", linewidth=1, label="floor"))
+        figure.legend(
+            handles=handles,
+            loc="outside upper center",
+            ncols=min(2 * columns + 1, len(handles)),
+            frameon=False,
+        )
         return figure
+
+
+def _panels(whole: pd.DataFrame, across: str) -> list[pd.DataFrame]:
+    """Return the rows of each panel: a headline measure, or all budgets of one."""
+    if across != "budget":
+        by = by_measure(whole)
+        return [by[measure].sort_values(across) for measure in headline_measures(whole)]
+    thought = whole[whole["budget"].notna()]
+    by = by_measure(thought)
+    heads = [
+        thought[[measure_of(row)[:-1] == head[:-1] for row in records(thought)]]
+        for head in headline_measures(thought)
+    ]
+    return [rows.sort_values("budget") for rows in heads if rows["budget"].nunique() > 1]
+
+
+def _label(row: Mapping[Any, Any], split: Sequence[str]) -> str:
+    if not split:
+        return family(row)
+    if family(row) == "dense" and "base" not in split:
+        return "dense"
+    return " ".join(str(row[column]) for column in split if not pd.isna(row[column]))
+
+
+def _palette(labels: Sequence[str], split: Sequence[str]) -> list[str]:
+    if not split:
+        return [COLOURS[label] for label in labels]
+    shades = itertools.cycle(["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"])
+    return ["#000000" if label == "dense" else next(shades) for label in labels]
 
 
 def save(figure: Figure, at: Path) -> None:

@@ -78,7 +78,6 @@ def draw_quality(comparison: Comparison) -> Figure | None:
 
 
 def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
-    axis.set_yscale("log")
     axis.grid(alpha=0.25, which="both", linewidth=0.5)
     sizes, losses = rows[column].astype("float64") / 1e6, rows["value"]
     edge = sorted(zip(sizes[on := frontier(sizes, losses)], losses[on], strict=True))
@@ -94,7 +93,12 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
             markeredgecolor="white" if chosen else COLOURS[kind], markeredgewidth=0.7 if chosen else 1.2,
         )  # fmt: skip
     axis.margins(x=0.22, y=0)
-    low, high = rows["value"].min(), rows["value"].max()
+    scale_perplexities(axis, rows["value"].min(), rows["value"].max())
+
+
+def scale_perplexities(axis: Axes, low: float, high: float) -> None:
+    """Give perplexities from `low` to `high` a log axis with room on both sides and plain numbers on it."""
+    axis.set_yscale("log")
     room = max((high / low) ** 0.16, 1.02)
     axis.set_ylim(low / room, min(float(high) * float(room), sys.float_info.max))
     # A log axis labels decades; a narrow range has none, so it gets the round numbers of a linear axis.

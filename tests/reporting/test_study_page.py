@@ -9,10 +9,13 @@ import pytest
 import yaml
 
 from benchmarks import study_page
+from stages.reporting.collect import Results
 from stages.reporting.comparison import headline_measures
 from stages.reporting.effects import draw_effects
 from tests import project
+from tests.results import of_items, together
 
+RIGHT, WRONG = [1.0] * 20, [0.0] * 20
 ENTRY = {
     "verdict": "supported", "effect": 0.2, "low": 0.1, "high": 0.3, "unit": "share right", "p_holm": 0.001,
     "items": 60, "smallest": 0.08, "why": "p = 0.001 after correction.", "over_repeats": 0.18,
@@ -113,3 +116,21 @@ def test_scores_are_drawn_of_competitors_and_headlines(whole):
     drawn = {y for axis in figure.axes for line in axis.get_lines() for y in line.get_ydata()}
     assert 99.0 not in drawn and len(figure.axes) == len(headline_measures(rows))
     assert study_page.draw_scores(floor) is None
+
+
+def test_scores_are_drawn_across_budgets_a_line_a_candidate():
+    parts = [
+        of_items({"base/m": RIGHT, "prune/p": WRONG}, readout="generation", metric="pass@1", budget=budget)
+        for budget in (8, 64)
+    ]
+    other = of_items({"base/m": RIGHT, "prune/p": WRONG})
+    rows = together(
+        *parts, Results(*(frame.assign(suite="t") for frame in (other.scores, other.samples)))
+    ).scores
+    rows = rows.assign(prune_method=rows["candidate"].map({"prune/p": "wanda"}))
+    figure = study_page.draw_scores(rows, "budget", ["prune_method"])
+    (axis,) = figure.axes  # the suite that does not think has no panel
+    lines = [line for line in axis.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in lines] == [[8, 64], [8, 64]]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dense", "wanda", "floor"]
