@@ -31,6 +31,8 @@ from flows.terminal import console
 
 SILENCE = 10.0
 """Seconds without a line after which plain text says how far the run is."""
+_AS_EXPECTED = 60.0
+"""Seconds that count as if they had gone as expected: starting a short stage takes longer than its work."""
 _BAR = re.compile(r"(?P<label>.*?):? *(?P<percent>\d+)%\|.*\| *(?P<count>\S+/\S+) \[.*")
 """A bar as tqdm draws it, such as `Likelihoods:  76%|███▌  | 364/480 [00:10<00:03, 34.25it/s]`."""
 
@@ -169,7 +171,7 @@ class Watch:
     def _left(self) -> tuple[float, int]:
         """Return the seconds that the run may still take, and how many of its stages are not in them."""
         now, work, unknown = time.monotonic(), 0.0, 0
-        pace = max(self._took, 1.0) / max(self._promised, 1.0)
+        pace = (self._took + _AS_EXPECTED) / (self._promised + _AS_EXPECTED)
         chain: dict[str, float] = {}
         for name in self._graph:  # upstream first
             rest = 0.0

@@ -89,12 +89,20 @@ def test_the_time_left_is_shared_by_what_fits_but_no_less_than_the_longest_chain
 
 
 def test_the_time_left_follows_the_pace_of_the_run():
-    seen = planned(a=100, b=120, c=120, d=90)
-    seen.ends("a", 200.0)
+    seen = planned(a=1000, b=120, c=120, d=90)
+    seen.ends("a", 2000.0)
     seen.starts("b")
     seen.ends("b")  # restored from the cache, which says nothing of the pace
-    assert seen._left()[0] == pytest.approx(2 * (120 + 90), abs=0.5)
+    assert seen._left()[0] == pytest.approx(1.94 * (120 + 90), abs=2)
     assert seen.headline() == "[2/4] 0:00, about 7 min left"
+
+
+def test_the_start_of_short_stages_says_little_of_the_pace():
+    seen = planned(a=0.3, b=0.3, c=1200, d=1200)
+    for stage in ("a", "b"):
+        seen.starts(stage)
+        seen.ends(stage, 5.0)
+    assert seen._left()[0] == pytest.approx(1.16 * 2400, rel=0.01)
 
 
 def test_a_stage_that_runs_again_is_counted_once():
