@@ -176,6 +176,7 @@ def draw_scores(rows: pd.DataFrame, across: str = "bytes_ideal", split: Sequence
         grid = [figure.add_subplot(lines, columns, place + 1) for place in range(len(panels))]
         for axis, chosen in zip(grid, panels, strict=True):
             suite, metric = chosen["suite"].iloc[0], chosen["metric"].iloc[0]
+            axis.set_yscale("log" if metric == "perplexity" else "linear")
             for _, one in chosen.groupby("candidate", sort=False):
                 colour = colours[_label(one.iloc[0].to_dict(), split)]
                 x = one[across] / (1e6 if across in _SIZES else 1)

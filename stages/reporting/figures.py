@@ -78,6 +78,7 @@ def draw_quality(comparison: Comparison) -> Figure | None:
 
 
 def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
+    axis.set_yscale("log")
     axis.grid(alpha=0.25, which="both", linewidth=0.5)
     sizes, losses = rows[column].astype("float64") / 1e6, rows["value"]
     edge = sorted(zip(sizes[on := frontier(sizes, losses)], losses[on], strict=True))
@@ -97,8 +98,7 @@ def _points(axis: Axes, rows: pd.DataFrame, column: str) -> None:
 
 
 def scale_perplexities(axis: Axes, low: float, high: float) -> None:
-    """Give perplexities from `low` to `high` a log axis with room on both sides and plain numbers on it."""
-    axis.set_yscale("log")
+    """Give a log axis of perplexities from `low` to `high` room on both sides and plain numbers."""
     room = max((high / low) ** 0.16, 1.02)
     axis.set_ylim(low / room, min(float(high) * float(room), sys.float_info.max))
     # A log axis labels decades; a narrow range has none, so it gets the round numbers of a linear axis.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from stages.core.errors import Refusal
 from stages.reporting.collect import Results
-from stages.reporting.hypotheses.cells import Cells, Unknown
+from stages.reporting.hypotheses.cells import Cells
 from stages.reporting.hypotheses.evidence import Evidence, Verdict
 from stages.reporting.hypotheses.tested import Tested
 from stages.reporting.measured import Measured
@@ -28,32 +28,20 @@ def judge_studies(
 ) -> list[Verdict]:
     """Return a verdict for every hypothesis, in the order of params.yaml; those without data last.
 
+    A hypothesis that cannot be tested, because its scores are missing, not finite or too few, is undecided
+    and says so; it takes no other down.
+
     Args:
         noise: which candidates repeat each other, as in `report.noise`.
-
-    Raises:
-        Refusal: a hypothesis names a score that the results lack; a line each, all of them.
     """
     if not studies:
         return []
     cells = Cells(results, noise, measured)
-    mistakes: list[str] = []
-    findings: dict[str, dict[str, Evidence]] = {}
+    verdicts: list[Verdict] = []
     for name, study in studies.items():
-        findings[name] = {}
-        for key, hypothesis in study.hypotheses.items():
-            try:
-                findings[name][key] = _evidence(hypothesis, cells)
-            except Unknown as unknown:
-                mistakes.append(f"studies.{name}.hypotheses.{key}: {unknown}")
-    if mistakes:
-        listed = "\n".join(f"  - {mistake}" for mistake in mistakes)
-        raise Refusal(f"{len(mistakes)} hypotheses name scores that no suite has:\n{listed}")
-    return [
-        verdict
-        for name, study in studies.items()
-        for verdict in [*_judged(name, study, findings[name]).values(), *_untested(name, study)]
-    ]
+        findings = {key: _evidence(hypothesis, cells) for key, hypothesis in study.hypotheses.items()}
+        verdicts += [*_judged(name, study, findings).values(), *_untested(name, study)]
+    return verdicts
 
 
 def _untested(name: str, study: Study) -> list[Verdict]:
@@ -72,8 +60,6 @@ def _evidence(hypothesis: Tested, cells: Cells) -> Evidence:
     """Test a hypothesis; data that cannot be tested, such as too few items, block it."""
     try:
         return hypothesis.judge(cells)
-    except Unknown:
-        raise
     except Refusal as refusal:
         return Evidence(effect=None, unit="", p=None, side=None, n=0, blocked=str(refusal).rstrip("."))
 

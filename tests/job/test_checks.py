@@ -373,6 +373,7 @@ def a_trend(**changes):
         (a_trend(readout={"suite": "news", "metric": "acc"}), "news has no metric 'acc'"),
         (a_trend(x={"column": "sparsty"}), "x.column: 'sparsty' given; allowed: sparsity, blocks_removed"),
         (a_trend(x={"values": [1.0]}), "x.values: 1 given for 3 conditions"),
+        (a_trend(x={"values": [0.3, 0.1, 0.3]}), "x.values: a number is given twice"),
         (a_trend(x={}), "give either column or values"),
         (a_trend(control="b"), "there is no hypothesis 'b' in this study"),
         (a_trend(control="a"), "a cycle, a <- a"),
@@ -404,6 +405,31 @@ def test_all_mistakes_of_studies_are_said_at_once(raw):
         ({"expect": "within"}, "within needs a bound above 0"),
         ({"zero": "base/tiny"}, "zero goes with measure retention"),
         ({"sides": [{"weight": 1.0, "curve": ["base/tiny"]}]}, "must"),
+        ({"sides": [{"weight": 0.0, "candidate": "base/tiny"}]}, "a weight of 0 leaves it out of the sum"),
+        ({"readouts": [EXACT | {"weight": 0.0}]}, "a weight of 0 leaves it out of the sum"),
+        ({"sides": [{"weight": 1.0, "candidate": "base/tiny"}] * 2}, "sides: two are the same"),
+        ({"readouts": [EXACT, EXACT | {"weight": -1.0}]}, "readouts, timings: two are the same"),
+        (
+            {"measure": "retention", "readouts": [{"suite": "news", "metric": "perplexity"}]},
+            "perplexity has no floor",
+        ),
+        ({"readouts": [EXACT | {"readout": "likelihood"}]}, "leave it out, or say generation"),
+        ({"readouts": [EXACT | {"task": "sums"}]}, "leave it out, or say arithmetic"),
+        ({"readouts": [EXACT | {"counted": "exact_match"}]}, "has no counted 'exact_match'; leave it out"),
+        (
+            {
+                "sides": [{"weight": 1.0, "curve": ["base/tiny", "prune/wanda-50"]}],
+                "at": {"by": "tokens", "value": 3.0},
+            },
+            "arithmetic has no metric 'tokens'",
+        ),
+        (
+            {
+                "sides": [{"weight": 1.0, "curve": ["base/tiny"] * 2}],
+                "at": {"by": "bytes_ideal", "value": 3.0},
+            },
+            "the curve names a point twice",
+        ),
     ],
 )
 def test_a_contrast_that_contradicts_itself_is_refused(raw, changes, message):

@@ -147,8 +147,31 @@ def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[
         yield f"{readout.suite} has no budget {readout.budget}; allowed: {listed}."
     elif readout.budget is None and len(budgets) > 1:
         yield f"{readout.suite} thinks under several budgets; add budget: {', '.join(map(str, budgets))}."
-    if (metrics := _metrics(suite)) and readout.metric not in metrics:
+    if not (metrics := _metrics(suite)):
+        return  # lm-eval alone knows the rest
+    if readout.metric not in metrics:
         yield f"{readout.suite} has no metric {readout.metric!r}; {allowed(metrics, readout.metric)}."
+        return
+    told = {"readout": _readouts_of(suite, readout.metric), "task": [readout.suite], "filter": []}
+    told["counted"] = ["exact_match"] if thinking and readout.metric not in _TRACES else []
+    for field, values in told.items():
+        value = getattr(readout, field)
+        if value is not None and value not in values:
+            yield (
+                f"{readout.suite} {readout.metric} has no {field} {value!r}; "
+                f"{f'leave it out, or say {values[0]}' if values else 'leave it out'}."
+            )
+
+
+_TRACES = ("tokens", "ended", "repetition", "self_bleu")
+"""Metrics of thoughts, which no other metric counts."""
+
+
+def _readouts_of(suite: Suite, metric: str) -> list[str]:
+    """Return the readout that a metric of a graded or perplexity suite is of."""
+    if isinstance(suite, GradedSuite) and metric != ENTROPY:
+        return [next((name for name, of in METRICS.items() if of == metric), "generation")]
+    return ["likelihood"]
 
 
 def _metrics(suite: Suite) -> list[str]:
@@ -165,5 +188,5 @@ def _metrics(suite: Suite) -> list[str]:
     powers = {2**power for power in range(draws.bit_length())} | {draws}
     return [
         *(f"pass@{k}" for k in sorted(powers)), *([f"maj@{draws}", "self_bleu"] if draws > 1 else []),
-        "tokens", "ended", "repetition",
+        *(trace for trace in _TRACES if trace != "self_bleu"),
     ]  # fmt: skip

@@ -31,7 +31,7 @@ Floats: TypeAlias = NDArray[np.float64]
 
 
 class Unknown(Refusal):
-    """The tables have no such score, which the user mends in params.yaml."""
+    """The tables have no such score."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class Cells:
 
         Raises:
             Unknown: the tables lack them, or leave open which are meant.
+            Refusal: some are not finite.
         """
         rows = self._rows(candidate, readout)
         samples = self._samples.get(candidate)
@@ -133,9 +134,14 @@ class Cells:
         if samples is None or samples.empty:
             raise Unknown(f"{readout.label()} has no scores by item for {candidate}; choose another metric.")
         keyed = samples.drop_duplicates(_KEY).set_index(_KEY)
-        if readout.metric == "entropy":
-            return keyed["log_likelihoods"].map(choice_entropy).astype("float64")
-        return keyed["score"].astype("float64")
+        entropy = readout.metric == "entropy"
+        scores = keyed["log_likelihoods"].map(choice_entropy) if entropy else keyed["score"]
+        scores = scores.astype("float64")
+        if bad := int((~np.isfinite(scores.to_numpy())).sum()):
+            raise Refusal(
+                f"{bad} of {len(scores)} scores of {candidate} on {readout.label()} are not finite."
+            )
+        return scores
 
     def _term(self, term: Term) -> "pd.Series[float]":
         ours = self.items(term.candidate, term.readout)
@@ -292,10 +298,21 @@ class Cells:
         return Guard(name, {readout.label(): floor for readout, floor in floors.items()}, blocked)
 
     def _above(self, candidate: str, readout: Readout, floor: float) -> bool:
-        scores = self.items(candidate, readout).to_numpy()
-        if len(scores) < 2 or not np.ptp(scores):
-            return bool(scores.mean() > floor)
-        return bool(stats.ttest_1samp(scores, floor, alternative="greater").pvalue <= LEVEL)
+        return _clearly_above(np.asarray(self.items(candidate, readout), np.float64), floor)
+
+    def check_lead(self, ours: str, zero: str, readouts: Sequence[Readout]) -> None:
+        """Check that a candidate is above another in every readout, by item (one-sided t test at 5 %).
+
+        Raises:
+            Refusal: it is not, so no share of the way between them can be told.
+        """
+        low = []
+        for readout in dict.fromkeys(readouts):
+            ahead = self.grid([Term(ours, readout), Term(zero, readout)]).values @ np.array([1.0, -1.0])
+            if not _clearly_above(np.asarray(ahead, np.float64), 0.0):
+                low.append(readout.label())
+        if low:
+            raise Refusal(f"{ours} is not clearly above {zero} on {', '.join(low)}.")
 
     def noise(self, candidate: str, readout: Readout) -> float | None:
         """Return how far the mean score of the candidate's base moves by numerical noise, in its unit."""
@@ -306,6 +323,12 @@ class Cells:
             if of == base and source in self._scores
         ]
         return max(moves, default=None)
+
+
+def _clearly_above(scores: Floats, floor: float) -> bool:
+    if len(scores) < 2 or not np.ptp(scores):
+        return bool(scores.mean() > floor)
+    return bool(stats.ttest_1samp(scores, floor, alternative="greater").pvalue <= LEVEL)
 
 
 @dataclass(frozen=True)

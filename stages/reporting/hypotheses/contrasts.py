@@ -19,11 +19,11 @@ are the units. Times are read as logarithms, so a difference is the logarithm of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from stages.core.lazy import np
 from stages.core.schema import Candidate, Slug, Strict
@@ -37,12 +37,23 @@ if TYPE_CHECKING:
 _Read: TypeAlias = "Callable[[Floats], Floats]"
 """From the means of terms `[..., terms]` to a value `[...]`."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+_WITHOUT_FLOOR = ("perplexity", "entropy", "kl", "tokens", "ended", "repetition", "self_bleu")
+
+
+def _counts(weight: float) -> float:
+    if not weight:
+        raise ValueError("a weight of 0 leaves it out of the sum; remove the entry, or give it a weight")
+    return weight
+
+
+Weight = Annotated[Finite, AfterValidator(_counts)]
+"""A factor of the sum, such as 1 and -1 for a difference."""
 
 
 class Weighed(Strict):
     """One candidate, or a curve of several that is read at the contrast's `at`, and its weight."""
 
-    weight: Finite
+    weight: Weight
     candidate: Candidate | None = None
     curve: Annotated[tuple[Candidate, ...], Field(min_length=2)] | None = None
     budgets: Annotated[tuple[int, ...], Field(min_length=2)] | None = None
@@ -76,7 +87,7 @@ class Weighed(Strict):
 class WeighedReadout(Readout):
     """A measure and its weight, such as 1 for hard and -1 for easy items."""
 
-    weight: Finite = 1.0
+    weight: Weight = 1.0
 
 
 class Timing(Strict):
@@ -84,7 +95,7 @@ class Timing(Strict):
 
     figure: Literal["seconds_to_first_token", "seconds_per_token"]
     batch_size: Annotated[int, Field(ge=1)]
-    weight: Finite = 1.0
+    weight: Weight = 1.0
 
 
 class Match(Strict):
@@ -146,6 +157,23 @@ class ContrastTest(Tested):
                 raise ValueError("unit repeat reads no curves; name a candidate on each side")
         return self
 
+    def mistakes(self) -> Iterator[str]:
+        for place, side in enumerate(self.sides):
+            for points in filter(None, (side.curve, side.budgets)):
+                if len(set(points)) < len(points):
+                    yield f"sides.{place}: the curve names a point twice; name each once."
+        same = [side.model_dump_json(exclude={"weight"}) for side in self.sides]
+        if len(set(same)) < len(same):
+            yield "sides: two are the same; give one of them their weights' sum."
+        readouts = [
+            reading.model_dump_json(exclude={"weight"}) for reading in (*self.readouts, *self.timings)
+        ]
+        if len(set(readouts)) < len(readouts):
+            yield "readouts, timings: two are the same; give one of them their weights' sum."
+        if self.measure == "retention" and self.zero is None:
+            for metric in dict.fromkeys(r.metric for r in self.readouts if r.metric in _WITHOUT_FLOOR):
+                yield f"measure: {metric} has no floor to take a share above; name zero, or drop measure."
+
     def measured(self) -> Sequence[tuple[str, int]]:
         return [(str(side.candidate), timing.batch_size) for side in self.sides for timing in self.timings]
 
@@ -165,6 +193,10 @@ class ContrastTest(Tested):
                 readout.model_copy(update={"budget": budget})
                 for budget in side.budgets or ()
                 for readout in self.readouts
+            ]
+        if self.at and self.at.by == "tokens":
+            wanted += [
+                _plain(readout, metric="tokens", counted=None, filter=None) for readout in list(wanted)
             ]
         if self.at and self.at.suite:
             wanted.append(Readout(suite=self.at.suite, metric="perplexity"))
@@ -206,6 +238,8 @@ class ContrastTest(Tested):
             self._guarded(),
             interaction=self.measure == "difference" and min(between) < 0 < max(between),
         )
+        if self.zero is not None:
+            cells.check_lead(guard.reference, self.zero, self._guarded())
         pairs = [(side, readout) for side in self.sides for readout in self.readouts]
         weights = [side.weight * readout.weight for side, readout in pairs]
         if self.measure == "difference" and self.at is None:

@@ -38,6 +38,8 @@ class CorrelationTest(Tested):
     def mistakes(self) -> Iterator[str]:
         if len(set(self.candidates)) < len(self.candidates):
             yield "candidates: one is listed twice; list it once."
+        if self.first == self.second or self.given in (self.first, self.second):
+            yield "first, second, given: two are the same readout; name another."
         if self.given and len(self.candidates) < 5:
             yield "candidates: a correlation given a third score needs at least five."
 
@@ -54,6 +56,7 @@ class CorrelationTest(Tested):
         from stages.reporting.statistics.correlation import correlation
         from stages.reporting.statistics.paired import POWER, Z
 
+        guard = cells.guard(self.reference, self.candidates, self.readouts_read())
         sides = [
             np.array([cells.items(candidate, readout).mean() for candidate in self.candidates])
             for readout in self.readouts_read()
@@ -73,6 +76,7 @@ class CorrelationTest(Tested):
             p=p,
             side="supported" if (value > 0) == (self.expect == "positive") else "contradicted",
             n=len(self.candidates), units="candidates", smallest=float(np.tanh(POWER * spread)),
+            floors=guard.floors, blocked=guard.blocked,
         )  # fmt: skip
 
 

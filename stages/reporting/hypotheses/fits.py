@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from stages.reporting.hypotheses.evidence import Evidence
 
 
+_ALIKE = 1e-12
+
+
 class FitTest(Tested):
     """The number `better` explains scores better than `worse` does."""
 
@@ -36,6 +39,8 @@ class FitTest(Tested):
     """Read each score as the share of its own dense base's above the floor."""
 
     def mistakes(self) -> Iterator[str]:
+        if len(set(self.candidates)) < len(self.candidates):
+            yield "candidates: one is listed twice; list it once."
         for name, axis in (("better", self.better), ("worse", self.worse)):
             if axis.values is not None and len(axis.values) != len(self.candidates):
                 count = len(self.candidates)
@@ -56,7 +61,12 @@ class FitTest(Tested):
         from stages.reporting.hypotheses.evidence import Evidence
         from stages.reporting.statistics.paired import POWER, Z
 
+        bases = dict.fromkeys([self.reference] if self.reference else map(cells.base, self.candidates))
+        guards = [cells.guard(base, self.candidates, [self.readout]) for base in bases]
+        blocked = next((guard.blocked for guard in guards if guard.blocked), "")
         y = np.array([self._score(cells, candidate) for candidate in self.candidates])
+        if np.ptp(y) < _ALIKE:
+            raise Refusal(f"all candidates score the same on {self.readout.label()}, so nothing explains it.")
         axes = (self.better, self.worse)
         ours, others = (_left_out(cells.x(axis, self.candidates), y, self.degree) ** 2 for axis in axes)
         gains = others - ours
@@ -71,6 +81,7 @@ class FitTest(Tested):
             unit="share of the squared error", p=float(test.pvalue),
             side="supported" if effect > 0 else "contradicted",
             n=len(gains), units="candidates", smallest=POWER * spread / whole,
+            floors=guards[0].floors, blocked=blocked,
         )  # fmt: skip
 
     def _score(self, cells: Cells, candidate: str) -> float:

@@ -36,6 +36,8 @@ class SaturationTest(Tested):
     bound: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
     def mistakes(self) -> Iterator[str]:
+        if len(set(self.candidates)) < len(self.candidates):
+            yield "candidates: one is listed twice; list it once."
         if self.x.values is not None:
             if len(self.x.values) != len(self.candidates):
                 count = len(self.candidates)

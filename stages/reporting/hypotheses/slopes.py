@@ -72,6 +72,9 @@ class SlopeTest(Tested):
             level=any(line.levels for line in self.lines),
         )
         for place, line in enumerate(self.lines):
+            points = line.budgets or line.levels or line.candidates
+            if len(set(points)) < len(points):
+                yield f"lines.{place}: a point is listed twice; list it once."
             if line.x.values is not None and len(set(line.x.values)) < 2:
                 yield f"lines.{place}.x.values: all the same; a slope needs two different numbers."
 

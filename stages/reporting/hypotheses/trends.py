@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from stages.core.errors import Refusal
 from stages.core.lazy import np
 from stages.core.schema import Candidate
 from stages.reporting.hypotheses.readout import Axis, Readout, repeated
@@ -30,7 +31,7 @@ class TrendTest(Tested):
     test: Literal["trend"]
     readout: Readout
     candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)]
-    """The conditions in order; with levels, the candidates whose mean loss is read."""
+    """The conditions, in order if there is no `x`; with levels, the candidates whose mean loss is read."""
     levels: tuple[str, ...] = ()
     """Levels in order; the loss against the reference is read at each."""
     budgets: tuple[int, ...] = ()
@@ -38,7 +39,7 @@ class TrendTest(Tested):
     loss: Literal["points", "share"] = "share"
     """With levels: the loss in points, or as a share of what the reference has above its floor."""
     x: Axis | None = None
-    """The numbers that the slope is against; null: 1, 2, 3, ..."""
+    """The numbers that order the conditions, and that the slope is against; null: 1, 2, 3, ..."""
     expect: Literal["rises", "falls"]
 
     def mistakes(self) -> Iterator[str]:
@@ -54,8 +55,11 @@ class TrendTest(Tested):
             yield "a condition is listed twice; list it once."
         if self.budgets and len(self.candidates) > 1:
             yield "candidates: budgets are compared within one candidate; name only one."
-        if self.x and self.x.values is not None and len(self.x.values) != len(axis):
-            yield f"x.values: {len(self.x.values)} given for {len(axis)} conditions; give one for each."
+        if self.x and self.x.values is not None:
+            if len(self.x.values) != len(axis):
+                yield f"x.values: {len(self.x.values)} given for {len(axis)} conditions; give one for each."
+            elif len(set(self.x.values)) < len(axis):
+                yield "x.values: a number is given twice; a trend needs another for each condition."
         if axes and self.x and self.x.column:
             yield "x.column: a column differs between candidates only; give values."
 
@@ -90,7 +94,15 @@ class TrendTest(Tested):
         return self._over_blocks(grid, cells, guard)
 
     def _steps(self, cells: Cells, count: int) -> Floats:
-        return cells.x(self.x, self.candidates) if self.x else np.arange(1.0, count + 1)
+        """Return the x of each condition.
+
+        Raises:
+            Refusal: two conditions have the same.
+        """
+        x = cells.x(self.x, self.candidates) if self.x else np.arange(1.0, count + 1)
+        if len(set(x.tolist())) < len(x):
+            raise Refusal("two conditions have the same x, so they have no order.")
+        return x
 
     def _over_blocks(self, grid: ItemGrid, cells: Cells, guard: Guard) -> Evidence:
         """Test whether scores rise or fall along the conditions within items (Page)."""
@@ -101,7 +113,8 @@ class TrendTest(Tested):
 
         x = self._steps(cells, grid.values.shape[1])
         slope = weighted_sum(grid, (x - x.mean()) / ((x - x.mean()) ** 2).sum())
-        rise, fall = page(grid.values).p, page(grid.values[:, ::-1]).p
+        ordered = grid.values[:, np.argsort(x)]
+        rise, fall = page(ordered).p, page(ordered[:, ::-1]).p
         rises = rise < fall
         return Evidence(
             effect=slope.value, low=slope.low, high=slope.high,

@@ -1,5 +1,7 @@
 """Contrasts on tables: sides, readouts, shares, curves, floors and noise."""
 
+import contextlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -74,6 +76,46 @@ def test_retention_is_above_the_floor_or_above_a_candidate():
     assert judged(table, **shared, zero="prune/q").effect == pytest.approx((0.5 - 0.1) / (0.8 - 0.1))
     with pytest.raises(Unknown, match="has no floor to take a share above"):
         judged(leveled({"a": items}, floor=None), **shared)
+
+
+def test_a_recovered_share_needs_a_reference_above_its_zero():
+    sides = [{"weight": 1.0, "candidate": "prune/p"}]
+    settings = {
+        "test": "contrast",
+        "sides": sides,
+        "readouts": [ACC],
+        "measure": "retention",
+        "expect": "below",
+    }
+    same = of_items({"base/m": HALF, "prune/z": HALF, "prune/p": HALF})
+    above = of_items({"base/m": FEW, "prune/z": HALF, "prune/p": RIGHT})
+    for table in (same, above):
+        with pytest.raises(Refusal, match="base/m is not clearly above prune/z on s acc"):
+            judged(table, **settings, zero="prune/z", bound=0.5)
+    lost = of_items({"base/m": RIGHT, "prune/z": FEW, "prune/p": HALF})
+    found = judged(lost, **settings, zero="prune/z", bound=0.9)
+    assert found.blocked == "" and found.effect == pytest.approx(0.4 / 0.9)
+
+
+def test_recovered_shares_err_at_their_level_where_nothing_was_lost():
+    random = np.random.default_rng(0)
+    sides = [{"weight": 1.0, "candidate": "prune/p"}]
+    settings = {
+        "test": "contrast",
+        "sides": sides,
+        "readouts": [ACC],
+        "measure": "retention",
+        "expect": "below",
+    }
+    said = 0
+    for _ in range(60):
+        items = {
+            name: (random.random(240) < 0.6).astype(float).tolist()
+            for name in ("base/m", "prune/z", "prune/p")
+        }
+        with contextlib.suppress(Refusal):
+            said += judged(of_items(items), **settings, zero="prune/z", bound=1.0).p <= 0.05
+    assert said <= 7  # one in twenty, and their spread; a third without the guard
 
 
 def test_a_share_of_what_may_be_nothing_has_no_known_smallest_effect():

@@ -43,6 +43,17 @@ def test_a_trend_over_candidates_is_pages_with_a_slope():
     assert judged(table, **shared, expect="rises").side == "contradicted"
 
 
+def test_a_trend_is_in_the_order_of_its_x_and_needs_one():
+    table = numbered(of_items(FALLING), "sparsity", 0.0, 0.2, 0.4, 0.6)
+    shared = {"test": "trend", "readout": ACC, "expect": "falls", "x": {"column": "sparsity"}}
+    found = judged(table, **shared, candidates=NAMES)
+    turned = judged(table, **shared, candidates=[NAMES[2], NAMES[0], NAMES[3], NAMES[1]])
+    assert (turned.p, turned.side, turned.effect) == (found.p, found.side, pytest.approx(found.effect))
+    alike = numbered(of_items(FALLING), "sparsity", 0.0, 0.2, 0.2, 0.6)
+    with pytest.raises(Refusal, match="two conditions have the same x"):
+        judged(alike, **shared, candidates=NAMES)
+
+
 def test_a_trend_over_budgets_is_of_one_candidate():
     parts = [
         of_items({"base/m": share(right)}, budget=budget)
@@ -147,6 +158,29 @@ def test_a_correlation_is_exact_and_may_hold_a_third_score_fixed():
         judged(table, **shared, given=ACC | {"suite": "u"}, expect="negative")
     other = two_suites(x, y, [0.1, 0.3, 0.2, 0.15, 0.35, 0.25])
     assert "of the rest" in judged(other, **shared, given=ACC | {"suite": "u"}, expect="negative").unit
+
+
+def test_scores_at_the_floor_correlate_with_nothing():
+    table = two_suites([0.25, 0.1, 0.15, 0.2, 0.24, 0.25], [0.25, 0.12, 0.16, 0.19, 0.23, 0.25])
+    table = Results(table.scores.assign(floor=0.25), table.samples)
+    first, second = ({"suite": suite, "metric": "acc"} for suite in "st")
+    found = judged(
+        table, test="correlation", candidates=table.candidates, first=first, second=second, expect="positive"
+    )
+    assert found.blocked == "base/m is not clearly above the floor on s acc, t acc"
+    assert found.floors == {"s acc": 0.25, "t acc": 0.25}
+
+
+def test_a_fit_needs_bases_above_their_floor_and_scores_that_differ():
+    x = [float(i) for i in range(10)]
+    shared = {"test": "fit", "readout": ACC, "better": {"values": x}, "worse": {"values": x[::-1]}}
+    low = two_suites([0.3 - 0.01 * i for i in range(10)], [0.5] * 10)
+    low = Results(low.scores.assign(floor=0.29), low.samples)
+    found = judged(low, **shared, candidates=low.candidates, share=True)
+    assert found.blocked == "base/m is not clearly above the floor on s acc"
+    same = two_suites([0.5] * 10, [0.5] * 10)
+    with pytest.raises(Refusal, match="all candidates score the same on s acc"):
+        judged(same, **shared, candidates=same.candidates)
 
 
 def test_a_plateau_is_compared_with_the_reference():
