@@ -370,6 +370,34 @@ def rendered(table, models=None, **more):
     return render(shown, table, compared(table), agreement(table), **more)
 
 
+def test_a_page_shows_every_kind_of_suite():
+    both = {"base/m": RIGHT, "prune/p": RIGHT[:20] + [0.0] * 20}
+    said = {"readout": "generation", "metric": "exact_match"}
+    text = of_items({"base/m": [2.0] * 4, "prune/p": [2.5] * 4}, metric="perplexity")
+    nothing_by_item = text.samples.head(0)  # of states there are no items, and so no prompts
+    states = text.scores.assign(
+        readout="states", metric="information_emergence", prompt_hash=None, value=3.5, stderr=math.nan
+    )
+    thought = of_items(both, readout="generation", metric="pass@1", counted="exact_match", budget=8)
+    traces = of_items({name: [5.0] * 40 for name in both}, readout="generation", metric="tokens", budget=8)
+    parts = {
+        "text": together(text, Results(states, nothing_by_item)),
+        "sums": together(of_items(both), of_items(both, **said)),
+        "thoughts": together(thought, traces),
+        "gsm8k": together(*(of_items(both, **said, filter=name) for name in ("strict", "flexible"))),
+    }
+    table = together(
+        *(
+            Results(*(frame.assign(suite=suite) for frame in (part.scores, part.samples)))
+            for suite, part in parts.items()
+        )
+    )
+    page = rendered(table)
+    for suite in parts:
+        assert suite in page
+    assert "information emergence" in page.replace("_", " ")
+
+
 def two_bases():
     """Return results of two bases on a grid, one of whose models is `worse` in shares of the other's."""
     table = of_items({"base/m": RIGHT, "prune/a": RIGHT[:20] + [0.0] * 20, "base/n": RIGHT, "prune/b": RIGHT})
@@ -469,6 +497,7 @@ def test_studies_show_their_effects_beside_the_verdicts():
     figure = draw_effects(nested_verdicts(judged)["falls"])
     assert figure is not None
     text = rendered(table, studies=studies, verdicts=judged, effects={"falls": "<svg>&</svg>"})
+    assert re.findall('<section id="([^"]+)"', text)[:2] == ["studies", "answer"]
     picture = text.split('<section id="studies">')[1].split("</section>")[0]
     address = re.search(r'<img src="data:image/svg\+xml;base64,([^"]+)" alt="Effects of [^"]*falls', picture)
     assert base64.b64decode(address[1]) == b"<svg>&</svg>"
