@@ -262,6 +262,10 @@ def init(
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("params.yaml"),
+    draws: Annotated[
+        int,
+        typer.Option(min=1, help="How often a recipe that reads text is made, on other windows: its noise."),
+    ] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace the file whatever it holds.")] = False,
 ) -> None:
     """Write a small params.yaml that compares a model of yours with compressed ones; run nothing.
@@ -279,7 +283,7 @@ def init(
     with refusals():
         if model is None:
             raise Refusal("name a model with --model: a folder, a .gguf file, or org/name@commit on the hub.")
-        params, replaced = start.write_start(model, text, task or start.TASK, output, force)
+        params, replaced = start.write_start(model, text, task or start.TASK, output, force, draws)
     listed = ", ".join(params.evaluate.candidates)
     typer.echo(f"{output} compares {listed} on {', '.join(params.suites.by_name())}.")
     if replaced:

@@ -55,7 +55,9 @@ _NOTES = {
 }
 
 
-def write_start(model: str, text: Path | None, task: str, output: Path, force: bool) -> tuple[Params, bool]:
+def write_start(
+    model: str, text: Path | None, task: str, output: Path, force: bool, draws: int = 1
+) -> tuple[Params, bool]:
     """Write a params.yaml for a model; return what it says, and whether it replaced a file.
 
     Args:
@@ -64,6 +66,8 @@ def write_start(model: str, text: Path | None, task: str, output: Path, force: b
         task: a suite of `SWEEPS`, or the file of a task of lm-eval.
         output: the file to write.
         force: replace the file whatever it holds.
+        draws: how often a recipe that reads text is made, each time on other windows, so that the report
+            knows the noise of its method.
 
     Raises:
         Refusal: the file holds edits that git lacks; there is no such model, text or task; or they do not
@@ -73,7 +77,7 @@ def write_start(model: str, text: Path | None, task: str, output: Path, force: b
         check_replaceable(output, "--output")
     before = held_text(output, "--output")
     name, kind, suite, dataset = task_entry(Path(task)) if Path(task).is_file() else (task, *_task(task))
-    content, notes = _sections(probe(model), text, (kind, name, suite, dataset))
+    content, notes = _sections(probe(model), text, (kind, name, suite, dataset), draws)
     schema = os.path.relpath(SCHEMA, output.parent)
     lines = [
         f"# yaml-language-server: $schema={schema}",
@@ -90,7 +94,7 @@ def write_start(model: str, text: Path | None, task: str, output: Path, force: b
 
 
 def _sections(
-    base: Probe, text: Path | None, asked: tuple[str, str, Any, Any]
+    base: Probe, text: Path | None, asked: tuple[str, str, Any, Any], draws: int
 ) -> tuple[dict[str, Any], Mapping[tuple[str, str], str]]:
     """Return the sections of params.yaml and their comments."""
     kind, task, suite, dataset = asked
@@ -142,6 +146,7 @@ def _sections(
     others = {perplexity["batch_size"], suite.get("batch_size")}
     noisy = next(size for size in (5, 3, 2) if size not in others)
     noise = f"batch-{noisy}"
+    repeats = {**_draw_again("prune", prune, draws), **_draw_again("quantize", quantize, draws)}
     recipes = {"noise": [noise], "prune": prune, "quantize": quantize}
     return {
         "run": {"device": "auto", "dtype": "bfloat16", "threads": 1, "seed": 0, "numerics": "fast"},
@@ -155,8 +160,23 @@ def _sections(
             "candidates": [f"base/{name}", *(f"{stage}/{key}" for stage in recipes for key in recipes[stage])]
         },
         "profile": {"candidates": []},
-        "report": {"margin": 0.02},
+        "report": {"margin": 0.02, **({"noise": repeats} if repeats else {})},
     }, notes
+
+
+def _draw_again(stage: str, recipes: dict[str, Any], draws: int) -> dict[str, list[str]]:
+    """Add further draws of each recipe that reads text; return which belong together, for `report.noise`."""
+    repeats: dict[str, list[str]] = {}
+    for name, recipe in list(recipes.items()):
+        if recipe["calibration"]["dataset"] == "none" or draws == 1:
+            continue
+        others = {
+            f"{name}-draw-{seed}": recipe | {"calibration": recipe["calibration"] | {"seed": seed}}
+            for seed in range(1, draws)
+        }
+        recipes.update(others)
+        repeats[name] = [f"{stage}/{each}" for each in (name, *others)]
+    return repeats
 
 
 def _slug(label: str, otherwise: str, taken: str = "") -> str:

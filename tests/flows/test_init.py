@@ -42,6 +42,21 @@ def folder(workspace, inputs):
     return workspace
 
 
+def test_draws_of_what_reads_text_belong_together(folder):
+    init("--model", "inputs/llama", "--text", "mine.txt", "--draws", "3")
+    params = load_verified()
+    drawn = {"wanda-50": "prune", "gptq-w4g32": "quantize"}
+    assert params.report.noise == {
+        name: (f"{stage}/{name}", *(f"{stage}/{name}-draw-{seed}" for seed in (1, 2)))
+        for name, stage in drawn.items()
+    }
+    repeats = {name for group in params.report.noise.values() for name in group}
+    assert set(params.evaluate.candidates) == {*CANDIDATES, *repeats}
+    assert [params.prune[name].calibration.seed for name in ("wanda-50-draw-1", "wanda-50-draw-2")] == [1, 2]
+    assert "width-20-draw-1" not in params.prune, "it reads no text"
+    assert "--draws" in init("--model", "inputs/llama", "--draws", "0", code=2)
+
+
 def test_what_it_writes_for_a_folder_and_a_text_is_sound(folder):
     said = init("--model", "inputs/llama", "--text", "mine.txt")
     assert f"params.yaml compares {', '.join(CANDIDATES)} on mine, arithmetic." in said
