@@ -389,6 +389,13 @@ def test_a_hypothesis_names_what_exists(raw, hypothesis, message):
     assert message in said and "studies.s.hypotheses.a" in said
 
 
+def test_a_readout_may_say_all_that_tells_its_score(raw):
+    exact = EXACT | {"readout": "generation", "task": "arithmetic"}
+    text = {"suite": "news", "metric": "perplexity", "readout": "likelihood", "task": "perplexity-news"}
+    for readout in (exact, text):
+        assert checked_params(of_study(raw, a=a_trend(readout=readout))).studies["s"].hypotheses["a"].claim
+
+
 def test_all_mistakes_of_studies_are_said_at_once(raw):
     raw["report"]["reference"] = "base/none"
     said = refusal(of_study(raw, a=a_trend(expect="sinks"), b=a_trend(readout=EXACT | {"metric": "x"})))

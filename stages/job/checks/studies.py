@@ -14,6 +14,8 @@ from stages.reporting.study import Study
 from stages.sources.graded.items import GradedData
 
 ENTROPY = "entropy"
+_TRACES = ("tokens", "ended", "repetition", "self_bleu")
+"""Metrics of thoughts, which no other metric counts."""
 
 
 def of_studies(params: Params, broken: set[str]) -> Iterator[str]:
@@ -152,8 +154,10 @@ def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[
     if readout.metric not in metrics:
         yield f"{readout.suite} has no metric {readout.metric!r}; {allowed(metrics, readout.metric)}."
         return
-    told = {"readout": _readouts_of(suite, readout.metric), "task": [readout.suite], "filter": []}
+    told = {"readout": _readouts_of(suite, readout.metric), "filter": []}
     told["counted"] = ["exact_match"] if thinking and readout.metric not in _TRACES else []
+    if isinstance(suite, GradedSuite):
+        told["task"] = [readout.suite]
     for field, values in told.items():
         value = getattr(readout, field)
         if value is not None and value not in values:
@@ -161,10 +165,6 @@ def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[
                 f"{readout.suite} {readout.metric} has no {field} {value!r}; "
                 f"{f'leave it out, or say {values[0]}' if values else 'leave it out'}."
             )
-
-
-_TRACES = ("tokens", "ended", "repetition", "self_bleu")
-"""Metrics of thoughts, which no other metric counts."""
 
 
 def _readouts_of(suite: Suite, metric: str) -> list[str]:
