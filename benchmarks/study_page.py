@@ -85,6 +85,9 @@ def write_page(
         with contextlib.chdir(at):
             runs = [stage.record for stage in read_graph().values()]
     rows = pd.read_parquet(at / "data/report/results.parquet")
+    asked = [(axes or {}).get("across", "budget"), *(axes or {}).get("split", ())]
+    if missing := [column for column in asked if column not in rows]:
+        raise SystemExit(f"no column {', '.join(missing)}; allowed: {', '.join(sorted(map(str, rows)))}.")
     pictures = {"effects": draw_effects(verdicts), "scores": draw_scores(rows, **axes or {})}
     pages.mkdir(parents=True, exist_ok=True)
     shown = []
@@ -215,7 +218,6 @@ def _panels(whole: pd.DataFrame, across: str) -> list[pd.DataFrame]:
         by = by_measure(whole)
         return [by[measure].sort_values(across) for measure in headline_measures(whole)]
     thought = whole[whole["budget"].notna()]
-    by = by_measure(thought)
     heads = [
         thought[[measure_of(row)[:-1] == head[:-1] for row in records(thought)]]
         for head in headline_measures(thought)

@@ -154,11 +154,11 @@ def _of_readout(readout: Readout, params: Params, broken: set[str]) -> Iterator[
     if readout.metric not in metrics:
         yield f"{readout.suite} has no metric {readout.metric!r}; {allowed(metrics, readout.metric)}."
         return
-    told = {"readout": _readouts_of(suite, readout.metric), "filter": []}
-    told["counted"] = ["exact_match"] if thinking and readout.metric not in _TRACES else []
+    possible = {"readout": _readouts_of(suite, readout.metric), "filter": []}
+    possible["counted"] = ["exact_match"] if thinking and readout.metric not in _TRACES else []
     if isinstance(suite, GradedSuite):
-        told["task"] = [readout.suite]
-    for field, values in told.items():
+        possible["task"] = [readout.suite]
+    for field, values in possible.items():
         value = getattr(readout, field)
         if value is not None and value not in values:
             yield (

@@ -301,18 +301,25 @@ class Cells:
         return _clearly_above(np.asarray(self.items(candidate, readout), np.float64), floor)
 
     def check_lead(self, ours: str, zero: str, readouts: Sequence[Readout]) -> None:
-        """Check that a candidate is above another in every readout, by item (one-sided t test at 5 %).
+        """Check that a candidate is better than another in every readout, by item (one-sided t test at 5 %).
+
+        Entropy is neither better nor worse: there it must differ, to whichever side.
 
         Raises:
-            Refusal: it is not, so no share of the way between them can be told.
+            Refusal: it is not, so there is no way between them to take a share of.
         """
         low = []
         for readout in dict.fromkeys(readouts):
-            ahead = self.grid([Term(ours, readout), Term(zero, readout)]).values @ np.array([1.0, -1.0])
-            if not _clearly_above(np.asarray(ahead, np.float64), 0.0):
+            first, second = self.grid([Term(ours, readout), Term(zero, readout)]).values.T
+            lead = first - second
+            if readout.metric == "entropy":
+                lead = lead * np.sign(lead.mean())
+            elif not self._rows(ours, readout)[0]["higher_is_better"]:
+                lead = -lead
+            if not _clearly_above(lead, 0.0):
                 low.append(readout.label())
         if low:
-            raise Refusal(f"{ours} is not clearly above {zero} on {', '.join(low)}.")
+            raise Refusal(f"{ours} is not clearly better than {zero} on {', '.join(low)}.")
 
     def noise(self, candidate: str, readout: Readout) -> float | None:
         """Return how far the mean score of the candidate's base moves by numerical noise, in its unit."""
@@ -326,7 +333,7 @@ class Cells:
 
 
 def _clearly_above(scores: Floats, floor: float) -> bool:
-    if len(scores) < 2 or not np.ptp(scores):
+    if len(scores) < 2 or np.ptp(scores) <= 1e-9 * max(1.0, float(np.abs(scores).max())):
         return bool(scores.mean() > floor)
     return bool(stats.ttest_1samp(scores, floor, alternative="greater").pvalue <= LEVEL)
 

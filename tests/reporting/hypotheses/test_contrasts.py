@@ -78,35 +78,32 @@ def test_retention_is_above_the_floor_or_above_a_candidate():
         judged(leveled({"a": items}, floor=None), **shared)
 
 
+RECOVERED = {
+    "test": "contrast", "sides": [{"weight": 1.0, "candidate": "prune/p"}], "readouts": [ACC],
+    "measure": "retention", "zero": "prune/z", "expect": "below",
+}  # fmt: skip
+
+
 def test_a_recovered_share_needs_a_reference_above_its_zero():
-    sides = [{"weight": 1.0, "candidate": "prune/p"}]
-    settings = {
-        "test": "contrast",
-        "sides": sides,
-        "readouts": [ACC],
-        "measure": "retention",
-        "expect": "below",
-    }
     same = of_items({"base/m": HALF, "prune/z": HALF, "prune/p": HALF})
     above = of_items({"base/m": FEW, "prune/z": HALF, "prune/p": RIGHT})
     for table in (same, above):
-        with pytest.raises(Refusal, match="base/m is not clearly above prune/z on s acc"):
-            judged(table, **settings, zero="prune/z", bound=0.5)
+        with pytest.raises(Refusal, match="base/m is not clearly better than prune/z on s acc"):
+            judged(table, **RECOVERED, bound=0.5)
     lost = of_items({"base/m": RIGHT, "prune/z": FEW, "prune/p": HALF})
-    found = judged(lost, **settings, zero="prune/z", bound=0.9)
+    found = judged(lost, **RECOVERED, bound=0.9)
     assert found.blocked == "" and found.effect == pytest.approx(0.4 / 0.9)
+    nats = {
+        name: [level + i / 1000 for i in range(24)]
+        for name, level in (("base/m", 2), ("prune/z", 4), ("prune/p", 3))
+    }
+    text = of_items(nats, metric="perplexity")
+    readout = {"readouts": [{"suite": "s", "metric": "perplexity"}]}
+    assert judged(text, **RECOVERED | readout).effect == pytest.approx(0.5)  # a lower perplexity is better
 
 
 def test_recovered_shares_err_at_their_level_where_nothing_was_lost():
     random = np.random.default_rng(0)
-    sides = [{"weight": 1.0, "candidate": "prune/p"}]
-    settings = {
-        "test": "contrast",
-        "sides": sides,
-        "readouts": [ACC],
-        "measure": "retention",
-        "expect": "below",
-    }
     said = 0
     for _ in range(60):
         items = {
@@ -114,7 +111,7 @@ def test_recovered_shares_err_at_their_level_where_nothing_was_lost():
             for name in ("base/m", "prune/z", "prune/p")
         }
         with contextlib.suppress(Refusal):
-            said += judged(of_items(items), **settings, zero="prune/z", bound=1.0).p <= 0.05
+            said += judged(of_items(items), **RECOVERED, bound=1.0).p <= 0.05
     assert said <= 7  # one in twenty, and their spread; a third without the guard
 
 
